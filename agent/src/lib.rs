@@ -1,0 +1,30 @@
+//! Dunlin: watches how virtual machines write memory, stuns the writers that would keep a migration from
+//! converging, moves a running VM live to another host, and announces its new place.
+//!
+//! The crate is a house of floors; a module imports what stands below it and never what stands above:
+//!
+//! | floor | modules | what lives there |
+//! |---|---|---|
+//! | faces | [`cli`] | arguments in, human or JSON out |
+//! | service | [`service`] | the composition root: machine host, migration managers, observer |
+//! | policy | [`migrate`], [`announce`], [`track`] | the subject itself, generic over ports |
+//! | mechanism | [`kvm`], [`block`], [`net`], [`link`], [`shm`], [`probe`], [`store`] | one kernel interface each, thin |
+//! | ports | [`port`] | the traits that join policy to mechanism |
+//! | words | [`model`] | newtypes with units, neutral names |
+//!
+//! Policy and mechanism never import one another: both know only words and ports.
+
+pub mod announce;
+pub mod block;
+pub mod cli;
+pub mod kvm;
+pub mod link;
+pub mod migrate;
+pub mod model;
+pub mod net;
+pub mod port;
+pub mod probe;
+pub mod service;
+pub mod shm;
+pub mod store;
+pub mod track;

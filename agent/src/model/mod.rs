@@ -1,0 +1,29 @@
+//! The words: newtypes with units and neutral names that every other floor speaks.
+//!
+//! Owns what things are called and how they are written as text and JSON. Must not know any kernel
+//! interface, any trait of [`crate::port`], or how anything is done.
+
+pub mod bitmap;
+pub mod blackout;
+pub mod config;
+pub mod id;
+pub mod mac;
+pub mod outcome;
+pub mod region;
+pub mod report;
+pub mod schema;
+pub mod shape;
+pub mod stage;
+pub mod units;
+
+pub use bitmap::PageBitmap;
+pub use blackout::{BlackoutLedger, BlackoutPhase};
+pub use config::{DirtyLogKind, DiskSpec, NetSpec, SerialSpec};
+pub use id::{MigrationId, VmId, VmRef};
+pub use mac::MacAddress;
+pub use outcome::{Ending, Owner};
+pub use region::{PageRun, RegionId, RegionKind, RegionSpec};
+pub use report::{MigrationReport, RoundReport};
+pub use shape::MachineShape;
+pub use stage::{Stage, Step};
+pub use units::{BytesPerSecond, PAGE_SIZE, PageCount, PageIndex, PagesPerSecond};

@@ -1,0 +1,71 @@
+//! How a command or a migration ends, who owns the VM then, and the exit code that says so.
+
+use serde::{Deserialize, Serialize};
+
+/// Who may run the VM's vCPUs, as one side sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Owner {
+    /// This side.
+    Here,
+    /// The other side.
+    There,
+    /// Nobody until the two sides have spoken, a fence has decided, or an operator has (`dunlin resolve`).
+    InDoubt,
+}
+
+/// How a migration ended, as the source's manager saw it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ending {
+    /// The VM runs at the target.
+    Moved,
+    /// The target or the source refused before anything moved; the VM runs at the source.
+    Refused,
+    /// It failed and the VM runs at the source.
+    Failed,
+    /// An operator cancelled it and the VM runs at the source.
+    Cancelled,
+    /// Contact was lost between `released` and `running`; see `dunlin resolve`.
+    InDoubt,
+}
+
+/// The exit codes of every command.
+pub mod exit {
+    /// Done (migrate: the VM runs at the target).
+    pub const DONE: u8 = 0;
+    /// Any other failure: of a command that moves nothing.
+    pub const ERROR: u8 = 1;
+    /// The command line is wrong.
+    pub const USAGE: u8 = 2;
+    /// Refused before anything was touched.
+    pub const REFUSED: u8 = 3;
+    /// Failed, and the VM runs at the source.
+    pub const FAILED: u8 = 4;
+    /// In doubt: neither side runs the VM until it is resolved.
+    pub const IN_DOUBT: u8 = 5;
+    /// Cancelled, and the VM runs at the source.
+    pub const CANCELLED: u8 = 6;
+}
+
+impl Ending {
+    /// The exit code of `dunlin migrate`.
+    pub const fn exit_code(self) -> u8 {
+        match self {
+            Self::Moved => exit::DONE,
+            Self::Refused => exit::REFUSED,
+            Self::Failed => exit::FAILED,
+            Self::InDoubt => exit::IN_DOUBT,
+            Self::Cancelled => exit::CANCELLED,
+        }
+    }
+
+    /// Who owns the VM, seen from the source.
+    pub const fn owner(self) -> Owner {
+        match self {
+            Self::Moved => Owner::There,
+            Self::Refused | Self::Failed | Self::Cancelled => Owner::Here,
+            Self::InDoubt => Owner::InDoubt,
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! What a migration says of itself when it has ended: rounds, bytes, times, blackout by phase.
+
+use serde::{Deserialize, Serialize};
+
+use super::blackout::BlackoutLedger;
+use super::id::{MigrationId, VmId, VmName};
+use super::outcome::{Ending, Owner};
+use super::schema::Schema;
+use super::stage::Stage;
+
+/// One round of pages.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct RoundReport {
+    /// Counted from 1; the last one is the one sent while the VM was paused.
+    pub round: u32,
+    /// Whether the VM was paused.
+    pub paused: bool,
+    /// Pages that were due.
+    pub pages: u64,
+    /// Of these, pages that held only zeros and went as a mark.
+    pub zero_pages: u64,
+    /// Bytes written to the streams, headers included.
+    pub wire_bytes: u64,
+    /// From the first byte to the target's word that the round arrived.
+    pub duration_ns: u64,
+    /// Pages found dirty at the end of the round.
+    pub dirtied_pages: u64,
+}
+
+/// The report of one migration.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MigrationReport {
+    /// The migration, the same at both hosts.
+    pub migration_id: MigrationId,
+    /// The VM.
+    pub vm_id: VmId,
+    /// The VM's name.
+    pub vm_name: VmName,
+    /// The strategy's name.
+    pub strategy: String,
+    /// How it ended.
+    pub ending: Ending,
+    /// Who owns the VM now, seen from the source.
+    pub owner: Owner,
+    /// The last stage that was reached.
+    pub stage: Stage,
+    /// Why it did not end as asked, or why the give-up rule fired; empty if all went as asked.
+    pub reason: String,
+    /// Guest RAM.
+    pub memory_bytes: u64,
+    /// Parallel page streams.
+    pub streams: u32,
+    /// The rounds.
+    pub rounds: Vec<RoundReport>,
+    /// Sum of the rounds' bytes plus control and state.
+    pub wire_bytes: u64,
+    /// CPU and device state.
+    pub state_bytes: u64,
+    /// From the offer to `running`, reservation counted.
+    pub total_ns: u64,
+    /// The blackout that was asked for as a limit.
+    pub downtime_target_ns: u64,
+    /// From the order to pause until the target said `running`, by the source's clock: the guest ran a little longer
+    /// and again a little earlier, so this is an upper bound of the guest's own gap. Zero if the VM never paused.
+    pub blackout_ns: u64,
+    /// The blackout by phase; the phases add up to `blackout_ns`.
+    pub blackout: BlackoutLedger,
+    /// Smallest round trip seen on the control stream.
+    pub rtt_ns: u64,
+    /// Pages compared by `--verify`; zero without it.
+    pub verified_pages: u64,
+}
+
+impl Schema for MigrationReport {
+    const SCHEMA: &'static str = "dunlin.migration/v1";
+}
+
+impl MigrationReport {
+    /// Blackout − (final bytes ÷ goodput) − round trip, in nanoseconds: what switching over costs however little memory
+    /// is left. Goodput is that of the best round that moved at least 1 MiB.
+    pub fn fixed_blackout_ns(&self) -> u64 {
+        let goodput = self
+            .rounds
+            .iter()
+            .filter(|round| round.wire_bytes >= 1 << 20 && round.duration_ns > 0)
+            .map(|round| round.wire_bytes as f64 / round.duration_ns as f64)
+            .fold(0.0, f64::max);
+        let last: u64 = self.rounds.iter().filter(|round| round.paused).map(|round| round.wire_bytes).sum();
+        let moving = if goodput > 0.0 { (last as f64 / goodput) as u64 } else { 0 };
+        self.blackout_ns.saturating_sub(moving).saturating_sub(self.rtt_ns)
+    }
+}

@@ -1,0 +1,90 @@
+//! A machine (the process that holds the KVM descriptors) as a migration manager sees it.
+//!
+//! KVM refuses another process's ioctls, so the real twin of these traits is a client of the machine's session socket.
+
+use std::time::Duration;
+
+use crate::model::{MigrationId, PageBitmap, PageCount, PageRun};
+
+/// The machine refused, failed, or is gone.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// The machine answered with an error; it is still there.
+    #[error("the machine could not {action}: {reason}")]
+    Refused {
+        /// What was asked.
+        action: &'static str,
+        /// Its words.
+        reason: String,
+    },
+    /// The machine's session ended: the process died or broke the protocol.
+    #[error("the machine is gone ({action}): {reason}")]
+    Gone {
+        /// What was asked.
+        action: &'static str,
+        /// What was seen.
+        reason: String,
+    },
+}
+
+/// What pausing took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PauseTiming {
+    /// From the order until no vCPU ran and no device worked, in the machine's own clock.
+    pub pause: Duration,
+}
+
+/// The vCPUs and devices as one thing that runs or stands.
+pub trait Vcpus: Send {
+    /// Lifts every throttle, stops all vCPUs, completes pending exits, mutes the egress of all network ports and drains
+    /// all devices. Idempotent.
+    fn pause(&mut self) -> Result<PauseTiming, MachineError>;
+
+    /// Lets the vCPUs and devices go on, egress unmuted. Refused while the ownership gate is shut.
+    fn resume(&mut self) -> Result<(), MachineError>;
+}
+
+/// The dirty log of all writers: vCPUs, devices, KVM itself.
+pub trait DirtyLog: Send {
+    /// Switches logging on. Every page counts as not yet protected: [`DirtyLog::protect`] must be called for a run before
+    /// the run is read for the first time.
+    fn start_log(&mut self) -> Result<(), MachineError>;
+
+    /// Moves every page that was logged since it was last protected into `into`. What is moved stays unprotected until
+    /// [`DirtyLog::protect`]. Returns how many pages were newly added.
+    fn harvest(&mut self, into: &mut PageBitmap) -> Result<PageCount, MachineError>;
+
+    /// Re-arms the log for a run, *before* its pages are read.
+    fn protect(&mut self, run: PageRun) -> Result<(), MachineError>;
+
+    /// Switches logging off; the guest runs at full speed again.
+    fn stop_log(&mut self) -> Result<(), MachineError>;
+}
+
+/// CPU and device state as a versioned, checksummed blob.
+pub trait MachineState: Send {
+    /// Reads the state of the paused machine.
+    fn save_state(&mut self) -> Result<Vec<u8>, MachineError>;
+
+    /// Puts a state into a machine that has not run yet.
+    fn restore_state(&mut self, state: &[u8]) -> Result<(), MachineError>;
+}
+
+/// The ownership gate: the machine journals its own right to run, so that no manager's death can leave two owners.
+pub trait Gate: Send {
+    /// Source: journals `released` with fsync. From its return the machine never resumes by itself.
+    fn release(&mut self, migration: MigrationId, peer: &str) -> Result<(), MachineError>;
+
+    /// Target: journals `prepared` with fsync.
+    fn prepared(&mut self, migration: MigrationId) -> Result<(), MachineError>;
+
+    /// Target: journals `owner` with fsync and opens the gate.
+    fn take_ownership(&mut self, migration: MigrationId) -> Result<(), MachineError>;
+
+    /// Sends one round of announcements through the machine's own network ports.
+    fn announce(&mut self) -> Result<u32, MachineError>;
+
+    /// Source: the VM runs elsewhere; journals `discarded`, and the machine process ends.
+    /// Target before `owner`: journals `never-owner`, and the machine process ends.
+    fn discard(&mut self, migration: MigrationId) -> Result<(), MachineError>;
+}

@@ -1,0 +1,18 @@
+//! The ports: traits through which policy reaches mechanism.
+//!
+//! Each has a real twin (a mechanism) and, where a migration depends on it, a simulated one that a seed drives.
+//! Methods are blocking; the data plane is plain threads.
+
+pub mod clock;
+pub mod frame;
+pub mod journal;
+pub mod link;
+pub mod machine;
+pub mod region;
+
+pub use clock::Clock;
+pub use frame::FramePort;
+pub use journal::{Journal, JournalError, JournalRecord};
+pub use link::{BulkItem, BulkReceiver, BulkSender, ControlChannel, LinkError};
+pub use machine::{DirtyLog, Gate, MachineError, MachineState, Vcpus};
+pub use region::{BytesView, Region};

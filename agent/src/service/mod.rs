@@ -1,0 +1,1 @@
+//! The service floor and composition root: joins policy and mechanism; machine host, migration managers, audit.

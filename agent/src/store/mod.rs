@@ -1,0 +1,1 @@
+//! Files that outlive a process: the journal. Owns fsync and file layout; must not know the handover rules.

@@ -1,0 +1,1 @@
+//! Tracking: turns counters and bitmaps into rates with their regime named. Policy: generic over ports.

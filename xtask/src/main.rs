@@ -1,0 +1,2 @@
+//! Build, test, demo and bench tasks; see `cargo xtask --help`.
+fn main() {}
