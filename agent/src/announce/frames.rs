@@ -321,33 +321,30 @@ mod tests {
     /// A second opinion: Wireshark's dissectors, where they are installed.
     #[test]
     fn tshark_reads_the_same() {
-        let Ok(mut tshark) = Command::new("tshark")
-            .args([
-                "-r",
-                "-",
-                "-o",
-                "icmpv6.checksum:TRUE",
-                "-T",
-                "fields",
-                "-E",
-                "separator=;",
-                "-e",
-                "frame.protocols",
-            ])
-            .args(["-e", "arp.opcode", "-e", "arp.isgratuitous", "-e", "icmpv6.nd.na.target_address"])
-            .args(["-e", "icmpv6.nd.na.flag.o", "-e", "icmpv6.checksum.status", "-e", "_ws.malformed"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-        else {
+        const FIELDS: [&str; 7] = [
+            "frame.protocols",
+            "arp.opcode",
+            "arp.isgratuitous",
+            "icmpv6.nd.na.target_address",
+            "icmpv6.nd.na.flag.o",
+            "icmpv6.checksum.status",
+            "_ws.malformed",
+        ];
+        let mac = "02:00:00:00:00:01".parse().unwrap();
+        let station = Station { mac, ips: vec!["10.0.0.2".parse().unwrap(), "fd00::2".parse().unwrap()] };
+        let mut capture = tempfile::NamedTempFile::new().unwrap();
+        capture.write_all(&pcap(&of_station(&station).unwrap())).unwrap();
+        let mut tshark = Command::new("tshark");
+        tshark.args(["-T", "fields", "-E", "separator=;", "-r"]).arg(capture.path()).stdin(Stdio::null());
+        for field in FIELDS {
+            tshark.args(["-e", field]);
+        }
+        let Ok(output) = tshark.output() else {
             eprintln!("tshark is not installed: nothing compared");
             return;
         };
-        let mac = "02:00:00:00:00:01".parse().unwrap();
-        let station = Station { mac, ips: vec!["10.0.0.2".parse().unwrap(), "fd00::2".parse().unwrap()] };
-        tshark.stdin.take().unwrap().write_all(&pcap(&of_station(&station).unwrap())).unwrap();
-        let output = String::from_utf8(tshark.wait_with_output().unwrap().stdout).unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let output = String::from_utf8(output.stdout).unwrap();
         let lines: Vec<_> = output.lines().collect();
         let truth = |text: &str| matches!(text, "1" | "True");
         assert_eq!(lines.len(), 4, "{output}");
