@@ -4,3 +4,4 @@
 
 pub mod bus;
 pub mod memory;
+pub mod virtio;
