@@ -14,8 +14,8 @@ fn main() {
         println!("cargo::rerun-if-changed={}", given.display());
         fs::read(&given).unwrap_or_else(|e| panic!("DUNLIN_BPF_OBJECT: {} cannot be read: {e}", given.display()))
     } else {
-        let folder = Path::new(&env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR"))
-            .join("../target/bpf");
+        let folder =
+            Path::new(&env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR")).join("../target/bpf");
         // Cargo watches the folder: a file that does not exist yet would count as changed at every build.
         fs::create_dir_all(&folder).expect("target/bpf can be made");
         println!("cargo::rerun-if-changed={}", folder.display());

@@ -113,6 +113,5 @@ pub enum Loss {
 
 impl Loss {
     /// All of them, in order of index.
-    pub const ALL: [Self; 5] =
-        [Self::OutOfRange, Self::ThreadsFull, Self::ExitsFull, Self::TooLarge, Self::Unreadable];
+    pub const ALL: [Self; 5] = [Self::OutOfRange, Self::ThreadsFull, Self::ExitsFull, Self::TooLarge, Self::Unreadable];
 }

@@ -25,31 +25,32 @@ fn attach(frames: PageCount) -> KernelCounters {
 #[test]
 fn explore() {
     for kind in [DirtyLogKind::Bitmap, DirtyLogKind::Ring] {
-    let mut counters = attach(PageCount(4096));
-    println!("{:?}", counters.hooks());
-    let mut vm = TinyVm::new(PAGES, kind).unwrap();
-    let mut show = |what: &str| {
-        let mut set = counters.empty_pages();
-        let sample = counters.sample(&mut set).unwrap();
-        println!("{kind:?} {what}: unique {} {:?}", set.count(), sample);
-        println!("{:?}", set.runs(1000).collect::<Vec<_>>());
-    };
-    show("new");
-    vm.write_pages(PAGES).unwrap();
-    show("first");
-    vm.write_pages(PAGES).unwrap();
-    show("second");
-    vm.set_logging(true).unwrap();
-    vm.write_pages(PageCount(100)).unwrap();
-    show("logged 100");
-    if kind == DirtyLogKind::Bitmap {
-    vm.fetch_log().unwrap();
-    vm.write_pages(PageCount(77)).unwrap();
-    show("logged 77"); }
-    vm.set_logging(false).unwrap();
-    vm.write_pages(PageCount(77)).unwrap();
-    show("off 77");
-    vm.write_pages(PageCount(77)).unwrap();
-    show("off 77");
+        let mut counters = attach(PageCount(4096));
+        println!("{:?}", counters.hooks());
+        let mut vm = TinyVm::new(PAGES, kind).unwrap();
+        let mut show = |what: &str| {
+            let mut set = counters.empty_pages();
+            let sample = counters.sample(&mut set).unwrap();
+            println!("{kind:?} {what}: unique {} {:?}", set.count(), sample);
+            println!("{:?}", set.runs(1000).collect::<Vec<_>>());
+        };
+        show("new");
+        vm.write_pages(PAGES).unwrap();
+        show("first");
+        vm.write_pages(PAGES).unwrap();
+        show("second");
+        vm.set_logging(true).unwrap();
+        vm.write_pages(PageCount(100)).unwrap();
+        show("logged 100");
+        if kind == DirtyLogKind::Bitmap {
+            vm.fetch_log().unwrap();
+            vm.write_pages(PageCount(77)).unwrap();
+            show("logged 77");
+        }
+        vm.set_logging(false).unwrap();
+        vm.write_pages(PageCount(77)).unwrap();
+        show("off 77");
+        vm.write_pages(PageCount(77)).unwrap();
+        show("off 77");
     }
 }

@@ -183,11 +183,8 @@ mod tests {
     fn file(base: u32) -> Vec<u8> {
         let strings = b"\0pair\0a\0b\0t\0";
         let name = |at: u32| if base == 0 { at } else { base + at };
-        let types: Vec<u32> = [
-            vec![name(1), 4 << 24 | 2, 16, name(6), 0, 0, name(8), 0, 64],
-            vec![name(10), 8 << 24, 1],
-        ]
-        .concat();
+        let types: Vec<u32> =
+            [vec![name(1), 4 << 24 | 2, 16, name(6), 0, 0, name(8), 0, 64], vec![name(10), 8 << 24, 1]].concat();
         let mut bytes = vec![0x9f, 0xeb, 1, 0];
         for word in [24, 0, types.len() as u32 * 4, types.len() as u32 * 4, strings.len() as u32] {
             bytes.extend(u32::to_le_bytes(word));

@@ -12,11 +12,11 @@ use dunlin_ebpf::{
 };
 
 use super::btf::KernelTypes;
+use super::exit_reason;
 use super::hook::{HOOKS, Hook};
 use super::log::ProbeLog;
 use super::mapped::MappedArray;
 use super::object::{NoObject, embedded_object};
-use super::exit_reason;
 use crate::model::{PageBitmap, PageCount};
 use crate::port::{EventHook, EventSample, EventSource, EventSourceError, LostEvents, ThreadEvents};
 
@@ -41,13 +41,17 @@ pub enum ProbeError {
     #[error(transparent)]
     NoObject(#[from] NoObject),
     /// The policy forbids BPF to this process.
-    #[error("the kernel does not let this process use BPF: run as root, or give it CAP_BPF and CAP_PERFMON (`dunlin doctor` shows what is allowed)")]
+    #[error(
+        "the kernel does not let this process use BPF: run as root, or give it CAP_BPF and CAP_PERFMON (`dunlin doctor` shows what is allowed)"
+    )]
     Refused(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The kernel cannot load the object.
     #[error("the BPF object could not be loaded; `dunlin doctor` shows what this kernel lacks")]
     Load(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// No tracepoint that brings pages could be attached.
-    #[error("none of the tracepoints that show pages turning writable could be attached: {0}; `dunlin doctor` shows what this kernel lacks")]
+    #[error(
+        "none of the tracepoints that show pages turning writable could be attached: {0}; `dunlin doctor` shows what this kernel lacks"
+    )]
     NoPages(String),
     /// A map is not what this program wrote, or could not be mapped.
     #[error("BPF map {name}: {problem}")]
@@ -111,7 +115,8 @@ impl KernelCounters {
             .load(object)
             .map_err(classify)?;
 
-        let log = if options.log { Some(ProbeLog::open(&mut bpf).map_err(|e| ProbeError::Load(Box::new(e)))?) } else { None };
+        let log =
+            if options.log { Some(ProbeLog::open(&mut bpf).map_err(|e| ProbeError::Load(Box::new(e)))?) } else { None };
         let threads = hash(&mut bpf, map::THREADS)?;
         let exits = hash(&mut bpf, map::EXITS)?;
         let pages = array(&bpf, map::PAGES, words as usize)?;
@@ -119,7 +124,8 @@ impl KernelCounters {
         track(&mut bpf, options.pid, TrackedVm { first_word: 0, words })?;
 
         let hooks: Vec<EventHook> = HOOKS.iter().map(|hook| attach_one(&mut bpf, hook)).collect();
-        let sees_pages = HOOKS.iter().zip(&hooks).any(|(hook, state)| hook.sees_writable_pages && state.missing.is_none());
+        let sees_pages =
+            HOOKS.iter().zip(&hooks).any(|(hook, state)| hook.sees_writable_pages && state.missing.is_none());
         if !sees_pages {
             let reasons: Vec<String> =
                 hooks.iter().filter_map(|h| h.missing.as_ref().map(|why| format!("{}: {why}", h.name))).collect();
