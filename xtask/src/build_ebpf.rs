@@ -13,7 +13,7 @@ use crate::workspace::{bpf_build, bpf_object, root};
 /// Options of `cargo xtask build-ebpf`.
 #[derive(Debug, Default, Args)]
 pub(crate) struct Arguments {
-    /// Build with assertions and overflow checks, for working on the programs.
+    /// Optimise less, for reading what the programs became.
     #[arg(long)]
     debug: bool,
 }
