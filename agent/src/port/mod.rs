@@ -4,6 +4,7 @@
 //! Methods are blocking; the data plane is plain threads.
 
 pub mod clock;
+pub mod events;
 pub mod frame;
 pub mod journal;
 pub mod link;
@@ -11,6 +12,7 @@ pub mod machine;
 pub mod region;
 
 pub use clock::Clock;
+pub use events::{Arm, ArmError, EventHook, EventSample, EventSource, EventSourceError, LostEvents, ThreadEvents};
 pub use frame::FramePort;
 pub use journal::{Journal, JournalError, JournalRecord};
 pub use link::{BulkItem, BulkReceiver, BulkSender, ControlChannel, LinkError, SourceLink, TargetLink};
