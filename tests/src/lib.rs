@@ -1,1 +1,14 @@
-//! Support for the integration suites.
+//! Support for the integration suites: network namespaces, a small LAN made of them, and clients that measure from
+//! outside what a migration costs.
+//!
+//! Everything here cleans up after itself, also on panic; what a killed test left behind is swept by the next one.
+
+pub mod client;
+pub mod netns;
+pub mod process;
+pub mod tap;
+pub mod topology;
+
+pub use netns::Netns;
+pub use process::OwnProcess;
+pub use topology::{Host, Lan, LanConfig};

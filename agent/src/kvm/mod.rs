@@ -19,6 +19,7 @@ pub mod sys;
 #[cfg(test)]
 pub(crate) mod testing;
 mod vcpu;
+pub mod virtio;
 mod vm;
 pub mod x86;
 
