@@ -4,14 +4,16 @@
 //! reads the pages. What it promises, with either kind:
 //!
 //! - After [`DirtyLogger::start`] no page is marked; everything is to be sent once.
-//! - [`DirtyLogger::protect`] is called for a run before its pages are read, in every round.
+//! - [`DirtyLogger::protect`] is called for every page that is due, before it is read, in every round. The run may be larger
+//!   than what is due: of its pages only those are re-armed that the last harvest found (at the start: all), so that a
+//!   page which was clean then and has been written since stays logged.
 //! - [`DirtyLogger::harvest`] marks, in the shared bitmap, every page that was written since it was last protected. A
 //!   caller may take marks from the bitmap at any time; a write after the caller's `protect` is marked by a later harvest.
 //! - After [`DirtyLogger::stop`] the guest takes no more faults for it.
 //!
 //! Bitmap: `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` with all bits initially set. Starting touches no page table; each `protect`
 //! clears the bits of its run, and that protects the pages. A page whose bit is set is not protected, and each
-//! harvest reports it again until it is. At the end of a round every page has been protected at least once, so what a harvest reports
+//! harvest reports it again until it is. The bits that the last harvest reported and no `protect` has cleared are kept here. At the end of a round every page has been protected at least once, so what a harvest reports
 //! was written; a harvest in the middle of round 1 also reports the pages that are not yet protected, which is harmless,
 //! as they are still to be sent.
 //!
@@ -61,8 +63,8 @@ struct Inner {
 }
 
 enum Kind {
-    /// A scratch of the largest slot.
-    Bitmap { words: Vec<u64> },
+    /// By slot: what the last harvest found and nobody has protected since; and a scratch for one call.
+    Bitmap { unprotected: Vec<Vec<u64>>, scratch: Vec<u64> },
     /// One a vCPU; pages that were collected and are not yet marked.
     Rings { rings: Vec<Ring>, pending: Vec<u64> },
 }
@@ -110,8 +112,8 @@ impl DirtyLogger {
         vcpus: &[impl std::ops::Deref<Target = VcpuFd>],
     ) -> Result<Self, KvmError> {
         let kind = if ring_bytes == 0 {
-            let longest = memory.ranges().iter().map(|range| range.pages.0).max().unwrap_or(0);
-            Kind::Bitmap { words: vec![0; longest.div_ceil(64) as usize] }
+            let words = |range: &RamRange| vec![0; range.pages.0.div_ceil(64) as usize];
+            Kind::Bitmap { unprotected: memory.ranges().iter().map(words).collect(), scratch: Vec::new() }
         } else {
             let rings = vcpus.iter().map(|vcpu| Ring::map(vcpu, ring_bytes)).collect::<Result<_, _>>()?;
             Kind::Rings { rings, pending: Vec::new() }
@@ -164,13 +166,16 @@ impl DirtyLogger {
             set_slot(&self.vm, range, if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 })?;
         }
         inner.on = on;
-        if let Kind::Rings { rings, pending } = &mut inner.kind {
-            // Entries of the time before: with the log just on they are pages that round 1 sends, else nobody's.
-            for ring in rings {
-                ring.collect(|_, _| {});
+        match &mut inner.kind {
+            Kind::Bitmap { unprotected, .. } => unprotected.iter_mut().for_each(|words| words.fill(u64::MAX)),
+            Kind::Rings { rings, pending } => {
+                // Entries of the time before: with the log just on they are pages that round 1 sends, else nobody's.
+                for ring in rings {
+                    ring.collect(|_, _| {});
+                }
+                pending.clear();
+                sys::reset_dirty_rings(&self.vm)?;
             }
-            pending.clear();
-            sys::reset_dirty_rings(&self.vm)?;
         }
         Ok(())
     }
@@ -182,9 +187,8 @@ impl DirtyLogger {
             return Ok(());
         }
         match &mut inner.kind {
-            Kind::Bitmap { words } => {
-                for range in &self.ranges {
-                    let words = &mut words[..range.pages.0.div_ceil(64) as usize];
+            Kind::Bitmap { unprotected, .. } => {
+                for (range, words) in self.ranges.iter().zip(unprotected) {
                     sys::get_dirty_log(&self.vm, range.slot, range.pages.0, words)?;
                     self.shared.or_words(range.first_page.0, words);
                 }
@@ -232,13 +236,13 @@ impl DirtyLogger {
     /// Re-arms the log for `run`, before its pages are read. A run that is not wholly RAM is cut to what is.
     pub fn protect(&self, run: PageRun) -> Result<(), KvmError> {
         let mut inner = self.lock();
-        let Inner { on: true, kind: Kind::Bitmap { words } } = &mut *inner else { return Ok(()) };
-        for range in &self.ranges {
+        let Inner { on: true, kind: Kind::Bitmap { unprotected, scratch } } = &mut *inner else { return Ok(()) };
+        for (range, unprotected) in self.ranges.iter().zip(unprotected) {
             let start = run.first.0.max(range.first_page.0);
             let end = run.end().min(range.first_page.0 + range.pages.0);
             if start < end {
                 let inside = start - range.first_page.0..end - range.first_page.0;
-                clear_pages(&self.vm, range, inside, words)?;
+                clear_pages(&self.vm, range, inside, unprotected, scratch)?;
             }
         }
         Ok(())
@@ -265,19 +269,33 @@ pub(crate) fn set_slot(vm: &VmFd, range: &RamRange, flags: u32) -> Result<(), Kv
     unsafe { vm.set_user_memory_region(region) }.map_err(KvmError::of("KVM_SET_USER_MEMORY_REGION"))
 }
 
-/// Clears exactly the bits of pages `inside` of a slot. KVM wants to be asked about whole groups of 64 pages; the bits of
-/// the neighbours are passed as zero, so they stay set.
-fn clear_pages(vm: &VmFd, range: &RamRange, inside: std::ops::Range<u64>, words: &mut [u64]) -> Result<(), KvmError> {
+/// Clears the bits of those pages `inside` of a slot that are `unprotected`, and takes them out there. KVM wants to be asked
+/// about whole groups of 64 pages; the bits of the neighbours are passed as zero, so they stay set.
+fn clear_pages(
+    vm: &VmFd,
+    range: &RamRange,
+    inside: std::ops::Range<u64>,
+    unprotected: &mut [u64],
+    scratch: &mut Vec<u64>,
+) -> Result<(), KvmError> {
     let first = inside.start / 64 * 64;
     let end = inside.end.next_multiple_of(64).min(range.pages.0);
-    let words = &mut words[..(end - first).div_ceil(64) as usize];
-    words.fill(u64::MAX);
-    words[0] &= u64::MAX << (inside.start - first);
-    let beyond = words.len() as u64 * 64 - (inside.end - first);
-    if let Some(last) = words.last_mut() {
+    let known = &mut unprotected[(first / 64) as usize..end.div_ceil(64) as usize];
+    scratch.clear();
+    scratch.extend_from_slice(known);
+    scratch[0] &= u64::MAX << (inside.start - first);
+    let beyond = scratch.len() as u64 * 64 - (inside.end - first);
+    if let Some(last) = scratch.last_mut() {
         *last &= u64::MAX >> beyond;
     }
-    sys::clear_dirty_log(vm, range.slot, first, (end - first) as u32, words)
+    if scratch.iter().all(|&bits| bits == 0) {
+        return Ok(());
+    }
+    sys::clear_dirty_log(vm, range.slot, first, (end - first) as u32, scratch)?;
+    for (known, cleared) in known.iter_mut().zip(scratch) {
+        *known &= !*cleared;
+    }
+    Ok(())
 }
 
 /// One vCPU's ring, mapped.
@@ -424,6 +442,30 @@ mod tests {
         machine.log().protect(PageRun::new(u64::MAX - 5, 5)).unwrap();
     }
 
+    #[test]
+    fn protecting_a_window_leaves_what_was_written_since_the_harvest_logged() {
+        if !kvm_or_skip("protecting_a_window_leaves_what_was_written_since_the_harvest_logged") {
+            return;
+        }
+        let machine = boot(writer(70), 1, DirtyLogKind::Bitmap);
+        machine.log().start().unwrap();
+        protect_all(&machine);
+        assert_eq!(harvest(&machine), Vec::<u64>::new());
+        machine.resume().unwrap();
+        wait_for("two rounds", || written(&machine, 69) > 140);
+        machine.pause().unwrap();
+        // A window in which nothing was due, and one twice: neither may forget what no harvest has seen.
+        protect_all(&machine);
+        assert_eq!(harvest(&machine), (FIRST..FIRST + 70).collect::<Vec<_>>());
+        protect_all(&machine);
+        machine.resume().unwrap();
+        let before = written(&machine, 69);
+        wait_for("two rounds", || written(&machine, 69) > before + 140);
+        machine.pause().unwrap();
+        protect_all(&machine);
+        assert_eq!(harvest(&machine), (FIRST..FIRST + 70).collect::<Vec<_>>());
+    }
+
     /// Copies pages as a migration does, while the guest writes: in the end the copy must be equal.
     #[test]
     fn no_write_is_lost_between_harvest_protect_and_read() {
@@ -457,7 +499,9 @@ mod tests {
                 rounds += 1;
             }
             machine.pause().unwrap();
-            harvest(&machine).into_iter().for_each(|page| read(&mut copy, page));
+            for page in harvest(&machine) {
+                read(&mut copy, page);
+            }
             let mut truth = vec![0u8; copy.len()];
             (0..pages.0).for_each(|page| read(&mut truth, page));
             assert!(rounds > 3);

@@ -30,7 +30,9 @@ use super::x86::start;
 use super::x86::state::{RestoreError, StateSupport, TimeShift, VCPU_VERSION, VM_VERSION, VcpuState, VmState};
 use crate::model::id::VmName;
 use crate::model::shape::ShapeError;
-use crate::model::{DirtyLogKind, DiskSpec, MachineShape, NetSpec, PageBitmap, PageCount, PageRun, SerialSpec, VmId};
+use crate::model::{
+    DirtyLogKind, DiskSpec, MachineShape, NetSpec, PageBitmap, PageCount, PageRun, RegionId, SerialSpec, VmId,
+};
 use crate::port::machine::PauseTiming;
 use crate::port::{DirtyLog, MachineError, MachineState, Vcpus};
 
@@ -619,7 +621,10 @@ impl DirtyLog for Arc<Machine> {
         Ok(self.memory().dirty().take(into))
     }
 
-    fn protect(&mut self, run: PageRun) -> Result<(), MachineError> {
+    fn protect(&mut self, region: RegionId, run: PageRun) -> Result<(), MachineError> {
+        if region != RegionId::RAM {
+            return Err(MachineError::Refused { action: "protect pages", reason: format!("{region:?} is not RAM") });
+        }
         self.log().protect(run).map_err(|e| refused("protect pages")(e.into()))
     }
 
