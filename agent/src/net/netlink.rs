@@ -136,6 +136,12 @@ impl Events {
         Ok(Self { socket, queue: std::collections::VecDeque::new() })
     }
 
+    /// Drops the events that have come so far.
+    pub(super) fn discard_pending(&mut self) -> Result<(), NetError> {
+        while self.next(Duration::ZERO)?.is_some() {}
+        Ok(())
+    }
+
     /// The next event; `None` if there is none until `deadline` (`CLOCK_MONOTONIC`).
     pub(super) fn next(&mut self, deadline: Duration) -> Result<Option<Event>, NetError> {
         loop {
