@@ -200,12 +200,23 @@ fn the_command_finds_the_bridge_of_a_tap() {
 #[test]
 fn the_command_refuses_and_says_why() {
     let netns = Netns::new("refuse").unwrap();
-    netns.ip_batch(&["link add down0 type bridge", "tuntap add lone0 mode tap", "link set lone0 up"]).unwrap();
+    netns
+        .ip_batch(&[
+            "link add down0 type bridge",
+            "link add br0 type bridge",
+            "link set br0 up",
+            "tuntap add lone0 mode tap",
+            "link set lone0 up",
+            "tuntap add dead0 mode tap",
+            "link set dead0 master br0 up",
+        ])
+        .unwrap();
     let mac_text = guest().mac.to_string();
     for (interface, more, code, words) in [
         ("nonesuch0", vec![], 3, "no interface `nonesuch0`"),
         ("down0", vec![], 3, "`down0` is down"),
         ("lone0", vec![], 3, "tap under no bridge"),
+        ("dead0", vec![], 3, "bridge `br0` takes no frames from tap `dead0`"),
         ("lo", vec!["--ip", "224.0.0.1"], 3, "cannot be announced"),
         ("lo", vec!["--rounds", "0"], 2, "rounds"),
         ("lo", vec!["--initial", "5"], 2, "duration"),

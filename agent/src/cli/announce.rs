@@ -97,8 +97,12 @@ impl AnnounceArgs {
         } else {
             let stopped = if report.cancelled { "; cancelled" } else { "" };
             say(&format!(
-                "announced {} on {}: {} frames in {} of {} rounds{stopped}",
-                self.mac, report.sent_on, report.frames_sent, report.rounds_done, report.rounds_planned
+                "announced {} on {}: {} in {} of {} rounds{stopped}",
+                self.mac,
+                report.sent_on,
+                frames(report.frames_sent),
+                report.rounds_done,
+                report.rounds_planned
             ));
         }
         Ok(match report {
@@ -114,6 +118,10 @@ fn say(line: &str) {
     let _reader_is_gone = writeln!(std::io::stdout(), "{line}");
 }
 
+fn frames(count: u32) -> String {
+    format!("{count} frame{}", if count == 1 { "" } else { "s" })
+}
+
 fn print_round(round: &AnnounceRound, json: bool) {
     if json {
         match serde_json::to_string(&round.tagged()) {
@@ -127,7 +135,7 @@ fn print_round(round: &AnnounceRound, json: bool) {
         n => format!(", {n} failed"),
     };
     let after = display_duration(Duration::from_nanos(round.after_first_ns));
-    say(&format!("round {} after {after}: {} frames{failed}", round.round, round.frames_sent));
+    say(&format!("round {} after {after}: {}{failed}", round.round, frames(round.frames_sent)));
     if let Some(error) = &round.error {
         eprintln!("dunlin announce: {error}");
     }

@@ -237,11 +237,12 @@ pub fn entries(name: &str) -> Result<Vec<FdbEntry>, NetError> {
 /// out of the bridge itself teaches other switches, but not this one.
 ///
 /// # Errors
-/// There is no such port, it is under no bridge, or there is no right to.
+/// There is no such port, it is under no bridge or does not forward, or there is no right to.
 pub fn learn(mac: MacAddress, port: &str) -> Result<(), NetError> {
     let link = bridge::link(port)?;
-    if bridge::bridge_of(port)?.is_none() {
-        return Err(NetError::WrongKind { name: port.to_owned(), expected: "port of a bridge" });
+    // A port in another state is refused by the kernel with EPERM, which would read as a lack of rights.
+    if !link.forwarding {
+        return Err(NetError::WrongKind { name: port.to_owned(), expected: "forwarding port of a bridge" });
     }
     let mut message = NeighbourMessage::default();
     message.header.family = AddressFamily::Bridge;

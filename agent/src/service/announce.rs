@@ -32,6 +32,14 @@ pub enum AnnounceError {
     /// The interface.
     #[error(transparent)]
     Interface(#[from] NetError),
+    /// A tap whose bridge takes no frames from it, so that it cannot hold a VM that talks.
+    #[error("bridge `{bridge}` takes no frames from tap `{tap}`: does a VM hold the tap open, and is it up?")]
+    DeadTap {
+        /// Its name.
+        tap: String,
+        /// The bridge it is under.
+        bridge: String,
+    },
     /// A tap that leads nowhere but to its VM.
     #[error("interface `{tap}` is a tap under no bridge: frames sent on it reach only the VM behind it")]
     LoneTap {
@@ -82,11 +90,14 @@ pub fn announce(
 
 /// The interface that carries frames to the network for `interface`.
 fn carrier_of(interface: &str) -> Result<String, AnnounceError> {
-    if bridge::link(interface)?.kind != LinkKind::Tap {
+    let link = bridge::link(interface)?;
+    if link.kind != LinkKind::Tap {
         return Ok(interface.to_owned());
     }
+    let tap = link.name;
     match bridge::bridge_of(interface)? {
-        Some(bridge) => Ok(bridge.name),
-        None => Err(AnnounceError::LoneTap { tap: interface.to_owned() }),
+        Some(bridge) if link.forwarding => Ok(bridge.name),
+        Some(bridge) => Err(AnnounceError::DeadTap { tap, bridge: bridge.name }),
+        None => Err(AnnounceError::LoneTap { tap }),
     }
 }
