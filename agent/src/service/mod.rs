@@ -6,6 +6,7 @@
 //!
 //! Everything that acts on a VM passes [`audit::record`].
 
+pub mod announce;
 pub mod audit;
 pub mod clock;
 pub mod control;
