@@ -12,7 +12,7 @@ fn main() {
         "-Wl,-z,max-page-size=4096",
         "-Wl,-z,noexecstack",
         "-Wl,--gc-sections",
-        "-Wl,--no-warn-rwx-segments",
+        "-Wl,-z,norelro",
     ] {
         println!("cargo:rustc-link-arg-bins={arg}");
     }

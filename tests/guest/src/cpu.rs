@@ -8,9 +8,10 @@ use core::cell::UnsafeCell;
 use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use dunlin_guest::cmdline::MAX_CPUS;
+use dunlin_guest::ledger::gap_cycles;
 
 /// Bytes of a task's user stack.
-pub const STACK_BYTES: usize = 64 << 10;
+pub const STACK_BYTES: usize = 32 << 10;
 /// Offset of the saved registers in a task: 15 general registers and the 5 words of an interrupt frame end the task.
 pub const FRAME_OFFSET: usize = TASK_BYTES - 20 * 8;
 /// Bytes of a task; the interrupt stack of a task is its own end.
@@ -71,8 +72,6 @@ pub struct Shared {
     pub max_gap_cycles: AtomicU64,
     /// Time stamp at the end of the largest gap.
     pub max_gap_at: AtomicU64,
-    /// Generation of `/reset-gap` requests.
-    pub gap_resets: AtomicU32,
     /// Workload settings wanted: generation (odd while being written), bytes, rate, then pattern, share, fill.
     pub wanted_generation: AtomicU32,
     /// Working set in bytes.
@@ -81,6 +80,8 @@ pub struct Shared {
     pub wanted_rate: AtomicU64,
     /// Pattern, share and fill in the three low bytes.
     pub wanted_look: AtomicU32,
+    /// Generation of the settings that the writer has taken over, its working set filled.
+    pub settled_generation: AtomicU32,
     /// True while the writer may not halt between batches.
     pub spin: AtomicU8,
     /// Data pages that this vCPU was granted.
@@ -241,19 +242,55 @@ impl Cpu {
         }
     }
 
-    /// Gives the vCPU to the other task until `deadline` (TSC) or until an interrupt for this task. `now` is a fresh time stamp.
-    pub fn wait(&self, deadline: u64, now: u64) {
-        // SAFETY: gate 0x41 of `entry.rs` saves and restores all general registers; the vector registers are declared lost
-        // as the other task may use them, and memory may be changed by it.
-        unsafe {
-            core::arch::asm!("int 0x41", in("rdi") deadline, in("rsi") now, clobber_abi("sysv64"));
-        }
+    /// Gives the vCPU to the other task until `deadline` (TSC) or until an interrupt for this task; returns the time after that.
+    pub fn wait(&self, deadline: u64) -> u64 {
+        gate(deadline, self.look(0));
+        self.look(deadline)
     }
 
-    /// Time stamp counter, noted as seen by this vCPU.
-    pub fn look(&self) -> u64 {
+    /// Reads the time stamp counter and keeps the book of gaps. `planned` is the end of a sleep before this look, else 0.
+    #[inline]
+    pub fn look(&self, planned: u64) -> u64 {
         let now = crate::io::tsc();
+        let gap = gap_cycles(self.last_seen.load(Relaxed), planned, now);
+        if gap > self.shared.max_gap_cycles.load(Relaxed) {
+            self.shared.max_gap_cycles.store(gap, Relaxed);
+            self.shared.max_gap_at.store(now, Relaxed);
+        }
         self.last_seen.store(now, Relaxed);
         now
+    }
+
+    /// Index of the vCPU.
+    #[inline]
+    pub fn number(&self) -> usize {
+        self.index.load(Relaxed) as usize
+    }
+}
+
+/// The wait gate of `entry.rs`: the running task sleeps until `deadline`; `now` is a fresh time stamp.
+fn gate(deadline: u64, now: u64) {
+    // SAFETY: the gate saves and restores all general registers; the vector registers are declared lost, as the other
+    // task may use them, and memory may be changed by it.
+    unsafe {
+        core::arch::asm!(
+            "ud2",
+            inout("rax") crate::entry::GATE_MAGIC => _,
+            in("rdi") deadline,
+            in("rsi") now,
+            clobber_abi("sysv64")
+        );
+    }
+}
+
+/// Stops the running task for ever; when no other task has work the vCPU halts.
+pub fn halt_for_ever() -> ! {
+    let scheduled = cpu(0).tasks[SERVICE].cr3.load(Relaxed) != 0;
+    loop {
+        if scheduled {
+            gate(u64::MAX, crate::io::tsc());
+        } else {
+            crate::io::relax();
+        }
     }
 }

@@ -14,8 +14,9 @@ use crate::cpu::{Cpu, FRAME_OFFSET, STACK_BYTES, TASK_BYTES, Task, Tss};
 pub const TSS_SELECTOR: u16 = 0x40;
 /// Vector of the LAPIC timer.
 pub const TIMER_VECTOR: u8 = 0x20;
-/// Vector of the wait gate, callable from CPL 3.
-pub const GATE_VECTOR: u8 = 0x41;
+/// What rax holds when `ud2` means the wait gate. An invalid opcode is the one way from CPL 3 to CPL 0 that every KVM backend
+/// delivers: some refuse `syscall` and `int n`.
+pub const GATE_MAGIC: u64 = 0x6475_6e6c;
 /// First vector of devices.
 pub const DEVICE_VECTOR: u8 = 0x50;
 /// Vector of the interrupt from the previous vCPU.
@@ -52,7 +53,6 @@ unsafe extern "C" {
     pub static image_start: u8;
     pub static image_end: u8;
     pub fn timer_handler();
-    pub fn gate_handler();
     pub fn cross_handler();
     pub fn own_handler();
     pub fn wake_handler();
@@ -171,9 +171,14 @@ start_ap:
     movl $0, (%rax)
     .endm
 
-    # Wait gate: rdi = deadline, rsi = now.
-    .globl gate_handler
-gate_handler:
+    # Invalid opcode. With the magic number in rax it is the wait gate: rdi = deadline, rsi = now.
+exception_6:
+    cmpq ${GATE_MAGIC}, %rax
+    je 1f
+    pushq $0
+    pushq $6
+    jmp exception
+1:  addq $2, (%rsp)              # past the ud2
     SAVE
     cmpq $0, {WAKE}(%rbx)
     je 1f
@@ -356,7 +361,7 @@ exception_\number:
     pushq $\number
     jmp exception
     .endm
-    .irp number, 0,1,2,3,4,5,6,7,9,15,16,18,19,20,22,23,24,25,26,27,28,31
+    .irp number, 0,1,2,3,4,5,7,9,15,16,18,19,20,22,23,24,25,26,27,28,31
     EXCEPTION \number, 0
     .endr
     .irp number, 8,10,11,12,13,14,17,21,29,30
@@ -462,6 +467,7 @@ panic_stack_end:
     STACK_BYTES = const STACK_BYTES,
     TSS_SELECTOR = const TSS_SELECTOR,
     TRAMPOLINE = const TRAMPOLINE,
+    GATE_MAGIC = const GATE_MAGIC,
     CPU = const offset_of!(Task, cpu),
     CR3 = const offset_of!(Task, cr3),
     DEADLINE = const offset_of!(Task, deadline),

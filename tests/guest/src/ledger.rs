@@ -32,34 +32,11 @@ impl RunClock {
     }
 }
 
-/// The largest time for which a vCPU wanted to run and was not seen running.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct GapMeter {
-    last: u64,
-    /// Largest gap in cycles.
-    pub largest: u64,
-    /// Time stamp at the end of the largest gap.
-    pub largest_at: u64,
-}
-
-impl GapMeter {
-    /// Looks at the time; sleeping until `planned` is no gap.
-    pub fn look(&mut self, now: u64, planned: u64) {
-        if self.last != 0 {
-            let gap = now.saturating_sub(self.last.max(planned));
-            if gap > self.largest {
-                self.largest = gap;
-                self.largest_at = now;
-            }
-        }
-        self.last = self.last.max(now);
-    }
-
-    /// Forgets the largest gap.
-    pub fn reset(&mut self) {
-        self.largest = 0;
-        self.largest_at = 0;
-    }
+/// Cycles for which a vCPU wanted to run and was not seen running: from its last look, or from the planned end of its sleep,
+/// to this look.
+#[inline]
+pub fn gap_cycles(last: u64, planned: u64, now: u64) -> u64 {
+    if last == 0 { 0 } else { now.saturating_sub(last.max(planned)) }
 }
 
 /// What the sender of inter-processor interrupts may do next.
@@ -154,9 +131,9 @@ impl IrqLedger {
         }
     }
 
-    /// True while progress waits for its interrupt, or an interrupt has not been looked at yet.
-    pub fn pending(&self, interrupts: u64) -> bool {
-        self.unclaimed_since.is_some() || interrupts != self.seen_interrupts
+    /// True when an interrupt came since the last look.
+    pub fn is_new(&self, interrupts: u64) -> bool {
+        interrupts != self.seen_interrupts
     }
 }
 
@@ -202,17 +179,10 @@ mod tests {
 
     #[test]
     fn gap_is_lateness_not_sleep() {
-        let mut gap = GapMeter::default();
-        gap.look(1_000, 0);
-        gap.look(2_000, 1_990);
-        assert_eq!(gap.largest, 10);
-        gap.look(2_050, 0);
-        assert_eq!((gap.largest, gap.largest_at), (50, 2_050));
-        gap.look(2_060, 9_000);
-        assert_eq!(gap.largest, 50);
-        gap.reset();
-        gap.look(2_061, 0);
-        assert_eq!(gap.largest, 1);
+        assert_eq!(gap_cycles(0, 0, 5_000), 0);
+        assert_eq!(gap_cycles(1_000, 1_990, 2_000), 10);
+        assert_eq!(gap_cycles(2_000, 0, 2_050), 50);
+        assert_eq!(gap_cycles(2_050, 9_000, 2_060), 0);
     }
 
     #[test]
@@ -253,7 +223,7 @@ mod tests {
     fn progress_with_a_late_interrupt_is_fine() {
         let mut book = IrqLedger::default();
         book.look(0, true, true, 0, 100);
-        assert!(book.pending(0));
+        assert!(book.is_new(1) && !book.is_new(0));
         book.look(1, false, false, 50, 100);
         assert_eq!((book.lost, book.spurious), (0, 0));
         book.look(1, false, false, 500, 100);

@@ -105,16 +105,9 @@ impl Part {
 
     /// The inverse of `self as u8`.
     pub fn from_u8(value: u8) -> Option<Self> {
-        [
-            Self::Tag,
-            Self::Sequence,
-            Self::HeaderCheck,
-            Self::Body,
-            Self::BodySum,
-            Self::SequenceTable,
-        ]
-        .into_iter()
-        .find(|part| *part as u8 == value)
+        [Self::Tag, Self::Sequence, Self::HeaderCheck, Self::Body, Self::BodySum, Self::SequenceTable]
+            .into_iter()
+            .find(|part| *part as u8 == value)
     }
 }
 

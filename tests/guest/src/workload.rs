@@ -86,9 +86,7 @@ impl Spec {
             }
             "rate" => value.parse().ok().map(|rate| self.rate_pages_per_second = rate),
             "pattern" => Pattern::parse(value).map(|pattern| self.pattern = pattern),
-            "share" => {
-                value.parse().ok().filter(|share| *share <= 100).map(|share| self.share_percent = share)
-            }
+            "share" => value.parse().ok().filter(|share| *share <= 100).map(|share| self.share_percent = share),
             "fill" => Fill::parse(value).map(|fill| self.fill = fill),
             _ => None,
         };
