@@ -71,11 +71,11 @@ impl Planner {
     /// The next request; `written` says whether a block was written in this run (only such blocks are read back).
     pub fn next(&mut self, written: impl Fn(usize) -> bool) -> Action {
         self.count += 1;
-        if self.count % FLUSH_EVERY == 0 {
+        if self.count.is_multiple_of(FLUSH_EVERY) {
             return Action::Flush;
         }
         let block = self.dice.below(self.blocks as u64) as usize;
-        if self.count % 2 == 0 {
+        if self.count.is_multiple_of(2) {
             // A few throws to find a block that was written; in the beginning most were not.
             for _ in 0..8 {
                 let candidate = self.dice.below(self.blocks as u64) as usize;

@@ -132,7 +132,10 @@ impl Config {
     }
 
     fn set_workloads(&mut self, value: &str) -> Option<()> {
-        let good = self.workloads.iter_mut().fold(true, |good, workload| workload.set_list(value) && good);
+        let mut good = true;
+        for workload in &mut self.workloads {
+            good &= workload.set_list(value);
+        }
         good.then_some(())
     }
 }

@@ -68,7 +68,7 @@ pub struct Shared {
     pub timer_stalls: AtomicU64,
     /// Times that a task of this vCPU found a foreign canary.
     pub address_space_mismatches: AtomicU64,
-    /// Largest gap in cycles; set to 0 by a reset of the gap.
+    /// Largest gap in cycles; set to 0 when the guest is ready and by `/reset-gap`.
     pub max_gap_cycles: AtomicU64,
     /// Time stamp at the end of the largest gap.
     pub max_gap_at: AtomicU64,

@@ -19,6 +19,7 @@ impl<T> Once<T> {
     }
 
     /// Takes the value; a second call is a mistake of this program.
+    #[allow(clippy::mut_from_ref, reason = "the one call that succeeds has the only reference")]
     pub fn take(&'static self) -> &'static mut T {
         assert!(!self.taken.swap(true, AcqRel), "a static was taken twice");
         // SAFETY: the swap above lets only one caller come here, so the reference is unique.

@@ -5,7 +5,7 @@ use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use crate::{io, serial};
 
-/// Set by the first panic; the service tasks then stop, so that no heartbeat hides it.
+/// Set by the first panic; all tasks then stop, so that no heartbeat hides it.
 pub static PANICKED: AtomicBool = AtomicBool::new(false);
 
 #[panic_handler]

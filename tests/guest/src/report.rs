@@ -189,6 +189,14 @@ pub fn is_settled(cpu: &Cpu) -> bool {
     cpu.shared.settled_generation.load(Acquire) == cpu.shared.wanted_generation.load(Relaxed)
 }
 
+/// Forgets the largest gaps of all vCPUs.
+pub fn reset_gaps() {
+    for cpu in cpu::all(crate::settings().cpus) {
+        cpu.shared.max_gap_cycles.store(0, Relaxed);
+        cpu.shared.max_gap_at.store(0, Relaxed);
+    }
+}
+
 /// Writes the answer of `/verify`.
 pub fn verification(out: &mut impl Write) {
     let cpus = cpu::all(crate::settings().cpus);

@@ -132,6 +132,7 @@ impl Service {
             return;
         }
         self.ready = true;
+        report::reset_gaps();
         serial::line(format_args!(
             "READY version={} memory_bytes={} cpus={} tsc_hz={} tsc_source={} net={} block={} boot_ns={}",
             env!("CARGO_PKG_VERSION"),

@@ -302,10 +302,7 @@ fn answer(request: Request, out: &mut Response, scratch: &mut Response, extras: 
         }
         Request::Verify => (Stage::Verifying(VERIFY.fetch_add(1, AcqRel) + 1), None),
         Request::ResetGap => {
-            for cpu in cpu::all(crate::settings().cpus) {
-                cpu.shared.max_gap_cycles.store(0, Relaxed);
-                cpu.shared.max_gap_at.store(0, Relaxed);
-            }
+            report::reset_gaps();
             respond(out, "200 OK", "text/plain", b"gap reset\n");
             sent
         }

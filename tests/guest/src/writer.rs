@@ -10,7 +10,8 @@ use dunlin_guest::ledger::{RunClock, TimerWatch};
 use dunlin_guest::page::{self, Fill, Mismatch, PAGE_BYTES, Page, Part, Rewrite};
 use dunlin_guest::workload::{Pacer, Pattern, Picker, Spec};
 
-use crate::cpu::{Cpu, Shared, WRITER};
+use crate::cpu::{self, Cpu, Shared, WRITER};
+use crate::panic::PANICKED;
 use crate::{apic, clock, io, paging};
 
 /// Generation of the last full verification that was asked for.
@@ -94,11 +95,11 @@ impl Writer {
         let slice = clock::cycles(SLICE_NS.load(Relaxed));
         let mut generation = 1; // odd: never a settled one
         let mut planned = 0;
-        loop {
+        while !PANICKED.load(Relaxed) {
             let now = self.look(planned);
             planned = 0;
             let wanted = shared.wanted_generation.load(Acquire);
-            if wanted != generation && wanted % 2 == 0 {
+            if wanted != generation && wanted.is_multiple_of(2) {
                 let spec = shared.wanted();
                 if shared.wanted_generation.load(Acquire) == wanted {
                     generation = wanted;
@@ -127,6 +128,7 @@ impl Writer {
                 io::relax();
             }
         }
+        cpu::halt_for_ever()
     }
 
     /// Looks at the clock, at the address space, and whether the timer still fires.
