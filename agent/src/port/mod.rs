@@ -10,7 +10,7 @@ pub mod link;
 pub mod machine;
 pub mod region;
 
-pub use clock::Clock;
+pub use clock::{Bell, Clock, Job};
 pub use frame::FramePort;
 pub use journal::{Journal, JournalError, JournalRecord};
 pub use link::{BulkItem, BulkReceiver, BulkSender, ControlChannel, LinkError, SourceLink, TargetLink};
