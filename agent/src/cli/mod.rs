@@ -1,6 +1,11 @@
 //! The command line: arguments in, human text or JSON out. One file a subcommand; calls [`crate::service`], has no logic.
 
 mod announce;
+mod migrate;
+mod places;
+mod resolve;
+mod signals;
+mod vm;
 
 use clap::{Parser, Subcommand};
 
@@ -19,6 +24,10 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Announce(announce::AnnounceArgs),
+    Migrate(migrate::MigrateArgs),
+    Resolve(resolve::ResolveArgs),
+    #[command(subcommand)]
+    Vm(vm::VmCommand),
 }
 
 impl Cli {
@@ -29,6 +38,9 @@ impl Cli {
     pub fn run(self) -> anyhow::Result<u8> {
         match self.command {
             Command::Announce(arguments) => arguments.run(self.json),
+            Command::Migrate(arguments) => arguments.run(self.json),
+            Command::Resolve(arguments) => arguments.run(self.json),
+            Command::Vm(command) => command.run(self.json),
         }
     }
 }

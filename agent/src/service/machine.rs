@@ -17,7 +17,7 @@ use super::gate::{GateError, GateState, OnLoss, OwnershipGate};
 use super::registry::{MachineEntry, Registry, RegistryError, boot_id, start_time_ticks};
 use super::session::{Creation, Reply, Request, SESSION_VERSION, SessionError, SessionSocket};
 use crate::announce::{AddressError, Announcer, Schedule};
-use crate::block::RawDisk;
+use crate::block::raw::RawDisk;
 use crate::kvm::bus::{Device, DeviceError};
 use crate::kvm::machine::{BootConfig, HostedError, Hosting, Machine};
 use crate::kvm::memory::Memory;
@@ -560,7 +560,7 @@ impl Host {
     }
 
     /// Waits until the machine has ended, at most `timeout`; then takes its entry out of the run folder.
-    pub fn wait_end(&self, timeout: Duration) -> Option<crate::kvm::control::MachineExit> {
+    pub fn wait_end(&self, timeout: Duration) -> Option<crate::kvm::MachineExit> {
         let exit = self.machine.wait_exit(timeout)?;
         self.registry.leave(&self.machine.shape().name);
         Some(exit)

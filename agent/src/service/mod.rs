@@ -16,4 +16,5 @@ pub mod machine;
 pub mod migration;
 pub mod receive;
 pub mod registry;
+pub mod resolve;
 pub mod session;
