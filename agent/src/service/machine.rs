@@ -28,6 +28,9 @@ use crate::net::tap::Tap;
 use crate::port::{JournalError, JournalRecord};
 use crate::store::FileJournal;
 
+/// How long the process stays after an order has ended the machine, so that the answer reaches its client.
+const ANSWER_TIME: Duration = Duration::from_millis(100);
+
 /// A machine could not be hosted.
 #[derive(Debug, thiserror::Error)]
 pub enum HostError {
@@ -150,6 +153,8 @@ pub struct Host {
     session: Mutex<()>,
     announcer: Announcer,
     paused_by_operator: AtomicBool,
+    /// An order on the control socket has ended the machine: its answer must still get out.
+    answering: AtomicBool,
     registry: Registry,
     state_dir: PathBuf,
     since: Instant,
@@ -261,6 +266,7 @@ impl Host {
             session: Mutex::new(()),
             announcer,
             paused_by_operator: AtomicBool::new(false),
+            answering: AtomicBool::new(false),
             registry,
             state_dir: places.state_dir.clone(),
             since: Instant::now(),
@@ -380,6 +386,7 @@ impl Host {
     /// Ends the VM by an operator's order.
     pub fn stop(&self, who: &str) -> Result<(), String> {
         self.act(who, "stop", || {
+            self.answering.store(true, Ordering::Release);
             self.machine.stop();
             Ok(())
         })
@@ -393,6 +400,7 @@ impl Host {
             if owner == Owner::Here {
                 self.run_again();
             } else {
+                self.answering.store(true, Ordering::Release);
                 self.machine.stop();
             }
             Ok(())
@@ -562,6 +570,9 @@ impl Host {
     /// Waits until the machine has ended, at most `timeout`; then takes its entry out of the run folder.
     pub fn wait_end(&self, timeout: Duration) -> Option<crate::kvm::MachineExit> {
         let exit = self.machine.wait_exit(timeout)?;
+        if self.answering.load(Ordering::Acquire) {
+            std::thread::sleep(ANSWER_TIME);
+        }
         self.registry.leave(&self.machine.shape().name);
         Some(exit)
     }

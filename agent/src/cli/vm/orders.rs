@@ -20,7 +20,7 @@ const CONSOLE_TICK: Duration = Duration::from_millis(50);
 /// List the VMs that Dunlin hosts here.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  dunlin vm list\n  dunlin vm list --json --run-dir /run/dunlin")]
-pub(super) struct ListArgs {
+pub(in crate::cli) struct ListArgs {
     #[command(flatten)]
     run_dir: RunDir,
 }
@@ -30,7 +30,7 @@ fn state(info: &VmInfo) -> String {
 }
 
 impl ListArgs {
-    pub(super) fn run(self, json: bool) -> anyhow::Result<u8> {
+    pub(in crate::cli) fn run(self, json: bool) -> anyhow::Result<u8> {
         let registry = Registry::new(&self.run_dir.run_dir);
         let entries = registry.list();
         if !json {
@@ -58,7 +58,7 @@ impl ListArgs {
 /// Show one VM: state, vCPU threads, devices, dirty log.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  dunlin vm info web1\n  dunlin vm info pid:4711 --json")]
-pub(super) struct InfoArgs {
+pub(in crate::cli) struct InfoArgs {
     /// The VM: NAME, uuid:U or pid:P.
     vm: VmRef,
     #[command(flatten)]
@@ -66,7 +66,7 @@ pub(super) struct InfoArgs {
 }
 
 impl InfoArgs {
-    pub(super) fn run(self, json: bool) -> anyhow::Result<u8> {
+    pub(in crate::cli) fn run(self, json: bool) -> anyhow::Result<u8> {
         let registry = Registry::new(&self.run_dir.run_dir);
         let info = ask_info(&registry.socket(&registry.find(&self.vm)?.name, "observe"))?;
         if json {
@@ -121,7 +121,7 @@ fn order(vm: &VmRef, run_dir: RunDir, target: &str, done: &str, json: bool) -> a
 /// Pause a VM: its vCPUs and devices stand until `dunlin vm resume`.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  dunlin vm pause web1")]
-pub(super) struct PauseArgs {
+pub(in crate::cli) struct PauseArgs {
     /// The VM: NAME, uuid:U or pid:P.
     vm: VmRef,
     #[command(flatten)]
@@ -129,7 +129,7 @@ pub(super) struct PauseArgs {
 }
 
 impl PauseArgs {
-    pub(super) fn run(self, json: bool) -> anyhow::Result<u8> {
+    pub(in crate::cli) fn run(self, json: bool) -> anyhow::Result<u8> {
         order(&self.vm, self.run_dir, "/v1/pause", "paused", json)
     }
 }
@@ -137,7 +137,7 @@ impl PauseArgs {
 /// Let a paused VM go on.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  dunlin vm resume web1")]
-pub(super) struct ResumeArgs {
+pub(in crate::cli) struct ResumeArgs {
     /// The VM: NAME, uuid:U or pid:P.
     vm: VmRef,
     #[command(flatten)]
@@ -145,7 +145,7 @@ pub(super) struct ResumeArgs {
 }
 
 impl ResumeArgs {
-    pub(super) fn run(self, json: bool) -> anyhow::Result<u8> {
+    pub(in crate::cli) fn run(self, json: bool) -> anyhow::Result<u8> {
         order(&self.vm, self.run_dir, "/v1/resume", "runs", json)
     }
 }
@@ -153,7 +153,7 @@ impl ResumeArgs {
 /// End a VM at once, as if its power were cut.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  dunlin vm stop web1")]
-pub(super) struct StopArgs {
+pub(in crate::cli) struct StopArgs {
     /// The VM: NAME, uuid:U or pid:P.
     vm: VmRef,
     #[command(flatten)]
@@ -161,7 +161,7 @@ pub(super) struct StopArgs {
 }
 
 impl StopArgs {
-    pub(super) fn run(self, json: bool) -> anyhow::Result<u8> {
+    pub(in crate::cli) fn run(self, json: bool) -> anyhow::Result<u8> {
         order(&self.vm, self.run_dir, "/v1/stop", "stopped", json)
     }
 }
@@ -169,7 +169,7 @@ impl StopArgs {
 /// Show a VM's console: its last 64 KiB of output, then what follows; lines typed here go to the guest.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  dunlin vm console web1\n  dunlin vm console web1 --history")]
-pub(super) struct ConsoleArgs {
+pub(in crate::cli) struct ConsoleArgs {
     /// The VM: NAME, uuid:U or pid:P.
     vm: VmRef,
     /// Print what there is and end.
@@ -180,7 +180,7 @@ pub(super) struct ConsoleArgs {
 }
 
 impl ConsoleArgs {
-    pub(super) fn run(self, json: bool) -> anyhow::Result<u8> {
+    pub(in crate::cli) fn run(self, json: bool) -> anyhow::Result<u8> {
         let registry = Registry::new(&self.run_dir.run_dir);
         let name = registry.find(&self.vm)?.name;
         let (observe, act) = (registry.socket(&name, "observe"), registry.socket(&name, "control"));

@@ -30,7 +30,7 @@ Examples:
       --net tap=tap7,mac=52:54:00:00:00:01 --disk path=/srv/disk.img --serial file=web1.log
 
 Exit codes: 0 the VM came and has ended, or moved on; 1 it crashed; 2 wrong arguments; 3 refused; 6 cancelled.")]
-pub(super) struct ReceiveArgs {
+pub(in crate::cli) struct ReceiveArgs {
     /// Where to listen: tcp://ADDR:PORT; port 0 lets the kernel choose, and the choice is printed.
     #[arg(long, value_name = "ADDRESS")]
     listen: Address,
@@ -93,7 +93,7 @@ impl Schema for Came {
 }
 
 impl ReceiveArgs {
-    pub(super) fn run(self, json: bool) -> anyhow::Result<u8> {
+    pub(in crate::cli) fn run(self, json: bool) -> anyhow::Result<u8> {
         if let Err(error) = check_plaintext(&self.listen, self.insecure_plaintext) {
             eprintln!("dunlin: refused: {error}");
             return Ok(exit::REFUSED);

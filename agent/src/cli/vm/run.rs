@@ -38,7 +38,7 @@ Examples:
       --net tap=tap0,mac=52:54:00:00:00:01,ip=10.0.0.2 --disk path=disk.img --serial file=web1.log
 
 Exit codes: 0 the guest switched off, was stopped or moved away; 1 it crashed; 2 wrong arguments; 3 refused.")]
-pub(super) struct RunArgs {
+pub(in crate::cli) struct RunArgs {
     /// The VM's name.
     #[arg(long, value_name = "N", required_unless_present = "incoming_fd")]
     name: Option<VmName>,
@@ -104,7 +104,7 @@ impl Schema for EndReport {
 }
 
 impl RunArgs {
-    pub(super) fn run(self, json: bool) -> anyhow::Result<u8> {
+    pub(in crate::cli) fn run(self, json: bool) -> anyhow::Result<u8> {
         let cancel = cancel_on_signals()?;
         let boots = self.incoming_fd.is_none();
         let host = match self.incoming_fd {
