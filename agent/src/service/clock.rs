@@ -1,23 +1,27 @@
-//! The real twin of [`crate::port::Clock`].
+//! The real clock.
 
-use std::thread;
-use std::time::Duration;
-
-use rustix::time::{ClockId, clock_gettime};
+use std::time::{Duration, Instant};
 
 use crate::port::Clock;
 
-/// `CLOCK_MONOTONIC`, which all processes of a host share: times of several processes can be laid side by side.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct MonotonicClock;
+/// `CLOCK_MONOTONIC`, counted from when it was made.
+#[derive(Clone, Copy, Debug)]
+pub struct MonotonicClock {
+    start: Instant,
+}
+
+impl Default for MonotonicClock {
+    fn default() -> Self {
+        Self { start: Instant::now() }
+    }
+}
 
 impl Clock for MonotonicClock {
     fn now(&self) -> Duration {
-        let now = clock_gettime(ClockId::Monotonic);
-        Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
+        self.start.elapsed()
     }
 
     fn sleep(&self, duration: Duration) {
-        thread::sleep(duration);
+        std::thread::sleep(duration);
     }
 }
