@@ -39,16 +39,18 @@ pub(super) struct Worker {
 struct Control {
     state: Mutex<State>,
     changed: Condvar,
+    /// Held during a pass. Whoever sets `hold` and then gets this lock once knows that no pass runs or will begin: so a
+    /// worker that sleeps need not be woken to stand.
+    pass: Mutex<()>,
+    /// Whether `state` wants anything but running.
+    hold: AtomicBool,
     /// Ends the worker's sleep.
     wake: EventFd,
-    /// What `state` wants, for a look without the lock.
-    hold: AtomicBool,
 }
 
 #[derive(Debug)]
 struct State {
     wanted: Wanted,
-    stands: bool,
     gone: bool,
 }
 
@@ -71,8 +73,9 @@ impl Worker {
         mut job: impl Job + 'static,
     ) -> io::Result<Self> {
         let control = Arc::new(Control {
-            state: Mutex::new(State { wanted: Wanted::Stand, stands: false, gone: false }),
+            state: Mutex::new(State { wanted: Wanted::Stand, gone: false }),
             changed: Condvar::new(),
+            pass: Mutex::new(()),
             wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             hold: AtomicBool::new(true),
         });
@@ -84,17 +87,14 @@ impl Worker {
         Ok(Self { control, thread: Some(thread) })
     }
 
-    /// Returns when the worker stands and will touch nothing until [`Worker::resume`].
+    /// Returns when no pass runs, and none begins until [`Worker::resume`].
     ///
     /// # Errors
     /// The thread died; it touches nothing either.
     pub(super) fn pause(&self) -> Result<(), WorkerGone> {
         self.control.want(Wanted::Stand);
-        let mut state = self.control.state();
-        while !state.stands && !state.gone {
-            state = self.control.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-        if state.gone { Err(WorkerGone) } else { Ok(()) }
+        let pass = self.control.pass.lock();
+        if pass.is_err() || self.control.state().gone { Err(WorkerGone) } else { Ok(()) }
     }
 
     /// Goes on with a pass over everything.
@@ -106,7 +106,7 @@ impl Worker {
         if self.control.state().gone { Err(WorkerGone) } else { Ok(()) }
     }
 
-    /// Whether it was told to stand; [`Worker::pause`] then waits until it does.
+    /// Whether it was last told to stand.
     pub(super) fn is_paused(&self) -> bool {
         self.control.state().wanted == Wanted::Stand
     }
@@ -131,40 +131,31 @@ impl Control {
         let mut state = self.state();
         state.wanted = wanted;
         self.hold.store(wanted != Wanted::Run, Ordering::Release);
-        if wanted == Wanted::Run {
-            // Whoever pauses next must see that it stood after this moment, not before.
-            state.stands = false;
-        }
         drop(state);
-        self.changed.notify_all();
-        // Fails only when the counter is full, and then the worker is woken anyway.
-        let _ = self.wake.write(1);
+        if wanted != Wanted::Stand {
+            self.changed.notify_all();
+            // Fails only when the counter is full, and then the worker is woken anyway.
+            let _ = self.wake.write(1);
+        }
     }
 
-    /// Stands for as long as that is wanted. False if the end is.
-    fn may_go_on(&self) -> bool {
-        if !self.hold.load(Ordering::Acquire) {
-            return true;
-        }
-        let mut state = self.state();
-        loop {
-            match state.wanted {
-                Wanted::Run => return true,
-                Wanted::End => return false,
-                Wanted::Stand => {
-                    state.stands = true;
-                    self.changed.notify_all();
-                    state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-                }
-            }
-        }
+    /// Waits until running is wanted. False if the end is.
+    fn may_run(&self) -> bool {
+        let stand = |state: &mut State| state.wanted == Wanted::Stand;
+        let state = self.changed.wait_while(self.state(), stand).unwrap_or_else(PoisonError::into_inner);
+        state.wanted == Wanted::Run
     }
 
     fn run(&self, signals: &[EventFd], watched: Option<OwnedFd>, job: &mut impl Job) {
         let mut watched = watched;
         let hold = || self.hold.load(Ordering::Acquire);
-        while self.may_go_on() {
+        while self.may_run() {
+            let pass = self.pass.lock();
+            if hold() {
+                continue;
+            }
             let served = job.serve(&hold);
+            drop(pass);
             if served.more || hold() {
                 continue;
             }
