@@ -3,6 +3,7 @@
 //! - [`machine`] hosts one VM: the ownership gate, the session for a manager, the control sockets.
 //! - [`migration`] is the manager at a source, [`receive`] the one at a target.
 //! - [`registry`] knows which VMs this host runs.
+//! - [`announce`] announces by hand, on an interface that an operator names.
 //!
 //! Everything that acts on a VM passes [`audit::record`].
 
