@@ -1,5 +1,8 @@
 //! The command line: arguments in, human text or JSON out. One file a subcommand; calls [`crate::service`], has no logic.
 
+mod dirty_rate;
+mod doctor;
+
 use clap::{Parser, Subcommand};
 
 /// Watches how KVM guests write memory, tames the writers, moves a running VM, and proves that the network followed.
@@ -15,7 +18,10 @@ pub struct Cli {
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {}
+enum Command {
+    DirtyRate(dirty_rate::DirtyRateArgs),
+    Doctor(doctor::DoctorArgs),
+}
 
 impl Cli {
     /// Runs the command and returns its exit code (see [`crate::model::outcome::exit`]).
@@ -23,6 +29,9 @@ impl Cli {
     /// # Errors
     /// What went wrong, with context; the caller prints it and exits with code 1.
     pub fn run(self) -> anyhow::Result<u8> {
-        match self.command {}
+        match self.command {
+            Command::DirtyRate(arguments) => dirty_rate::run(arguments, self.json),
+            Command::Doctor(arguments) => doctor::run(arguments, self.json),
+        }
     }
 }
