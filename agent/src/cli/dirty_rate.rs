@@ -55,31 +55,33 @@ pub(super) struct DirtyRateArgs {
 /// Intervals shorter than this measure mostly themselves.
 const SHORTEST: Duration = Duration::from_millis(10);
 
-/// Runs the command.
-pub(super) fn run(arguments: DirtyRateArgs, json: bool) -> anyhow::Result<u8> {
-    let DirtyRateArgs { vm, interval, count, arm, max_address, probe_log, run_dir } = arguments;
-    if interval < SHORTEST {
-        eprintln!("dunlin: --interval must be at least {}", display_duration(SHORTEST));
-        return Ok(exit::USAGE);
-    }
-    let interrupt = Interrupt::install()?;
-    let request = ObserveRequest { run_dir, vm, interval, count, max_address_bytes: max_address, arm, probe_log };
-    let mut first = true;
-    let ended = observe(&request, &interrupt, |report| {
-        if json {
-            match serde_json::to_string(&report.tagged()) {
-                Ok(line) => println!("{line}"),
-                Err(error) => eprintln!("dunlin: {error}"),
-            }
-        } else {
-            print!("{}", text(report, std::mem::take(&mut first)));
+impl DirtyRateArgs {
+    /// Runs the command.
+    pub(super) fn run(self, json: bool) -> anyhow::Result<u8> {
+        let DirtyRateArgs { vm, interval, count, arm, max_address, probe_log, run_dir } = self;
+        if interval < SHORTEST {
+            eprintln!("dunlin: --interval must be at least {}", display_duration(SHORTEST));
+            return Ok(exit::USAGE);
         }
-    })?;
-    match ended {
-        Ended::Counted | Ended::Interrupted => Ok(exit::DONE),
-        Ended::VmGone => {
-            eprintln!("dunlin: {} has ended", request.vm);
-            Ok(exit::ERROR)
+        let interrupt = Interrupt::install()?;
+        let request = ObserveRequest { run_dir, vm, interval, count, max_address_bytes: max_address, arm, probe_log };
+        let mut first = true;
+        let ended = observe(&request, &interrupt, |report| {
+            if json {
+                match serde_json::to_string(&report.tagged()) {
+                    Ok(line) => println!("{line}"),
+                    Err(error) => eprintln!("dunlin: {error}"),
+                }
+            } else {
+                print!("{}", text(report, std::mem::take(&mut first)));
+            }
+        })?;
+        match ended {
+            Ended::Counted | Ended::Interrupted => Ok(exit::DONE),
+            Ended::VmGone => {
+                eprintln!("dunlin: {} has ended", request.vm);
+                Ok(exit::ERROR)
+            }
         }
     }
 }

@@ -25,16 +25,18 @@ pub(super) struct DoctorArgs {
     state_dir: PathBuf,
 }
 
-/// Runs the command.
-pub(super) fn run(arguments: DoctorArgs, json: bool) -> anyhow::Result<u8> {
-    let DoctorArgs { run_dir, state_dir } = arguments;
-    let report = examine(&Paths { run_dir, state_dir });
-    if json {
-        println!("{}", serde_json::to_string(&report.tagged())?);
-    } else {
-        print!("{}", text(&report));
+impl DoctorArgs {
+    /// Runs the command.
+    pub(super) fn run(self, json: bool) -> anyhow::Result<u8> {
+        let DoctorArgs { run_dir, state_dir } = self;
+        let report = examine(&Paths { run_dir, state_dir });
+        if json {
+            println!("{}", serde_json::to_string(&report.tagged())?);
+        } else {
+            print!("{}", text(&report));
+        }
+        Ok(if report.ready { exit::DONE } else { exit::ERROR })
     }
-    Ok(if report.ready { exit::DONE } else { exit::ERROR })
 }
 
 fn text(report: &DoctorReport) -> String {

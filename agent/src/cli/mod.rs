@@ -1,5 +1,6 @@
 //! The command line: arguments in, human text or JSON out. One file a subcommand; calls [`crate::service`], has no logic.
 
+mod announce;
 mod dirty_rate;
 mod doctor;
 
@@ -19,6 +20,7 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Announce(announce::AnnounceArgs),
     DirtyRate(dirty_rate::DirtyRateArgs),
     Doctor(doctor::DoctorArgs),
 }
@@ -30,8 +32,9 @@ impl Cli {
     /// What went wrong, with context; the caller prints it and exits with code 1.
     pub fn run(self) -> anyhow::Result<u8> {
         match self.command {
-            Command::DirtyRate(arguments) => dirty_rate::run(arguments, self.json),
-            Command::Doctor(arguments) => doctor::run(arguments, self.json),
+            Command::Announce(arguments) => arguments.run(self.json),
+            Command::DirtyRate(arguments) => arguments.run(self.json),
+            Command::Doctor(arguments) => arguments.run(self.json),
         }
     }
 }

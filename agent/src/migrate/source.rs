@@ -251,6 +251,7 @@ impl Source<'_> {
             region: self.region,
             due,
             pacer,
+            clock: self.clock,
             observer: self.observer,
             cancel: &cancel,
             longest_run: longest_run(self.options.bandwidth),

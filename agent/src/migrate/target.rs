@@ -4,7 +4,7 @@
 //! without the source's word, its known rollback, or an operator's decision.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::digest::{chunk_hashes, page_digest, zero_digest};
@@ -14,7 +14,8 @@ use crate::model::{
     BlackoutLedger, BlackoutPhase, MigrationId, Owner, PAGE_SIZE, PageCount, PageRun, RegionId, Step, VmId,
 };
 use crate::port::{
-    BulkItem, BulkReceiver, Clock, ControlChannel, Fate, LinkError, Machine, MachineError, Region, TargetLink,
+    Bell, BulkItem, BulkReceiver, Clock, ControlChannel, Fate, Job, LinkError, Machine, MachineError, Region,
+    TargetLink,
 };
 
 /// How long a source may take to say what it wants, and to open its streams.
@@ -175,15 +176,18 @@ impl Target<'_> {
         let receivers = self.link.accept_bulk(offer.migration_id, offer.streams, GREETING_LIMIT)?;
         self.pass(offer.migration_id, Step::Reserved, "");
         let inflow = Inflow::new(region, control.as_ref(), self.clock, self.stall, receivers.len());
-        let (handed, arrived_at) = std::thread::scope(|scope| {
-            for mut receiver in receivers {
-                let inflow = &inflow;
-                scope.spawn(move || inflow.take_stream(receiver.as_mut()));
-            }
-            let result = self.receive(control.as_ref(), &inflow);
+        let clock = self.clock;
+        let mut received = None;
+        let take = |mut receiver: Box<dyn BulkReceiver>| {
+            let inflow = &inflow;
+            Box::new(move || inflow.take_stream(receiver.as_mut())) as Job<'_>
+        };
+        let lead = || {
+            received = Some(self.receive(control.as_ref(), &inflow));
             inflow.stop();
-            result
-        })?;
+        };
+        clock.run_beside(receivers.into_iter().map(take).collect(), Box::new(lead));
+        let (handed, arrived_at) = received.unwrap_or(Err(TargetError::Cancelled))?;
         self.pass(offer.migration_id, Step::StateMoved, "");
         let digest = inflow.digest();
         if digest != handed.digest {
@@ -378,7 +382,8 @@ struct Inflow<'a> {
     moved_at: AtomicU64,
     stopped: AtomicBool,
     state: Mutex<InflowState>,
-    changed: Condvar,
+    /// Rung when `state` has changed.
+    changed: Bell,
 }
 
 #[derive(Default)]
@@ -411,7 +416,7 @@ impl<'a> Inflow<'a> {
             moved_at: AtomicU64::new(0),
             stopped: AtomicBool::new(false),
             state: Mutex::default(),
-            changed: Condvar::new(),
+            changed: Bell::default(),
         };
         inflow.touch();
         inflow
@@ -453,12 +458,17 @@ impl<'a> Inflow<'a> {
     /// Waits until all streams have ended `round`.
     fn await_round(&self, round: u32) -> Result<(), TargetError> {
         self.touch();
-        let mut state = self.state();
-        while state.complete < round && state.failure.is_none() && !self.stalled() {
-            state = self.changed.wait_timeout(state, TICK).unwrap_or_else(PoisonError::into_inner).0;
-        }
-        let complete = state.complete;
-        drop(state);
+        let complete = loop {
+            let seen = self.changed.rings();
+            let (complete, failed) = {
+                let state = self.state();
+                (state.complete, state.failure.is_some())
+            };
+            if complete >= round || failed || self.stalled() {
+                break complete;
+            }
+            self.clock.wait(&self.changed, seen, TICK);
+        };
         self.check()?;
         if complete == round {
             Ok(())
@@ -474,7 +484,7 @@ impl<'a> Inflow<'a> {
             && !self.stopped.load(Ordering::Acquire)
         {
             self.state().failure.get_or_insert(error);
-            self.changed.notify_all();
+            self.changed.ring();
         }
     }
 
@@ -601,7 +611,7 @@ impl<'a> Inflow<'a> {
         };
         if complete {
             self.control.send(&ControlMessage::RoundReceived(round))?;
-            self.changed.notify_all();
+            self.changed.ring();
         }
         Ok(())
     }

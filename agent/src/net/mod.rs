@@ -8,6 +8,7 @@ pub mod fdb;
 pub mod neighbour;
 mod netlink;
 pub mod pnet;
+pub mod tap;
 
 use std::io;
 use std::time::Duration;

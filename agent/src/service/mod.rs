@@ -7,6 +7,7 @@
 //!
 //! Everything that acts on a VM passes [`audit::record`].
 
+pub mod announce;
 pub mod arm;
 pub mod audit;
 pub mod clock;

@@ -5,7 +5,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use super::memfd::{Mapping, memory_file};
 use crate::model::{PAGE_SIZE, PageBitmap, PageCount};
@@ -52,7 +52,10 @@ impl SharedBitmap {
     /// Marks one page; out of range is ignored.
     pub fn set(&self, page: u64) {
         if page < self.pages.0 {
-            // A plain load first: most device writes hit pages that are marked already, and a read does not bounce the line.
+            // A load first: most device writes hit pages that are marked already, and a read does not bounce the line.
+            // The fence orders the write to the page before that load: without it a manager could take the mark and read
+            // the page while the write still sits in this CPU's store buffer, and the write would be lost.
+            fence(Ordering::SeqCst);
             let word = &self.words()[(page / 64) as usize];
             let bit = 1 << (page % 64);
             if word.load(Ordering::Relaxed) & bit == 0 {

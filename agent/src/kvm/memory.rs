@@ -1,0 +1,264 @@
+//! Guest RAM: one memory file, mapped as the guest's address ranges around the hole below 4 GiB.
+//!
+//! Owns where RAM lies in guest-physical space and in the file, and that every write by a device marks its pages in the
+//! shared dirty bitmap. Must not know KVM's dirty log, devices, or how a guest is loaded.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use rustix::fs::FallocateFlags;
+use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+};
+
+use crate::model::{PAGE_SIZE, PageCount, PageIndex};
+use crate::shm::{SharedBitmap, memory_file};
+
+/// Where the hole below 4 GiB starts: low RAM ends here, devices and interrupt controllers lie above.
+pub const HOLE_START: u64 = 0xc000_0000;
+/// Where RAM goes on behind the hole.
+pub const HIGH_RAM_START: u64 = 1 << 32;
+
+/// Guest RAM as devices see it: every write through it marks its pages as dirty.
+pub type GuestRam = GuestMemoryMmap<DirtyMarks>;
+
+/// RAM could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The size is zero, not whole pages, or does not fit this host's address space.
+    #[error("guest memory of {0} bytes is not a number of whole pages that this host can map")]
+    Size(u64),
+    /// The kernel refused.
+    #[error("guest memory: {action} failed")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The part of the shared dirty bitmap that one range of guest RAM marks; a slice of it starts further inside.
+#[derive(Clone, Debug)]
+pub struct DirtyMarks {
+    bitmap: Arc<SharedBitmap>,
+    /// Position in the memory file of this slice's first byte.
+    file_offset: usize,
+}
+
+impl DirtyMarks {
+    /// Marks for bytes that start at `first_page` of the memory file.
+    pub fn new(bitmap: Arc<SharedBitmap>, first_page: PageIndex) -> Self {
+        Self { bitmap, file_offset: first_page.0 as usize * PAGE_SIZE }
+    }
+}
+
+impl WithBitmapSlice<'_> for DirtyMarks {
+    type S = Self;
+}
+
+impl BitmapSlice for DirtyMarks {}
+
+impl Bitmap for DirtyMarks {
+    fn mark_dirty(&self, offset: usize, len: usize) {
+        if len > 0 {
+            let start = self.file_offset.saturating_add(offset);
+            let (first, last) = (start / PAGE_SIZE, start.saturating_add(len - 1) / PAGE_SIZE);
+            self.bitmap.set_run(first as u64, (last - first) as u64 + 1);
+        }
+    }
+
+    fn dirty_at(&self, offset: usize) -> bool {
+        self.bitmap.is_set((self.file_offset.saturating_add(offset) / PAGE_SIZE) as u64)
+    }
+
+    fn slice_at(&self, offset: usize) -> Self {
+        Self { bitmap: self.bitmap.clone(), file_offset: self.file_offset.saturating_add(offset) }
+    }
+}
+
+/// One contiguous range of guest RAM: a KVM memory slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RamRange {
+    /// KVM's number for it.
+    pub slot: u32,
+    /// Where the guest sees it.
+    pub guest_address: u64,
+    /// Where this process has it mapped.
+    pub host_address: u64,
+    /// Its first page in the memory file.
+    pub first_page: PageIndex,
+    /// Its length.
+    pub pages: PageCount,
+}
+
+/// How guest memory is to be backed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryOptions {
+    /// Ask the kernel for huge pages (a hint; it needs `shmem_enabled` at `advise` or above).
+    pub huge_pages: bool,
+}
+
+impl Default for MemoryOptions {
+    fn default() -> Self {
+        Self { huge_pages: true }
+    }
+}
+
+/// All of guest RAM, its file and its dirty bitmap.
+#[derive(Clone, Debug)]
+pub struct Memory {
+    ram: Arc<GuestRam>,
+    file: Arc<File>,
+    dirty: Arc<SharedBitmap>,
+    ranges: Vec<RamRange>,
+    pages: PageCount,
+}
+
+impl Memory {
+    /// Makes guest RAM of `bytes`, all zero and all clean.
+    ///
+    /// # Errors
+    /// A size that is none, or what the kernel answered.
+    pub fn new(bytes: u64, options: MemoryOptions) -> Result<Self, MemoryError> {
+        if bytes == 0 || !bytes.is_multiple_of(PAGE_SIZE as u64) || isize::try_from(bytes).is_err() {
+            return Err(MemoryError::Size(bytes));
+        }
+        let failed = |action| move |source| MemoryError::Io { action, source };
+        let pages = PageCount::covering(bytes);
+        let file: Arc<File> = Arc::new(memory_file("dunlin-ram", bytes).map_err(failed("memory file"))?.into());
+        let dirty = Arc::new(SharedBitmap::new(pages).map_err(failed("dirty bitmap"))?);
+        let mut ranges = Vec::new();
+        let mut regions = Vec::new();
+        for (slot, (guest_address, offset, len)) in layout(bytes).into_iter().enumerate() {
+            let first_page = PageIndex(offset / PAGE_SIZE as u64);
+            let mapping: MmapRegion<DirtyMarks> =
+                MmapRegionBuilder::new_with_bitmap(len as usize, DirtyMarks::new(dirty.clone(), first_page))
+                    .with_file_offset(FileOffset::from_arc(file.clone(), offset))
+                    .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                    .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+                    .build()
+                    .map_err(|e| failed("mapping")(io::Error::other(e)))?;
+            if options.huge_pages {
+                // SAFETY: the range is exactly the mapping just made; the advice changes none of its content.
+                let _ = unsafe {
+                    rustix::mm::madvise(mapping.as_ptr().cast(), len as usize, rustix::mm::Advice::LinuxHugepage)
+                };
+            }
+            ranges.push(RamRange {
+                slot: slot as u32,
+                guest_address,
+                host_address: mapping.as_ptr() as u64,
+                first_page,
+                pages: PageCount::covering(len),
+            });
+            regions.push(GuestRegionMmap::new(mapping, GuestAddress(guest_address)).ok_or(MemoryError::Size(bytes))?);
+        }
+        let ram = GuestRam::from_regions(regions).map_err(|e| failed("layout")(io::Error::other(e)))?;
+        Ok(Self { ram: Arc::new(ram), file, dirty, ranges, pages })
+    }
+
+    /// The RAM for devices: writes through it are marked.
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+
+    /// The memory file: byte `n` of it is byte `n` of region 0 of a migration.
+    pub fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    /// The dirty bitmap that is shared with a migration manager.
+    pub fn dirty(&self) -> &Arc<SharedBitmap> {
+        &self.dirty
+    }
+
+    /// The contiguous ranges, in ascending order.
+    pub fn ranges(&self) -> &[RamRange] {
+        &self.ranges
+    }
+
+    /// The size.
+    pub fn pages(&self) -> PageCount {
+        self.pages
+    }
+
+    /// Makes all of RAM zero again, giving it back to the host, and marks it.
+    pub fn clear(&self) -> Result<(), MemoryError> {
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(&self.file, punch, 0, self.pages.bytes())
+            .map_err(|e| MemoryError::Io { action: "clearing", source: e.into() })?;
+        self.dirty.set_run(0, self.pages.0);
+        Ok(())
+    }
+
+    /// Where in the file the page with guest frame number `gfn` lies, if it is RAM.
+    pub fn page_of_gfn(&self, gfn: u64) -> Option<PageIndex> {
+        let address = GuestAddress(gfn.checked_mul(PAGE_SIZE as u64)?);
+        let (region, inside) = self.ram.to_region_addr(address)?;
+        let start = region.file_offset().map_or(0, FileOffset::start);
+        Some(PageIndex((start + inside.0) / PAGE_SIZE as u64))
+    }
+}
+
+/// The ranges as (guest address, file offset, length): low RAM up to the hole, the rest from 4 GiB.
+fn layout(bytes: u64) -> Vec<(u64, u64, u64)> {
+    let low = bytes.min(HOLE_START);
+    let mut ranges = vec![(0, 0, low)];
+    if bytes > low {
+        ranges.push((HIGH_RAM_START, low, bytes - low));
+    }
+    ranges
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestMemoryRegion};
+
+    use super::*;
+    use crate::model::PageBitmap;
+
+    fn dirty_pages(memory: &Memory) -> Vec<u64> {
+        let mut seen = PageBitmap::new(memory.pages());
+        memory.dirty().take(&mut seen);
+        seen.runs(u32::MAX).flat_map(|run| run.indices()).collect()
+    }
+
+    #[test]
+    fn six_gibibytes_leave_the_hole_free_and_are_one_file() {
+        let memory = Memory::new(6 << 30, MemoryOptions::default()).unwrap();
+        let [low, high] = memory.ranges() else { panic!("two ranges expected") };
+        assert_eq!((low.guest_address, low.pages.bytes()), (0, HOLE_START));
+        assert_eq!((high.guest_address, high.first_page.0 * 4096, high.pages.bytes()), (1 << 32, HOLE_START, 3 << 30));
+        assert_eq!(memory.page_of_gfn(HOLE_START / 4096), None);
+        assert_eq!(memory.page_of_gfn((1 << 32) / 4096 + 5), Some(PageIndex(HOLE_START / 4096 + 5)));
+        assert_eq!(memory.ram().iter().map(|region| region.len()).sum::<u64>(), 6 << 30);
+    }
+
+    #[test]
+    fn every_write_of_a_device_marks_its_pages_at_their_place_in_the_file() {
+        let memory = Memory::new(4 << 30, MemoryOptions { huge_pages: false }).unwrap();
+        memory.ram().write_slice(&[1; 4098], GuestAddress(4095)).unwrap();
+        memory.ram().write_obj(7u32, GuestAddress((1 << 32) + 8192)).unwrap();
+        let high = HOLE_START / 4096;
+        assert_eq!(dirty_pages(&memory), [0, 1, 2, high + 2]);
+        memory.ram().read_obj::<u32>(GuestAddress(0)).unwrap();
+        assert!(dirty_pages(&memory).is_empty());
+        // Slices taken inside a region, as queues and scatter lists do it.
+        let slice = memory.ram().get_slice(GuestAddress((1 << 32) + 4096), 8192).unwrap();
+        slice.subslice(4096, 4).unwrap().copy_from(&[1u8, 2, 3, 4]);
+        assert_eq!(dirty_pages(&memory), [high + 2]);
+    }
+
+    #[test]
+    fn sizes_that_are_none_are_refused() {
+        for bytes in [0, 4097, u64::MAX - 4095] {
+            assert!(matches!(Memory::new(bytes, MemoryOptions::default()), Err(MemoryError::Size(_))), "{bytes}");
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! A virtio device as the machine knows it: transport and worker joined behind [`Device`].
+//!
+//! Owns the order of things at pause and resume. Must not know what kind of device it is.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::mmio::{Backend, Served, Transport, register};
+use super::worker::{Job, Worker, WorkerGone};
+use crate::kvm::bus::{Device, DeviceError, IoEvent, MmioDevice};
+use crate::kvm::memory::GuestRam;
+
+/// A device with its worker. Made standing.
+pub struct VirtioDevice<B: Backend> {
+    transport: Arc<Transport<B>>,
+    worker: Worker,
+}
+
+struct Serve<B>(Arc<Transport<B>>);
+
+impl<B: Backend> Job for Serve<B> {
+    fn serve(&mut self, hold: &dyn Fn() -> bool) -> Served {
+        self.0.serve(hold)
+    }
+
+    fn lost(&mut self) {
+        self.0.with_backend(Backend::lost);
+    }
+}
+
+impl<B: Backend> VirtioDevice<B> {
+    /// The device `name` on `backend`, whose descriptor `watched` wakes the worker when the backend asks for it.
+    ///
+    /// # Errors
+    /// No thread or descriptor is left.
+    pub(super) fn assemble(
+        name: &str,
+        ram: Arc<GuestRam>,
+        backend: B,
+        watched: Option<OwnedFd>,
+    ) -> Result<Self, DeviceError> {
+        let failed =
+            |source| DeviceError::Io { device: name.to_owned(), action: "setting up its queues and worker", source };
+        let transport = Arc::new(Transport::new(name, ram, backend).map_err(failed)?);
+        let signals: io::Result<_> = transport.notifications().iter().map(EventFd::try_clone).collect();
+        let worker =
+            Worker::spawn(name, signals.map_err(failed)?, watched, Serve(transport.clone())).map_err(failed)?;
+        Ok(Self { transport, worker })
+    }
+
+    /// The transport, for tests and for a fuzz target.
+    pub(super) fn transport(&self) -> &Transport<B> {
+        &self.transport
+    }
+
+    fn io_error(&self, action: &'static str) -> impl FnOnce(io::Error) -> DeviceError {
+        move |source| DeviceError::Io { device: self.name(), action, source }
+    }
+
+    fn gone(&self) -> impl FnOnce(WorkerGone) -> DeviceError {
+        move |gone| DeviceError::Worker { device: self.name(), problem: gone.to_string() }
+    }
+
+    fn must_stand(&self, action: &str) -> Result<(), DeviceError> {
+        if !self.worker.is_paused() {
+            return Err(DeviceError::Worker {
+                device: self.name(),
+                problem: format!("{action} wants a paused device"),
+            });
+        }
+        self.worker.pause().map_err(self.gone())
+    }
+}
+
+impl<B: Backend> MmioDevice for VirtioDevice<B> {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        self.transport.read(offset, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.transport.write(offset, data);
+    }
+}
+
+impl<B: Backend> Device for VirtioDevice<B> {
+    fn name(&self) -> String {
+        self.transport.name().to_owned()
+    }
+
+    fn pause(&self) -> Result<(), DeviceError> {
+        self.worker.pause().map_err(self.gone())?;
+        self.transport.with_backend(Backend::quiesce).map_err(self.io_error("writing back at the pause"))
+    }
+
+    fn resume(&self) -> Result<(), DeviceError> {
+        self.transport.with_backend(Backend::activate).map_err(self.io_error("taking its backend"))?;
+        self.transport.interrupt().repeat();
+        self.worker.resume().map_err(self.gone())
+    }
+
+    fn save(&self) -> Result<Vec<u8>, DeviceError> {
+        self.must_stand("saving")?;
+        Ok(self.transport.save())
+    }
+
+    fn restore(&self, state: &[u8]) -> Result<(), DeviceError> {
+        self.must_stand("restoring")?;
+        let wrong = |e: super::mmio::RestoreError| DeviceError::State { device: self.name(), problem: e.to_string() };
+        self.transport.restore(state).map_err(wrong)
+    }
+
+    fn reset(&self) -> Result<(), DeviceError> {
+        self.must_stand("resetting")?;
+        self.transport.reset();
+        Ok(())
+    }
+
+    fn send_frame(&self, frame: &[u8]) -> io::Result<()> {
+        self.transport.with_backend(|backend| backend.send_frame(frame))
+    }
+
+    fn io_events(&self) -> Vec<IoEvent<'_>> {
+        let notification = |(queue, event)| IoEvent { offset: register::QUEUE_NOTIFY, value: queue as u32, event };
+        self.transport.notifications().iter().enumerate().map(notification).collect()
+    }
+
+    fn irq(&self) -> &EventFd {
+        self.transport.interrupt().event()
+    }
+}

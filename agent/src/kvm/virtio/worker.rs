@@ -1,0 +1,296 @@
+//! A device's one thread: it sleeps until there is something to serve, and stands still when told to.
+//!
+//! Owns the protocol of standing and going on. Must not know queues or guests: what it runs is a closure. A plain thread
+//! with blocking I/O (data plane).
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::mmio::Served;
+
+/// What the worker runs.
+pub(super) trait Job: Send {
+    /// One bounded pass; returns early when `hold` says so.
+    fn serve(&mut self, hold: &dyn Fn() -> bool) -> Served;
+
+    /// The watched descriptor reported an error; it is not watched any more.
+    fn lost(&mut self);
+}
+
+/// The thread is gone: it panicked.
+#[derive(Debug, thiserror::Error)]
+#[error("its thread died")]
+pub(super) struct WorkerGone;
+
+/// A worker; it ends when this is dropped.
+#[derive(Debug)]
+pub(super) struct Worker {
+    control: Arc<Control>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Control {
+    state: Mutex<State>,
+    changed: Condvar,
+    /// Held during a pass. Whoever sets `hold` and then gets this lock once knows that no pass runs or will begin: so a
+    /// worker that sleeps need not be woken to stand.
+    pass: Mutex<()>,
+    /// Whether `state` wants anything but running.
+    hold: AtomicBool,
+    /// Ends the worker's sleep.
+    wake: EventFd,
+}
+
+#[derive(Debug)]
+struct State {
+    wanted: Wanted,
+    gone: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wanted {
+    Stand,
+    Run,
+    End,
+}
+
+impl Worker {
+    /// A worker that stands. It sleeps on `signals` and, as the job asks, on `watched`.
+    ///
+    /// # Errors
+    /// No thread or descriptor is left.
+    pub(super) fn spawn(
+        name: &str,
+        signals: Vec<EventFd>,
+        watched: Option<OwnedFd>,
+        mut job: impl Job + 'static,
+    ) -> io::Result<Self> {
+        let control = Arc::new(Control {
+            state: Mutex::new(State { wanted: Wanted::Stand, gone: false }),
+            changed: Condvar::new(),
+            pass: Mutex::new(()),
+            wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            hold: AtomicBool::new(true),
+        });
+        let shared = control.clone();
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+            let _farewell = Farewell(&shared);
+            shared.run(&signals, watched, &mut job);
+        })?;
+        Ok(Self { control, thread: Some(thread) })
+    }
+
+    /// Returns when no pass runs, and none begins until [`Worker::resume`].
+    ///
+    /// # Errors
+    /// The thread died; it touches nothing either.
+    pub(super) fn pause(&self) -> Result<(), WorkerGone> {
+        self.control.want(Wanted::Stand);
+        let pass = self.control.pass.lock();
+        if pass.is_err() || self.control.state().gone { Err(WorkerGone) } else { Ok(()) }
+    }
+
+    /// Goes on with a pass over everything.
+    ///
+    /// # Errors
+    /// The thread died.
+    pub(super) fn resume(&self) -> Result<(), WorkerGone> {
+        self.control.want(Wanted::Run);
+        if self.control.state().gone { Err(WorkerGone) } else { Ok(()) }
+    }
+
+    /// Whether it was last told to stand.
+    pub(super) fn is_paused(&self) -> bool {
+        self.control.state().wanted == Wanted::Stand
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.control.want(Wanted::End);
+        if let Some(thread) = self.thread.take() {
+            // A panic was reported when it happened.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Control {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn want(&self, wanted: Wanted) {
+        let mut state = self.state();
+        state.wanted = wanted;
+        self.hold.store(wanted != Wanted::Run, Ordering::Release);
+        drop(state);
+        if wanted != Wanted::Stand {
+            self.changed.notify_all();
+            // Fails only when the counter is full, and then the worker is woken anyway.
+            let _ = self.wake.write(1);
+        }
+    }
+
+    /// Waits until running is wanted. False if the end is.
+    fn may_run(&self) -> bool {
+        let stand = |state: &mut State| state.wanted == Wanted::Stand;
+        let state = self.changed.wait_while(self.state(), stand).unwrap_or_else(PoisonError::into_inner);
+        state.wanted == Wanted::Run
+    }
+
+    fn run(&self, signals: &[EventFd], watched: Option<OwnedFd>, job: &mut impl Job) {
+        let mut watched = watched;
+        let hold = || self.hold.load(Ordering::Acquire);
+        while self.may_run() {
+            let pass = self.pass.lock();
+            if hold() {
+                continue;
+            }
+            let served = job.serve(&hold);
+            drop(pass);
+            if served.more || hold() {
+                continue;
+            }
+            let mut interest = PollFlags::empty();
+            interest.set(PollFlags::IN, served.readable);
+            interest.set(PollFlags::OUT, served.writable);
+            let mut fds = vec![sleep_on(&self.wake)];
+            fds.extend(signals.iter().map(sleep_on));
+            if let Some(watched) = watched.as_ref().filter(|_| !interest.is_empty()) {
+                fds.push(PollFd::new(watched, interest));
+            }
+            // An interrupted sleep is one more pass.
+            let _ = poll(&mut fds, None);
+            let broken = PollFlags::ERR | PollFlags::HUP | PollFlags::NVAL;
+            let lost = fds.get(1 + signals.len()).is_some_and(|fd| fd.revents().intersects(broken));
+            if lost {
+                watched = None;
+                job.lost();
+            }
+            // Emptied before the pass: what is signalled during it is seen after it.
+            for signal in std::iter::once(&self.wake).chain(signals) {
+                let _ = signal.read();
+            }
+        }
+    }
+}
+
+fn sleep_on(signal: &EventFd) -> PollFd<'_> {
+    // SAFETY: the descriptor is open for as long as `signal` is borrowed.
+    let descriptor = unsafe { BorrowedFd::borrow_raw(signal.as_raw_fd()) };
+    PollFd::from_borrowed_fd(descriptor, PollFlags::IN)
+}
+
+/// Says that the thread is gone, however it went.
+struct Farewell<'a>(&'a Control);
+
+impl Drop for Farewell<'_> {
+    fn drop(&mut self) {
+        self.0.state().gone = true;
+        self.0.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU32;
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    struct Busy {
+        passes: Arc<AtomicU32>,
+        inside: Arc<AtomicBool>,
+        more: bool,
+    }
+
+    impl Job for Busy {
+        fn serve(&mut self, _: &dyn Fn() -> bool) -> Served {
+            self.inside.store(true, Ordering::SeqCst);
+            self.passes.fetch_add(1, Ordering::SeqCst);
+            std::thread::sleep(Duration::from_micros(200));
+            assert!(self.passes.load(Ordering::SeqCst) < 100_000, "endless");
+            self.inside.store(false, Ordering::SeqCst);
+            Served { more: self.more, ..Served::default() }
+        }
+
+        fn lost(&mut self) {}
+    }
+
+    #[test]
+    fn nothing_runs_between_pause_and_resume() {
+        let (passes, inside) = (Arc::default(), Arc::default());
+        let job = Busy { passes: Arc::clone(&passes), inside: Arc::clone(&inside), more: true };
+        let worker = Worker::spawn("busy", vec![], None, job).unwrap();
+        worker.pause().unwrap();
+        assert_eq!(passes.load(Ordering::SeqCst), 0, "a new worker stands");
+        let mut longest = Duration::ZERO;
+        for _ in 0..50 {
+            let before = passes.load(Ordering::SeqCst);
+            worker.resume().unwrap();
+            while passes.load(Ordering::SeqCst) == before {
+                std::hint::spin_loop();
+            }
+            let start = Instant::now();
+            worker.pause().unwrap();
+            longest = longest.max(start.elapsed());
+            assert!(!inside.load(Ordering::SeqCst), "it stands inside a pass");
+            let stood = passes.load(Ordering::SeqCst);
+            std::thread::sleep(Duration::from_micros(500));
+            assert_eq!(passes.load(Ordering::SeqCst), stood);
+            worker.pause().unwrap();
+        }
+        assert!(longest < Duration::from_millis(500), "a pause took {longest:?}");
+    }
+
+    #[test]
+    fn a_signal_wakes_it_and_silence_lets_it_sleep() {
+        let (passes, inside) = (Arc::default(), Arc::default());
+        let job = Busy { passes: Arc::clone(&passes), inside, more: false };
+        let signal = EventFd::new(EFD_NONBLOCK).unwrap();
+        let worker = Worker::spawn("idle", vec![signal.try_clone().unwrap()], None, job).unwrap();
+        worker.resume().unwrap();
+        let wait_for = |count| {
+            let deadline = Instant::now() + Duration::from_secs(5);
+            while passes.load(Ordering::SeqCst) < count {
+                assert!(Instant::now() < deadline, "pass {count} never came");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        };
+        wait_for(1);
+        std::thread::sleep(Duration::from_millis(20));
+        let asleep = passes.load(Ordering::SeqCst);
+        assert!(asleep <= 2, "{asleep} passes with nothing to do");
+        signal.write(1).unwrap();
+        wait_for(asleep + 1);
+    }
+
+    struct Bomb;
+
+    impl Job for Bomb {
+        fn serve(&mut self, _: &dyn Fn() -> bool) -> Served {
+            panic!("expected in this test")
+        }
+
+        fn lost(&mut self) {}
+    }
+
+    #[test]
+    fn a_dead_thread_does_not_hang_a_pause() {
+        let worker = Worker::spawn("bomb", vec![], None, Bomb).unwrap();
+        worker.resume().ok();
+        while !worker.control.state().gone {
+            std::thread::yield_now();
+        }
+        assert!(worker.pause().is_err());
+        assert!(worker.resume().is_err());
+    }
+}
