@@ -1,6 +1,8 @@
 //! The command line: arguments in, human text or JSON out. One file a subcommand; calls [`crate::service`], has no logic.
 
 mod announce;
+mod dirty_rate;
+mod doctor;
 mod migrate;
 mod places;
 mod resolve;
@@ -28,6 +30,8 @@ enum Command {
     Resolve(resolve::ResolveArgs),
     #[command(subcommand)]
     Vm(vm::VmCommand),
+    DirtyRate(dirty_rate::DirtyRateArgs),
+    Doctor(doctor::DoctorArgs),
 }
 
 impl Cli {
@@ -41,6 +45,8 @@ impl Cli {
             Command::Migrate(arguments) => arguments.run(self.json),
             Command::Resolve(arguments) => arguments.run(self.json),
             Command::Vm(command) => command.run(self.json),
+            Command::DirtyRate(arguments) => arguments.run(self.json),
+            Command::Doctor(arguments) => arguments.run(self.json),
         }
     }
 }
