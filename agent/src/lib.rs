@@ -26,5 +26,7 @@ pub mod port;
 pub mod probe;
 pub mod service;
 pub mod shm;
+#[cfg(any(test, feature = "sim"))]
+pub mod sim;
 pub mod store;
 pub mod track;
