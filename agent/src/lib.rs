@@ -28,3 +28,4 @@ pub mod service;
 pub mod shm;
 pub mod store;
 pub mod track;
+pub mod trial;

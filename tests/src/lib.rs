@@ -1,1 +1,16 @@
-//! Support for the integration suites.
+//! Support for the integration suites: network namespaces, a small LAN made of them, and clients that measure from
+//! outside what a migration costs.
+//!
+//! Everything here cleans up after itself, also on panic; what a killed test left behind is swept by the next one.
+
+pub mod binary;
+pub mod client;
+pub mod netns;
+pub mod process;
+pub mod tap;
+pub mod topology;
+
+pub use binary::dunlin;
+pub use netns::Netns;
+pub use process::OwnProcess;
+pub use topology::{Host, Lan, LanConfig};

@@ -1,2 +1,47 @@
-//! Build, test, demo and bench tasks; see `cargo xtask --help`.
-fn main() {}
+//! Build and test tasks; see `cargo xtask --help`. One file a verb; each calls the verbs that it needs.
+
+mod build_ebpf;
+mod run;
+mod setup;
+mod summary;
+mod test;
+mod toolchain;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Tasks of the Dunlin workspace.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Install what building and testing need: says what first, does nothing when all is there.
+    Setup(setup::Arguments),
+    /// Compile the BPF programs to target/bpf/dunlin.bpf.o.
+    BuildEbpf(build_ebpf::Arguments),
+    /// Build everything, check formatting and lints, run all tests.
+    Test(test::Arguments),
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().verb {
+        Verb::Setup(arguments) => setup::run(&arguments).map(|()| true),
+        Verb::BuildEbpf(arguments) => build_ebpf::run(&arguments).map(|()| true),
+        Verb::Test(arguments) => test::run(&arguments),
+    };
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
+use rustix::fs::FallocateFlags;
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
@@ -185,6 +186,15 @@ impl Memory {
     /// The size.
     pub fn pages(&self) -> PageCount {
         self.pages
+    }
+
+    /// Makes all of RAM zero again, giving it back to the host, and marks it.
+    pub fn clear(&self) -> Result<(), MemoryError> {
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(&self.file, punch, 0, self.pages.bytes())
+            .map_err(|e| MemoryError::Io { action: "clearing", source: e.into() })?;
+        self.dirty.set_run(0, self.pages.0);
+        Ok(())
     }
 
     /// Where in the file the page with guest frame number `gfn` lies, if it is RAM.

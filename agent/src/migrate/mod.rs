@@ -1,3 +1,23 @@
-//! Moving a running VM: strategies, the six-stage state machine, the wire protocol, convergence.
+//! Moving a running VM: the six-stage state machine at both ends, its messages, convergence and pacing.
 //!
-//! Policy: generic over [`crate::port`], so a whole migration runs in a test with no KVM, no root and no network.
+//! Policy: generic over [`crate::port`], so a whole migration runs in a test with no KVM, no root and no network. The
+//! two ends are written as the same list of stages: [`source`] and [`target`] can be read side by side.
+//!
+//! The data plane (page streams) is plain threads with blocking I/O; nothing here is async.
+
+mod converge;
+mod digest;
+mod message;
+mod observe;
+mod options;
+mod pacer;
+mod rounds;
+pub mod source;
+pub mod target;
+
+pub use converge::{Convergence, Verdict};
+pub use digest::{chunk_hashes, page_digest, zero_page};
+pub use message::{Accept, ControlMessage, Handed, Offer, TargetState};
+pub use observe::{CancelFlag, Observer, Quiet};
+pub use options::{SourceOptions, Strategy};
+pub use pacer::Pacer;

@@ -3,6 +3,7 @@
 //! Owns what things are called and how they are written as text and JSON. Must not know any kernel
 //! interface, any trait of [`crate::port`], or how anything is done.
 
+pub mod announce;
 pub mod bitmap;
 pub mod blackout;
 pub mod config;
@@ -16,6 +17,7 @@ pub mod shape;
 pub mod stage;
 pub mod units;
 
+pub use announce::{AnnounceReport, AnnounceRound, Station};
 pub use bitmap::PageBitmap;
 pub use blackout::{BlackoutLedger, BlackoutPhase};
 pub use config::{DirtyLogKind, DiskSpec, NetSpec, SerialSpec};

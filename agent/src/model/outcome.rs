@@ -26,6 +26,8 @@ pub enum Ending {
     Failed,
     /// An operator cancelled it and the VM runs at the source.
     Cancelled,
+    /// The source's machine died before the target held a complete VM: a VM crash like any other.
+    Lost,
     /// Contact was lost between `released` and `running`; see `dunlin resolve`.
     InDoubt,
 }
@@ -55,6 +57,7 @@ impl Ending {
             Self::Moved => exit::DONE,
             Self::Refused => exit::REFUSED,
             Self::Failed => exit::FAILED,
+            Self::Lost => exit::ERROR,
             Self::InDoubt => exit::IN_DOUBT,
             Self::Cancelled => exit::CANCELLED,
         }
@@ -64,7 +67,7 @@ impl Ending {
     pub const fn owner(self) -> Owner {
         match self {
             Self::Moved => Owner::There,
-            Self::Refused | Self::Failed | Self::Cancelled => Owner::Here,
+            Self::Refused | Self::Failed | Self::Cancelled | Self::Lost => Owner::Here,
             Self::InDoubt => Owner::InDoubt,
         }
     }

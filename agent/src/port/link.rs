@@ -3,21 +3,21 @@
 //! Control and final state have a stream of their own, so they never queue behind bulk pages.
 
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::region::BytesView;
-use crate::model::{PageRun, RegionId};
+use crate::model::{MigrationId, PageRun, RegionId};
 
 /// The link failed or the peer broke the protocol.
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {
     /// The stream ended or the kernel refused.
-    #[error("the link to the peer failed while {doing}")]
+    #[error("the link to the peer failed while {doing}: {source}")]
     Io {
         /// What was being done.
         doing: &'static str,
         /// What the kernel said.
-        #[source]
         source: io::Error,
     },
     /// Nothing moved for longer than the stall limit.
@@ -33,17 +33,49 @@ pub enum LinkError {
     Protocol(String),
 }
 
-/// Messages, whole and in order. `M` is the policy's message type.
-pub trait ControlChannel<M>: Send {
+/// Messages, whole and in order. `M` is the policy's message type. One thread receives; any may send.
+pub trait ControlChannel<M>: Send + Sync {
     /// Sends one message at once (never waits for Nagle).
-    fn send(&mut self, message: &M) -> Result<(), LinkError>;
+    fn send(&self, message: &M) -> Result<(), LinkError>;
 
-    /// Waits for one message; `Ok(None)` when `timeout` has passed without one.
-    fn recv(&mut self, timeout: Duration) -> Result<Option<M>, LinkError>;
+    /// Waits for one message; `Ok(None)` when `timeout` has passed without the start of one.
+    fn recv(&self, timeout: Duration) -> Result<Option<M>, LinkError>;
+}
+
+/// The source's end of a link that has been dialled.
+pub trait SourceLink<M>: Send {
+    /// The control channel.
+    fn control(&self) -> Arc<dyn ControlChannel<M>>;
+
+    /// Opens page stream `index` of a migration. The stream is warmed up when this returns.
+    fn open_bulk(&mut self, migration: MigrationId, index: u16) -> Result<Box<dyn BulkSender>, LinkError>;
+
+    /// Dials the same peer again after the control channel was lost, once.
+    fn redial(&mut self) -> Result<(), LinkError>;
+}
+
+/// The target's end of a link.
+pub trait TargetLink<M>: Send {
+    /// The control channel.
+    fn control(&self) -> Arc<dyn ControlChannel<M>>;
+
+    /// Waits until all `streams` page streams of a migration have been opened, in any order.
+    fn accept_bulk(
+        &mut self,
+        migration: MigrationId,
+        streams: u16,
+        timeout: Duration,
+    ) -> Result<Vec<Box<dyn BulkReceiver>>, LinkError>;
+
+    /// Waits up to `timeout` for the peer to dial again; `true` when there is a new control channel.
+    fn reaccept(&mut self, timeout: Duration) -> bool;
 }
 
 /// The sending end of one page stream.
 pub trait BulkSender: Send {
+    /// Begins this stream's part of a round. A `digested` round is the last one: the target hashes what it receives.
+    fn start_round(&mut self, round: u32, digested: bool) -> Result<u64, LinkError>;
+
     /// Sends the pages of `run`, read from `bytes`. Returns the bytes put on the wire.
     fn pages(&mut self, region: RegionId, run: PageRun, bytes: BytesView<'_>) -> Result<u64, LinkError>;
 
@@ -57,6 +89,13 @@ pub trait BulkSender: Send {
 /// What comes out of a page stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BulkItem {
+    /// This stream's part of a round begins.
+    StartRound {
+        /// The round, counted from 1.
+        round: u32,
+        /// Whether the round's pages are hashed on arrival; no round follows.
+        digested: bool,
+    },
     /// Pages follow; they must be taken with [`BulkReceiver::read_into`] before the next item. The run is the peer's
     /// word: check it.
     Pages(RegionId, PageRun),
@@ -64,16 +103,14 @@ pub enum BulkItem {
     Zeros(RegionId, PageRun),
     /// This stream's part of the round has arrived.
     EndRound(u32),
-    /// The peer closed the stream in order.
-    Closed,
 }
 
-/// The receiving end of one page stream.
+/// The receiving end of one page stream. Whenever nothing arrives for a quarter second, `keep_waiting` is asked; its
+/// "no" ends the wait with [`LinkError::Stalled`].
 pub trait BulkReceiver: Send {
-    /// Waits for the next item; fails with [`LinkError::Stalled`] when nothing moved for the stall limit *and* `keep_waiting`
-    /// says no. It is asked about every quarter second.
+    /// Waits for the next item. The peer's closing of the stream is an error: a migration ends its streams itself.
     fn next(&mut self, keep_waiting: &mut dyn FnMut() -> bool) -> Result<BulkItem, LinkError>;
 
     /// Takes the bytes of the run announced last, straight into `target`.
-    fn read_into(&mut self, target: BytesView<'_>) -> Result<(), LinkError>;
+    fn read_into(&mut self, target: BytesView<'_>, keep_waiting: &mut dyn FnMut() -> bool) -> Result<(), LinkError>;
 }

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use crate::model::{MigrationId, PageBitmap, PageCount, PageRun};
+use crate::model::{MigrationId, Owner, PageBitmap, PageCount, PageRun, RegionId};
 
 /// The machine refused, failed, or is gone.
 #[derive(Debug, thiserror::Error)]
@@ -18,7 +18,7 @@ pub enum MachineError {
         reason: String,
     },
     /// The machine's session ended: the process died or broke the protocol.
-    #[error("the machine is gone ({action}): {reason}")]
+    #[error("the machine is gone (asked to {action}): {reason}")]
     Gone {
         /// What was asked.
         action: &'static str,
@@ -44,7 +44,7 @@ pub trait Vcpus: Send {
     fn resume(&mut self) -> Result<(), MachineError>;
 }
 
-/// The dirty log of all writers: vCPUs, devices, KVM itself.
+/// The dirty log of all writers to RAM: vCPUs, devices, KVM itself.
 pub trait DirtyLog: Send {
     /// Switches logging on. Every page counts as not yet protected: [`DirtyLog::protect`] must be called for a run before
     /// the run is read for the first time.
@@ -54,8 +54,9 @@ pub trait DirtyLog: Send {
     /// [`DirtyLog::protect`]. Returns how many pages were newly added.
     fn harvest(&mut self, into: &mut PageBitmap) -> Result<PageCount, MachineError>;
 
-    /// Re-arms the log for a run, *before* its pages are read.
-    fn protect(&mut self, run: PageRun) -> Result<(), MachineError>;
+    /// Re-arms the log for those pages of `run` that the last harvest moved (at the start: for all), *before* they are
+    /// read. Pages of the run that were written since that harvest and were clean in it stay logged.
+    fn protect(&mut self, region: RegionId, run: PageRun) -> Result<(), MachineError>;
 
     /// Switches logging off; the guest runs at full speed again.
     fn stop_log(&mut self) -> Result<(), MachineError>;
@@ -70,10 +71,25 @@ pub trait MachineState: Send {
     fn restore_state(&mut self, state: &[u8]) -> Result<(), MachineError>;
 }
 
+/// What has become of a machine that waits behind a shut gate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// It waits.
+    Waiting,
+    /// Its process has certainly ended.
+    Dead,
+    /// An operator has decided (`dunlin resolve`).
+    Resolved(Owner),
+}
+
 /// The ownership gate: the machine journals its own right to run, so that no manager's death can leave two owners.
 pub trait Gate: Send {
-    /// Source: journals `released` with fsync. From its return the machine never resumes by itself.
+    /// Source: journals `released` with fsync. From its return the machine never resumes by itself. If the machine has
+    /// certainly died since, the record is written in its place: it cannot run any more, and the target may.
     fn release(&mut self, migration: MigrationId, peer: &str) -> Result<(), MachineError>;
+
+    /// Source, after the target journaled `never-owner`: journals `owner` and opens the gate again.
+    fn reclaim(&mut self, migration: MigrationId) -> Result<(), MachineError>;
 
     /// Target: journals `prepared` with fsync.
     fn prepared(&mut self, migration: MigrationId) -> Result<(), MachineError>;
@@ -81,10 +97,21 @@ pub trait Gate: Send {
     /// Target: journals `owner` with fsync and opens the gate.
     fn take_ownership(&mut self, migration: MigrationId) -> Result<(), MachineError>;
 
-    /// Sends one round of announcements through the machine's own network ports.
+    /// Target: writes down that this VM never ran here and never will. Only for a machine that is dead or was discarded.
+    fn never_owner(&mut self, migration: MigrationId) -> Result<(), MachineError>;
+
+    /// Sends one round of announcements through the machine's own network ports; returns the number of frames.
     fn announce(&mut self) -> Result<u32, MachineError>;
 
     /// Source: the VM runs elsewhere; journals `discarded`, and the machine process ends.
     /// Target before `owner`: journals `never-owner`, and the machine process ends.
     fn discard(&mut self, migration: MigrationId) -> Result<(), MachineError>;
+
+    /// What has become of the machine.
+    fn fate(&mut self) -> Fate;
 }
+
+/// All of a machine that a manager needs.
+pub trait Machine: Vcpus + DirtyLog + MachineState + Gate {}
+
+impl<T: Vcpus + DirtyLog + MachineState + Gate> Machine for T {}

@@ -4,15 +4,17 @@
 //! Methods are blocking; the data plane is plain threads.
 
 pub mod clock;
+pub mod events;
 pub mod frame;
 pub mod journal;
 pub mod link;
 pub mod machine;
 pub mod region;
 
-pub use clock::Clock;
+pub use clock::{Bell, Clock, Job};
+pub use events::{Arm, ArmError, EventHook, EventSample, EventSource, EventSourceError, LostEvents, ThreadEvents};
 pub use frame::FramePort;
 pub use journal::{Journal, JournalError, JournalRecord};
-pub use link::{BulkItem, BulkReceiver, BulkSender, ControlChannel, LinkError};
-pub use machine::{DirtyLog, Gate, MachineError, MachineState, Vcpus};
+pub use link::{BulkItem, BulkReceiver, BulkSender, ControlChannel, LinkError, SourceLink, TargetLink};
+pub use machine::{DirtyLog, Fate, Gate, Machine, MachineError, MachineState, PauseTiming, Vcpus};
 pub use region::{BytesView, Region};

@@ -19,6 +19,10 @@ pub trait Region: Send + Sync {
     /// If `run` does not fit into the region: callers check what a peer sent with [`PageRun::fits`] first.
     fn bytes(&self, run: PageRun) -> BytesView<'_>;
 
+    /// The parts of `run` that may hold something else than zeros, in order. What was never written is left out
+    /// without being touched.
+    fn data_within(&self, run: PageRun) -> Vec<PageRun>;
+
     /// Makes `run` ready to be written to quickly (huge pages, faults taken in one go). A hint: never fails.
     fn prepare_for_write(&self, run: PageRun);
 

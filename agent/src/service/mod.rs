@@ -1,1 +1,21 @@
-//! The service floor and composition root: joins policy and mechanism; machine host, migration managers, audit.
+//! The service floor and composition root: joins policy and mechanism.
+//!
+//! - [`machine`] hosts one VM: the ownership gate, the session for a manager, the control sockets.
+//! - [`migration`] is the manager at a source, [`receive`] the one at a target.
+//! - [`registry`] knows which VMs this host runs.
+//! - [`announce`] announces by hand, on an interface that an operator names.
+//!
+//! Everything that acts on a VM passes [`audit::record`].
+
+pub mod announce;
+pub mod audit;
+pub mod clock;
+pub mod control;
+pub mod events;
+pub mod gate;
+pub mod machine;
+pub mod migration;
+pub mod receive;
+pub mod registry;
+pub mod resolve;
+pub mod session;

@@ -1,0 +1,5 @@
+//! One file a kernel subsystem's events. Each program reads its arguments, and counts through [`crate::tracked`].
+
+mod exit;
+mod page_table;
+mod ring;

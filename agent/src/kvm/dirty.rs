@@ -1,0 +1,537 @@
+//! KVM's dirty log, both kinds: one bitmap a memory slot, or one ring a vCPU.
+//!
+//! Owns the logging flags of the slots, harvest into the shared bitmap, and re-protection. Must not know rounds, or who
+//! reads the pages. What it promises, with either kind:
+//!
+//! - After [`DirtyLogger::start`] no page is marked; everything is to be sent once.
+//! - [`DirtyLogger::protect`] is called for every page that is due, before it is read, in every round. The run may be larger
+//!   than what is due: of its pages only those are re-armed that the last harvest found (at the start: all), so that a
+//!   page which was clean then and has been written since stays logged.
+//! - [`DirtyLogger::harvest`] marks, in the shared bitmap, every page that was written since it was last protected. A
+//!   caller may take marks from the bitmap at any time; a write after the caller's `protect` is marked by a later harvest.
+//! - After [`DirtyLogger::stop`] the guest takes no more faults for it.
+//!
+//! Bitmap: `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` with all bits initially set. Starting touches no page table; each `protect`
+//! clears the bits of its run, and that protects the pages. A page whose bit is set is not protected, and each
+//! harvest reports it again until it is. The bits that the last harvest reported and no `protect` has cleared are kept here. At the end of a round every page has been protected at least once, so what a harvest reports
+//! was written; a harvest in the middle of round 1 also reports the pages that are not yet protected, which is harmless,
+//! as they are still to be sent.
+//!
+//! Ring: entries are collected, then `KVM_RESET_DIRTY_RINGS` protects their pages, and only then are they marked: who sees a
+//! mark finds the page protected. So `protect` has nothing to do. A full ring makes its vCPU exit and drain it.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvm_bindings::{
+    KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET,
+    KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_DIRTY_LOG_PAGE_OFFSET, KVM_MEM_LOG_DIRTY_PAGES, kvm_dirty_gfn,
+    kvm_enable_cap, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{VcpuFd, VmFd};
+use rustix::mm::{MapFlags, ProtFlags};
+
+use super::memory::{Memory, RamRange};
+use super::sys::{self, KvmError};
+use crate::model::{DirtyLogKind, PAGE_SIZE, PageCount, PageRun};
+use crate::shm::SharedBitmap;
+
+/// The most entries of a ring that Dunlin asks for; KVM may allow fewer.
+const RING_ENTRIES: usize = 65536;
+
+/// The flags of a ring entry (`KVM_DIRTY_GFN_F_*`).
+const ENTRY_DIRTY: u32 = 1;
+const ENTRY_HARVESTED: u32 = 2;
+
+/// The dirty log of one VM.
+pub struct DirtyLogger {
+    vm: Arc<VmFd>,
+    ranges: Vec<RamRange>,
+    shared: Arc<SharedBitmap>,
+    /// Serialises start, stop, harvest and protect, and holds what they need.
+    inner: Mutex<Inner>,
+    /// Entries harvested of each vCPU's ring since the VM was made; empty without rings.
+    vcpu_pages: Vec<AtomicU64>,
+}
+
+struct Inner {
+    on: bool,
+    kind: Kind,
+}
+
+enum Kind {
+    /// By slot: what the last harvest found and nobody has protected since; and a scratch for one call.
+    Bitmap { unprotected: Vec<Vec<u64>>, scratch: Vec<u64> },
+    /// One a vCPU; pages that were collected and are not yet marked.
+    Rings { rings: Vec<Ring>, pending: Vec<u64> },
+}
+
+/// Puts `vm`, which has no vCPU yet, into the mode that `kind` needs, and says how large its rings are in bytes.
+///
+/// # Errors
+/// A host that has no dirty ring.
+pub(crate) fn prepare(vm: &VmFd, kind: DirtyLogKind) -> Result<usize, KvmError> {
+    let enable = |cap, argument: u64, action| {
+        let mut request = kvm_enable_cap { cap, ..Default::default() };
+        request.args[0] = argument;
+        vm.enable_cap(&request).map_err(KvmError::of(action))
+    };
+    match kind {
+        DirtyLogKind::Bitmap => {
+            let wanted = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
+            let offered = vm.check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into());
+            if offered as u32 & wanted != wanted {
+                let source = io::ErrorKind::Unsupported.into();
+                return Err(KvmError { action: "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 (Linux 5.7)", source });
+            }
+            enable(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, wanted.into(), "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2")?;
+            Ok(0)
+        }
+        DirtyLogKind::Ring => {
+            let offered = vm.check_extension_raw(KVM_CAP_DIRTY_LOG_RING_ACQ_REL.into());
+            let bytes = usize::try_from(offered).unwrap_or(0).min(RING_ENTRIES * size_of::<kvm_dirty_gfn>());
+            if bytes == 0 {
+                let source = io::ErrorKind::Unsupported.into();
+                return Err(KvmError { action: "KVM_CAP_DIRTY_LOG_RING_ACQ_REL (use the bitmap)", source });
+            }
+            enable(KVM_CAP_DIRTY_LOG_RING_ACQ_REL, bytes as u64, "KVM_CAP_DIRTY_LOG_RING_ACQ_REL")?;
+            Ok(bytes)
+        }
+    }
+}
+
+impl DirtyLogger {
+    /// The log of a VM that [`prepare`] was called for and whose vCPUs exist; `ring_bytes` is what it said.
+    pub(crate) fn new(
+        vm: Arc<VmFd>,
+        memory: &Memory,
+        ring_bytes: usize,
+        vcpus: &[impl std::ops::Deref<Target = VcpuFd>],
+    ) -> Result<Self, KvmError> {
+        let kind = if ring_bytes == 0 {
+            let words = |range: &RamRange| vec![0; range.pages.0.div_ceil(64) as usize];
+            Kind::Bitmap { unprotected: memory.ranges().iter().map(words).collect(), scratch: Vec::new() }
+        } else {
+            let rings = vcpus.iter().map(|vcpu| Ring::map(vcpu, ring_bytes)).collect::<Result<_, _>>()?;
+            Kind::Rings { rings, pending: Vec::new() }
+        };
+        let vcpu_pages = match &kind {
+            Kind::Bitmap { .. } => Vec::new(),
+            Kind::Rings { rings, .. } => rings.iter().map(|_| AtomicU64::new(0)).collect(),
+        };
+        let (ranges, shared) = (memory.ranges().to_vec(), memory.dirty().clone());
+        Ok(Self { vm, ranges, shared, inner: Mutex::new(Inner { on: false, kind }), vcpu_pages })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Which kind it is.
+    pub fn kind(&self) -> DirtyLogKind {
+        match self.lock().kind {
+            Kind::Bitmap { .. } => DirtyLogKind::Bitmap,
+            Kind::Rings { .. } => DirtyLogKind::Ring,
+        }
+    }
+
+    /// Whether it is on.
+    pub fn is_on(&self) -> bool {
+        self.lock().on
+    }
+
+    /// Switches logging on; no page is marked then. If it is on already, it starts anew.
+    pub fn start(&self) -> Result<(), KvmError> {
+        let mut inner = self.lock();
+        if inner.on {
+            self.switch(&mut inner, false)?;
+        }
+        self.switch(&mut inner, true)?;
+        // What was written before this moment belongs to the first round anyway.
+        self.shared.clear();
+        Ok(())
+    }
+
+    /// Switches logging off. Idempotent.
+    pub fn stop(&self) -> Result<(), KvmError> {
+        let mut inner = self.lock();
+        if inner.on { self.switch(&mut inner, false) } else { Ok(()) }
+    }
+
+    fn switch(&self, inner: &mut Inner, on: bool) -> Result<(), KvmError> {
+        for range in &self.ranges {
+            set_slot(&self.vm, range, if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 })?;
+        }
+        inner.on = on;
+        match &mut inner.kind {
+            Kind::Bitmap { unprotected, .. } => unprotected.iter_mut().for_each(|words| words.fill(u64::MAX)),
+            Kind::Rings { rings, pending } => {
+                // Entries of the time before: with the log just on they are pages that round 1 sends, else nobody's.
+                for ring in rings {
+                    ring.collect(|_, _| {});
+                }
+                pending.clear();
+                sys::reset_dirty_rings(&self.vm)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Marks what was written since it was last protected. Does nothing while the log is off.
+    pub fn harvest(&self) -> Result<(), KvmError> {
+        let mut inner = self.lock();
+        if !inner.on {
+            return Ok(());
+        }
+        match &mut inner.kind {
+            Kind::Bitmap { unprotected, .. } => {
+                for (range, words) in self.ranges.iter().zip(unprotected) {
+                    sys::get_dirty_log(&self.vm, range.slot, range.pages.0, words)?;
+                    self.shared.or_words(range.first_page.0, words);
+                }
+                Ok(())
+            }
+            Kind::Rings { rings, pending } => {
+                let all = 0..rings.len();
+                self.drain(rings, all, pending)
+            }
+        }
+    }
+
+    /// vCPU thread: its ring is full.
+    pub(crate) fn ring_full(&self, vcpu: u32) -> Result<(), KvmError> {
+        let mut inner = self.lock();
+        let index = vcpu as usize;
+        match &mut inner.kind {
+            Kind::Rings { rings, pending } if index < rings.len() => self.drain(rings, index..index + 1, pending),
+            _ => Ok(()),
+        }
+    }
+
+    /// Collects the entries of the rings `which`, has their pages protected, and marks them.
+    fn drain(&self, rings: &mut [Ring], which: std::ops::Range<usize>, pending: &mut Vec<u64>) -> Result<(), KvmError> {
+        for index in which {
+            let before = pending.len();
+            rings[index].collect(|slot, offset| {
+                if let Some(range) = self.ranges.iter().find(|range| range.slot == slot)
+                    && offset < range.pages.0
+                {
+                    pending.push(range.first_page.0 + offset);
+                }
+            });
+            self.vcpu_pages[index].fetch_add((pending.len() - before) as u64, Ordering::Relaxed);
+        }
+        if !pending.is_empty() {
+            // Marked even if KVM fails: then the caller gives up, but no page has been forgotten.
+            let protected = sys::reset_dirty_rings(&self.vm);
+            pending.drain(..).for_each(|page| self.shared.set(page));
+            protected?;
+        }
+        Ok(())
+    }
+
+    /// Re-arms the log for `run`, before its pages are read. A run that is not wholly RAM is cut to what is.
+    pub fn protect(&self, run: PageRun) -> Result<(), KvmError> {
+        let mut inner = self.lock();
+        let Inner { on: true, kind: Kind::Bitmap { unprotected, scratch } } = &mut *inner else { return Ok(()) };
+        for (range, unprotected) in self.ranges.iter().zip(unprotected) {
+            let start = run.first.0.max(range.first_page.0);
+            let end = run.end().min(range.first_page.0 + range.pages.0);
+            if start < end {
+                let inside = start - range.first_page.0..end - range.first_page.0;
+                clear_pages(&self.vm, range, inside, unprotected, scratch)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// How many entries each vCPU's ring has brought since the VM was made; empty with a bitmap, which does not say who
+    /// wrote.
+    pub fn vcpu_pages(&self) -> Vec<PageCount> {
+        self.vcpu_pages.iter().map(|pages| PageCount(pages.load(Ordering::Relaxed))).collect()
+    }
+}
+
+/// Tells KVM of a memory slot, or changes its flags.
+pub(crate) fn set_slot(vm: &VmFd, range: &RamRange, flags: u32) -> Result<(), KvmError> {
+    let region = kvm_userspace_memory_region {
+        slot: range.slot,
+        flags,
+        guest_phys_addr: range.guest_address,
+        memory_size: range.pages.bytes(),
+        userspace_addr: range.host_address,
+    };
+    // SAFETY: the range is one of `Memory`, whose mapping outlives the VM's vCPUs (the machine owns both), and ranges do not
+    // overlap.
+    unsafe { vm.set_user_memory_region(region) }.map_err(KvmError::of("KVM_SET_USER_MEMORY_REGION"))
+}
+
+/// Clears the bits of those pages `inside` of a slot that are `unprotected`, and takes them out there. KVM wants to be asked
+/// about whole groups of 64 pages; the bits of the neighbours are passed as zero, so they stay set.
+fn clear_pages(
+    vm: &VmFd,
+    range: &RamRange,
+    inside: std::ops::Range<u64>,
+    unprotected: &mut [u64],
+    scratch: &mut Vec<u64>,
+) -> Result<(), KvmError> {
+    let first = inside.start / 64 * 64;
+    let end = inside.end.next_multiple_of(64).min(range.pages.0);
+    let known = &mut unprotected[(first / 64) as usize..end.div_ceil(64) as usize];
+    scratch.clear();
+    scratch.extend_from_slice(known);
+    scratch[0] &= u64::MAX << (inside.start - first);
+    let beyond = scratch.len() as u64 * 64 - (inside.end - first);
+    if let Some(last) = scratch.last_mut() {
+        *last &= u64::MAX >> beyond;
+    }
+    if scratch.iter().all(|&bits| bits == 0) {
+        return Ok(());
+    }
+    sys::clear_dirty_log(vm, range.slot, first, (end - first) as u32, scratch)?;
+    for (known, cleared) in known.iter_mut().zip(scratch) {
+        *known &= !*cleared;
+    }
+    Ok(())
+}
+
+/// One vCPU's ring, mapped.
+struct Ring {
+    entries: NonNull<kvm_dirty_gfn>,
+    count: usize,
+    /// The next entry to look at.
+    next: usize,
+}
+
+// SAFETY: the mapping is owned by the ring and used by one thread at a time (`&mut self`).
+unsafe impl Send for Ring {}
+
+impl Ring {
+    fn map(vcpu: &VcpuFd, bytes: usize) -> Result<Self, KvmError> {
+        // SAFETY: the descriptor is open for the duration of the call.
+        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(vcpu)) };
+        let offset = u64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * PAGE_SIZE as u64;
+        // SAFETY: a fresh mapping at an address of the kernel's choice; KVM backs exactly `bytes` from this offset.
+        let start = unsafe {
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED,
+                fd.as_fd(),
+                offset,
+            )
+        }
+        .map_err(KvmError::of("mapping a dirty ring"))?;
+        let entries = NonNull::new(start.cast())
+            .ok_or(KvmError { action: "mapping a dirty ring", source: io::ErrorKind::AddrNotAvailable.into() })?;
+        Ok(Self { entries, count: bytes / size_of::<kvm_dirty_gfn>(), next: 0 })
+    }
+
+    /// Hands (slot, page within the slot) of every new entry to `take`, and the entries back to KVM, which protects their
+    /// pages and uses them again after the next reset.
+    fn collect(&mut self, mut take: impl FnMut(u32, u64)) {
+        // At most one turn: a vCPU that goes on writing must not keep us here.
+        for _ in 0..self.count {
+            // SAFETY: `next` is below `count`, and the mapping holds `count` entries for as long as `self` lives.
+            let entry = unsafe { self.entries.add(self.next) };
+            // SAFETY: `flags` is an aligned u32 of the entry that kernel and user space access atomically.
+            let flags = unsafe { AtomicU32::from_ptr(&raw mut (*entry.as_ptr()).flags) };
+            // Acquire: slot and offset were written before the flag.
+            if flags.load(Ordering::Acquire) & (ENTRY_DIRTY | ENTRY_HARVESTED) != ENTRY_DIRTY {
+                return;
+            }
+            // SAFETY: the kernel does not write an entry that is dirty and not yet handed back.
+            let (slot, offset) = unsafe { ((*entry.as_ptr()).slot, (*entry.as_ptr()).offset) };
+            take(slot, offset);
+            // Release: the entry was read before it is handed back.
+            flags.store(ENTRY_HARVESTED, Ordering::Release);
+            self.next = (self.next + 1) % self.count;
+        }
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        // SAFETY: exactly what `map` mapped.
+        let _ = unsafe { rustix::mm::munmap(self.entries.as_ptr().cast(), self.count * size_of::<kvm_dirty_gfn>()) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::kvm::Machine;
+    use crate::kvm::testing::{PAGES, boot, kvm_or_skip, wait_for, writer, written};
+    use crate::model::PageBitmap;
+
+    const FIRST: u64 = PAGES as u64 / 4096;
+
+    /// Harvests, and takes what is marked.
+    fn harvest(machine: &Machine) -> Vec<u64> {
+        machine.log().harvest().unwrap();
+        let mut seen = PageBitmap::new(machine.memory().pages());
+        machine.memory().dirty().take(&mut seen);
+        seen.runs(u32::MAX).flat_map(|run| run.indices()).collect()
+    }
+
+    /// What round 1 does: every page once, in runs.
+    fn protect_all(machine: &Machine) {
+        let pages = machine.memory().pages().0;
+        for first in (0..pages).step_by(512) {
+            machine.log().protect(PageRun::new(first, (pages - first).min(512) as u32)).unwrap();
+        }
+    }
+
+    fn both(test: impl Fn(DirtyLogKind)) {
+        if kvm_or_skip("a dirty log") {
+            test(DirtyLogKind::Bitmap);
+            test(DirtyLogKind::Ring);
+        }
+    }
+
+    #[test]
+    fn exactly_the_written_pages_are_marked() {
+        both(|kind| {
+            let machine = boot(writer(100), 2, kind);
+            assert_eq!(machine.log().kind(), kind);
+            assert!(harvest(&machine).len() > 2, "the loader's own writes are marked before the log starts");
+            machine.log().start().unwrap();
+            protect_all(&machine);
+            assert_eq!(harvest(&machine), Vec::<u64>::new(), "{kind:?}: nothing has run");
+            machine.resume().unwrap();
+            wait_for("two rounds", || written(&machine, 99) > 200);
+            machine.pause().unwrap();
+            assert_eq!(harvest(&machine), (FIRST..FIRST + 100).collect::<Vec<_>>(), "{kind:?}");
+            // A device's write is marked with no help from KVM.
+            vm_memory::Bytes::write_obj(machine.memory().ram().as_ref(), 1u8, vm_memory::GuestAddress(0x5000)).unwrap();
+            let seen = harvest(&machine);
+            assert!(seen.contains(&5), "{kind:?}");
+            machine.log().stop().unwrap();
+            assert_eq!(harvest(&machine), Vec::<u64>::new(), "{kind:?}: off");
+            let counted: u64 = machine.log().vcpu_pages().iter().map(|pages| pages.0).sum();
+            assert_eq!(counted > 0, kind == DirtyLogKind::Ring);
+        });
+    }
+
+    #[test]
+    fn protecting_one_page_leaves_its_neighbours_marked() {
+        if !kvm_or_skip("protecting_one_page_leaves_its_neighbours_marked") {
+            return;
+        }
+        let machine = boot(writer(70), 1, DirtyLogKind::Bitmap);
+        machine.log().start().unwrap();
+        protect_all(&machine);
+        machine.resume().unwrap();
+        wait_for("two rounds", || written(&machine, 69) > 140);
+        machine.pause().unwrap();
+        assert_eq!(harvest(&machine).len(), 70);
+        machine.log().protect(PageRun::new(FIRST + 3, 1)).unwrap();
+        machine.log().protect(PageRun::new(FIRST + 60, 6)).unwrap();
+        let kept: Vec<u64> =
+            (0..70).filter(|page| *page != 3 && !(60..66).contains(page)).map(|page| FIRST + page).collect();
+        // The bits that were not cleared are still KVM's, and come again.
+        assert_eq!(harvest(&machine), kept);
+        // Beyond the end of RAM there is nothing to protect.
+        machine.log().protect(PageRun::new(machine.memory().pages().0 - 1, 10)).unwrap();
+        machine.log().protect(PageRun::new(u64::MAX - 5, 5)).unwrap();
+    }
+
+    #[test]
+    fn protecting_a_window_leaves_what_was_written_since_the_harvest_logged() {
+        if !kvm_or_skip("protecting_a_window_leaves_what_was_written_since_the_harvest_logged") {
+            return;
+        }
+        let machine = boot(writer(70), 1, DirtyLogKind::Bitmap);
+        machine.log().start().unwrap();
+        protect_all(&machine);
+        assert_eq!(harvest(&machine), Vec::<u64>::new());
+        machine.resume().unwrap();
+        wait_for("two rounds", || written(&machine, 69) > 140);
+        machine.pause().unwrap();
+        // A window in which nothing was due, and one twice: neither may forget what no harvest has seen.
+        protect_all(&machine);
+        assert_eq!(harvest(&machine), (FIRST..FIRST + 70).collect::<Vec<_>>());
+        protect_all(&machine);
+        machine.resume().unwrap();
+        let before = written(&machine, 69);
+        wait_for("two rounds", || written(&machine, 69) > before + 140);
+        machine.pause().unwrap();
+        protect_all(&machine);
+        assert_eq!(harvest(&machine), (FIRST..FIRST + 70).collect::<Vec<_>>());
+    }
+
+    /// Copies pages as a migration does, while the guest writes: in the end the copy must be equal.
+    #[test]
+    fn no_write_is_lost_between_harvest_protect_and_read() {
+        both(|kind| {
+            let machine = boot(writer(300), 1, kind);
+            let pages = machine.memory().pages();
+            let mut copy = vec![0u8; pages.bytes() as usize];
+            let read = |copy: &mut Vec<u8>, page: u64| {
+                let start = page as usize * PAGE_SIZE;
+                let address = vm_memory::GuestAddress(start as u64);
+                let target = &mut copy[start..start + PAGE_SIZE];
+                vm_memory::Bytes::read_slice(machine.memory().ram().as_ref(), target, address).unwrap();
+            };
+            machine.resume().unwrap();
+            wait_for("the first round", || written(&machine, 299) > 0);
+            machine.log().start().unwrap();
+            for first in (0..pages.0).step_by(512) {
+                machine.log().protect(PageRun::new(first, 512)).unwrap();
+                (first..first + 512).for_each(|page| read(&mut copy, page));
+            }
+            let mut rounds = 0;
+            let started = written(&machine, 0);
+            while written(&machine, 0) < started + 60_000 && rounds < 100_000 {
+                let mut due = PageBitmap::new(pages);
+                machine.log().harvest().unwrap();
+                machine.memory().dirty().take(&mut due);
+                for run in due.runs(64) {
+                    machine.log().protect(run).unwrap();
+                    run.indices().for_each(|page| read(&mut copy, page));
+                }
+                rounds += 1;
+            }
+            machine.pause().unwrap();
+            for page in harvest(&machine) {
+                read(&mut copy, page);
+            }
+            let mut truth = vec![0u8; copy.len()];
+            (0..pages.0).for_each(|page| read(&mut truth, page));
+            assert!(rounds > 3);
+            let differs: Vec<usize> = (0..pages.0 as usize)
+                .filter(|page| copy[page * 4096..][..4096] != truth[page * 4096..][..4096])
+                .collect();
+            assert!(differs.is_empty(), "{kind:?}: pages {differs:?} were lost in {rounds} rounds");
+        });
+    }
+
+    #[test]
+    fn a_full_ring_is_drained_by_its_vcpu_and_nothing_is_lost() {
+        if !kvm_or_skip("a_full_ring_is_drained_by_its_vcpu_and_nothing_is_lost") {
+            return;
+        }
+        let machine = boot(writer(2000), 1, DirtyLogKind::Ring);
+        machine.log().start().unwrap();
+        machine.resume().unwrap();
+        // Nobody harvests, so each page is logged once and then again only after the ring's exit resets it; with a ring of
+        // 65536 entries it takes a harvest in between to fill it.
+        let mut seen = PageBitmap::new(machine.memory().pages());
+        let start = std::time::Instant::now();
+        while start.elapsed() < Duration::from_millis(500) {
+            machine.log().ring_full(0).unwrap();
+            machine.memory().dirty().take(&mut seen);
+        }
+        wait_for("a round", || written(&machine, 1999) > 0);
+        machine.pause().unwrap();
+        machine.log().harvest().unwrap();
+        machine.memory().dirty().take(&mut seen);
+        assert_eq!(seen.runs_within(FIRST, FIRST + 2000, u32::MAX).next(), Some(PageRun::new(FIRST, 2000)));
+    }
+}

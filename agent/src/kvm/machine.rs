@@ -1,0 +1,644 @@
+//! A whole machine: memory, VM, vCPUs, devices, console, dirty log, and their state as one.
+//!
+//! Owns the order of things: what is made first, who stands before whom, what a reset is. Must not know migration, nor who
+//! may run the VM: that gate is the service's.
+//!
+//! Two ways to be made: [`Machine::boot`] loads a guest; [`Machine::incoming`] makes everything, threads included, and
+//! waits for memory (through [`Machine::memory`]) and [`Machine::restore_state`]. Either way it stands until
+//! [`Machine::resume`].
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use kvm_ioctls::Cap;
+
+use super::boot::{self, BootError, BootImage};
+use super::bus::{BusFull, Device, DeviceError, MMIO_WINDOW_BYTES, MmioBus};
+use super::console::{Console, ConsoleError};
+use super::container::{self, Section, StateError};
+use super::control::{Kick, MachineExit, RunControl};
+use super::dirty::DirtyLogger;
+use super::memory::{Memory, MemoryError, MemoryOptions};
+use super::ports::{Ports, SERIAL_IRQ};
+use super::serial::Serial;
+use super::sys::KvmError;
+use super::vcpu::{self, Surroundings, Vcpu};
+use super::vm::Vm;
+use super::x86::cpuid::{self, CpuidError};
+use super::x86::start;
+use super::x86::state::{RestoreError, StateSupport, TimeShift, VCPU_VERSION, VM_VERSION, VcpuState, VmState};
+use crate::model::id::VmName;
+use crate::model::shape::ShapeError;
+use crate::model::{
+    DirtyLogKind, DiskSpec, MachineShape, NetSpec, PageBitmap, PageCount, PageRun, RegionId, SerialSpec, VmId,
+};
+use crate::port::machine::PauseTiming;
+use crate::port::{DirtyLog, MachineError, MachineState, Vcpus};
+
+/// The section of what the vCPUs share.
+const VM_TAG: &str = "vm";
+/// The section of the serial port.
+const SERIAL_TAG: &str = "serial0";
+/// The newest version of the serial port's section; devices version their own payload and have this one too.
+const DEVICE_VERSION: u32 = 1;
+/// How far a host's counter may be from the VM's without scaling, in parts per million.
+const TSC_TOLERANCE_PPM: u64 = 250;
+
+/// A machine could not be made, or could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum HostedError {
+    /// KVM refused.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// Guest RAM could not be set up.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The guest could not be loaded.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// Too many devices.
+    #[error(transparent)]
+    Bus(#[from] BusFull),
+    /// A device failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The console could not be opened.
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
+    /// The shape breaks a limit.
+    #[error(transparent)]
+    Shape(#[from] ShapeError),
+    /// This host cannot show the VM its CPU.
+    #[error(transparent)]
+    Cpuid(#[from] CpuidError),
+    /// The time-stamp counters differ and cannot be scaled.
+    #[error("the VM's time-stamp counter runs at {vm_khz} kHz, this host's at {host_khz} kHz, and it cannot be scaled")]
+    TscFrequency {
+        /// The VM's.
+        vm_khz: u32,
+        /// This host's.
+        host_khz: u32,
+    },
+    /// The saved state is none of this machine.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The machine runs, or has run, and must not.
+    #[error("the machine {0}")]
+    Phase(&'static str),
+    /// The machine has ended.
+    #[error("the machine has ended: {0:?}")]
+    Ended(MachineExit),
+}
+
+impl From<RestoreError> for HostedError {
+    fn from(error: RestoreError) -> Self {
+        match error {
+            RestoreError::State(e) => Self::State(e),
+            RestoreError::Kvm(e) => Self::Kvm(e),
+        }
+    }
+}
+
+/// What a host adds to a machine's shape: nothing of it moves.
+#[derive(Clone, Debug, Default)]
+pub struct Hosting {
+    /// Where the console goes.
+    pub serial: SerialSpec,
+    /// How memory is backed.
+    pub memory: MemoryOptions,
+}
+
+/// A machine to be booted.
+#[derive(Clone, Debug)]
+pub struct BootConfig {
+    /// Its identity.
+    pub vm_id: VmId,
+    /// Its name.
+    pub name: VmName,
+    /// Guest RAM in bytes, whole pages.
+    pub memory_bytes: u64,
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// How writes are logged.
+    pub dirty_log: DirtyLogKind,
+    /// Network ports, for the shape; the devices themselves come from the maker that is passed along.
+    pub nets: Vec<NetSpec>,
+    /// Disks, for the shape.
+    pub disks: Vec<DiskSpec>,
+    /// The kernel, and the operator's part of the command line: the machine adds what the guest must know of it.
+    pub image: BootImage,
+}
+
+/// Makes the devices of a machine in the order of their windows: it is given the machine's memory. Devices stand when they
+/// are made.
+pub type DeviceMaker<'a> = dyn FnOnce(&Memory) -> Result<Vec<Arc<dyn Device>>, DeviceError> + 'a;
+
+/// What the machine is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Nothing has run; a state may be restored.
+    Fresh,
+    Standing,
+    Running,
+}
+
+/// A machine.
+pub struct Machine {
+    shape: MachineShape,
+    memory: Memory,
+    vm: Vm,
+    vcpus: Vec<Arc<Vcpu>>,
+    around: Arc<Surroundings>,
+    serial: Arc<Serial>,
+    console: Arc<Console>,
+    support: StateSupport,
+    /// The vCPUs and what they share as KVM made them, before any start-up state.
+    power_on: (Vec<VcpuState>, VmState),
+    image: Option<BootImage>,
+    /// Held through every change of phase, so that pause, resume, reset, save and restore exclude each other.
+    phase: Mutex<Phase>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Machine {
+    /// Makes a machine and loads a guest.
+    pub fn boot(
+        config: BootConfig,
+        hosting: &Hosting,
+        devices: Box<DeviceMaker<'_>>,
+    ) -> Result<Arc<Self>, HostedError> {
+        let shape = MachineShape {
+            vm_id: config.vm_id,
+            name: config.name,
+            memory_bytes: config.memory_bytes,
+            cpus: config.cpus,
+            dirty_log: config.dirty_log,
+            // Found below, on this host.
+            tsc_khz: 0,
+            cpuid: Vec::new(),
+            nets: config.nets,
+            disks: config.disks,
+        };
+        let mut machine = Self::build(shape, hosting, devices)?;
+        let mut image = config.image;
+        image.cmdline = machine.complete_cmdline(&image.cmdline);
+        machine.load(&image)?;
+        machine.image = Some(image);
+        machine.start_threads()
+    }
+
+    /// Makes a machine of the `shape` that another host offers; it waits for memory and state. `image` is what the source
+    /// booted from ([`Machine::image`]); without it a reset asked for by the guest ends the machine.
+    pub fn incoming(
+        shape: MachineShape,
+        image: Option<BootImage>,
+        hosting: &Hosting,
+        devices: Box<DeviceMaker<'_>>,
+    ) -> Result<Arc<Self>, HostedError> {
+        let mut machine = Self::build(shape, hosting, devices)?;
+        machine.image = image;
+        machine.start_threads()
+    }
+
+    /// Whether this host could run a machine of `shape`, without making one: CPUID, counter, limits.
+    pub fn check(shape: &MachineShape) -> Result<(), HostedError> {
+        shape.check()?;
+        let kvm = kvm_ioctls::Kvm::new().map_err(KvmError::of("opening /dev/kvm"))?;
+        let vm = kvm.create_vm().map_err(KvmError::of("KVM_CREATE_VM"))?;
+        vm.create_irq_chip().map_err(KvmError::of("KVM_CREATE_IRQCHIP"))?;
+        super::dirty::prepare(&vm, shape.dirty_log)?;
+        let vcpu = vm.create_vcpu(0).map_err(KvmError::of("KVM_CREATE_VCPU"))?;
+        let host_khz = vcpu.get_tsc_khz().map_err(KvmError::of("KVM_GET_TSC_KHZ"))?;
+        scaling(shape.tsc_khz, host_khz, vm.check_extension(Cap::TscControl))?;
+        Ok(cpuid::check(&shape.cpuid, &cpuid::of_host(&kvm, host_khz)?)?)
+    }
+
+    /// Everything but a guest and threads. A shape without CPUID gets this host's.
+    fn build(mut shape: MachineShape, hosting: &Hosting, devices: Box<DeviceMaker<'_>>) -> Result<Self, HostedError> {
+        shape.check()?;
+        let memory = Memory::new(shape.memory_bytes, hosting.memory)?;
+        let vm = Vm::new(&memory, shape.dirty_log)?;
+        let mut bus = MmioBus::default();
+        for device in devices(&memory)? {
+            bus.attach(device)?;
+        }
+        let console = Console::open(&hosting.serial)?;
+        let serial = Arc::new(Serial::new(console.clone()).map_err(KvmError::of("eventfd"))?);
+        vm.connect_irq(serial.irq(), SERIAL_IRQ)?;
+        vm.connect_bus(&bus)?;
+
+        let vcpus = (0..shape.cpus)
+            .map(|index| Vcpu::new(&vm.fd, index).map(Arc::new))
+            .collect::<Result<Vec<_>, KvmError>>()?;
+        let host_khz = vcpus[0].fd().get_tsc_khz().map_err(KvmError::of("KVM_GET_TSC_KHZ"))?;
+        let host_cpuid = cpuid::of_host(&vm.kvm, host_khz)?;
+        let scaled = if shape.cpuid.is_empty() {
+            (shape.cpuid, shape.tsc_khz) = (host_cpuid, host_khz);
+            false
+        } else {
+            cpuid::check(&shape.cpuid, &host_cpuid)?;
+            scaling(shape.tsc_khz, host_khz, vm.fd.check_extension(Cap::TscControl))?
+        };
+        for vcpu in &vcpus {
+            let fd = vcpu.fd();
+            // CPUID before any register: it decides which of their bits are legal.
+            let leaves = cpuid::of_vcpu(&shape.cpuid, vcpu.index(), shape.cpus)?;
+            fd.set_cpuid2(&leaves).map_err(KvmError::of("KVM_SET_CPUID2"))?;
+            if scaled {
+                fd.set_tsc_khz(shape.tsc_khz).map_err(KvmError::of("KVM_SET_TSC_KHZ"))?;
+            }
+        }
+
+        let fds: Vec<MutexGuard<'_, _>> = vcpus.iter().map(|vcpu| vcpu.fd()).collect();
+        let log = DirtyLogger::new(vm.fd.clone(), &memory, vm.ring_bytes, &fds)?;
+        let support = StateSupport::by_trial(&vm.kvm, &vm.fd, &fds[0], shape.tsc_khz, scaled)?;
+        let states = fds.iter().map(|fd| VcpuState::save(fd, &support)).collect::<Result<_, _>>()?;
+        let power_on = (states, VmState::save(&vm.fd)?);
+        drop(fds);
+
+        let kicks = vcpus.iter().map(|vcpu| vcpu.clone() as Arc<dyn Kick>).collect();
+        let around = Arc::new(Surroundings {
+            control: RunControl::new(kicks),
+            bus: Arc::new(bus),
+            ports: Arc::new(Ports { serial: serial.clone() }),
+            log: Arc::new(log),
+        });
+        Ok(Self {
+            shape,
+            memory,
+            vm,
+            vcpus,
+            around,
+            serial,
+            console,
+            support,
+            power_on,
+            image: None,
+            phase: Mutex::new(Phase::Fresh),
+            threads: Mutex::new(Vec::new()),
+        })
+    }
+
+    /// The operator's command line and what the guest must know of the machine.
+    fn complete_cmdline(&self, own: &str) -> String {
+        let mut parts: Vec<String> = Vec::new();
+        parts.extend((!own.trim().is_empty()).then(|| own.trim().to_owned()));
+        parts.push(format!("dunlin.cpus={} dunlin.tsc_khz={}", self.shape.cpus, self.shape.tsc_khz));
+        parts.extend((0..self.devices().len()).map(|index| {
+            let (size, address) = (MMIO_WINDOW_BYTES >> 10, MmioBus::address(index));
+            format!("virtio_mmio.device={size}K@{address:#x}:{}", MmioBus::irq(index))
+        }));
+        parts.join(" ")
+    }
+
+    /// Loads `image` into memory that is zero, and points the boot processor at it.
+    fn load(&self, image: &BootImage) -> Result<(), HostedError> {
+        let entry = boot::load(&self.memory, image)?;
+        Ok(start::set_up(&self.vcpus[0].fd(), entry)?)
+    }
+
+    fn start_threads(self) -> Result<Arc<Self>, HostedError> {
+        let machine = Arc::new(self);
+        machine.console.connect(&machine.serial)?;
+        let mut threads = Vec::new();
+        for vcpu in &machine.vcpus {
+            threads.push(vcpu::spawn(vcpu.clone(), machine.around.clone())?);
+        }
+        let (around, weak) = (machine.around.clone(), Arc::downgrade(&machine));
+        let keeper = std::thread::Builder::new()
+            .name("machine".into())
+            .spawn(move || keep(&around, &weak))
+            .map_err(KvmError::of("thread of the machine"))?;
+        threads.push(keeper);
+        *machine.threads.lock().unwrap_or_else(PoisonError::into_inner) = threads;
+        Ok(machine)
+    }
+
+    fn phase(&self) -> MutexGuard<'_, Phase> {
+        self.phase.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the machine is made of.
+    pub fn shape(&self) -> &MachineShape {
+        &self.shape
+    }
+
+    /// Guest RAM, its file and the dirty bitmap that is shared with a migration manager.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// The devices, in the order of their windows.
+    pub fn devices(&self) -> &[Arc<dyn Device>] {
+        self.around.bus.devices()
+    }
+
+    /// The console's outside.
+    pub fn console(&self) -> &Arc<Console> {
+        &self.console
+    }
+
+    /// Types into the guest's console.
+    pub fn console_input(&self, bytes: &[u8]) {
+        super::console::Input::input(self.serial.as_ref(), bytes);
+    }
+
+    /// The dirty log.
+    pub fn log(&self) -> &DirtyLogger {
+        &self.around.log
+    }
+
+    /// What the guest was booted from, command line complete: the target needs it for a reset.
+    pub fn image(&self) -> Option<&BootImage> {
+        self.image.as_ref()
+    }
+
+    /// The kernel's thread numbers of the vCPUs, in order; zero for one whose thread has only just been made.
+    pub fn vcpu_threads(&self) -> Vec<i32> {
+        self.vcpus.iter().map(|vcpu| vcpu.thread_id()).collect()
+    }
+
+    /// What this host's KVM lists and refuses, or has not: for `doctor`.
+    pub fn shortcomings(&self) -> Vec<String> {
+        let msrs = self.support.refused_msrs().iter().map(|index| format!("MSR {index:#x}"));
+        msrs.chain(self.support.missing(&self.vm.fd).into_iter().map(str::to_owned)).collect()
+    }
+
+    /// Whether guest code runs.
+    pub fn is_running(&self) -> bool {
+        *self.phase() == Phase::Running && self.exit().is_none()
+    }
+
+    /// How the machine ended, if it has.
+    pub fn exit(&self) -> Option<MachineExit> {
+        self.around.control.exit()
+    }
+
+    /// Waits until the machine has ended, at most `timeout`.
+    pub fn wait_exit(&self, timeout: Duration) -> Option<MachineExit> {
+        self.around.control.wait_exit(timeout)
+    }
+
+    /// Ends the machine: [`MachineExit::Stopped`] unless it has ended otherwise.
+    pub fn stop(&self) {
+        self.around.control.end(MachineExit::Stopped);
+    }
+
+    /// Lets devices, then vCPUs go on (or start). Idempotent.
+    pub fn resume(&self) -> Result<(), HostedError> {
+        let mut phase = self.phase();
+        self.resume_in(&mut phase)
+    }
+
+    fn resume_in(&self, phase: &mut Phase) -> Result<(), HostedError> {
+        if let Some(exit) = self.exit() {
+            return Err(HostedError::Ended(exit));
+        }
+        if *phase == Phase::Running {
+            return Ok(());
+        }
+        for device in self.devices() {
+            if let Err(e) = device.resume() {
+                let _ = self.pause_devices();
+                return Err(e.into());
+            }
+        }
+        *phase = Phase::Running;
+        if self.around.control.run() {
+            return Ok(());
+        }
+        *phase = Phase::Standing;
+        self.pause_devices()?;
+        Err(HostedError::Ended(self.exit().unwrap_or(MachineExit::Stopped)))
+    }
+
+    /// Stops all vCPUs with nothing pending, then drains and mutes all devices. Idempotent.
+    pub fn pause(&self) -> Result<Duration, HostedError> {
+        let start = Instant::now();
+        let mut phase = self.phase();
+        self.pause_in(&mut phase)?;
+        Ok(start.elapsed())
+    }
+
+    fn pause_in(&self, phase: &mut Phase) -> Result<(), HostedError> {
+        self.around.control.stand();
+        if *phase == Phase::Running {
+            *phase = Phase::Standing;
+            self.pause_devices()?;
+        }
+        // A reset that the guest asked for just now belongs to the state that is about to be looked at.
+        if self.around.control.take_reset() { self.reset_in() } else { Ok(()) }
+    }
+
+    fn pause_devices(&self) -> Result<(), DeviceError> {
+        self.devices().iter().map(|device| device.pause()).fold(Ok(()), Result::and)
+    }
+
+    /// Back to power-on, of a machine that stands: registers, interrupt controllers, devices, memory, guest loaded anew.
+    fn reset_in(&self) -> Result<(), HostedError> {
+        let image = self.image.as_ref().ok_or(HostedError::Phase("cannot reset: it came without its boot image"))?;
+        let (vcpus, vm) = &self.power_on;
+        for (vcpu, state) in self.vcpus.iter().zip(vcpus) {
+            state.restore(&vcpu.fd(), &self.support, &TimeShift::none())?;
+        }
+        vm.restore(&self.vm.fd, &TimeShift::none())?;
+        self.serial.reset();
+        for device in self.devices() {
+            device.reset()?;
+        }
+        self.memory.clear()?;
+        self.load(image)
+    }
+
+    /// The guest asked for a reset; it goes on running, if it was.
+    fn reset_by_guest(&self) {
+        let mut phase = self.phase();
+        let was_running = *phase == Phase::Running;
+        let done =
+            self.pause_in(&mut phase).and_then(|()| if was_running { self.resume_in(&mut phase) } else { Ok(()) });
+        match done {
+            Ok(()) | Err(HostedError::Ended(_)) => {}
+            Err(e) => self.around.control.end(MachineExit::Error(format!("reset: {}", chain(&e)))),
+        }
+    }
+
+    /// CPU and device state of a machine that stands.
+    pub fn save_state(&self) -> Result<Vec<u8>, HostedError> {
+        let phase = self.phase();
+        if *phase == Phase::Running {
+            return Err(HostedError::Phase("runs: pause it before its state is saved"));
+        }
+        let mut writer = container::Writer::default();
+        // The clock first: its moment is the one that the counters are reckoned from.
+        writer.section(VM_TAG, VM_VERSION, &VmState::save(&self.vm.fd)?.to_bytes());
+        for vcpu in &self.vcpus {
+            let state = VcpuState::save(&vcpu.fd(), &self.support)?;
+            writer.section(&vcpu_tag(vcpu.index()), VCPU_VERSION, &state.to_bytes());
+        }
+        writer.section(SERIAL_TAG, DEVICE_VERSION, &self.serial.save());
+        for device in self.devices() {
+            writer.section(&device.name(), DEVICE_VERSION, &device.save()?);
+        }
+        Ok(writer.finish())
+    }
+
+    /// Puts a state into a machine that has not run. All of it is checked before any of it is used; when KVM or a device
+    /// refuses a part nevertheless, the machine must be thrown away.
+    pub fn restore_state(&self, state: &[u8]) -> Result<(), HostedError> {
+        let phase = self.phase();
+        if *phase != Phase::Fresh {
+            return Err(HostedError::Phase("has run: a state can only be restored before"));
+        }
+        let mut sections = Sections::parse(state)?;
+        let vm = VmState::from_bytes(sections.take(VM_TAG, VM_VERSION)?)?;
+        let vcpus = self
+            .vcpus
+            .iter()
+            .map(|vcpu| VcpuState::from_bytes(sections.take(&vcpu_tag(vcpu.index()), VCPU_VERSION)?))
+            .collect::<Result<Vec<_>, StateError>>()?;
+        let serial = sections.take(SERIAL_TAG, DEVICE_VERSION)?;
+        let devices = self
+            .devices()
+            .iter()
+            .map(|device| Ok((device, sections.take(&device.name(), DEVICE_VERSION)?)))
+            .collect::<Result<Vec<_>, StateError>>()?;
+        sections.finish()?;
+
+        let time = vm.time_shift(&self.support);
+        for (vcpu, state) in self.vcpus.iter().zip(&vcpus) {
+            state.restore(&vcpu.fd(), &self.support, &time)?;
+        }
+        vm.restore(&self.vm.fd, &time)?;
+        // After the interrupt controllers: these may signal an interrupt again.
+        self.serial.restore(serial)?;
+        for (device, state) in devices {
+            device.restore(state)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.stop();
+        let threads = std::mem::take(self.threads.get_mut().unwrap_or_else(PoisonError::into_inner));
+        for thread in threads {
+            // The keeper itself may have held the last reference.
+            if thread.thread().id() != std::thread::current().id() {
+                let _ = thread.join();
+            }
+        }
+        let _ = self.pause_devices();
+    }
+}
+
+/// The keeper's thread: resets when the guest asks, and stills the devices of a machine that has ended.
+fn keep(around: &Surroundings, machine: &Weak<Machine>) {
+    loop {
+        let exit = around.control.wait_reset_or_exit();
+        let Some(machine) = machine.upgrade() else { return };
+        if exit.is_none() {
+            machine.reset_by_guest();
+            continue;
+        }
+        let mut phase = machine.phase();
+        if let Err(e) = machine.pause_in(&mut phase) {
+            tracing::warn!("a device of the ended machine did not stop: {}", chain(&e));
+        }
+        return;
+    }
+}
+
+/// Whether a guest counter of `vm_khz` must be scaled on this host.
+fn scaling(vm_khz: u32, host_khz: u32, can_scale: bool) -> Result<bool, HostedError> {
+    let apart = u64::from(vm_khz.abs_diff(host_khz)) * 1_000_000;
+    if apart <= u64::from(host_khz) * TSC_TOLERANCE_PPM {
+        Ok(false)
+    } else if can_scale && vm_khz > 0 {
+        Ok(true)
+    } else {
+        Err(HostedError::TscFrequency { vm_khz, host_khz })
+    }
+}
+
+fn vcpu_tag(index: u32) -> String {
+    format!("vcpu{index}")
+}
+
+/// An error with its causes.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+/// The sections of a state, each to be taken once.
+struct Sections<'a>(Vec<Section<'a>>);
+
+impl<'a> Sections<'a> {
+    fn parse(state: &'a [u8]) -> Result<Self, StateError> {
+        container::parse(state).map(Self)
+    }
+
+    fn take(&mut self, tag: &str, newest: u32) -> Result<&'a [u8], StateError> {
+        let index = self.0.iter().position(|section| section.tag == tag);
+        let section = self.0.swap_remove(index.ok_or_else(|| StateError::Missing(tag.to_owned()))?);
+        section.expect_version(newest)?;
+        Ok(section.payload)
+    }
+
+    fn finish(self) -> Result<(), StateError> {
+        self.0.first().map_or(Ok(()), |section| Err(StateError::Unexpected(section.tag.to_owned())))
+    }
+}
+
+fn refused(action: &'static str) -> impl FnOnce(HostedError) -> MachineError {
+    move |e| MachineError::Refused { action, reason: chain(&e) }
+}
+
+impl Vcpus for Arc<Machine> {
+    fn pause(&mut self) -> Result<PauseTiming, MachineError> {
+        Machine::pause(self).map(|pause| PauseTiming { pause }).map_err(refused("pause"))
+    }
+
+    fn resume(&mut self) -> Result<(), MachineError> {
+        Machine::resume(self).map_err(refused("resume"))
+    }
+}
+
+impl DirtyLog for Arc<Machine> {
+    fn start_log(&mut self) -> Result<(), MachineError> {
+        self.log().start().map_err(|e| refused("start the dirty log")(e.into()))
+    }
+
+    fn harvest(&mut self, into: &mut PageBitmap) -> Result<PageCount, MachineError> {
+        self.log().harvest().map_err(|e| refused("harvest the dirty log")(e.into()))?;
+        Ok(self.memory().dirty().take(into))
+    }
+
+    fn protect(&mut self, region: RegionId, run: PageRun) -> Result<(), MachineError> {
+        if region != RegionId::RAM {
+            return Err(MachineError::Refused { action: "protect pages", reason: format!("{region:?} is not RAM") });
+        }
+        self.log().protect(run).map_err(|e| refused("protect pages")(e.into()))
+    }
+
+    fn stop_log(&mut self) -> Result<(), MachineError> {
+        self.log().stop().map_err(|e| refused("stop the dirty log")(e.into()))
+    }
+}
+
+impl MachineState for Arc<Machine> {
+    fn save_state(&mut self) -> Result<Vec<u8>, MachineError> {
+        Machine::save_state(self).map_err(refused("save its state"))
+    }
+
+    fn restore_state(&mut self, state: &[u8]) -> Result<(), MachineError> {
+        Machine::restore_state(self, state).map_err(refused("restore a state"))
+    }
+}

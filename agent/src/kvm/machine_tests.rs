@@ -1,0 +1,171 @@
+//! Whole machines on a real KVM.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::control::MachineExit;
+use super::machine::{HostedError, Machine};
+use super::testing::{boot, hosting, kvm_or_skip, printer, wait_for, writer, written};
+use crate::model::DirtyLogKind;
+
+/// mov al, BYTE; mov dx, PORT; out dx, al
+fn out(port: u16, byte: u8) -> Vec<u8> {
+    let [low, high] = port.to_le_bytes();
+    vec![0xb0, byte, 0x66, 0xba, low, high, 0xee]
+}
+
+#[test]
+fn a_guest_prints_and_switches_itself_off() {
+    if !kvm_or_skip("a_guest_prints_and_switches_itself_off") {
+        return;
+    }
+    let machine = boot(printer(b"hello from the guest\n", &out(0x600, 5)), 1, DirtyLogKind::Bitmap);
+    assert_eq!(machine.wait_exit(Duration::ZERO), None);
+    machine.resume().unwrap();
+    assert_eq!(machine.wait_exit(Duration::from_secs(10)), Some(MachineExit::PowerOff));
+    assert_eq!(machine.console().history(), b"hello from the guest\n");
+    assert!(matches!(machine.resume(), Err(HostedError::Ended(MachineExit::PowerOff))));
+}
+
+#[test]
+fn a_paused_guest_stands_still_and_goes_on() {
+    if !kvm_or_skip("a_paused_guest_stands_still_and_goes_on") {
+        return;
+    }
+    let machine = boot(writer(8), 1, DirtyLogKind::Bitmap);
+    machine.resume().unwrap();
+    let mut last = 0;
+    for _ in 0..20 {
+        wait_for("a write", || written(&machine, 0) > last);
+        machine.pause().unwrap();
+        last = written(&machine, 0);
+        std::thread::sleep(Duration::from_millis(2));
+        assert_eq!(written(&machine, 0), last);
+        machine.resume().unwrap();
+    }
+    machine.stop();
+    assert_eq!(machine.wait_exit(Duration::from_secs(1)), Some(MachineExit::Stopped));
+}
+
+#[test]
+fn a_triple_fault_ends_the_machine_with_a_reason() {
+    if !kvm_or_skip("a_triple_fault_ends_the_machine_with_a_reason") {
+        return;
+    }
+    // ud2, with no interrupt table.
+    let machine = boot(printer(b"x", &[0x0f, 0x0b]), 1, DirtyLogKind::Bitmap);
+    machine.resume().unwrap();
+    let exit = machine.wait_exit(Duration::from_secs(10)).unwrap();
+    assert!(matches!(&exit, MachineExit::Error(text) if text.contains("vCPU 0")), "{exit:?}");
+}
+
+#[test]
+fn a_reset_boots_the_guest_again() {
+    if !kvm_or_skip("a_reset_boots_the_guest_again") {
+        return;
+    }
+    let machine = boot(printer(b"again ", &out(0x64, 0xfe)), 2, DirtyLogKind::Bitmap);
+    machine.resume().unwrap();
+    wait_for("three boots", || machine.console().history().starts_with(b"again again again "));
+    assert_eq!(machine.exit(), None);
+    machine.pause().unwrap();
+}
+
+/// Copies memory as a migration would, and the state.
+fn move_to(source: &Arc<Machine>, target: &Arc<Machine>) -> Vec<u8> {
+    use vm_memory::{Bytes, GuestAddress};
+    let mut bytes = vec![0; source.shape().memory_bytes as usize];
+    source.memory().ram().read_slice(&mut bytes, GuestAddress(0)).unwrap();
+    target.memory().ram().write_slice(&bytes, GuestAddress(0)).unwrap();
+    let state = source.save_state().unwrap();
+    target.restore_state(&state).unwrap();
+    state
+}
+
+#[test]
+fn a_guest_goes_on_in_another_machine_where_it_stood() {
+    if !kvm_or_skip("a_guest_goes_on_in_another_machine_where_it_stood") {
+        return;
+    }
+    for kind in [DirtyLogKind::Bitmap, DirtyLogKind::Ring] {
+        let mut machine = boot(writer(16), 2, kind);
+        for _ in 0..5 {
+            machine.resume().unwrap();
+            let before = written(&machine, 3);
+            wait_for("a round", || written(&machine, 3) > before + 32);
+            assert!(matches!(machine.save_state(), Err(HostedError::Phase(_))));
+            machine.pause().unwrap();
+            let target = incoming(&machine);
+            let state = move_to(&machine, &target);
+            // Nothing is lost on the way through KVM: what was written reads the same.
+            let again = target.save_state().unwrap();
+            assert_eq!(state.len(), again.len());
+            let stood = written(&machine, 3);
+            target.resume().unwrap();
+            wait_for("the guest to go on", || written(&target, 3) > stood + 32);
+            assert_eq!(written(&machine, 3), stood);
+            assert!(matches!(target.restore_state(&state), Err(HostedError::Phase(_))));
+            target.pause().unwrap();
+            machine = target;
+        }
+    }
+}
+
+#[test]
+fn a_state_of_another_machine_or_a_damaged_one_is_refused_and_the_machine_still_takes_the_right_one() {
+    if !kvm_or_skip("a_state_of_another_machine") {
+        return;
+    }
+    let machine = boot(writer(4), 1, DirtyLogKind::Bitmap);
+    let state = machine.save_state().unwrap();
+    let wider = boot(writer(4), 2, DirtyLogKind::Bitmap);
+    assert!(matches!(wider.restore_state(&state), Err(HostedError::State(_))));
+    let target = incoming(&machine);
+    assert!(matches!(target.restore_state(&wider.save_state().unwrap()), Err(HostedError::State(_))));
+    for damaged in [&state[..state.len() - 1], &[], &b"DUNLINMS"[..]] {
+        assert!(matches!(target.restore_state(damaged), Err(HostedError::State(_))));
+    }
+    target.restore_state(&state).unwrap();
+}
+
+#[test]
+fn a_host_that_lacks_a_feature_or_the_frequency_refuses() {
+    if !kvm_or_skip("a_host_that_lacks_a_feature_or_the_frequency_refuses") {
+        return;
+    }
+    let machine = boot(writer(4), 1, DirtyLogKind::Bitmap);
+    Machine::check(machine.shape()).unwrap();
+    let mut shape = machine.shape().clone();
+    for leaf in shape.cpuid.iter_mut().filter(|leaf| leaf.function == 7) {
+        leaf.registers = [u32::MAX; 4];
+    }
+    assert!(matches!(Machine::check(&shape), Err(HostedError::Cpuid(_))));
+    assert!(Machine::incoming(shape, None, &hosting(), Box::new(|_| Ok(Vec::new()))).is_err());
+    let mut shape = machine.shape().clone();
+    shape.cpus = 0;
+    assert!(matches!(Machine::check(&shape), Err(HostedError::Shape(_))));
+}
+
+fn incoming(source: &Machine) -> Arc<Machine> {
+    let (shape, image) = (source.shape().clone(), source.image().cloned());
+    Machine::incoming(shape, image, &hosting(), Box::new(|_| Ok(Vec::new()))).unwrap()
+}
+
+#[test]
+fn a_migrated_guest_can_reset_and_one_without_its_image_ends_with_the_reason() {
+    if !kvm_or_skip("a_migrated_guest_can_reset") {
+        return;
+    }
+    let machine = boot(printer(b"once ", &out(0x64, 0xfe)), 1, DirtyLogKind::Bitmap);
+    let target = incoming(&machine);
+    move_to(&machine, &target);
+    target.resume().unwrap();
+    wait_for("a reset", || target.console().history().starts_with(b"once once "));
+    target.pause().unwrap();
+
+    let bare = Machine::incoming(machine.shape().clone(), None, &hosting(), Box::new(|_| Ok(Vec::new()))).unwrap();
+    move_to(&machine, &bare);
+    bare.resume().unwrap();
+    let exit = bare.wait_exit(Duration::from_secs(10)).unwrap();
+    assert!(matches!(&exit, MachineExit::Error(text) if text.contains("boot image")), "{exit:?}");
+}

@@ -1,0 +1,56 @@
+//! I/O ports: the serial console, and the ports by which a guest switches itself off or resets.
+//!
+//! Owns port numbers and dispatch. Must not know vCPUs or where the console goes.
+
+use std::sync::Arc;
+
+use super::serial::Serial;
+
+/// First port of the serial console (COM1).
+pub const SERIAL_PORT: u16 = 0x3f8;
+/// The interrupt of the serial console.
+pub const SERIAL_IRQ: u32 = 4;
+/// Writing [`POWER_OFF_BYTE`] here switches the machine off.
+pub const POWER_PORT: u16 = 0x600;
+/// See [`POWER_PORT`].
+pub const POWER_OFF_BYTE: u8 = 5;
+/// Writing [`RESET_BYTE`] here (the keyboard controller's command port) resets the machine.
+pub const RESET_PORT: u16 = 0x64;
+/// See [`RESET_PORT`].
+pub const RESET_BYTE: u8 = 0xfe;
+
+/// What a write to a port asks of the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PortAction {
+    None,
+    PowerOff,
+    Reset,
+}
+
+/// The ports of a machine.
+pub(crate) struct Ports {
+    pub(crate) serial: Arc<Serial>,
+}
+
+impl Ports {
+    /// A write of one or more bytes (a repeated string instruction brings many) to `port`.
+    pub(crate) fn write(&self, port: u16, data: &[u8]) -> PortAction {
+        match port {
+            SERIAL_PORT..=0x3ff => self.serial.write((port - SERIAL_PORT) as u8, data),
+            POWER_PORT if data.contains(&POWER_OFF_BYTE) => return PortAction::PowerOff,
+            RESET_PORT if data.contains(&RESET_BYTE) => return PortAction::Reset,
+            _ => {}
+        }
+        PortAction::None
+    }
+
+    /// A read from `port`; all ones where nothing answers.
+    pub(crate) fn read(&self, port: u16, data: &mut [u8]) {
+        match port {
+            SERIAL_PORT..=0x3ff => self.serial.read((port - SERIAL_PORT) as u8, data),
+            // The keyboard controller's status: ready to take a command.
+            RESET_PORT => data.fill(0),
+            _ => data.fill(0xff),
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! One vCPU: its descriptor, the thread that runs it, and what is done when it leaves guest code.
+//!
+//! Owns the run loop. The thread holds the vCPU's lock while it runs, so whoever gets the lock finds it standing with
+//! nothing pending. Must not know what a device does, nor the layout of any CPU state.
+
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
+
+use super::bus::MmioBus;
+use super::control::{Kick, MachineExit, RunControl};
+use super::dirty::DirtyLogger;
+use super::ports::{PortAction, Ports};
+use super::sys::KvmError;
+
+/// The signal that takes a vCPU out of guest code, counted from SIGRTMIN.
+const KICK_SIGNAL: i32 = 0;
+
+/// A vCPU.
+pub(crate) struct Vcpu {
+    index: u32,
+    fd: Mutex<VcpuFd>,
+    /// `kvm_run.immediate_exit` of `fd`.
+    immediate_exit: NonNull<AtomicU8>,
+    /// The kernel's number of the thread that runs it; zero while there is none.
+    thread: AtomicI32,
+    /// Whether its thread was put in front of others to answer a kick.
+    hurried: AtomicBool,
+}
+
+// SAFETY: `immediate_exit` points into the mapping that `fd` owns, which lives as long as `self`, and is only accessed
+// atomically; everything else is Send and Sync by itself.
+unsafe impl Send for Vcpu {}
+// SAFETY: as above.
+unsafe impl Sync for Vcpu {}
+
+/// The signal's handler: the signal only has to interrupt.
+extern "C" fn on_kick(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+
+impl Vcpu {
+    /// Creates vCPU number `index`.
+    pub(crate) fn new(vm: &VmFd, index: u32) -> Result<Self, KvmError> {
+        let mut fd = vm.create_vcpu(u64::from(index)).map_err(KvmError::of("KVM_CREATE_VCPU"))?;
+        let immediate_exit = NonNull::from(&mut fd.get_kvm_run().immediate_exit).cast();
+        Ok(Self {
+            index,
+            fd: Mutex::new(fd),
+            immediate_exit,
+            thread: AtomicI32::new(0),
+            hurried: AtomicBool::new(false),
+        })
+    }
+
+    /// The descriptor; waits until the vCPU stands.
+    pub(crate) fn fd(&self) -> MutexGuard<'_, VcpuFd> {
+        self.fd.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its number.
+    pub(crate) fn index(&self) -> u32 {
+        self.index
+    }
+
+    /// The kernel's number of its thread; zero before the thread has started.
+    pub(crate) fn thread_id(&self) -> i32 {
+        self.thread.load(Ordering::Acquire)
+    }
+
+    /// Puts the thread in front of all that share its CPU, so that on a busy host a pause does not wait for the thread's next
+    /// turn. A host that does not allow it is merely slower.
+    fn hurry(&self, thread: i32) {
+        // SAFETY: asks for the policy of a thread by number; no pointer.
+        let policy = unsafe { libc::sched_getscheduler(thread) };
+        if policy == libc::SCHED_OTHER && set_policy(thread, libc::SCHED_FIFO, 1) {
+            self.hurried.store(true, Ordering::SeqCst);
+        }
+    }
+
+    fn immediate_exit(&self) -> &AtomicU8 {
+        // SAFETY: see the impl of Send; AtomicU8 has the layout of u8, and the kernel only reads the byte.
+        unsafe { self.immediate_exit.as_ref() }
+    }
+}
+
+/// Sets the scheduling policy of one thread; whether it worked.
+fn set_policy(thread: i32, policy: i32, priority: i32) -> bool {
+    let parameters = libc::sched_param { sched_priority: priority };
+    // SAFETY: the parameters outlive the call.
+    unsafe { libc::sched_setscheduler(thread, policy, &raw const parameters) == 0 }
+}
+
+impl Kick for Vcpu {
+    fn kick(&self) {
+        // First the flag, then the signal: a vCPU that is about to enter sees the flag, one inside takes the signal.
+        self.immediate_exit().store(1, Ordering::SeqCst);
+        let thread = self.thread_id();
+        if thread != 0 {
+            self.hurry(thread);
+            // SAFETY: sends a signal whose handler does nothing to a thread of this process; a number that has ended is
+            // refused by the kernel, and one that was reused meanwhile only sees an interrupted call.
+            unsafe {
+                libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, libc::SIGRTMIN() + KICK_SIGNAL);
+            }
+        }
+    }
+
+    fn clear(&self) {
+        if self.hurried.swap(false, Ordering::SeqCst) {
+            set_policy(self.thread_id(), libc::SCHED_OTHER, 0);
+        }
+        self.immediate_exit().store(0, Ordering::SeqCst);
+    }
+}
+
+/// What a vCPU reaches when it leaves guest code.
+pub(crate) struct Surroundings {
+    pub(crate) control: RunControl,
+    pub(crate) bus: Arc<MmioBus>,
+    pub(crate) ports: Arc<Ports>,
+    pub(crate) log: Arc<DirtyLogger>,
+}
+
+/// Starts the thread of `vcpu`. It stands until the control lets it run.
+pub(crate) fn spawn(vcpu: Arc<Vcpu>, around: Arc<Surroundings>) -> Result<JoinHandle<()>, KvmError> {
+    vmm_sys_util::signal::register_signal_handler(libc::SIGRTMIN() + KICK_SIGNAL, on_kick)
+        .map_err(KvmError::of("signal handler of the vCPUs"))?;
+    std::thread::Builder::new()
+        .name(format!("vcpu{}", vcpu.index))
+        .spawn(move || {
+            // SAFETY: no argument, cannot fail.
+            let id = unsafe { libc::gettid() };
+            vcpu.thread.store(id, Ordering::Release);
+            while around.control.enter(vcpu.as_ref()) {
+                if let Some(exit) = run(&vcpu, &around) {
+                    around.control.end(exit);
+                }
+                around.control.left();
+            }
+        })
+        .map_err(KvmError::of("thread of a vCPU"))
+}
+
+/// Runs guest code until the vCPU must stand. Returns why the machine ends, if it does.
+///
+/// A pending exit is completed before the vCPU stands: an order is looked at only when KVM has answered EINTR, which with
+/// `immediate_exit` set it does after it has finished the instruction of the last exit.
+fn run(vcpu: &Vcpu, around: &Surroundings) -> Option<MachineExit> {
+    let mut fd = vcpu.fd();
+    loop {
+        match fd.run() {
+            Ok(VcpuExit::IoOut(port, data)) => match around.ports.write(port, data) {
+                PortAction::None => {}
+                PortAction::PowerOff => return Some(MachineExit::PowerOff),
+                PortAction::Reset => around.control.request_reset(),
+            },
+            Ok(VcpuExit::IoIn(port, data)) => around.ports.read(port, data),
+            Ok(VcpuExit::MmioWrite(address, data)) => around.bus.write(address, data),
+            Ok(VcpuExit::MmioRead(address, data)) => around.bus.read(address, data),
+            Ok(VcpuExit::Unsupported(kvm_bindings::KVM_EXIT_DIRTY_RING_FULL)) => {
+                if let Err(e) = around.log.ring_full(vcpu.index) {
+                    return Some(MachineExit::Error(format!("vCPU {}: dirty ring: {e}", vcpu.index)));
+                }
+            }
+            Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => {}
+            Ok(VcpuExit::Shutdown) => {
+                return Some(MachineExit::Error(format!("vCPU {}: triple fault", vcpu.index)));
+            }
+            Ok(VcpuExit::InternalError) => {
+                let text = internal_error(&mut fd);
+                return Some(MachineExit::Error(format!("vCPU {}: {text}", vcpu.index)));
+            }
+            Ok(other) => {
+                let text = format!("vCPU {}: unexpected exit {other:?}", vcpu.index);
+                return Some(MachineExit::Error(text));
+            }
+            // EAGAIN: an application processor that waits for its start, or a page that is being fetched.
+            Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => {
+                if e.errno() == libc::EINTR && around.control.must_stand(vcpu) {
+                    return None;
+                }
+            }
+            Err(e) => return Some(MachineExit::Error(format!("vCPU {}: KVM_RUN: {e}", vcpu.index))),
+        }
+    }
+}
+
+/// What KVM says of an internal error: most often an instruction that it cannot emulate.
+fn internal_error(fd: &mut VcpuFd) -> String {
+    // SAFETY: the exit reason says that this member of the union is the valid one.
+    let internal = unsafe { fd.get_kvm_run().__bindgen_anon_1.internal };
+    let registers = fd.get_regs().map_or_else(|e| format!("({e})"), |regs| format!("rip {:#x}", regs.rip));
+    let count = (internal.ndata as usize).min(internal.data.len());
+    format!("KVM internal error {}, {registers}, data {:x?}", internal.suberror, &internal.data[..count])
+}

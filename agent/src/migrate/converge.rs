@@ -1,0 +1,117 @@
+//! When pre-copy stops: the target is in reach, or another round buys nothing.
+//!
+//! With U(t) the unique pages written in an interval t and B the goodput, round n+1 takes t' = U(t)/B. U is concave, so
+//! once a round no longer shrinks what is left, no later one will: give up then, not after a fixed number of rounds
+//! (`docs/`, "Convergence"; the bound on rounds is Clark's rule and only the backstop).
+
+use std::time::Duration;
+
+use crate::model::{BytesPerSecond, PageCount};
+
+/// A round that leaves more than this share of what the round before left is no gain.
+const NO_GAIN: f64 = 0.9;
+/// So many rounds without gain in a row end pre-copy; one alone may be a burst.
+const PATIENCE: u32 = 2;
+
+/// What to do after a round.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Verdict {
+    /// Send what is left while the VM runs.
+    Another,
+    /// What is left fits the downtime target: pause.
+    Converged,
+    /// It will not fit; pause all the same, and say why.
+    GaveUp(String),
+}
+
+/// The judge of one migration's rounds.
+#[derive(Clone, Debug)]
+pub struct Convergence {
+    downtime: Duration,
+    fixed_cost: Duration,
+    max_rounds: u32,
+    rounds: u32,
+    least_left: Option<PageCount>,
+    without_gain: u32,
+}
+
+impl Convergence {
+    /// A judge for a downtime target, of which `fixed_cost` and the round trip are spent in any case.
+    pub fn new(downtime: Duration, fixed_cost: Duration, max_rounds: u32) -> Self {
+        Self { downtime, fixed_cost, max_rounds, rounds: 0, least_left: None, without_gain: 0 }
+    }
+
+    /// Judges after a round that left `left` pages dirty, with goodput `goodput` and round trip `rtt`.
+    pub fn judge(&mut self, left: PageCount, goodput: BytesPerSecond, rtt: Duration) -> Verdict {
+        self.rounds += 1;
+        let budget = self.downtime.saturating_sub(self.fixed_cost + rtt);
+        let needed = if left.0 == 0 { Duration::ZERO } else { goodput.time_for(left.bytes()) };
+        if needed <= budget {
+            return Verdict::Converged;
+        }
+        let gained = self.least_left.is_none_or(|least| (left.0 as f64) < least.0 as f64 * NO_GAIN);
+        self.without_gain = if gained { 0 } else { self.without_gain + 1 };
+        self.least_left = Some(self.least_left.map_or(left, |least| least.min(left)));
+        let estimate = format!(
+            "{} pages are left after round {}, {:.1} ms at {goodput}, above the {:.1} ms that the downtime target leaves",
+            left.0,
+            self.rounds,
+            needed.as_secs_f64() * 1e3,
+            budget.as_secs_f64() * 1e3
+        );
+        if self.without_gain >= PATIENCE {
+            Verdict::GaveUp(format!("no gain in {PATIENCE} rounds: {estimate}"))
+        } else if self.rounds >= self.max_rounds {
+            Verdict::GaveUp(format!("round limit of {} reached: {estimate}", self.max_rounds))
+        } else {
+            Verdict::Another
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOODPUT: BytesPerSecond = BytesPerSecond(1 << 30);
+    const RTT: Duration = Duration::from_micros(100);
+
+    fn judge() -> Convergence {
+        Convergence::new(Duration::from_millis(30), Duration::from_millis(3), 30)
+    }
+
+    #[test]
+    fn an_idle_guest_converges_at_once() {
+        assert_eq!(judge().judge(PageCount(0), GOODPUT, RTT), Verdict::Converged);
+    }
+
+    #[test]
+    fn fixed_cost_and_round_trip_come_off_the_budget() {
+        // 26.9 ms at 1 GiB/s are 7051 pages.
+        assert_eq!(judge().judge(PageCount(7050), GOODPUT, RTT), Verdict::Converged);
+        assert_eq!(judge().judge(PageCount(7060), GOODPUT, RTT), Verdict::Another);
+    }
+
+    #[test]
+    fn shrinking_rounds_go_on_and_flat_ones_end_it() {
+        let mut convergence = judge();
+        for left in [100_000, 50_000, 25_000] {
+            assert_eq!(convergence.judge(PageCount(left), GOODPUT, RTT), Verdict::Another);
+        }
+        assert_eq!(convergence.judge(PageCount(24_000), GOODPUT, RTT), Verdict::Another);
+        assert!(matches!(convergence.judge(PageCount(24_500), GOODPUT, RTT), Verdict::GaveUp(_)));
+    }
+
+    #[test]
+    fn a_round_limit_is_the_backstop() {
+        let mut convergence = Convergence::new(Duration::from_millis(1), Duration::ZERO, 3);
+        assert_eq!(convergence.judge(PageCount(1 << 30), GOODPUT, RTT), Verdict::Another);
+        assert_eq!(convergence.judge(PageCount(1 << 29), GOODPUT, RTT), Verdict::Another);
+        assert!(matches!(convergence.judge(PageCount(1 << 28), GOODPUT, RTT), Verdict::GaveUp(_)));
+    }
+
+    #[test]
+    fn a_dead_link_is_not_taken_for_convergence() {
+        assert_eq!(judge().judge(PageCount(1), BytesPerSecond(0), RTT), Verdict::Another);
+    }
+}

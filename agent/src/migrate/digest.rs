@@ -1,0 +1,84 @@
+//! Hashes that prove that a page at the target is the page at the source.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
+
+use crate::model::{PAGE_SIZE, PageRun};
+use crate::port::{BytesView, Region};
+
+/// Pages in one chunk of a whole-memory hash (2 MiB).
+const CHUNK_PAGES: u32 = 512;
+
+/// Copies bytes that nobody writes any more (the VM is paused) into `buffer`, word by word.
+fn copy_out(bytes: BytesView<'_>, buffer: &mut [u8]) {
+    for (target, byte) in buffer.iter_mut().zip(bytes) {
+        *target = byte.load(Ordering::Relaxed);
+    }
+}
+
+/// The digest of one page at its place: XXH3 seeded with the page's index, so that a page at the wrong place counts as
+/// wrong. Digests of a round are summed (wrapping), which makes the order of arrival irrelevant.
+pub fn page_digest(page: u64, bytes: BytesView<'_>) -> u64 {
+    let mut buffer = [0; PAGE_SIZE];
+    copy_out(bytes, &mut buffer);
+    xxh3_64_with_seed(&buffer, page)
+}
+
+/// The digest of a page that travels as a mark: its place alone. Both ends know that its content is zero.
+pub(super) fn zero_digest(page: u64) -> u64 {
+    xxh3_64(&page.to_le_bytes())
+}
+
+/// Whether a page holds only zeros. Stops at the first word that does not.
+pub fn zero_page(bytes: BytesView<'_>) -> bool {
+    // SAFETY: a page is page-aligned and a whole number of words long, and AtomicU64 has no invalid values; the view
+    // stays borrowed for as long as the words are.
+    let (head, words, tail) = unsafe { bytes.align_to::<AtomicU64>() };
+    let nonzero_byte = |byte: &std::sync::atomic::AtomicU8| byte.load(Ordering::Relaxed) != 0;
+    !head.iter().any(nonzero_byte)
+        && !tail.iter().any(nonzero_byte)
+        && words.chunks(8).all(|line| line.iter().fold(0, |sum, word| sum | word.load(Ordering::Relaxed)) == 0)
+}
+
+/// A hash of every 2 MiB of every region, in order: `--verify`.
+pub fn chunk_hashes(regions: &[&dyn Region]) -> Vec<u64> {
+    let mut hashes = Vec::new();
+    let mut buffer = vec![0; CHUNK_PAGES as usize * PAGE_SIZE];
+    for region in regions {
+        let pages = region.spec().pages.0;
+        for first in (0..pages).step_by(CHUNK_PAGES as usize) {
+            let run = PageRun::new(first, CHUNK_PAGES.min((pages - first) as u32));
+            let chunk = &mut buffer[..run.byte_len()];
+            copy_out(region.bytes(run), chunk);
+            hashes.push(xxh3_64(chunk));
+        }
+    }
+    hashes
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU8;
+
+    use super::*;
+
+    fn page(fill: impl Fn(usize) -> u8) -> Vec<AtomicU8> {
+        (0..PAGE_SIZE).map(|index| AtomicU8::new(fill(index))).collect()
+    }
+
+    #[test]
+    fn one_byte_makes_a_page_nonzero_wherever_it_is() {
+        assert!(zero_page(&page(|_| 0)));
+        for place in [0, 1, 63, 64, 2048, PAGE_SIZE - 1] {
+            assert!(!zero_page(&page(|index| u8::from(index == place))), "byte {place} was overlooked");
+        }
+    }
+
+    #[test]
+    fn a_page_at_the_wrong_place_has_another_digest() {
+        let bytes = page(|index| index as u8);
+        assert_ne!(page_digest(1, &bytes), page_digest(2, &bytes));
+        assert_ne!(zero_digest(1), zero_digest(2));
+    }
+}

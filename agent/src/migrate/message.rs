@@ -1,0 +1,107 @@
+//! What the two managers say to one another on the control stream (wire version 1).
+//!
+//! Every message is postcard-encoded; the link bounds its length before it is decoded. Counts inside are checked by
+//! whoever acts on them.
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::{BlackoutLedger, MachineShape, MigrationId, RegionSpec};
+
+/// The source's offer: everything that the target must be able to provide.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Offer {
+    /// The migration.
+    pub migration_id: MigrationId,
+    /// The machine.
+    pub shape: MachineShape,
+    /// What has bytes to move.
+    pub regions: Vec<RegionSpec>,
+    /// Page streams that the source is going to open.
+    pub streams: u16,
+    /// Whether all memory is hashed while the VM is paused.
+    pub verify: bool,
+}
+
+/// The target's acceptance: memory, devices and the waiting machine exist.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Accept {
+    /// How long the reservation took, in nanoseconds.
+    pub reservation_ns: u64,
+}
+
+/// The last message of the stop-and-copy stage.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Handed {
+    /// CPU and device state, in the machine's own versioned and checksummed format.
+    #[serde(with = "serde_bytes")]
+    pub state: Vec<u8>,
+    /// The round that was sent while the VM was paused.
+    pub round: u32,
+    /// [`crate::migrate::page_digest`] summed over every page of that round.
+    pub digest: u64,
+    /// Under `--verify`: a hash of every [`crate::migrate::chunk_hashes`] chunk of every region, in order.
+    pub chunk_hashes: Vec<u64>,
+}
+
+/// What a target knows of a migration, asked for after contact was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TargetState {
+    /// It holds a complete VM and waits for `commit`.
+    Prepared,
+    /// It owns the VM; the guest runs or is about to.
+    Owner,
+    /// It can never run the VM.
+    NeverOwner,
+}
+
+/// A message on the control stream.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ControlMessage {
+    /// Source → target, first.
+    Offer(Box<Offer>),
+    /// Target → source: resources are set aside.
+    Accept(Accept),
+    /// Target → source: no, and why. Nothing was set aside.
+    Refuse(String),
+    /// Target → source: every stream has delivered its part of a round.
+    RoundReceived(u32),
+    /// Source → target: the VM is paused, its last pages are sent, here is its state.
+    Handed(Box<Handed>),
+    /// Target → source: the state is restored, digest and hashes agree, `prepared` is journaled.
+    Prepared(BlackoutLedger),
+    /// Source → target: `released` is journaled; run it.
+    Commit,
+    /// Target → source: the guest runs.
+    Running(BlackoutLedger),
+    /// Either way, before `commit`: stop, and why.
+    Cancel(String),
+    /// Source → target on a new connection: what do you know?
+    Query(MigrationId),
+    /// Target → source: the answer.
+    State(TargetState),
+    /// Source → target: answer with `Pong` of the same number.
+    Ping(u32),
+    /// Target → source.
+    Pong(u32),
+}
+
+impl ControlMessage {
+    /// The message's name, for errors and logs; never its content.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Offer(_) => "offer",
+            Self::Accept(_) => "accept",
+            Self::Refuse(_) => "refuse",
+            Self::RoundReceived(_) => "round-received",
+            Self::Handed(_) => "handed",
+            Self::Prepared(_) => "prepared",
+            Self::Commit => "commit",
+            Self::Running(_) => "running",
+            Self::Cancel(_) => "cancel",
+            Self::Query(_) => "query",
+            Self::State(_) => "state",
+            Self::Ping(_) => "ping",
+            Self::Pong(_) => "pong",
+        }
+    }
+}

@@ -1,0 +1,80 @@
+//! What an operator asks of a migration.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::BytesPerSecond;
+
+/// How memory moves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Strategy {
+    /// Rounds while the VM runs, a short pause for the rest (Clark et al., NSDI 2005).
+    #[default]
+    PreCopy,
+    /// The VM is paused first; everything moves once.
+    StopAndCopy,
+}
+
+impl fmt::Display for Strategy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::PreCopy => "pre-copy",
+            Self::StopAndCopy => "stop-and-copy",
+        })
+    }
+}
+
+impl FromStr for Strategy {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "pre-copy" => Ok(Self::PreCopy),
+            "stop-and-copy" => Ok(Self::StopAndCopy),
+            _ => Err(format!("`{text}` is no strategy; write pre-copy or stop-and-copy")),
+        }
+    }
+}
+
+/// The options of one migration, as its source follows them.
+#[derive(Clone, Debug)]
+pub struct SourceOptions {
+    /// How memory moves.
+    pub strategy: Strategy,
+    /// The most that all page streams together may send; `None` is as fast as the link goes.
+    pub bandwidth: Option<BytesPerSecond>,
+    /// The blackout to stay below, all fixed costs included.
+    pub downtime: Duration,
+    /// What switching over is expected to cost besides the last pages: taken off the budget.
+    pub fixed_cost: Duration,
+    /// After so many rounds pre-copy gives up and stops the VM for the rest.
+    pub max_rounds: u32,
+    /// Parallel page streams, at least 1.
+    pub streams: u16,
+    /// Hash all memory while the VM is paused, and compare.
+    pub verify: bool,
+    /// Nothing moving for this long counts as a stalled peer.
+    pub stall: Duration,
+    /// The target's address, kept in the journal for reconnecting.
+    pub peer: String,
+}
+
+impl Default for SourceOptions {
+    fn default() -> Self {
+        Self {
+            strategy: Strategy::PreCopy,
+            bandwidth: None,
+            downtime: Duration::from_millis(30),
+            fixed_cost: Duration::from_millis(3),
+            max_rounds: 30,
+            streams: 2,
+            verify: false,
+            stall: Duration::from_secs(10),
+            peer: String::new(),
+        }
+    }
+}

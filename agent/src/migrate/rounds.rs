@@ -1,0 +1,186 @@
+//! Sends one round of pages over all streams.
+//!
+//! Streams draw windows of memory from a common counter. Rounds are barriers (the source waits for the target's word
+//! that a round has arrived), so a page may travel on another stream in the next round.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::digest::{page_digest, zero_digest, zero_page};
+use super::observe::{CancelFlag, Observer};
+use super::pacer::Pacer;
+use super::source::SourceError;
+use crate::model::{PAGE_SIZE, PageBitmap, PageRun};
+use crate::port::{BulkSender, Clock, Job, Machine, Region};
+
+/// Pages that one stream takes at a time, and that are protected with one order: 32 MiB.
+const WINDOW_PAGES: u64 = 8192;
+/// Pages in one write to the stream: 2 MiB.
+const LONGEST_RUN: u32 = 512;
+
+/// What a round has come to.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Tally {
+    pub(super) pages: u64,
+    pub(super) zero_pages: u64,
+    pub(super) wire_bytes: u64,
+    pub(super) digest: u64,
+}
+
+impl Tally {
+    fn add(&mut self, other: &Self) {
+        self.pages += other.pages;
+        self.zero_pages += other.zero_pages;
+        self.wire_bytes += other.wire_bytes;
+        self.digest = self.digest.wrapping_add(other.digest);
+    }
+}
+
+/// One round as it is to be sent.
+pub(super) struct Round<'a> {
+    pub(super) number: u32,
+    /// The VM is paused: hash what is sent, and protect nothing.
+    pub(super) last: bool,
+    pub(super) region: &'a dyn Region,
+    pub(super) due: &'a PageBitmap,
+    pub(super) pacer: &'a Pacer<'a>,
+    pub(super) clock: &'a dyn Clock,
+    pub(super) observer: &'a dyn Observer,
+    pub(super) cancel: &'a CancelFlag,
+    /// The longest run that the bandwidth limit lets one write carry.
+    pub(super) longest_run: u32,
+}
+
+/// The longest run for a bandwidth limit: at most 50 ms worth, so that pacing stays smooth and a slow link never looks
+/// stalled.
+pub(super) fn longest_run(limit: Option<crate::model::BytesPerSecond>) -> u32 {
+    limit.map_or(LONGEST_RUN, |limit| ((limit.0 / 20 / PAGE_SIZE as u64) as u32).clamp(1, LONGEST_RUN))
+}
+
+impl Round<'_> {
+    /// Sends the round over all streams: the last on the calling thread, each other on a thread of its own.
+    pub(super) fn send(
+        &self,
+        machine: &Mutex<&mut dyn Machine>,
+        streams: &mut [Box<dyn BulkSender>],
+    ) -> Result<Tally, SourceError> {
+        let next_window = AtomicU64::new(0);
+        let sent = AtomicU64::new(0);
+        let send = |stream: &mut Box<dyn BulkSender>| self.send_share(&next_window, &sent, machine, stream.as_mut());
+        let mut shares: Vec<Result<Tally, SourceError>> = streams.iter().map(|_| Ok(Tally::default())).collect();
+        let send = &send;
+        {
+            let mut jobs: Vec<Job<'_>> = Vec::new();
+            for (stream, share) in streams.iter_mut().zip(&mut shares) {
+                jobs.push(Box::new(move || *share = send(stream)));
+            }
+            if let Some(lead) = jobs.pop() {
+                self.clock.run_beside(jobs, lead);
+            }
+        }
+        let mut total = Tally::default();
+        for share in shares {
+            total.add(&share?);
+        }
+        Ok(total)
+    }
+
+    fn send_share(
+        &self,
+        next_window: &AtomicU64,
+        sent: &AtomicU64,
+        machine: &Mutex<&mut dyn Machine>,
+        stream: &mut dyn BulkSender,
+    ) -> Result<Tally, SourceError> {
+        let due_pages = self.due.count().0;
+        let all_pages = self.due.len().0;
+        let mut tally = Tally { wire_bytes: stream.start_round(self.number, self.last)?, ..Tally::default() };
+        loop {
+            let first = next_window.fetch_add(WINDOW_PAGES, Ordering::Relaxed);
+            if first >= all_pages {
+                break;
+            }
+            let window = PageRun::new(first, WINDOW_PAGES.min(all_pages - first) as u32);
+            if self.due.runs_within(first, window.end(), u32::MAX).next().is_none() {
+                continue;
+            }
+            if !self.last {
+                let mut machine = machine.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                machine.protect(self.region.spec().id, window)?;
+            }
+            self.send_window(window, stream, &mut tally)?;
+            let sent = sent.fetch_add(
+                self.due.runs_within(first, window.end(), u32::MAX).map(|run| u64::from(run.count)).sum(),
+                Ordering::Relaxed,
+            );
+            self.observer.progress(self.number, sent, due_pages);
+        }
+        tally.wire_bytes += stream.end_round(self.number)?;
+        Ok(tally)
+    }
+
+    /// Sends what is due of one window: holes as zeros untouched, the rest by content.
+    fn send_window(&self, window: PageRun, stream: &mut dyn BulkSender, tally: &mut Tally) -> Result<(), SourceError> {
+        for run in self.due.runs_within(window.first.0, window.end(), u32::MAX) {
+            tally.pages += u64::from(run.count);
+            let mut at = run.first.0;
+            for data in self.region.data_within(run) {
+                self.send_zeros(at, data.first.0, stream, tally)?;
+                self.send_data(data, stream, tally)?;
+                at = data.end();
+            }
+            self.send_zeros(at, run.end(), stream, tally)?;
+        }
+        Ok(())
+    }
+
+    /// Sends pages that may hold data, cut into runs of zero and of other pages.
+    fn send_data(&self, data: PageRun, stream: &mut dyn BulkSender, tally: &mut Tally) -> Result<(), SourceError> {
+        let is_zero = |page: u64| zero_page(self.region.bytes(PageRun::new(page, 1)));
+        let mut at = data.first.0;
+        while at < data.end() {
+            if self.cancel.is_set() {
+                return Err(SourceError::Cancelled);
+            }
+            let zero = is_zero(at);
+            let limit = if zero { data.end() } else { data.end().min(at + u64::from(self.longest_run)) };
+            let mut end = at + 1;
+            while end < limit && is_zero(end) == zero {
+                end += 1;
+            }
+            if zero {
+                self.send_zeros(at, end, stream, tally)?;
+            } else {
+                let run = PageRun::new(at, (end - at) as u32);
+                let bytes = self.region.bytes(run);
+                self.pacer.pay(run.byte_len() as u64);
+                tally.wire_bytes += stream.pages(self.region.spec().id, run, bytes)?;
+                if self.last {
+                    for (page, bytes) in run.indices().zip(bytes.chunks(PAGE_SIZE)) {
+                        tally.digest = tally.digest.wrapping_add(page_digest(page, bytes));
+                    }
+                }
+            }
+            at = end;
+        }
+        Ok(())
+    }
+
+    fn send_zeros(
+        &self,
+        first: u64,
+        end: u64,
+        stream: &mut dyn BulkSender,
+        tally: &mut Tally,
+    ) -> Result<(), SourceError> {
+        if first < end {
+            let run = PageRun::new(first, (end - first) as u32);
+            tally.wire_bytes += stream.zeros(self.region.spec().id, run)?;
+            tally.zero_pages += u64::from(run.count);
+            if self.last {
+                tally.digest = run.indices().fold(tally.digest, |sum, page| sum.wrapping_add(zero_digest(page)));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,533 @@
+//! The source's end: offer, reserve, pre-copy, stop, commit, let go.
+//!
+//! Contract: up to `released` every failure and every cancel leaves the VM running here at full speed, log off, and the
+//! target told. From `released` on the VM never runs here again unless the target is known never to have owned it.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use super::converge::{Convergence, Verdict};
+use super::digest::chunk_hashes;
+use super::message::{ControlMessage, Handed, Offer, TargetState};
+use super::observe::{CancelFlag, Observer};
+use super::options::{SourceOptions, Strategy};
+use super::pacer::Pacer;
+use super::rounds::{Round, Tally, longest_run};
+use crate::model::{
+    BlackoutLedger, BlackoutPhase, BytesPerSecond, Ending, MachineShape, MigrationId, MigrationReport, PageBitmap,
+    RoundReport, Step,
+};
+use crate::port::{BulkSender, Clock, ControlChannel, Fate, LinkError, Machine, MachineError, Region, SourceLink};
+
+/// How long a target may take to set memory and devices aside.
+const RESERVATION_LIMIT: Duration = Duration::from_secs(60);
+/// How often waits look at the cancel flag.
+const TICK: Duration = Duration::from_millis(100);
+/// How long a source in doubt dials its target before it leaves the question to its operator.
+const DOUBT_LIMIT: Duration = Duration::from_secs(20);
+/// How long a source that rolled back tries to tell a target that may be prepared.
+const ROLLBACK_NOTICE_LIMIT: Duration = Duration::from_secs(3);
+
+/// Why a migration did not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// The link or the peer.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The machine here.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The target cannot or will not take the VM.
+    #[error("the target refused: {0}")]
+    Refused(String),
+    /// The target gave up.
+    #[error("the target gave up: {0}")]
+    PeerCancelled(String),
+    /// An operator here asked for it.
+    #[error("cancelled")]
+    Cancelled,
+    /// The right message at the wrong time.
+    #[error("the peer broke the protocol: `{got}` while waiting for {wanted}")]
+    Unexpected {
+        /// The message's name.
+        got: &'static str,
+        /// What would have been right.
+        wanted: &'static str,
+    },
+}
+
+/// One migration at its source.
+pub struct Source<'a> {
+    /// The migration's identity.
+    pub id: MigrationId,
+    /// What is asked.
+    pub options: &'a SourceOptions,
+    /// What is offered.
+    pub shape: &'a MachineShape,
+    /// Guest RAM.
+    pub region: &'a dyn Region,
+    /// The machine's process.
+    pub machine: &'a mut dyn Machine,
+    /// The way to the target.
+    pub link: &'a mut dyn SourceLink<ControlMessage>,
+    /// Time.
+    pub clock: &'a dyn Clock,
+    /// Who watches.
+    pub observer: &'a dyn Observer,
+    /// Who may stop it.
+    pub cancel: CancelFlag,
+}
+
+/// What is known so far; becomes the report.
+struct Progress {
+    step: Step,
+    rounds: Vec<RoundReport>,
+    state_bytes: u64,
+    rtt: Duration,
+    goodput: BytesPerSecond,
+    gave_up: String,
+    paused_at: Option<Duration>,
+    ledger: BlackoutLedger,
+    blackout: Duration,
+    verified_pages: u64,
+    /// Whether the target may have journaled `prepared`.
+    handed: bool,
+}
+
+impl Source<'_> {
+    /// Runs the migration to its end, whatever that is.
+    pub fn run(mut self) -> MigrationReport {
+        let started = self.clock.now();
+        let mut progress = Progress {
+            step: Step::Connected,
+            rounds: Vec::new(),
+            state_bytes: 0,
+            rtt: Duration::ZERO,
+            goodput: BytesPerSecond(0),
+            gave_up: String::new(),
+            paused_at: None,
+            ledger: BlackoutLedger::default(),
+            blackout: Duration::ZERO,
+            verified_pages: 0,
+            handed: false,
+        };
+        self.pass(&mut progress, Step::Connected, &self.options.peer);
+        let (ending, reason) = match self.until_prepared(&mut progress) {
+            Ok(target_ledger) => self.hand_over(&mut progress, target_ledger),
+            Err(error) => self.roll_back(&mut progress, &error),
+        };
+        let reason = if reason.is_empty() { std::mem::take(&mut progress.gave_up) } else { reason };
+        let total = self.clock.now().saturating_sub(started);
+        MigrationReport {
+            migration_id: self.id,
+            vm_id: self.shape.vm_id,
+            vm_name: self.shape.name.clone(),
+            strategy: self.options.strategy.to_string(),
+            ending,
+            owner: ending.owner(),
+            stage: progress.step.stage(),
+            reason,
+            memory_bytes: self.shape.memory_bytes,
+            streams: u32::from(self.options.streams),
+            wire_bytes: progress.rounds.iter().map(|round| round.wire_bytes).sum::<u64>() + progress.state_bytes,
+            rounds: progress.rounds,
+            state_bytes: progress.state_bytes,
+            total_ns: total.as_nanos() as u64,
+            downtime_target_ns: self.options.downtime.as_nanos() as u64,
+            blackout_ns: progress.blackout.as_nanos() as u64,
+            blackout: progress.ledger,
+            rtt_ns: progress.rtt.as_nanos() as u64,
+            verified_pages: progress.verified_pages,
+        }
+    }
+
+    fn pass(&self, progress: &mut Progress, step: Step, detail: &str) {
+        progress.step = step;
+        tracing::info!(vm = %self.shape.name, migration = %self.id, %step, detail, "source");
+        self.observer.step(step, detail);
+    }
+
+    /// Stages 0 to 3 and the target's `prepared`. Everything in here can be undone.
+    fn until_prepared(&mut self, progress: &mut Progress) -> Result<BlackoutLedger, SourceError> {
+        let control = self.link.control();
+        let mut streams = self.reserve(progress, control.as_ref())?;
+        let pacer = Pacer::new(self.clock, self.options.bandwidth);
+        let pages = self.region.spec().pages;
+        let mut due = PageBitmap::full(pages);
+        if self.options.strategy == Strategy::PreCopy {
+            self.machine.start_log()?;
+            self.iterate(progress, control.as_ref(), &mut streams, &pacer, &mut due)?;
+        }
+        self.stop_and_copy(progress, control.as_ref(), &mut streams, &pacer, &mut due)
+    }
+
+    fn reserve(
+        &mut self,
+        progress: &mut Progress,
+        control: &dyn ControlChannel<ControlMessage>,
+    ) -> Result<Vec<Box<dyn BulkSender>>, SourceError> {
+        let offer = Offer {
+            migration_id: self.id,
+            shape: self.shape.clone(),
+            regions: vec![self.region.spec().clone()],
+            streams: self.options.streams,
+            verify: self.options.verify,
+        };
+        control.send(&ControlMessage::Offer(Box::new(offer)))?;
+        self.pass(progress, Step::Offered, "");
+        let accept = match self.expect(control, RESERVATION_LIMIT, "the target's reservation")? {
+            ControlMessage::Accept(accept) => accept,
+            ControlMessage::Refuse(reason) => return Err(SourceError::Refused(reason)),
+            other => return Err(unexpected(&other, "accept")),
+        };
+        let mut streams = Vec::new();
+        for index in 0..self.options.streams {
+            streams.push(self.link.open_bulk(self.id, index)?);
+        }
+        progress.rtt = Duration::MAX;
+        for number in 0..4 {
+            let sent = self.clock.now();
+            control.send(&ControlMessage::Ping(number))?;
+            match self.expect(control, self.options.stall, "pong")? {
+                ControlMessage::Pong(echo) if echo == number => {
+                    progress.rtt = progress.rtt.min(self.clock.now().saturating_sub(sent));
+                }
+                other => return Err(unexpected(&other, "pong")),
+            }
+        }
+        let reservation = Duration::from_nanos(accept.reservation_ns);
+        self.pass(progress, Step::Reserved, &format!("reservation took {reservation:?}"));
+        Ok(streams)
+    }
+
+    /// Rounds until what is left fits the downtime target, or no longer shrinks.
+    fn iterate(
+        &mut self,
+        progress: &mut Progress,
+        control: &dyn ControlChannel<ControlMessage>,
+        streams: &mut [Box<dyn BulkSender>],
+        pacer: &Pacer<'_>,
+        due: &mut PageBitmap,
+    ) -> Result<(), SourceError> {
+        let mut convergence = Convergence::new(self.options.downtime, self.options.fixed_cost, self.options.max_rounds);
+        loop {
+            self.pass(progress, Step::Round, &format!("{} pages due", due.count().0));
+            self.send_round(progress, control, streams, pacer, due, false)?;
+            due.clear();
+            let left = self.machine.harvest(due)?;
+            if let Some(round) = progress.rounds.last_mut() {
+                round.dirtied_pages = left.0;
+                self.observer.round(round);
+            }
+            match convergence.judge(left, progress.goodput, progress.rtt) {
+                Verdict::Another => {}
+                Verdict::Converged => return Ok(()),
+                Verdict::GaveUp(why) => {
+                    tracing::warn!(vm = %self.shape.name, migration = %self.id, "pre-copy gave up: {why}");
+                    progress.gave_up = format!("pre-copy gave up: {why}");
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// Sends one round and waits for the target's word that it arrived.
+    fn send_round(
+        &mut self,
+        progress: &mut Progress,
+        control: &dyn ControlChannel<ControlMessage>,
+        streams: &mut [Box<dyn BulkSender>],
+        pacer: &Pacer<'_>,
+        due: &PageBitmap,
+        last: bool,
+    ) -> Result<Tally, SourceError> {
+        let number = progress.rounds.len() as u32 + 1;
+        let started = self.clock.now();
+        // The last round is never cancelled half-way: it is short, and undone as a whole if need be.
+        let cancel = if last { CancelFlag::default() } else { self.cancel.clone() };
+        let round = Round {
+            number,
+            last,
+            region: self.region,
+            due,
+            pacer,
+            clock: self.clock,
+            observer: self.observer,
+            cancel: &cancel,
+            longest_run: longest_run(self.options.bandwidth),
+        };
+        let tally = round.send(&Mutex::new(&mut *self.machine), streams)?;
+        if !last {
+            match self.expect(control, self.options.stall, "the end of a round")? {
+                ControlMessage::RoundReceived(received) if received == number => {}
+                other => return Err(unexpected(&other, "round-received")),
+            }
+        }
+        let duration = self.clock.now().saturating_sub(started);
+        // A short round says more of latency than of bandwidth.
+        if progress.goodput == BytesPerSecond(0) || tally.wire_bytes >= 8 << 20 {
+            progress.goodput = BytesPerSecond::over(tally.wire_bytes, duration);
+        }
+        progress.rounds.push(RoundReport {
+            round: number,
+            paused: last,
+            pages: tally.pages,
+            zero_pages: tally.zero_pages,
+            wire_bytes: tally.wire_bytes,
+            duration_ns: duration.as_nanos() as u64,
+            dirtied_pages: 0,
+        });
+        Ok(tally)
+    }
+
+    fn stop_and_copy(
+        &mut self,
+        progress: &mut Progress,
+        control: &dyn ControlChannel<ControlMessage>,
+        streams: &mut [Box<dyn BulkSender>],
+        pacer: &Pacer<'_>,
+        due: &mut PageBitmap,
+    ) -> Result<BlackoutLedger, SourceError> {
+        if self.cancel.is_set() {
+            return Err(SourceError::Cancelled);
+        }
+        let paused_at = self.clock.now();
+        progress.paused_at = Some(paused_at);
+        self.machine.pause()?;
+        let mut lap = Lap { clock: self.clock, last: paused_at };
+        progress.ledger.add(BlackoutPhase::Pause, lap.next());
+        self.pass(progress, Step::Paused, "");
+        if self.options.strategy == Strategy::PreCopy {
+            self.machine.harvest(due)?;
+        }
+        progress.ledger.add(BlackoutPhase::LastHarvest, lap.next());
+        let tally = self.send_round(progress, control, streams, pacer, due, true)?;
+        progress.ledger.add(BlackoutPhase::LastPages, lap.next());
+        let state = self.machine.save_state()?;
+        progress.state_bytes = state.len() as u64;
+        progress.ledger.add(BlackoutPhase::SaveState, lap.next());
+        let round = progress.rounds.len() as u32;
+        let chunk_hashes = if self.options.verify { chunk_hashes(&[self.region]) } else { Vec::new() };
+        progress.handed = true;
+        let handed = Handed { state, round, digest: tally.digest, chunk_hashes };
+        control.send(&ControlMessage::Handed(Box::new(handed)))?;
+        self.pass(progress, Step::StateMoved, &format!("{} pages in the last round", tally.pages));
+        let patience = self.options.stall + self.hashing_time();
+        let ledger = loop {
+            match self.expect(control, patience, "the target's `prepared`")? {
+                ControlMessage::RoundReceived(received) if received == round => {}
+                ControlMessage::Prepared(ledger) => break ledger,
+                other => return Err(unexpected(&other, "prepared")),
+            }
+        };
+        if self.options.verify {
+            progress.verified_pages = self.region.spec().pages.0;
+        }
+        self.pass(progress, Step::Prepared, "");
+        Ok(ledger)
+    }
+
+    /// How long hashing all memory may take the target, at a slow 256 MiB/s.
+    fn hashing_time(&self) -> Duration {
+        if self.options.verify { BytesPerSecond(256 << 20).time_for(self.shape.memory_bytes) } else { Duration::ZERO }
+    }
+
+    /// Stages 4 and 5. Only the journaling of `released` can still be refused.
+    fn hand_over(&mut self, progress: &mut Progress, mut target: BlackoutLedger) -> (Ending, String) {
+        let asked = self.clock.now();
+        if let Err(error) = self.machine.release(self.id, &self.options.peer) {
+            return self.roll_back(progress, &error.into());
+        }
+        progress.ledger.add(BlackoutPhase::JournalReleased, self.clock.now().saturating_sub(asked));
+        self.pass(progress, Step::Released, "");
+        let mut lost = self.link.control().send(&ControlMessage::Commit).err().map(SourceError::from);
+        let deadline = self.clock.now() + self.options.stall;
+        while lost.is_none() {
+            match self.expect_quietly(deadline) {
+                Ok(ControlMessage::Running(activation)) => {
+                    target.phases.extend(activation.phases);
+                    return self.moved(progress, &target);
+                }
+                Ok(ControlMessage::State(TargetState::NeverOwner)) => return self.take_back(progress),
+                Ok(other) => lost = Some(unexpected(&other, "running")),
+                Err(error) => lost = Some(error),
+            }
+        }
+        let why = lost.map(|error| error.to_string()).unwrap_or_default();
+        self.settle(progress, &target, &why)
+    }
+
+    /// Contact was lost after `released`: dial again and ask, for a bounded time.
+    fn settle(&mut self, progress: &mut Progress, target: &BlackoutLedger, why: &str) -> (Ending, String) {
+        tracing::warn!(vm = %self.shape.name, migration = %self.id, "in doubt after `released`: {why}");
+        let until = self.clock.now() + DOUBT_LIMIT;
+        while self.clock.now() < until {
+            match self.ask_target() {
+                Ok(TargetState::Owner) => return self.moved(progress, target),
+                Ok(TargetState::NeverOwner) => return self.take_back(progress),
+                // Committed again on the new channel, answer pending: ask again.
+                Ok(TargetState::Prepared) => {}
+                Err(error) => tracing::debug!(migration = %self.id, "target not reached: {error}"),
+            }
+            self.clock.sleep(TICK);
+        }
+        let advice = format!(
+            "in doubt: contact was lost after `released` ({why}). The VM runs nowhere until this is settled: look at the \
+             target, then run `dunlin resolve {name} --owner there` here if it has the VM, or `--owner here` if it \
+             never will",
+            name = self.shape.name
+        );
+        (Ending::InDoubt, advice)
+    }
+
+    /// Dials the target and asks what it knows; commits again if it waits for that.
+    fn ask_target(&mut self) -> Result<TargetState, SourceError> {
+        self.link.redial()?;
+        let control = self.link.control();
+        control.send(&ControlMessage::Query(self.id))?;
+        let deadline = self.clock.now() + self.options.stall;
+        let state = match self.expect_quietly(deadline)? {
+            ControlMessage::State(state) => state,
+            other => return Err(unexpected(&other, "state")),
+        };
+        if state != TargetState::Prepared {
+            return Ok(state);
+        }
+        control.send(&ControlMessage::Commit)?;
+        match self.expect_quietly(deadline)? {
+            ControlMessage::Running(_) => Ok(TargetState::Owner),
+            ControlMessage::State(state) => Ok(state),
+            other => Err(unexpected(&other, "running")),
+        }
+    }
+
+    fn moved(&mut self, progress: &mut Progress, target: &BlackoutLedger) -> (Ending, String) {
+        let now = self.clock.now();
+        progress.blackout = now.saturating_sub(progress.paused_at.unwrap_or(now));
+        progress.ledger.close(target, progress.blackout.as_nanos() as u64);
+        self.pass(progress, Step::Running, "");
+        // The VM runs there whatever happens to what is left of it here.
+        let reason = match self.machine.discard(self.id) {
+            Ok(()) => String::new(),
+            Err(error) => format!("it runs at the target, but the source's machine did not end: {error}"),
+        };
+        self.pass(progress, Step::Discarded, &reason);
+        (Ending::Moved, reason)
+    }
+
+    /// The target has journaled `never-owner`: the VM is the source's again.
+    fn take_back(&mut self, progress: &mut Progress) -> (Ending, String) {
+        let resumed =
+            self.machine.reclaim(self.id).and_then(|()| self.machine.stop_log()).and_then(|()| self.machine.resume());
+        progress.blackout = self.clock.now().saturating_sub(progress.paused_at.unwrap_or_default());
+        let reason = "the target lost the VM after it was released and journaled that it never owned it";
+        match resumed {
+            Ok(()) => (Ending::Failed, format!("{reason}; it runs here again")),
+            Err(error) => (Ending::Lost, format!("{reason}; it could not be resumed here: {error}")),
+        }
+    }
+
+    /// Undoes everything before `released`.
+    fn roll_back(&mut self, progress: &mut Progress, error: &SourceError) -> (Ending, String) {
+        tracing::warn!(vm = %self.shape.name, migration = %self.id, step = %progress.step, "rolled back: {error}");
+        let resumed = self.machine.stop_log().and_then(|()| self.machine.resume());
+        if let Some(paused_at) = progress.paused_at {
+            progress.blackout = self.clock.now().saturating_sub(paused_at);
+        }
+        self.tell_of_rollback(progress, error);
+        let reason = format!("at {}: {error}", progress.step);
+        match (resumed, error) {
+            (Err(lost), _) if self.machine.fate() == Fate::Dead => {
+                (Ending::Lost, format!("{reason}; the machine has died: {lost}"))
+            }
+            (Err(stuck), _) => (Ending::Failed, format!("{reason}; resuming failed: {stuck}; try `dunlin vm resume`")),
+            (Ok(()), SourceError::Cancelled) => (Ending::Cancelled, reason),
+            (Ok(()), SourceError::Refused(_)) => (Ending::Refused, reason),
+            (Ok(()), _) => (Ending::Failed, reason),
+        }
+    }
+
+    /// Tells the target that the attempt is over. One that may be prepared is dialled again: it would wait for ever.
+    fn tell_of_rollback(&mut self, progress: &Progress, error: &SourceError) {
+        if matches!(error, SourceError::Refused(_) | SourceError::PeerCancelled(_)) {
+            return;
+        }
+        let cancel = ControlMessage::Cancel(error.to_string());
+        let told = self.link.control().send(&cancel).is_ok();
+        let lost = matches!(error, SourceError::Link(_));
+        if !progress.handed || (told && !lost) {
+            return;
+        }
+        let until = self.clock.now() + ROLLBACK_NOTICE_LIMIT;
+        while self.clock.now() < until {
+            if self.link.redial().is_ok()
+                && self.link.control().send(&ControlMessage::Query(self.id)).is_ok()
+                && self.link.control().send(&cancel).is_ok()
+            {
+                return;
+            }
+            self.clock.sleep(TICK);
+        }
+        tracing::warn!(
+            migration = %self.id,
+            "the target could not be told; if it is prepared, run `dunlin resolve {} --owner there` on it",
+            self.shape.name
+        );
+    }
+
+    /// Waits for the peer's next message; obeys cancelling.
+    fn expect(
+        &mut self,
+        control: &dyn ControlChannel<ControlMessage>,
+        patience: Duration,
+        doing: &'static str,
+    ) -> Result<ControlMessage, SourceError> {
+        let deadline = self.clock.now() + patience;
+        loop {
+            if self.cancel.is_set() {
+                return Err(SourceError::Cancelled);
+            }
+            match control.recv(TICK)? {
+                Some(ControlMessage::Cancel(reason)) => return Err(SourceError::PeerCancelled(reason)),
+                Some(message) => return Ok(message),
+                None if self.clock.now() >= deadline => {
+                    return Err(LinkError::Stalled { doing, after: patience }.into());
+                }
+                None => {}
+            }
+        }
+    }
+
+    /// Waits for the peer's next message on the present channel; past the point of no return nothing cancels.
+    fn expect_quietly(&mut self, deadline: Duration) -> Result<ControlMessage, SourceError> {
+        let control: Arc<dyn ControlChannel<ControlMessage>> = self.link.control();
+        loop {
+            match control.recv(TICK)? {
+                Some(message) => return Ok(message),
+                None if self.clock.now() >= deadline => {
+                    return Err(LinkError::Stalled { doing: "activation", after: self.options.stall }.into());
+                }
+                None => {}
+            }
+        }
+    }
+}
+
+fn unexpected(message: &ControlMessage, wanted: &'static str) -> SourceError {
+    SourceError::Unexpected { got: message.name(), wanted }
+}
+
+/// Measures phase after phase.
+struct Lap<'a> {
+    clock: &'a dyn Clock,
+    last: Duration,
+}
+
+impl Lap<'_> {
+    fn next(&mut self) -> Duration {
+        let now = self.clock.now();
+        let phase = now.saturating_sub(self.last);
+        self.last = now;
+        phase
+    }
+}

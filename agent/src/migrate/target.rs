@@ -1,0 +1,618 @@
+//! The target's end: reserve or refuse, receive, prepare, wait for the word, own, announce, run.
+//!
+//! Contract: before `prepared` every failure leaves nothing here. From `prepared` on the VM is neither run nor dropped
+//! without the source's word, its known rollback, or an operator's decision.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::digest::{chunk_hashes, page_digest, zero_digest};
+use super::message::{Accept, ControlMessage, Handed, Offer, TargetState};
+use super::observe::{CancelFlag, Observer};
+use crate::model::{
+    BlackoutLedger, BlackoutPhase, MigrationId, Owner, PAGE_SIZE, PageCount, PageRun, RegionId, Step, VmId,
+};
+use crate::port::{
+    Bell, BulkItem, BulkReceiver, Clock, ControlChannel, Fate, Job, LinkError, Machine, MachineError, Region,
+    TargetLink,
+};
+
+/// How long a source may take to say what it wants, and to open its streams.
+const GREETING_LIMIT: Duration = Duration::from_secs(30);
+/// How often waits look around.
+const TICK: Duration = Duration::from_millis(100);
+/// The most page streams of one migration.
+const MAX_STREAMS: u16 = 64;
+/// Runs at least this long are worth taking their memory in one go: half of a huge page.
+const PREPARE_PAGES: u32 = 256;
+
+/// Why the target did not get the VM.
+#[derive(Debug, thiserror::Error)]
+pub enum TargetError {
+    /// The link or the peer.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The machine here.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// This host cannot or will not take the VM.
+    #[error("refused: {0}")]
+    Refused(String),
+    /// The source gave up.
+    #[error("the source gave up: {0}")]
+    PeerCancelled(String),
+    /// An operator here asked for it.
+    #[error("cancelled")]
+    Cancelled,
+    /// What arrived is not what was sent.
+    #[error("the memory that arrived is not the memory that was sent: {0}")]
+    Damaged(String),
+    /// An operator decided that the VM is the source's.
+    #[error("resolved: the source keeps the VM")]
+    ResolvedAway,
+    /// The machine died after `prepared`; `never-owner` is journaled.
+    #[error("the machine died holding a prepared VM; the source may resume it")]
+    LostPrepared,
+    /// The machine died after it had journaled `owner`: a VM crash like any other.
+    #[error("the machine died right after it took ownership: {0}")]
+    LostOwned(String),
+    /// The right message at the wrong time.
+    #[error("the peer broke the protocol: `{got}` while waiting for {wanted}")]
+    Unexpected {
+        /// The message's name.
+        got: &'static str,
+        /// What would have been right.
+        wanted: &'static str,
+    },
+}
+
+/// What a host sets aside for a VM.
+pub struct Reservation {
+    /// The waiting machine.
+    pub machine: Box<dyn Machine>,
+    /// Its RAM.
+    pub region: Arc<dyn Region>,
+}
+
+/// A host that can make room for a VM.
+pub trait Host: Send {
+    /// Sets aside everything that the offer asks for, or says why not. Nothing stays behind a refusal.
+    ///
+    /// # Errors
+    /// A reason for the source's operator.
+    fn reserve(&mut self, offer: &Offer) -> Result<Reservation, String>;
+}
+
+/// A VM that has arrived and runs.
+pub struct Arrived {
+    /// The migration.
+    pub migration_id: MigrationId,
+    /// The VM.
+    pub vm_id: VmId,
+    /// The machine, for the announcements that follow.
+    pub machine: Box<dyn Machine>,
+    /// This side's share of the blackout.
+    pub ledger: BlackoutLedger,
+    /// Pages compared under `--verify`.
+    pub verified_pages: u64,
+}
+
+/// One migration at its target.
+pub struct Target<'a> {
+    /// The way to the source.
+    pub link: &'a mut dyn TargetLink<ControlMessage>,
+    /// Makes room.
+    pub host: &'a mut dyn Host,
+    /// Time.
+    pub clock: &'a dyn Clock,
+    /// Who watches.
+    pub observer: &'a dyn Observer,
+    /// Who may stop it, up to `prepared`.
+    pub cancel: CancelFlag,
+    /// Nothing moving for this long counts as a stalled peer.
+    pub stall: Duration,
+}
+
+impl Target<'_> {
+    /// Runs the migration to its end. `first` is the message that the caller has read to know what the peer wants.
+    ///
+    /// # Errors
+    /// Why the VM is not here; the source has been told where that is possible.
+    pub fn run(mut self, first: ControlMessage) -> Result<Arrived, TargetError> {
+        let control = self.link.control();
+        let offer = match first {
+            ControlMessage::Offer(offer) => offer,
+            other => return Err(unexpected(&other, "offer")),
+        };
+        self.pass(offer.migration_id, Step::Offered, offer.shape.name.as_str());
+        let started = self.clock.now();
+        let reservation = check_offer(&offer).and_then(|()| self.host.reserve(&offer));
+        let Reservation { mut machine, region } = match reservation {
+            Ok(reservation) => reservation,
+            Err(reason) => {
+                control.send(&ControlMessage::Refuse(reason.clone()))?;
+                return Err(TargetError::Refused(reason));
+            }
+        };
+        let mut ledger = BlackoutLedger::default();
+        let prepared = self.until_prepared(&offer, started, machine.as_mut(), region.as_ref(), &mut ledger);
+        let verified_pages = match prepared {
+            Ok(pages) => pages,
+            Err(error) => {
+                tracing::warn!(migration = %offer.migration_id, "gave up before `prepared`: {error}");
+                if !matches!(error, TargetError::PeerCancelled(_)) {
+                    let _ = self.link.control().send(&ControlMessage::Cancel(error.to_string()));
+                }
+                let gone = machine.discard(offer.migration_id);
+                if gone.is_err() {
+                    machine.never_owner(offer.migration_id)?;
+                }
+                return Err(error);
+            }
+        };
+        self.await_verdict(&offer, machine.as_mut())?;
+        self.activate(&offer, machine.as_mut(), &mut ledger)?;
+        Ok(Arrived { migration_id: offer.migration_id, vm_id: offer.shape.vm_id, machine, ledger, verified_pages })
+    }
+
+    fn pass(&self, migration: MigrationId, step: Step, detail: &str) {
+        tracing::info!(%migration, %step, detail, "target");
+        self.observer.step(step, detail);
+    }
+
+    /// Stages 1 to 3, up to the journaled `prepared`.
+    fn until_prepared(
+        &mut self,
+        offer: &Offer,
+        started: Duration,
+        machine: &mut dyn Machine,
+        region: &dyn Region,
+        ledger: &mut BlackoutLedger,
+    ) -> Result<u64, TargetError> {
+        let control = self.link.control();
+        let reservation_ns = self.clock.now().saturating_sub(started).as_nanos() as u64;
+        control.send(&ControlMessage::Accept(Accept { reservation_ns }))?;
+        let receivers = self.link.accept_bulk(offer.migration_id, offer.streams, GREETING_LIMIT)?;
+        self.pass(offer.migration_id, Step::Reserved, "");
+        let inflow = Inflow::new(region, control.as_ref(), self.clock, self.stall, receivers.len());
+        let clock = self.clock;
+        let mut received = None;
+        let take = |mut receiver: Box<dyn BulkReceiver>| {
+            let inflow = &inflow;
+            Box::new(move || inflow.take_stream(receiver.as_mut())) as Job<'_>
+        };
+        let lead = || {
+            received = Some(self.receive(control.as_ref(), &inflow));
+            inflow.stop();
+        };
+        clock.run_beside(receivers.into_iter().map(take).collect(), Box::new(lead));
+        let (handed, arrived_at) = received.unwrap_or(Err(TargetError::Cancelled))?;
+        self.pass(offer.migration_id, Step::StateMoved, "");
+        let digest = inflow.digest();
+        if digest != handed.digest {
+            return Err(TargetError::Damaged(format!(
+                "the last round's digest is {digest:016x}, the source says {:016x}",
+                handed.digest
+            )));
+        }
+        machine.restore_state(&handed.state)?;
+        ledger.add(BlackoutPhase::Restore, self.clock.now().saturating_sub(arrived_at));
+        let mut verified_pages = 0;
+        if offer.verify {
+            compare_hashes(&handed.chunk_hashes, &chunk_hashes(&[region]))?;
+            verified_pages = region.spec().pages.0;
+        }
+        let journaling = self.clock.now();
+        machine.prepared(offer.migration_id)?;
+        ledger.add(BlackoutPhase::JournalPrepared, self.clock.now().saturating_sub(journaling));
+        self.pass(offer.migration_id, Step::Prepared, "");
+        // A lost message is the verdict's business: from here the VM waits.
+        if let Err(error) = control.send(&ControlMessage::Prepared(ledger.clone())) {
+            tracing::warn!(migration = %offer.migration_id, "`prepared` could not be sent: {error}");
+        }
+        ledger.phases.clear();
+        Ok(verified_pages)
+    }
+
+    /// Reads the control stream while pages flow, until the state has come and every stream has ended its last round.
+    fn receive(
+        &mut self,
+        control: &dyn ControlChannel<ControlMessage>,
+        inflow: &Inflow<'_>,
+    ) -> Result<(Box<Handed>, Duration), TargetError> {
+        loop {
+            if self.cancel.is_set() {
+                return Err(TargetError::Cancelled);
+            }
+            inflow.check()?;
+            match control.recv(TICK)? {
+                Some(ControlMessage::Ping(number)) => {
+                    inflow.touch();
+                    control.send(&ControlMessage::Pong(number))?;
+                }
+                Some(ControlMessage::Handed(handed)) => {
+                    inflow.await_round(handed.round)?;
+                    return Ok((handed, self.clock.now()));
+                }
+                Some(ControlMessage::Cancel(reason)) => return Err(TargetError::PeerCancelled(reason)),
+                Some(other) => return Err(unexpected(&other, "handed")),
+                None => {}
+            }
+        }
+    }
+
+    /// Holds the prepared VM until it is known whose it is.
+    fn await_verdict(&mut self, offer: &Offer, machine: &mut dyn Machine) -> Result<(), TargetError> {
+        let id = offer.migration_id;
+        let mut reachable = true;
+        loop {
+            match machine.fate() {
+                Fate::Waiting => {}
+                Fate::Resolved(Owner::Here) => return Ok(()),
+                Fate::Resolved(_) => return Err(TargetError::ResolvedAway),
+                Fate::Dead => {
+                    machine.never_owner(id)?;
+                    let _ = self.link.control().send(&ControlMessage::State(TargetState::NeverOwner));
+                    return Err(TargetError::LostPrepared);
+                }
+            }
+            if !reachable {
+                reachable = self.link.reaccept(TICK);
+                continue;
+            }
+            match self.link.control().recv(TICK) {
+                Ok(Some(ControlMessage::Commit)) => return Ok(()),
+                Ok(Some(ControlMessage::Query(asked))) if asked == id => {
+                    reachable = self.link.control().send(&ControlMessage::State(TargetState::Prepared)).is_ok();
+                }
+                Ok(Some(ControlMessage::Cancel(reason))) => {
+                    machine.discard(id)?;
+                    return Err(TargetError::PeerCancelled(reason));
+                }
+                Ok(Some(other)) => {
+                    tracing::warn!(migration = %id, got = other.name(), "ignored while prepared");
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::warn!(
+                        migration = %id,
+                        "in doubt: contact lost while prepared ({error}); waiting for the source, or for `dunlin resolve`"
+                    );
+                    reachable = false;
+                }
+            }
+        }
+    }
+
+    /// Stage 5.
+    fn activate(
+        &mut self,
+        offer: &Offer,
+        machine: &mut dyn Machine,
+        ledger: &mut BlackoutLedger,
+    ) -> Result<(), TargetError> {
+        let id = offer.migration_id;
+        let mut last = self.clock.now();
+        let mut lap = |clock: &dyn Clock| {
+            let phase = clock.now().saturating_sub(last);
+            last = clock.now();
+            phase
+        };
+        if let Err(error) = machine.take_ownership(id) {
+            return Err(self.ownership_failed(id, machine, &error));
+        }
+        ledger.add(BlackoutPhase::JournalOwner, lap(self.clock));
+        self.pass(id, Step::Owned, "");
+        match machine.announce() {
+            Ok(frames) => self.pass(id, Step::Announced, &format!("{frames} frames")),
+            Err(error) => tracing::warn!(migration = %id, "the first announcement failed: {error}"),
+        }
+        ledger.add(BlackoutPhase::Announce, lap(self.clock));
+        machine.resume().map_err(|error| TargetError::LostOwned(error.to_string()))?;
+        ledger.add(BlackoutPhase::Resume, lap(self.clock));
+        // If this is lost the source asks again, and the journal answers.
+        if let Err(error) = self.link.control().send(&ControlMessage::Running(ledger.clone())) {
+            tracing::warn!(migration = %id, "`running` could not be sent: {error}");
+        }
+        self.pass(id, Step::Running, "");
+        Ok(())
+    }
+
+    /// The machine did not take the VM. If it is dead without having journaled `owner`, the source may have it back.
+    fn ownership_failed(&mut self, id: MigrationId, machine: &mut dyn Machine, error: &MachineError) -> TargetError {
+        let given_back = match machine.fate() {
+            Fate::Dead => machine.never_owner(id).is_ok(),
+            _ => machine.discard(id).is_ok(),
+        };
+        if given_back {
+            let _ = self.link.control().send(&ControlMessage::State(TargetState::NeverOwner));
+            TargetError::LostPrepared
+        } else {
+            TargetError::LostOwned(error.to_string())
+        }
+    }
+}
+
+fn unexpected(message: &ControlMessage, wanted: &'static str) -> TargetError {
+    TargetError::Unexpected { got: message.name(), wanted }
+}
+
+/// Checks what an offer says of itself, before anything is allocated for it.
+fn check_offer(offer: &Offer) -> Result<(), String> {
+    offer.shape.check().map_err(|error| error.to_string())?;
+    if offer.regions != offer.shape.regions() {
+        return Err("the offered regions are not those of the offered machine".to_owned());
+    }
+    if !(1..=MAX_STREAMS).contains(&offer.streams) {
+        return Err(format!("{} streams are not between 1 and {MAX_STREAMS}", offer.streams));
+    }
+    Ok(())
+}
+
+fn compare_hashes(source: &[u64], target: &[u64]) -> Result<(), TargetError> {
+    if source.len() != target.len() {
+        return Err(TargetError::Damaged(format!("{} hashes for {} chunks", source.len(), target.len())));
+    }
+    let wrong: Vec<usize> = (0..source.len()).filter(|&chunk| source[chunk] != target[chunk]).collect();
+    match wrong.first() {
+        None => Ok(()),
+        Some(first) => Err(TargetError::Damaged(format!(
+            "{} of {} chunks of 2 MiB differ, the first at offset {} MiB",
+            wrong.len(),
+            source.len(),
+            first * 2
+        ))),
+    }
+}
+
+/// What all page streams of one migration share while they are received.
+struct Inflow<'a> {
+    region: &'a dyn Region,
+    control: &'a dyn ControlChannel<ControlMessage>,
+    clock: &'a dyn Clock,
+    stall: Duration,
+    streams: usize,
+    /// Pages that have been written here: a zero page that never was needs no work.
+    written: Vec<AtomicU64>,
+    /// 2 MiB blocks whose memory has been taken.
+    taken: Vec<AtomicBool>,
+    digest: AtomicU64,
+    /// Nanoseconds of the clock when anything last moved.
+    moved_at: AtomicU64,
+    stopped: AtomicBool,
+    state: Mutex<InflowState>,
+    /// Rung when `state` has changed.
+    changed: Bell,
+}
+
+#[derive(Default)]
+struct InflowState {
+    /// The last round that every stream has ended.
+    complete: u32,
+    /// Streams that have ended the round after it.
+    ended: usize,
+    failure: Option<TargetError>,
+}
+
+impl<'a> Inflow<'a> {
+    fn new(
+        region: &'a dyn Region,
+        control: &'a dyn ControlChannel<ControlMessage>,
+        clock: &'a dyn Clock,
+        stall: Duration,
+        streams: usize,
+    ) -> Self {
+        let pages = region.spec().pages.0;
+        let inflow = Self {
+            region,
+            control,
+            clock,
+            stall,
+            streams,
+            written: (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
+            taken: (0..pages.div_ceil(512)).map(|_| AtomicBool::new(false)).collect(),
+            digest: AtomicU64::new(0),
+            moved_at: AtomicU64::new(0),
+            stopped: AtomicBool::new(false),
+            state: Mutex::default(),
+            changed: Bell::default(),
+        };
+        inflow.touch();
+        inflow
+    }
+
+    fn state(&self) -> MutexGuard<'_, InflowState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes that something moved.
+    fn touch(&self) {
+        self.moved_at.store(self.clock.now().as_nanos() as u64, Ordering::Relaxed);
+    }
+
+    fn stop(&self) {
+        self.stopped.store(true, Ordering::Release);
+    }
+
+    fn digest(&self) -> u64 {
+        self.digest.load(Ordering::Acquire)
+    }
+
+    fn stalled(&self) -> bool {
+        let idle = (self.clock.now().as_nanos() as u64).saturating_sub(self.moved_at.load(Ordering::Relaxed));
+        idle > self.stall.as_nanos() as u64
+    }
+
+    /// The first failure of any stream, or a stall of all.
+    fn check(&self) -> Result<(), TargetError> {
+        if let Some(failure) = self.state().failure.take() {
+            return Err(failure);
+        }
+        if self.stalled() {
+            return Err(LinkError::Stalled { doing: "receiving memory", after: self.stall }.into());
+        }
+        Ok(())
+    }
+
+    /// Waits until all streams have ended `round`.
+    fn await_round(&self, round: u32) -> Result<(), TargetError> {
+        self.touch();
+        let complete = loop {
+            let seen = self.changed.rings();
+            let (complete, failed) = {
+                let state = self.state();
+                (state.complete, state.failure.is_some())
+            };
+            if complete >= round || failed || self.stalled() {
+                break complete;
+            }
+            self.clock.wait(&self.changed, seen, TICK);
+        };
+        self.check()?;
+        if complete == round {
+            Ok(())
+        } else {
+            Err(LinkError::Protocol(format!("the state follows round {round}, but round {complete} is the last"))
+                .into())
+        }
+    }
+
+    /// Receives one stream to the end of its last round, on a thread of its own.
+    fn take_stream(&self, receiver: &mut dyn BulkReceiver) {
+        if let Err(error) = self.take_rounds(receiver)
+            && !self.stopped.load(Ordering::Acquire)
+        {
+            self.state().failure.get_or_insert(error);
+            self.changed.ring();
+        }
+    }
+
+    fn take_rounds(&self, receiver: &mut dyn BulkReceiver) -> Result<(), TargetError> {
+        let mut keep_waiting = || !self.stopped.load(Ordering::Acquire) && !self.stalled();
+        let mut round = 0;
+        let mut inside = None;
+        let mut digest = 0u64;
+        loop {
+            let item = receiver.next(&mut keep_waiting)?;
+            self.touch();
+            match (item, inside) {
+                (BulkItem::StartRound { round: next, digested }, None) if next == round + 1 => {
+                    round = next;
+                    inside = Some(digested);
+                }
+                (BulkItem::Pages(region, run), Some(digested)) => {
+                    self.check_run(region, run)?;
+                    self.take_memory(run);
+                    let bytes = self.region.bytes(run);
+                    receiver.read_into(bytes, &mut keep_waiting)?;
+                    self.touch();
+                    self.mark_written(run);
+                    if digested {
+                        for (page, bytes) in run.indices().zip(bytes.chunks(PAGE_SIZE)) {
+                            digest = digest.wrapping_add(page_digest(page, bytes));
+                        }
+                    }
+                }
+                (BulkItem::Zeros(region, run), Some(digested)) => {
+                    self.check_run(region, run)?;
+                    self.zero_written(run);
+                    if digested {
+                        digest = run.indices().fold(digest, |sum, page| sum.wrapping_add(zero_digest(page)));
+                    }
+                }
+                (BulkItem::EndRound(ended), Some(digested)) if ended == round => {
+                    inside = None;
+                    self.digest.fetch_add(digest, Ordering::AcqRel);
+                    self.end_round(round)?;
+                    if digested {
+                        return Ok(());
+                    }
+                }
+                (item, _) => return Err(LinkError::Protocol(format!("{item:?} out of order in round {round}")).into()),
+            }
+        }
+    }
+
+    fn check_run(&self, region: RegionId, run: PageRun) -> Result<(), TargetError> {
+        let spec = self.region.spec();
+        if region == spec.id && run.fits(spec.pages) {
+            Ok(())
+        } else {
+            Err(LinkError::Protocol(format!("{run:?} of {region:?} lies outside of {:?}", PageCount(spec.pages.0)))
+                .into())
+        }
+    }
+
+    /// Takes the memory of whole 2 MiB blocks in one go before their first bytes arrive.
+    fn take_memory(&self, run: PageRun) {
+        if run.count < PREPARE_PAGES {
+            return;
+        }
+        for block in run.first.0 / 512..run.end().div_ceil(512) {
+            if !self.taken[block as usize].swap(true, Ordering::Relaxed) {
+                let first = block * 512;
+                let count = (self.region.spec().pages.0 - first).min(512) as u32;
+                self.region.prepare_for_write(PageRun::new(first, count));
+            }
+        }
+    }
+
+    fn mark_written(&self, run: PageRun) {
+        for page in run.indices() {
+            let word = &self.written[(page / 64) as usize];
+            if word.load(Ordering::Relaxed) >> (page % 64) & 1 == 0 {
+                word.fetch_or(1 << (page % 64), Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Zeroes those pages of `run` that have been written, in runs.
+    fn zero_written(&self, run: PageRun) {
+        let mut pending: Option<PageRun> = None;
+        let mut page = run.first.0;
+        while page < run.end() {
+            let word = self.written[(page / 64) as usize].load(Ordering::Relaxed);
+            if word == 0 && page.is_multiple_of(64) {
+                page += 64;
+                continue;
+            }
+            if word >> (page % 64) & 1 == 1 {
+                pending = match pending {
+                    Some(before) if before.end() == page => Some(PageRun { count: before.count + 1, ..before }),
+                    before => {
+                        if let Some(run) = before {
+                            self.region.zero(run);
+                        }
+                        Some(PageRun::new(page, 1))
+                    }
+                };
+            }
+            page += 1;
+        }
+        if let Some(run) = pending {
+            self.region.zero(run);
+        }
+    }
+
+    /// Books one stream's end of a round; the last one tells the source.
+    fn end_round(&self, round: u32) -> Result<(), TargetError> {
+        let complete = {
+            let mut state = self.state();
+            if state.complete + 1 != round {
+                return Err(LinkError::Protocol(format!("round {round} ended, {} is complete", state.complete)).into());
+            }
+            state.ended += 1;
+            if state.ended == self.streams {
+                state.complete = round;
+                state.ended = 0;
+            }
+            state.complete == round
+        };
+        if complete {
+            self.control.send(&ControlMessage::RoundReceived(round))?;
+            self.changed.ring();
+        }
+        Ok(())
+    }
+}

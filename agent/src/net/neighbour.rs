@@ -1,0 +1,91 @@
+//! The host's own neighbour tables (ARP and IPv6 neighbour discovery): read an entry, wait until it says what it should.
+//!
+//! Owns `RTM_*NEIGH` of the families `AF_INET` and `AF_INET6`. Waiting is by notification, as in [`super::fdb`].
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+
+use super::fdb::GROUP_NEIGH;
+use super::netlink::{Event, Events, Requests};
+use super::{NetError, monotonic_now};
+use crate::model::MacAddress;
+
+/// The Ethernet address that `message` gives for `ip`; `None` if it is about another address or knows none.
+fn mac_of(message: &NeighbourMessage, ip: IpAddr) -> Option<MacAddress> {
+    let (mut about, mut mac) = (None, None);
+    for attribute in &message.attributes {
+        match attribute {
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => about = Some(IpAddr::V4(*v4)),
+            NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => about = Some(IpAddr::V6(*v6)),
+            NeighbourAttribute::LinkLayerAddress(bytes) => {
+                mac = <[u8; 6]>::try_from(&bytes[..]).ok().and_then(|bytes| MacAddress::new(bytes).ok());
+            }
+            _ => {}
+        }
+    }
+    mac.filter(|_| about == Some(ip))
+}
+
+/// The Ethernet address that this namespace has for `ip` on any interface.
+///
+/// # Errors
+/// The kernel does not answer.
+pub fn lookup(ip: IpAddr) -> Result<Option<MacAddress>, NetError> {
+    let mut request = NeighbourMessage::default();
+    request.header.family = if ip.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let objects = Requests::open()?.dump(&RouteNetlinkMessage::GetNeighbour(request), "read the neighbour table")?;
+    Ok(objects.iter().find_map(|object| match object {
+        RouteNetlinkMessage::NewNeighbour(message) => mac_of(message, ip),
+        _ => None,
+    }))
+}
+
+/// A neighbour table that is followed.
+pub struct NeighbourWatch {
+    events: Events,
+}
+
+impl NeighbourWatch {
+    /// Starts to follow the tables of this namespace.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn open() -> Result<Self, NetError> {
+        Ok(Self { events: Events::open(GROUP_NEIGH)? })
+    }
+
+    /// Waits until the table has `mac` for `ip`; returns when that was seen (`CLOCK_MONOTONIC`).
+    ///
+    /// # Errors
+    /// It has not within `limit`; the error says what it has instead.
+    pub fn wait_mac(&mut self, ip: IpAddr, mac: MacAddress, limit: Duration) -> Result<Duration, NetError> {
+        let deadline = monotonic_now() + limit;
+        self.events.discard_pending()?;
+        let mut seen_at = monotonic_now();
+        loop {
+            // Only the table says what is true now; an event may be older than a table read before it.
+            if lookup(ip)? == Some(mac) {
+                return Ok(seen_at);
+            }
+            seen_at = loop {
+                match self.events.next(deadline)? {
+                    Some(Event::Message(RouteNetlinkMessage::NewNeighbour(message), seen_at)) => {
+                        if mac_of(&message, ip) == Some(mac) {
+                            break seen_at;
+                        }
+                    }
+                    Some(Event::Lost) => break monotonic_now(),
+                    Some(Event::Message(..)) => {}
+                    None => {
+                        let found = lookup(ip)?.map_or_else(|| "none".to_owned(), |mac| mac.to_string());
+                        let what = format!("{ip} is known as {mac} (known: {found})");
+                        return Err(NetError::TimedOut { what, after: limit });
+                    }
+                }
+            };
+        }
+    }
+}

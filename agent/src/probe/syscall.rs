@@ -1,0 +1,127 @@
+//! `bpf(2)` by hand, for trying what the kernel allows: the smallest map, the smallest program of each kind.
+//!
+//! Needs no BPF object, so `dunlin doctor` works in a build without one. Distinguishes what `aya` hides: the errno.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+/// `BPF_MAP_CREATE`, `BPF_PROG_LOAD`, `BPF_RAW_TRACEPOINT_OPEN` (include/uapi/linux/bpf.h).
+const MAP_CREATE: libc::c_long = 0;
+const PROG_LOAD: libc::c_long = 5;
+const RAW_TRACEPOINT_OPEN: libc::c_long = 17;
+
+/// A kind of program, and what it is attached to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProgramKind {
+    /// `BPF_PROG_TYPE_RAW_TRACEPOINT`.
+    RawTracepoint,
+    /// `BPF_PROG_TYPE_TRACING` with `BPF_TRACE_RAW_TP`, on the typedef with this type id.
+    TypedTracepoint(u32),
+    /// `BPF_PROG_TYPE_TRACING` with `BPF_TRACE_FENTRY`, on the function with this type id.
+    FunctionEntry(u32),
+}
+
+/// The part of `union bpf_attr` that the calls below use, zero elsewhere.
+#[repr(C)]
+#[derive(Default)]
+struct MapAttr {
+    kind: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    flags: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct ProgramAttr {
+    kind: u32,
+    instructions: u32,
+    code: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log: u64,
+    kernel_version: u32,
+    flags: u32,
+    name: [u8; 16],
+    ifindex: u32,
+    expected_attach_type: u32,
+    btf_fd: u32,
+    func_info_size: u32,
+    func_info: u64,
+    func_info_count: u32,
+    line_info_size: u32,
+    line_info: u64,
+    line_info_count: u32,
+    attach_btf_id: u32,
+    attach_fd: u32,
+    core_relo_count: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct AttachAttr {
+    name: u64,
+    program: u32,
+    padding: u32,
+}
+
+/// Makes and drops a mappable array of one value.
+///
+/// # Errors
+/// What the kernel answered.
+pub fn try_map() -> io::Result<()> {
+    // BPF_MAP_TYPE_ARRAY, BPF_F_MMAPABLE.
+    let attr = MapAttr { kind: 2, key_size: 4, value_size: 8, max_entries: 1, flags: 1 << 10 };
+    bpf(MAP_CREATE, &attr).map(drop)
+}
+
+/// Loads a program that does nothing.
+///
+/// # Errors
+/// What the kernel answered: the verifier's `EINVAL`, the policy's `EPERM`.
+pub fn load(kind: ProgramKind) -> io::Result<OwnedFd> {
+    // r0 = 0; exit
+    let code: [u64; 2] = [0xb7, 0x95];
+    let license = c"GPL";
+    let (kind, expected_attach_type, attach_btf_id) = match kind {
+        ProgramKind::RawTracepoint => (17, 0, 0),
+        ProgramKind::TypedTracepoint(id) => (26, 23, id),
+        ProgramKind::FunctionEntry(id) => (26, 24, id),
+    };
+    let attr = ProgramAttr {
+        kind,
+        instructions: code.len() as u32,
+        code: code.as_ptr() as u64,
+        license: license.as_ptr() as u64,
+        expected_attach_type,
+        attach_btf_id,
+        ..ProgramAttr::default()
+    };
+    bpf(PROG_LOAD, &attr)
+}
+
+/// Attaches a program: to the tracepoint `name`, or, for kinds that carry their target, to that.
+///
+/// # Errors
+/// What the kernel answered; `ENOENT` when it has no such tracepoint.
+pub fn attach(program: &OwnedFd, name: Option<&std::ffi::CStr>) -> io::Result<OwnedFd> {
+    let attr = AttachAttr {
+        name: name.map_or(0, |name| name.as_ptr() as u64),
+        program: program.as_raw_fd() as u32,
+        padding: 0,
+    };
+    bpf(RAW_TRACEPOINT_OPEN, &attr)
+}
+
+/// One `bpf(2)` that answers with a descriptor.
+fn bpf<T>(command: libc::c_long, attr: &T) -> io::Result<OwnedFd> {
+    // SAFETY: `attr` is a whole, initialised C structure without padding, whose pointers are valid during the call.
+    let fd = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attr), size_of::<T>()) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}

@@ -1,0 +1,248 @@
+//! The ownership gate of one machine: whether its vCPUs may run, and the journal records that decide it.
+//!
+//! The machine's process holds the gate, so no manager's death can leave two owners. Pure but for the journal port;
+//! must not know sockets or KVM.
+
+use crate::model::{MigrationId, Owner, VmId};
+use crate::port::{Journal, JournalError, JournalRecord};
+
+/// Who may run the VM, as this machine knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum GateState {
+    /// This machine may run.
+    Open,
+    /// A target that has no complete VM yet.
+    Receiving,
+    /// A target that holds a complete VM and waits for the source's word.
+    Prepared,
+    /// A source that has let go and waits to hear that the target runs.
+    Released,
+    /// Never again: the VM is elsewhere.
+    Closed,
+}
+
+/// What the machine does when its manager's session has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnLoss {
+    /// Go on at full speed, dirty log off.
+    Run,
+    /// Stand and wait for a manager or an operator.
+    Stand,
+    /// End the process: there is nothing worth keeping.
+    Exit,
+}
+
+/// The order does not fit the gate's state, or could not be journaled.
+#[derive(Debug, thiserror::Error)]
+pub enum GateError {
+    /// Not from here.
+    #[error("not possible while {state:?}: {order}")]
+    State {
+        /// What was asked.
+        order: &'static str,
+        /// The gate's state.
+        state: GateState,
+    },
+    /// The record is not on disk; nothing has changed.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+}
+
+/// The gate.
+pub struct OwnershipGate {
+    vm: VmId,
+    state: GateState,
+    migration: Option<MigrationId>,
+    journal: Box<dyn Journal>,
+}
+
+impl OwnershipGate {
+    /// The gate of a machine that was booted here.
+    pub fn open(vm: VmId, journal: Box<dyn Journal>) -> Self {
+        Self { vm, state: GateState::Open, migration: None, journal }
+    }
+
+    /// The gate of a machine that waits for a VM.
+    ///
+    /// # Errors
+    /// A journal that cannot be written.
+    pub fn receiving(vm: VmId, migration: MigrationId, mut journal: Box<dyn Journal>) -> Result<Self, GateError> {
+        journal.append(migration, vm, JournalRecord::Reserved)?;
+        Ok(Self { vm, state: GateState::Receiving, migration: Some(migration), journal })
+    }
+
+    /// The state.
+    pub fn state(&self) -> GateState {
+        self.state
+    }
+
+    /// The migration that has the machine, or had it last.
+    pub fn migration(&self) -> Option<MigrationId> {
+        self.migration
+    }
+
+    /// Whether vCPUs may run.
+    pub fn may_run(&self) -> bool {
+        self.state == GateState::Open
+    }
+
+    fn pass(
+        &mut self,
+        order: &'static str,
+        from: &[GateState],
+        to: GateState,
+        record: Option<JournalRecord>,
+    ) -> Result<(), GateError> {
+        let (true, Some(migration)) = (from.contains(&self.state), self.migration) else {
+            return Err(GateError::State { order, state: self.state });
+        };
+        if let Some(record) = record {
+            self.journal.append(migration, self.vm, record)?;
+        }
+        self.state = to;
+        Ok(())
+    }
+
+    /// A manager begins to move the VM away.
+    pub fn attach(&mut self, migration: MigrationId) -> Result<(), GateError> {
+        if self.state != GateState::Open {
+            return Err(GateError::State { order: "migrate", state: self.state });
+        }
+        self.migration = Some(migration);
+        Ok(())
+    }
+
+    /// Source: the point of no return.
+    pub fn release(&mut self, peer: String) -> Result<(), GateError> {
+        let record = JournalRecord::Released { peer };
+        self.pass("release", &[GateState::Open], GateState::Released, Some(record))
+    }
+
+    /// Source: the target is known never to have owned the VM.
+    pub fn reclaim(&mut self) -> Result<(), GateError> {
+        self.pass("take back", &[GateState::Released], GateState::Open, Some(JournalRecord::Owner))
+    }
+
+    /// Target: a complete VM is here.
+    pub fn prepared(&mut self) -> Result<(), GateError> {
+        self.pass("prepare", &[GateState::Receiving], GateState::Prepared, Some(JournalRecord::Prepared))
+    }
+
+    /// Target: the source has released it.
+    pub fn take_ownership(&mut self) -> Result<(), GateError> {
+        if self.state == GateState::Open {
+            // An operator was faster: `dunlin resolve --owner here`.
+            return Ok(());
+        }
+        self.pass("take ownership", &[GateState::Prepared], GateState::Open, Some(JournalRecord::Owner))
+    }
+
+    /// Either side: the VM is elsewhere.
+    pub fn discard(&mut self) -> Result<(), GateError> {
+        let record = match self.state {
+            GateState::Released => JournalRecord::Discarded,
+            _ => JournalRecord::NeverOwner,
+        };
+        let from = [GateState::Released, GateState::Receiving, GateState::Prepared];
+        self.pass("discard", &from, GateState::Closed, Some(record))
+    }
+
+    /// An operator decides, of a machine in doubt.
+    pub fn resolve(&mut self, owner: Owner) -> Result<(), GateError> {
+        match owner {
+            Owner::Here => {
+                let from = [GateState::Released, GateState::Prepared];
+                self.pass("resolve --owner here", &from, GateState::Open, Some(JournalRecord::Owner))
+            }
+            _ if matches!(self.state, GateState::Released | GateState::Prepared) => self.discard(),
+            _ => Err(GateError::State { order: "resolve --owner there", state: self.state }),
+        }
+    }
+
+    /// What the end of the manager's session means.
+    pub fn on_session_lost(&self) -> OnLoss {
+        match self.state {
+            GateState::Open => OnLoss::Run,
+            GateState::Prepared | GateState::Released => OnLoss::Stand,
+            GateState::Receiving | GateState::Closed => OnLoss::Exit,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::FileJournal;
+
+    fn journal() -> (tempfile::TempDir, FileJournal) {
+        let folder = tempfile::tempdir().unwrap();
+        let journal = FileJournal::open(folder.path()).unwrap();
+        (folder, journal)
+    }
+
+    #[test]
+    fn a_released_source_does_not_run_whatever_happens_to_its_manager() {
+        let (_folder, journal) = journal();
+        let id = MigrationId::random();
+        let mut gate = OwnershipGate::open(VmId::random(), Box::new(journal.clone()));
+        gate.attach(id).unwrap();
+        assert_eq!(gate.on_session_lost(), OnLoss::Run);
+        gate.release("tcp://192.0.2.1:1".to_owned()).unwrap();
+        assert!(!gate.may_run());
+        assert_eq!(gate.on_session_lost(), OnLoss::Stand);
+        assert!(matches!(journal.last(id), Ok(Some(JournalRecord::Released { .. }))));
+        gate.reclaim().unwrap();
+        assert!(gate.may_run());
+    }
+
+    #[test]
+    fn a_target_runs_only_after_it_was_prepared_and_told() {
+        let (_folder, journal) = journal();
+        let id = MigrationId::random();
+        let mut gate = OwnershipGate::receiving(VmId::random(), id, Box::new(journal.clone())).unwrap();
+        assert_eq!(gate.on_session_lost(), OnLoss::Exit);
+        assert!(gate.take_ownership().is_err());
+        gate.prepared().unwrap();
+        assert_eq!((gate.may_run(), gate.on_session_lost()), (false, OnLoss::Stand));
+        gate.take_ownership().unwrap();
+        assert_eq!((gate.may_run(), gate.on_session_lost()), (true, OnLoss::Run));
+        assert_eq!(journal.last(id).unwrap(), Some(JournalRecord::Owner));
+    }
+
+    #[test]
+    fn an_operator_decides_only_in_doubt() {
+        let (_folder, journal) = journal();
+        let mut gate = OwnershipGate::open(VmId::random(), Box::new(journal.clone()));
+        gate.attach(MigrationId::random()).unwrap();
+        assert!(gate.resolve(Owner::Here).is_err());
+        assert!(gate.resolve(Owner::There).is_err());
+        gate.release(String::new()).unwrap();
+        gate.resolve(Owner::There).unwrap();
+        assert_eq!(gate.state(), GateState::Closed);
+        assert!(gate.resolve(Owner::Here).is_err());
+    }
+
+    /// A journal on a full disk.
+    struct Full;
+
+    impl Journal for Full {
+        fn append(&mut self, _: MigrationId, _: VmId, _: JournalRecord) -> Result<(), JournalError> {
+            let source = std::io::ErrorKind::StorageFull.into();
+            Err(JournalError::Io { path: "full".to_owned(), action: "writing", source })
+        }
+
+        fn last(&self, _: MigrationId) -> Result<Option<JournalRecord>, JournalError> {
+            Ok(None)
+        }
+    }
+
+    #[test]
+    fn what_is_not_on_disk_has_not_happened() {
+        let mut gate = OwnershipGate::open(VmId::random(), Box::new(Full));
+        gate.attach(MigrationId::random()).unwrap();
+        assert!(gate.release(String::new()).is_err());
+        assert!(gate.may_run());
+        assert!(OwnershipGate::receiving(VmId::random(), MigrationId::random(), Box::new(Full)).is_err());
+    }
+}

@@ -1,0 +1,277 @@
+//! A machine in another process, as the ports want it: every call is a request on the session socket.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{PidfdFlags, pidfd_open};
+
+use super::frame::{SessionError, SessionSocket};
+use super::{Creation, Reply, Request, SESSION_VERSION};
+use crate::model::{MachineShape, MigrationId, Owner, PageBitmap, PageCount, PageRun, RegionId, VmId};
+use crate::port::{
+    DirtyLog, Fate, Gate, Journal, JournalRecord, MachineError, MachineState, PauseTiming, Vcpus,
+};
+use crate::shm::{RamRegion, SharedBitmap};
+use crate::store::FileJournal;
+
+/// How long any one request may take: the longest is the creation of a machine with much memory.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a machine whose session broke may take to be seen dead.
+const DEATH_LIMIT: Duration = Duration::from_secs(2);
+
+/// A machine's session, and what became of its process.
+pub struct RemoteMachine {
+    socket: SessionSocket,
+    pidfd: OwnedFd,
+    shape: MachineShape,
+    region: Arc<RamRegion>,
+    dirty: SharedBitmap,
+    migration: MigrationId,
+    journal: FileJournal,
+}
+
+impl RemoteMachine {
+    /// Attaches to the running machine that listens at `socket`.
+    ///
+    /// # Errors
+    /// No machine there, or one that refuses: another migration has it.
+    pub fn attach(socket: &Path, migration: MigrationId, journal: FileJournal) -> Result<Self, MachineError> {
+        let stream = UnixStream::connect(socket).map_err(|error| gone("attach", format!("{}: {error}", socket.display())))?;
+        Self::begin(stream, &Request::Attach { version: SESSION_VERSION, migration }, migration, journal)
+    }
+
+    /// Makes the machine process at the other end of `stream` become a waiting machine.
+    ///
+    /// # Errors
+    /// What the process could not provide.
+    pub fn create(stream: UnixStream, creation: Creation, journal: FileJournal) -> Result<Self, MachineError> {
+        let migration = creation.migration;
+        Self::begin(stream, &Request::Create(Box::new(creation)), migration, journal)
+    }
+
+    fn begin(
+        stream: UnixStream,
+        request: &Request,
+        migration: MigrationId,
+        journal: FileJournal,
+    ) -> Result<Self, MachineError> {
+        const ACTION: &str = "begin a session";
+        let fail = |error: &dyn std::fmt::Display| gone(ACTION, error.to_string());
+        let mut socket = SessionSocket::new(stream);
+        socket.set_patience(Some(PATIENCE)).map_err(|error| fail(&error))?;
+        socket.send(request, &[]).map_err(|error| fail(&error))?;
+        let (reply, fds) = socket.recv::<Reply>().map_err(|error| fail(&error))?;
+        let shape = match reply {
+            Reply::Welcome(shape) => *shape,
+            Reply::Failed(reason) => return Err(MachineError::Refused { action: ACTION, reason }),
+            other => return Err(fail(&format!("unexpected answer {other:?}"))),
+        };
+        // The welcome comes from the machine's own process, so its credentials are the machine's.
+        let pid = socket.peer_pid().map_err(|error| fail(&error))?;
+        let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(|error| fail(&error))?;
+        let [ram, dirty] = <[OwnedFd; 2]>::try_from(fds).map_err(|fds| fail(&format!("{} descriptors", fds.len())))?;
+        let spec = shape.regions().swap_remove(0);
+        let dirty = SharedBitmap::open(dirty, spec.pages).map_err(|error| fail(&error))?;
+        let region = RamRegion::new(spec, ram).map_err(|error| fail(&error))?;
+        Ok(Self { socket, pidfd, shape, region: Arc::new(region), dirty, migration, journal })
+    }
+
+    /// Takes the process that a socketpair was handed to as the machine: credentials of a socketpair name its maker.
+    ///
+    /// # Errors
+    /// A process that has ended already.
+    pub fn set_process(&mut self, pid: u32) -> Result<(), MachineError> {
+        let pid = rustix::process::Pid::from_raw(pid as i32).ok_or_else(|| gone("watch it", "pid 0".to_owned()))?;
+        self.pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(|error| gone("watch it", error.to_string()))?;
+        Ok(())
+    }
+
+    /// What the machine is made of.
+    pub fn shape(&self) -> &MachineShape {
+        &self.shape
+    }
+
+    /// The machine's RAM, mapped here.
+    pub fn region(&self) -> Arc<RamRegion> {
+        Arc::clone(&self.region)
+    }
+
+    fn vm(&self) -> VmId {
+        self.shape.vm_id
+    }
+
+    fn call(&mut self, action: &'static str, request: &Request) -> Result<Reply, MachineError> {
+        let exchange = |socket: &mut SessionSocket| -> Result<Reply, SessionError> {
+            socket.send(request, &[])?;
+            Ok(socket.recv::<Reply>()?.0)
+        };
+        match exchange(&mut self.socket) {
+            Ok(Reply::Failed(reason)) => Err(MachineError::Refused { action, reason }),
+            Ok(reply) => Ok(reply),
+            Err(error) => Err(gone(action, error.to_string())),
+        }
+    }
+
+    fn order(&mut self, action: &'static str, request: &Request) -> Result<(), MachineError> {
+        match self.call(action, request)? {
+            Reply::Done => Ok(()),
+            other => Err(gone(action, format!("unexpected answer {other:?}"))),
+        }
+    }
+
+    /// Whether the process has ended, waited for up to `limit`.
+    fn is_dead(&self, limit: Duration) -> bool {
+        let until = Instant::now() + limit;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let wait = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
+            match poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], Some(&wait)) {
+                Ok(0) => return false,
+                Ok(_) => return true,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(_) => return false,
+            }
+        }
+    }
+
+    /// Writes a record in the place of a machine that has certainly died.
+    fn write_for_dead(
+        &mut self,
+        action: &'static str,
+        record: JournalRecord,
+        error: MachineError,
+    ) -> Result<(), MachineError> {
+        if !matches!(error, MachineError::Gone { .. }) || !self.is_dead(DEATH_LIMIT) {
+            return Err(error);
+        }
+        let vm = self.vm();
+        self.journal
+            .append(self.migration, vm, record)
+            .map_err(|error| MachineError::Refused { action, reason: format!("it died, and {error}") })
+    }
+}
+
+fn gone(action: &'static str, reason: String) -> MachineError {
+    MachineError::Gone { action, reason }
+}
+
+impl Vcpus for RemoteMachine {
+    fn pause(&mut self) -> Result<PauseTiming, MachineError> {
+        match self.call("pause", &Request::Pause)? {
+            Reply::Paused(pause_ns) => Ok(PauseTiming { pause: Duration::from_nanos(pause_ns) }),
+            other => Err(gone("pause", format!("unexpected answer {other:?}"))),
+        }
+    }
+
+    fn resume(&mut self) -> Result<(), MachineError> {
+        self.order("resume", &Request::Resume)
+    }
+}
+
+impl DirtyLog for RemoteMachine {
+    fn start_log(&mut self) -> Result<(), MachineError> {
+        self.order("start the dirty log", &Request::StartLog)
+    }
+
+    fn harvest(&mut self, into: &mut PageBitmap) -> Result<PageCount, MachineError> {
+        self.order("harvest the dirty log", &Request::Harvest)?;
+        Ok(self.dirty.take(into))
+    }
+
+    fn protect(&mut self, region: RegionId, run: PageRun) -> Result<(), MachineError> {
+        self.order("protect pages", &Request::Protect(region, run))
+    }
+
+    fn stop_log(&mut self) -> Result<(), MachineError> {
+        self.order("stop the dirty log", &Request::StopLog)
+    }
+}
+
+impl MachineState for RemoteMachine {
+    fn save_state(&mut self) -> Result<Vec<u8>, MachineError> {
+        match self.call("save its state", &Request::SaveState)? {
+            Reply::State(state) => Ok(state),
+            other => Err(gone("save its state", format!("unexpected answer {other:?}"))),
+        }
+    }
+
+    fn restore_state(&mut self, state: &[u8]) -> Result<(), MachineError> {
+        self.order("restore a state", &Request::RestoreState(state.to_vec()))
+    }
+}
+
+impl Gate for RemoteMachine {
+    fn release(&mut self, migration: MigrationId, peer: &str) -> Result<(), MachineError> {
+        debug_assert_eq!(migration, self.migration);
+        let released = self.order("release the VM", &Request::Release(peer.to_owned()));
+        released.or_else(|error| {
+            self.write_for_dead("release the VM", JournalRecord::Released { peer: peer.to_owned() }, error)
+        })
+    }
+
+    fn reclaim(&mut self, _migration: MigrationId) -> Result<(), MachineError> {
+        self.order("take the VM back", &Request::Reclaim)
+    }
+
+    fn prepared(&mut self, _migration: MigrationId) -> Result<(), MachineError> {
+        self.order("journal `prepared`", &Request::Prepared)
+    }
+
+    fn take_ownership(&mut self, _migration: MigrationId) -> Result<(), MachineError> {
+        self.order("take ownership", &Request::TakeOwnership)
+    }
+
+    fn never_owner(&mut self, migration: MigrationId) -> Result<(), MachineError> {
+        const ACTION: &str = "journal `never-owner`";
+        if !self.is_dead(DEATH_LIMIT) {
+            return Err(MachineError::Refused { action: ACTION, reason: "it still runs".to_owned() });
+        }
+        let last = self.journal.last(migration);
+        let refuse = |reason: String| MachineError::Refused { action: ACTION, reason };
+        match last.map_err(|error| refuse(error.to_string()))? {
+            Some(JournalRecord::Owner) => Err(refuse("it had journaled `owner` before it died".to_owned())),
+            Some(JournalRecord::NeverOwner) => Ok(()),
+            _ => {
+                let vm = self.vm();
+                let written = self.journal.append(migration, vm, JournalRecord::NeverOwner);
+                written.map_err(|error| refuse(error.to_string()))
+            }
+        }
+    }
+
+    fn announce(&mut self) -> Result<u32, MachineError> {
+        match self.call("announce", &Request::Announce)? {
+            Reply::Frames(frames) => Ok(frames),
+            other => Err(gone("announce", format!("unexpected answer {other:?}"))),
+        }
+    }
+
+    fn discard(&mut self, migration: MigrationId) -> Result<(), MachineError> {
+        const ACTION: &str = "let go of the VM";
+        let discarded = self.order(ACTION, &Request::Discard);
+        if discarded.is_ok() && !self.is_dead(DEATH_LIMIT) {
+            return Err(gone(ACTION, "its process did not end".to_owned()));
+        }
+        discarded.or_else(|error| {
+            let last = self.journal.last(migration).ok().flatten();
+            let record = match last {
+                Some(JournalRecord::Released { .. }) => JournalRecord::Discarded,
+                _ => JournalRecord::NeverOwner,
+            };
+            if last == Some(JournalRecord::Owner) { Err(error) } else { self.write_for_dead(ACTION, record, error) }
+        })
+    }
+
+    fn fate(&mut self) -> Fate {
+        match self.journal.last(self.migration) {
+            Ok(Some(JournalRecord::Owner)) => Fate::Resolved(Owner::Here),
+            Ok(Some(JournalRecord::NeverOwner | JournalRecord::Discarded)) => Fate::Resolved(Owner::There),
+            _ if self.is_dead(Duration::ZERO) => Fate::Dead,
+            _ => Fate::Waiting,
+        }
+    }
+}

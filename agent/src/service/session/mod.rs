@@ -1,0 +1,94 @@
+//! The session between a machine and the migration manager that works on it: a Unix socket, one session at a time.
+//!
+//! The manager gets the machine's RAM and dirty bitmap as file descriptors and maps them; everything that needs the KVM
+//! descriptors is a request here. A session that ends, for whatever reason, is the machine's signal that its manager is
+//! gone. Same build on both ends in the normal case; a version is checked all the same, since a manager may be newer.
+
+mod client;
+mod frame;
+
+pub use client::RemoteMachine;
+pub use frame::{SessionError, SessionSocket};
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::{MachineShape, MigrationId, PageRun, RegionId, SerialSpec};
+
+/// The session protocol's version; both ends must agree.
+pub const SESSION_VERSION: u16 = 1;
+
+/// What a manager asks of a machine.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Request {
+    /// First at a source: take this machine over for a migration.
+    Attach {
+        /// [`SESSION_VERSION`] of the manager.
+        version: u16,
+        /// The migration.
+        migration: MigrationId,
+    },
+    /// First at a target, to a machine process that was just started: become this machine, and wait.
+    Create(Box<Creation>),
+    /// [`crate::port::DirtyLog::start_log`]
+    StartLog,
+    /// [`crate::port::DirtyLog::harvest`]; marks arrive in the shared bitmap.
+    Harvest,
+    /// [`crate::port::DirtyLog::protect`]
+    Protect(RegionId, PageRun),
+    /// [`crate::port::DirtyLog::stop_log`]
+    StopLog,
+    /// [`crate::port::Vcpus::pause`]
+    Pause,
+    /// [`crate::port::Vcpus::resume`]
+    Resume,
+    /// [`crate::port::MachineState::save_state`]
+    SaveState,
+    /// [`crate::port::MachineState::restore_state`]
+    RestoreState(#[serde(with = "serde_bytes")] Vec<u8>),
+    /// [`crate::port::Gate::release`], with the peer's address.
+    Release(String),
+    /// [`crate::port::Gate::reclaim`]
+    Reclaim,
+    /// [`crate::port::Gate::prepared`]
+    Prepared,
+    /// [`crate::port::Gate::take_ownership`]
+    TakeOwnership,
+    /// [`crate::port::Gate::announce`]
+    Announce,
+    /// [`crate::port::Gate::discard`]
+    Discard,
+}
+
+/// What a target's machine process is to become.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Creation {
+    /// [`SESSION_VERSION`] of the manager.
+    pub version: u16,
+    /// The migration.
+    pub migration: MigrationId,
+    /// The machine, its taps and disk paths already those of this host.
+    pub shape: MachineShape,
+    /// Where the console goes.
+    pub serial: SerialSpec,
+    /// Where the machine's sockets go.
+    pub run_dir: std::path::PathBuf,
+    /// Where the journal is.
+    pub state_dir: std::path::PathBuf,
+}
+
+/// What a machine answers.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Reply {
+    /// To `Attach` and `Create`; RAM and dirty bitmap travel beside it, in this order.
+    Welcome(Box<MachineShape>),
+    /// It is done.
+    Done,
+    /// The machine stands; nanoseconds that pausing took.
+    Paused(u64),
+    /// To `SaveState`.
+    State(#[serde(with = "serde_bytes")] Vec<u8>),
+    /// To `Announce`: frames sent.
+    Frames(u32),
+    /// It could not be done; the machine is as it was.
+    Failed(String),
+}

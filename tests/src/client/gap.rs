@@ -1,0 +1,80 @@
+//! The longest silence in a stream of events, and when it was.
+//!
+//! Owns the arithmetic of gaps. Must not know what the events are. Times are `CLOCK_MONOTONIC`, which every process of a
+//! host shares, so that a gap can be laid beside another process's event log.
+
+use std::time::Duration;
+
+use rustix::time::{ClockId, clock_gettime};
+use serde::Serialize;
+
+/// `CLOCK_MONOTONIC` in nanoseconds.
+pub fn monotonic_ns() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+/// A silence between two events.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Gap {
+    /// Its length.
+    pub length_ns: u64,
+    /// The event before it, in `CLOCK_MONOTONIC`.
+    pub from_monotonic_ns: u64,
+}
+
+impl Gap {
+    /// Its length.
+    pub fn length(self) -> Duration {
+        Duration::from_nanos(self.length_ns)
+    }
+}
+
+/// Watches the times of events and keeps the longest gap.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct GapMeter {
+    last_ns: Option<u64>,
+    largest: Gap,
+}
+
+impl GapMeter {
+    /// An event happened at `now_ns`.
+    pub fn event(&mut self, now_ns: u64) {
+        if let Some(last_ns) = self.last_ns {
+            let length_ns = now_ns.saturating_sub(last_ns);
+            if length_ns > self.largest.length_ns {
+                self.largest = Gap { length_ns, from_monotonic_ns: last_ns };
+            }
+        }
+        self.last_ns = Some(now_ns);
+    }
+
+    /// The longest gap between two events since the start or the last [`GapMeter::restart`].
+    pub fn largest(&self) -> Gap {
+        self.largest
+    }
+
+    /// Forgets the longest gap. A gap that is open now still counts whole when it ends.
+    pub fn restart(&mut self) {
+        self.largest = Gap::default();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_gap_wins_and_an_open_one_survives_a_restart() {
+        let mut meter = GapMeter::default();
+        assert_eq!(meter.largest(), Gap::default());
+        for at in [10, 20, 50, 60] {
+            meter.event(at);
+        }
+        assert_eq!(meter.largest(), Gap { length_ns: 30, from_monotonic_ns: 20 });
+        meter.restart();
+        meter.event(75);
+        meter.event(80);
+        assert_eq!(meter.largest(), Gap { length_ns: 15, from_monotonic_ns: 60 });
+    }
+}

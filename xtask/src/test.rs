@@ -1,0 +1,73 @@
+//! Everything that must hold before a change is kept: the build, formatting, lints, all tests.
+//!
+//! No test is skipped for what the host lacks: a missing KVM, BPF or network namespace fails the tests that need it, on a
+//! developer's machine as under CI.
+
+use std::process::Command;
+
+use anyhow::{Result, bail};
+use clap::Args;
+
+use crate::build_ebpf;
+use crate::run;
+use crate::setup;
+use crate::summary::Totals;
+use crate::workspace::root;
+
+/// Options of `cargo xtask test`.
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    /// Run the tests only: no formatting, no lints.
+    #[arg(long)]
+    tests_only: bool,
+    /// Passed on to the test runner, after `--`.
+    #[arg(last = true)]
+    runner: Vec<String>,
+}
+
+/// Runs the verb; false when a test failed.
+pub(crate) fn run(arguments: &Arguments) -> Result<bool> {
+    setup::ensure()?;
+    build_ebpf::run(&build_ebpf::Arguments::default())?;
+    let guest = root().join("tests/guest");
+    let has_guest = guest.join("Cargo.toml").is_file();
+    if has_guest {
+        run::run(Command::new("cargo").args(["build", "--release"]).current_dir(&guest))?;
+    }
+    if !arguments.tests_only {
+        check(&["fmt", "--all", "--check"], "run `cargo fmt --all`")?;
+        let lints = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
+        check(&lints, "see the lints above; `cargo clippy --fix` helps with some")?;
+    }
+    // Binaries that the integration suites start.
+    run::run(Command::new("cargo").args(["build", "--workspace"]).current_dir(root()))?;
+
+    let mut totals = Totals::default();
+    let mut fine = true;
+    if has_guest && guest.join("src/lib.rs").is_file() {
+        let mut command = Command::new("cargo");
+        command.args(["test", "--lib"]).current_dir(&guest);
+        fine &= run::watched(&mut command, |line| totals.read(line))?;
+    }
+    let mut command = Command::new("cargo");
+    if run::output("cargo", &["nextest", "--version"]).is_some() {
+        // Without --no-fail-fast the summary would not count what did not run.
+        command.args(["nextest", "run", "--workspace", "--no-fail-fast"]);
+    } else {
+        command.args(["test", "--workspace", "--no-fail-fast"]);
+    }
+    command.args(&arguments.runner).current_dir(root());
+    fine &= run::watched(&mut command, |line| totals.read(line))?;
+    if fine && totals.passed == 0 {
+        bail!("the test runner succeeded without running a test");
+    }
+    println!("{totals}");
+    Ok(fine)
+}
+
+fn check(arguments: &[&str], remedy: &str) -> Result<()> {
+    if let Err(error) = run::run(Command::new("cargo").args(arguments).current_dir(root())) {
+        bail!("{error}: {remedy}");
+    }
+    Ok(())
+}
