@@ -3,10 +3,6 @@
 //! The documentation's table is printed from it, and the simulation ([`crate::sim`]) compares every faulted run with it.
 //! Knows nothing of how anything is done.
 
-use std::fmt;
-
-use crate::model::Ending;
-
 /// The single failures that the table speaks of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Failure {

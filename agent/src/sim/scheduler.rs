@@ -180,12 +180,7 @@ impl Scheduler {
     }
 
     /// An operation that takes about `cost` and then has its effect.
-    pub(super) fn operation<R>(
-        &self,
-        label: &'static str,
-        cost: Duration,
-        effect: impl FnOnce(&mut World) -> R,
-    ) -> R {
+    pub(super) fn operation<R>(&self, label: &'static str, cost: Duration, effect: impl FnOnce(&mut World) -> R) -> R {
         let (mut shared, me) = self.begin(label);
         let cost = cost.as_nanos() as u64;
         let until = shared.world.now_ns + cost + shared.world.rng.below(cost / 2 + 1) + shared.pay_debt(me);

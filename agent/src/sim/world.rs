@@ -81,6 +81,8 @@ pub(super) struct Vm {
     pub(super) resolved: Option<Owner>,
     /// A manager is connected.
     pub(super) session: bool,
+    /// It has run the guest at some time.
+    has_run: bool,
 }
 
 /// How a manager stands.
@@ -198,7 +200,7 @@ impl World {
         self.hosts[side.index()].journal.iter().any(same)
     }
 
-    fn violation(&mut self, text: String) {
+    pub(super) fn violation(&mut self, text: String) {
         self.violations.push(format!("{:.6} s: {text}", self.now_ns as f64 / 1e9));
     }
 
@@ -357,7 +359,13 @@ impl World {
         self.check_guest(side);
         if let Some(vm) = self.vm(side) {
             vm.running = true;
+            vm.has_run = true;
         }
+    }
+
+    /// Whether the machine there has ever run the guest.
+    pub(super) fn has_run(&self, side: Side) -> bool {
+        self.hosts[side.index()].vm.as_ref().is_some_and(|vm| vm.has_run)
     }
 
     /// I3: memory and CPU are what the guest left, byte for byte.
@@ -401,6 +409,9 @@ impl World {
     fn strike(&mut self, is_now: impl Fn(&Trigger) -> bool) {
         while let Some(index) = self.scenario.faults.iter().position(|(trigger, _)| is_now(trigger)) {
             let (_, fault) = self.scenario.faults.remove(index);
+            if matches!(fault, Fault::KillMachine(side) if self.vm(side).is_none()) {
+                continue;
+            }
             let window = self.window();
             self.struck.push((fault, window));
             match fault {
@@ -452,7 +463,7 @@ impl World {
         if self.runs(Side::Target) {
             return Whereabouts::RunsAtTarget;
         }
-        let owned = self.has(Side::Target, &JournalRecord::Owner);
+        let owned = self.hosts[1].journal.last() == Some(&JournalRecord::Owner);
         let at_source = self.vm(Side::Source).is_some();
         let at_target = self.vm(Side::Target).is_some_and(|vm| matches!(vm.gate, Gate::Prepared | Gate::Owner));
         if at_target || (at_source && !owned) { Whereabouts::Waits } else { Whereabouts::Crashed }
@@ -481,7 +492,7 @@ impl World {
                 self.resolve(Side::Target, Owner::Here);
             }
             (Some(Gate::Released), None) => {
-                if self.has(Side::Target, &JournalRecord::Owner) {
+                if self.host(Side::Target).journal.last() == Some(&JournalRecord::Owner) {
                     self.resolve(Side::Source, Owner::There);
                 } else {
                     self.resolve(Side::Source, Owner::Here);
@@ -564,6 +575,7 @@ impl Vm {
             cpu: None,
             resolved: None,
             session: true,
+            has_run: false,
         }
     }
 }
