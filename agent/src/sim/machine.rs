@@ -144,7 +144,7 @@ impl GatePort for SimMachine {
     fn release(&mut self, _migration: MigrationId, peer: &str) -> Result<(), MachineError> {
         let side = self.side;
         let record = JournalRecord::Released { peer: peer.to_owned() };
-        self.sim.operation("release", FSYNC, |world| match world.append(side, record) {
+        self.sim.order("release", FSYNC, |world| match world.append(side, record) {
             Ok(()) => {
                 if let Some(vm) = world.vm(side) {
                     vm.gate = Gate::Released;

@@ -1,48 +1,19 @@
-//! Whole migrations under every seed, strategy and fault.
+//! Whole migrations under every seed, strategy and fault. `DUNLIN_SIM_SCALE=n` runs n times as many.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
 
 use super::*;
-use crate::migrate::outcomes::Whereabouts;
-use crate::model::Ending;
+use crate::migrate::outcomes::{Failure, OUTCOMES, Whereabouts, Window, outcome};
+use crate::model::{Ending, Step};
 
-#[test]
-fn plain_migrations_move_the_vm() {
-    for seed in 0..200 {
-        let run = simulate(&Scenario::random(seed));
-        assert!(run.violations.is_empty(), "seed {seed}: {:#?}\n{}", run.violations, run.trace);
-        assert_eq!(run.ending(), Some(Ending::Moved), "seed {seed}: {run:#?}");
-        assert_eq!(run.left, Whereabouts::RunsAtTarget, "seed {seed}");
-    }
+fn scale() -> u64 {
+    std::env::var("DUNLIN_SIM_SCALE").ok().and_then(|text| text.parse().ok()).unwrap_or(1)
 }
 
-#[test]
-fn one_seed_is_one_order_of_events() {
-    for seed in 0..20 {
-        let (first, second) = (simulate(&Scenario::random(seed)), simulate(&Scenario::random(seed)));
-        assert_eq!(first.trace_hash, second.trace_hash, "seed {seed}");
-        assert_eq!(first.report, second.report, "seed {seed}");
-        eprintln!(
-            "{} {:?}",
-            first.operations,
-            first.report.map(|r| (r.rounds.len(), r.streams, r.strategy, r.blackout_ns, r.reason))
-        );
-    }
-}
-
-#[test]
-fn a_machine_that_forgets_dirty_pages_is_found_out() {
-    let caught = (0..20)
-        .filter(|&seed| {
-            let mut scenario = Scenario::new(seed);
-            scenario.forget_one_dirty_page_in = Some(20);
-            simulate(&scenario).violations.iter().any(|violation| violation.contains("I3"))
-        })
-        .count();
-    assert!(caught >= 15, "only {caught} of 20 machines that lose writes were found out");
-}
-
-pub(super) fn all_faults() -> Vec<Fault> {
-    use std::time::Duration;
-    let heals = |ms| Some(Duration::from_millis(ms));
+/// Every fault, in all its forms.
+fn all_faults() -> Vec<Fault> {
+    let heals = |milliseconds| Some(Duration::from_millis(milliseconds));
     let stall = |from_source, from_target, heals_after| Fault::Stall { from_source, from_target, heals_after };
     vec![
         Fault::KillManager(Side::Source),
@@ -68,57 +39,161 @@ pub(super) fn all_faults() -> Vec<Fault> {
     ]
 }
 
+/// The steps that each side passes in a migration that goes well.
+fn all_steps() -> Vec<(Side, Step)> {
+    use Step::*;
+    let source = [Connected, Offered, Reserved, Round, Paused, StateMoved, Prepared, Released, Running, Discarded];
+    let target = [Offered, Reserved, StateMoved, Prepared, Owned, Announced, Running];
+    source.into_iter().map(|step| (Side::Source, step)).chain(target.map(|step| (Side::Target, step))).collect()
+}
+
+fn assert_unbroken(run: &Run, scenario: &Scenario) {
+    assert!(run.violations.is_empty(), "{:#?}\n{scenario:?}\n{run:#?}\n{}", run.violations, run.trace);
+}
+
+/// Compares a run with one fault with its row of the outcome table.
+fn assert_in_table(run: &Run, scenario: &Scenario) -> Option<(Failure, Window)> {
+    assert_unbroken(run, scenario);
+    let &[(fault, window)] = &run.struck[..] else { return None };
+    let failure = fault.failure()?;
+    let row = outcome(failure, window).expect("the table is complete");
+    let end = (run.ending(), run.found);
+    let told = format!("{scenario:?}\n{run:#?}\n{}", run.trace);
+    assert!(row.ends.contains(&end), "{failure}, {window}: {end:?} is not in the table\n{told}");
+    assert!(row.copy_may_wait || !run.stale_prepared, "{failure}, {window}: a prepared copy was left\n{told}");
+    // What waits goes on with nothing lost once it is resolved.
+    let crashed = run.found == Whereabouts::Crashed;
+    assert!(
+        crashed || matches!(run.left, Whereabouts::RunsAtSource | Whereabouts::RunsAtTarget),
+        "{failure}, {window}: the VM is {} in the end\n{told}",
+        run.left
+    );
+    Some((failure, window))
+}
+
 #[test]
-fn explore() {
-    use std::collections::BTreeMap;
-    let mut seen: BTreeMap<String, (usize, String)> = BTreeMap::new();
-    let mut bad = BTreeMap::new();
-    let started = std::time::Instant::now();
-    let mut runs = 0;
-    let mut note = |scenario: Scenario, name: String| {
-        let fault = scenario.faults[0].1;
+fn plain_migrations_move_the_vm() {
+    for seed in 0..200 * scale() {
+        let scenario = Scenario::random(seed);
         let run = simulate(&scenario);
-        runs += 1;
-        let Some((_, window)) = run.struck.first() else { return };
-        let key = format!(
-            "{window:?} {fault:?}: {:?} found {:?} left {:?} stale {}",
-            run.ending(),
-            run.found,
-            run.left,
-            run.stale_prepared
-        );
-        let entry = seen.entry(key).or_insert((0, name.clone()));
-        entry.0 += 1;
-        for violation in &run.violations {
-            let v = violation.split(": ").skip(1).collect::<Vec<_>>().join(": ");
-            bad.entry(format!("{window:?} {fault:?}: {}", v.split('[').next().unwrap()))
-                .or_insert((0, name.clone()))
-                .0 += 1;
-        }
+        assert_unbroken(&run, &scenario);
+        assert_eq!(run.ending(), Some(Ending::Moved), "seed {seed}: {run:#?}");
+        assert_eq!(run.left, Whereabouts::RunsAtTarget, "seed {seed}");
+    }
+}
+
+#[test]
+fn one_seed_is_one_order_of_events() {
+    let mut hashes = BTreeSet::new();
+    for seed in 0..10 {
+        let fault = all_faults()[seed as usize];
+        let scenario = Scenario::random(seed).with(Trigger::Operation(100 + 40 * seed), fault);
+        let (first, second) = (simulate(&scenario), simulate(&scenario));
+        assert_eq!(first.trace_hash, second.trace_hash, "seed {seed}");
+        assert_eq!(first.report, second.report, "seed {seed}");
+        hashes.insert(first.trace_hash);
+    }
+    assert_eq!(hashes.len(), 10, "other seeds must give other orders");
+}
+
+#[test]
+fn broken_machines_are_found_out() {
+    let finds = |sabotage, invariant: &str, trigger, fault| {
+        (0..20)
+            .filter(|&seed| {
+                let mut scenario = Scenario::new(seed).with(trigger, fault);
+                scenario.sabotage = Some(sabotage);
+                scenario.guest.writes_per_second = 100_000;
+                simulate(&scenario).violations.iter().any(|violation| violation.contains(invariant))
+            })
+            .count()
     };
-    for fault in all_faults() {
-        for side in Side::BOTH {
-            for &step in crate::model::Step::ALL {
-                for seed in 0..3 {
-                    note(Scenario::new(seed).with(Trigger::Step(side, step), fault), format!("{side:?} {step} {seed}"));
+    let never = (Trigger::Operation(u64::MAX), Fault::FlipPageBit);
+    let forgets = finds(Sabotage::ForgetsWrites, "I3", never.0, never.1);
+    assert!(forgets >= 10, "only {forgets} of 20 machines that lose writes were found out");
+    let killed = (Trigger::Step(Side::Source, Step::Released), Fault::KillManager(Side::Source));
+    let resumes = finds(Sabotage::ResumesAfterReleased, "I", killed.0, killed.1);
+    assert!(resumes >= 10, "only {resumes} of 20 machines with a broken gate were found out");
+    let killed = (Trigger::Step(Side::Source, Step::Paused), Fault::KillManager(Side::Source));
+    assert_eq!(finds(Sabotage::KeepsLogging, "I4", killed.0, killed.1), 20);
+}
+
+#[test]
+fn faults_at_every_step_end_as_the_table_says() {
+    let mut reached = BTreeSet::new();
+    for (side, step) in all_steps() {
+        for fault in all_faults() {
+            for seed in 0..scale() {
+                let seed = seed * 1000 + step as u64 * 20 + side as u64;
+                let mut scenario = Scenario::new(seed).with(Trigger::Step(side, step), fault);
+                scenario.streams = 1 + (seed % 3) as u16;
+                reached.extend(assert_in_table(&simulate(&scenario), &scenario));
+            }
+        }
+    }
+    for row in OUTCOMES {
+        assert!(reached.contains(&(row.failure, row.when)), "{}, {}: no run came here", row.failure, row.when);
+    }
+}
+
+#[test]
+fn faults_before_every_operation_end_as_the_table_says() {
+    let faults = all_faults();
+    for seed in 0..scale() {
+        let scenario = Scenario::new(seed + 7);
+        let operations = simulate(&scenario).operations;
+        for operation in 1..=operations {
+            // The handover is short: every fault at each of its operations. Before it they take turns.
+            let every = operation + 70 > operations;
+            let turn = (operation + seed) as usize % faults.len();
+            for (index, &fault) in faults.iter().enumerate() {
+                if every || index == turn {
+                    let scenario = scenario.clone().with(Trigger::Operation(operation), fault);
+                    assert_in_table(&simulate(&scenario), &scenario);
                 }
             }
         }
-        if std::env::var_os("OPS").is_some() {
-            let all = simulate(&Scenario::new(7)).operations;
-            for n in 1..=all {
-                note(Scenario::new(7).with(Trigger::Operation(n), fault), format!("op {n}"));
-            }
+    }
+}
+
+#[test]
+fn several_faults_break_no_invariant() {
+    for seed in 0..300 * scale() {
+        let mut rng = rng::Rng(seed ^ 0xfa17);
+        let mut scenario = Scenario::random(seed);
+        let operations = simulate(&scenario).operations;
+        for _ in 0..1 + rng.below(3) {
+            let fault = all_faults()[rng.below(20) as usize];
+            let late = operations.saturating_sub(rng.below(80));
+            let operation = if rng.one_in(3) { 1 + rng.below(operations) } else { late.max(1) };
+            scenario = scenario.with(Trigger::Operation(operation), fault);
         }
+        let run = simulate(&scenario);
+        assert_unbroken(&run, &scenario);
+        let machine_died =
+            run.struck.iter().any(|(fault, _)| matches!(fault, Fault::KillMachine(_) | Fault::DieAfterAppend(_)));
+        assert!(machine_died || run.left != Whereabouts::Crashed, "seed {seed}: {run:#?}");
     }
-    let mut out = String::new();
-    for (key, (n, name)) in &seen {
-        out += &format!("{n:5} {key}   [{name}]\n");
+}
+
+#[test]
+fn a_flipped_bit_is_found_by_digest_or_verify() {
+    for seed in 0..20 {
+        let mut scenario = Scenario::new(seed).with(Trigger::Step(Side::Source, Step::Round), Fault::FlipPageBit);
+        scenario.verify = true;
+        // A page that is written again heals by itself: keep the guest from it.
+        scenario.guest.writes_per_second = 0;
+        let run = simulate(&scenario);
+        assert_unbroken(&run, &scenario);
+        assert_eq!(
+            (run.ending(), run.left),
+            (Some(Ending::Failed), Whereabouts::RunsAtSource),
+            "seed {seed}: {run:#?}"
+        );
+        let mut scenario = Scenario::new(seed).with(Trigger::Step(Side::Source, Step::Paused), Fault::FlipPageBit);
+        scenario.strategy = crate::migrate::Strategy::StopAndCopy;
+        let run = simulate(&scenario);
+        assert_unbroken(&run, &scenario);
+        assert_eq!(run.ending(), Some(Ending::Failed), "seed {seed}: {run:#?}");
     }
-    out += "BAD\n";
-    for (key, (n, name)) in &bad {
-        out += &format!("{n:5} {key}   [{name}]\n");
-    }
-    out += &format!("{runs} runs in {:?}\n", started.elapsed());
-    std::fs::write("/tmp/sim-explore.txt", out).unwrap();
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::memory::{SimDirtyLog, SimRegion};
 use super::network::{NEVER, Network};
 use super::rng::{Rng, mix};
-use super::scenario::{Fault, Scenario, Side, Trigger};
+use super::scenario::{Fault, Sabotage, Scenario, Side, Trigger};
 use crate::migrate::outcomes::{Whereabouts, Window};
 use crate::model::{Owner, PageCount, Step};
 use crate::port::JournalRecord;
@@ -244,7 +244,7 @@ impl World {
             let stamp = if cpu.rng.one_in(8) { 0 } else { mix(cpu.sequence) | 1 };
             host.region.stamp(guest.places[index], stamp);
             guest.stamps[index] = stamp;
-            let forgotten = self.scenario.forget_one_dirty_page_in.is_some_and(|n| self.rng.one_in(n));
+            let forgotten = self.scenario.sabotage == Some(Sabotage::ForgetsWrites) && self.rng.one_in(2);
             if !forgotten {
                 vm.log.note(guest.places[index]);
             }
@@ -318,12 +318,16 @@ impl World {
 
     /// What the machine host does when its manager is gone.
     fn session_lost(&mut self, side: Side) {
+        let sabotage = self.scenario.sabotage;
         let Some(vm) = self.vm(side) else { return };
         match vm.gate {
             Gate::Open => {
-                vm.log.stop();
+                if sabotage != Some(Sabotage::KeepsLogging) {
+                    vm.log.stop();
+                }
                 self.start_running(side);
             }
+            Gate::Released if sabotage == Some(Sabotage::ResumesAfterReleased) => self.start_running(side),
             Gate::Owner => self.start_running(side),
             Gate::Reserved => {
                 self.kill_machine(side);
