@@ -492,6 +492,10 @@ impl World {
         if source_gate == Some(Gate::Open) && before != Whereabouts::RunsAtSource {
             self.violation("I4: the source's machine may run, but stands".to_owned());
         }
+        // A prepared VM whose machine is dead has lost its memory: whoever resolves journals that first.
+        if target_gate.is_none() && self.host(Side::Target).journal.last() == Some(&JournalRecord::Prepared) {
+            let _ = self.append(Side::Target, JournalRecord::NeverOwner);
+        }
         match (source_gate, target_gate) {
             // The VM never left: a target that still holds a copy is told to let go.
             (Some(Gate::Open), Some(Gate::Prepared)) => {
