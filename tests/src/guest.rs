@@ -10,10 +10,8 @@ use serde_json::Value;
 /// # Errors
 /// It has not been built.
 pub fn elf() -> Result<PathBuf> {
-    let path = std::env::var_os("DUNLIN_GUEST").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("guest/target/release/dunlin-guest"),
-        PathBuf::from,
-    );
+    let path = std::env::var_os("DUNLIN_GUEST")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("guest/target/release/dunlin-guest"), PathBuf::from);
     ensure!(path.is_file(), "{} is missing: run `cargo build --release` in tests/guest first", path.display());
     Ok(path)
 }
@@ -64,7 +62,8 @@ mod tests {
 
     #[test]
     fn errors_are_summed_and_named() {
-        let mut counters = json!({"schema": "dunlin.guest/v1", "vcpus": [{"ipi_lost": 0}, {"ipi_lost": 0}], "net": null});
+        let mut counters =
+            json!({"schema": "dunlin.guest/v1", "vcpus": [{"ipi_lost": 0}, {"ipi_lost": 0}], "net": null});
         assert!(errors(&counters).is_empty());
         counters["vcpus"][1]["ipi_lost"] = json!(2);
         counters["net"] = json!({"irq_lost": 1});

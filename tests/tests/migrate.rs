@@ -80,6 +80,7 @@ fn one_move(spec: VmSpec, options: HopOptions) -> Hop {
     assert_eq!(ping.duplicates, 0, "{ping:?}");
     let beats = rig.heartbeats().unwrap().report();
     assert_eq!((beats.repeated, beats.tsc_went_back, beats.lost), (0, 0, 0), "{beats:?}");
+    println!("{}", serde_json::to_string(&hop.report.blackout).unwrap());
     println!(
         "blackout {} ms, client's largest gap {} ms, {} of {} pings unanswered",
         hop.report.blackout_ns / 1_000_000,
@@ -162,7 +163,8 @@ fn back_and_forth_under_write_load() {
     let spec = VmSpec {
         memory_bytes: 384 << 20,
         disk_bytes: Some(64 << 20),
-        guest: "dunlin.wl=ws:128M,rate:25000 dunlin.spin=1 dunlin.blk=rate:100,span:16M dunlin.heartbeat=10ms".to_owned(),
+        guest: "dunlin.wl=ws:128M,rate:25000 dunlin.spin=1 dunlin.blk=rate:100,span:16M dunlin.heartbeat=10ms"
+            .to_owned(),
         ..VmSpec::default()
     };
     let mut rig = Rig::boot(&spec).unwrap();

@@ -1,6 +1,7 @@
 //! Build and test tasks; see `cargo xtask --help`. One file a verb; each calls the verbs that it needs.
 
 mod build_ebpf;
+mod demo;
 mod run;
 mod setup;
 mod summary;
@@ -26,6 +27,12 @@ enum Verb {
     Setup(setup::Arguments),
     /// Compile the BPF programs to target/bpf/dunlin.bpf.o.
     BuildEbpf(build_ebpf::Arguments),
+    /// Move a VM between two network namespaces and show what happens (needs root and /dev/kvm).
+    #[command(disable_help_flag = true)]
+    Demo(demo::Arguments),
+    /// Move a VM back and forth many times and count every error (needs root and /dev/kvm).
+    #[command(disable_help_flag = true)]
+    Soak(demo::Arguments),
     /// Build everything, check formatting and lints, run all tests.
     Test(test::Arguments),
 }
@@ -34,6 +41,8 @@ fn main() -> ExitCode {
     let done = match Cli::parse().verb {
         Verb::Setup(arguments) => setup::run(&arguments).map(|()| true),
         Verb::BuildEbpf(arguments) => build_ebpf::run(&arguments).map(|()| true),
+        Verb::Demo(arguments) => demo::run("demo", &arguments),
+        Verb::Soak(arguments) => demo::run("soak", &arguments),
         Verb::Test(arguments) => test::run(&arguments),
     };
     match done {

@@ -67,7 +67,8 @@ impl Hop {
     /// The target announced before it let the guest run: in its own log, and on the wire.
     pub fn announced_before_running(&self) -> bool {
         let step = |name| self.target_steps.iter().position(|step| step == name);
-        let in_log = matches!((step("announced"), step("running")), (Some(announced), Some(running)) if announced < running);
+        let in_log =
+            matches!((step("announced"), step("running")), (Some(announced), Some(running)) if announced < running);
         let rounds = |kind| self.frames.iter().take_while(|f| f.kind != FrameKind::Traffic).any(|f| f.kind == kind);
         in_log && rounds(FrameKind::Rarp) && rounds(FrameKind::GratuitousArp)
     }
@@ -168,13 +169,7 @@ impl Rig {
 }
 
 /// Waits until `mac` is learnt behind `port`, or until the move is over without that.
-fn follow(
-    switch: &Netns,
-    mut watch: FdbWatch,
-    mac: MacAddress,
-    port: &str,
-    over: &AtomicBool,
-) -> Result<Option<u64>> {
+fn follow(switch: &Netns, mut watch: FdbWatch, mac: MacAddress, port: &str, over: &AtomicBool) -> Result<Option<u64>> {
     switch.enter(|| {
         loop {
             if let Some(change) = watch.next_change(SLICE)?

@@ -96,17 +96,8 @@ impl Rig {
         });
         let disk = disk.transpose().context("make the disk")?;
         let hosts = [Some(host_a), Some(host_b)];
-        let mut rig = Self {
-            machine: None,
-            at: Side::A,
-            hosts,
-            switch,
-            client,
-            folder,
-            disk,
-            hops: 0,
-            ready: String::new(),
-        };
+        let mut rig =
+            Self { machine: None, at: Side::A, hosts, switch, client, folder, disk, hops: 0, ready: String::new() };
         for side in [Side::A, Side::B] {
             fs::create_dir_all(rig.run_dir(side))?;
             fs::create_dir_all(rig.state_dir(side))?;
@@ -199,28 +190,37 @@ impl Rig {
         command
     }
 
-    /// The heartbeats of all consoles so far, in the order of the hosts that the guest was on.
+    /// The heartbeats of all consoles so far, in the order of the hosts that the guest was on. A line that a move cut goes
+    /// on at the next host, so the consoles are read as one.
     ///
     /// # Errors
     /// A console cannot be read.
     pub fn heartbeats(&self) -> Result<Heartbeats> {
         let mut beats = Heartbeats::default();
+        let mut all = Vec::new();
         for hop in 0..=self.hops {
-            beats.read_all(File::open(self.console(hop))?)?;
+            all.extend(fs::read(self.console(hop))?);
         }
+        beats.read_all(&all[..])?;
         Ok(beats)
     }
 
-    /// The heartbeats of the console before the last move and of the one after it.
+    /// The time stamps' step between the last heartbeat before the last move and the first one after it.
     ///
     /// # Errors
     /// A console cannot be read.
-    pub fn heartbeats_of_last_hop(&self) -> Result<Heartbeats> {
+    pub fn heartbeat_gap_of_last_hop_ns(&self) -> Result<u64> {
+        let mut before = fs::read(self.console(self.hops.saturating_sub(1)))?;
+        let whole = before.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
+        let mut after = before.split_off(whole);
+        after.extend(fs::read(self.console(self.hops))?);
         let mut beats = Heartbeats::default();
-        for hop in self.hops.saturating_sub(1)..=self.hops {
-            beats.read_all(File::open(self.console(hop))?)?;
-        }
-        Ok(beats)
+        beats.read_all(&before[..])?;
+        beats.restart_measurement();
+        let after = String::from_utf8_lossy(&after);
+        let first = after.lines().find(|line| line.starts_with("HB ")).context("no heartbeat after the move")?;
+        beats.line(first);
+        Ok(beats.report().largest_gap(self.tsc_hz()).as_nanos() as u64)
     }
 
     /// The guest's console on the host that it came to with move number `hop` (0: where it booted).
