@@ -28,6 +28,8 @@ use crate::net::tap::Tap;
 use crate::port::{JournalError, JournalRecord};
 use crate::store::FileJournal;
 
+/// Journals of settled migrations are kept so long for late questions.
+const JOURNAL_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
 /// How long the process stays after an order has ended the machine, so that the answer reaches its client.
 const ANSWER_TIME: Duration = Duration::from_millis(100);
 
@@ -201,6 +203,9 @@ impl Host {
     /// What could not be made; nothing stays behind.
     pub fn boot(config: BootConfig, serial: SerialSpec, places: &Places) -> Result<Arc<Self>, HostError> {
         let journal = FileJournal::open(&places.state_dir)?;
+        if let Err(error) = journal.prune(JOURNAL_AGE) {
+            tracing::warn!("old journals were not removed: {error}");
+        }
         check_undoubted(&journal, config.vm_id)?;
         let gate = OwnershipGate::open(config.vm_id, Box::new(journal));
         let (nets, disks) = (config.nets.clone(), config.disks.clone());
@@ -526,7 +531,11 @@ impl Host {
                 break error;
             }
         };
-        let meaning = lock(&self.gate).on_session_lost();
+        let meaning = {
+            let mut gate = lock(&self.gate);
+            gate.note_rollback();
+            gate.on_session_lost()
+        };
         tracing::info!(?meaning, "the manager's session has ended: {lost}");
         match meaning {
             OnLoss::Run => self.run_again(),
@@ -541,7 +550,7 @@ impl Host {
         match request {
             Request::Attach { .. } | Request::Create(_) => Err("the session has begun already".to_owned()),
             Request::StartLog => machine.log().start().map(|()| Reply::Done).map_err(|error| chain(&error)),
-            Request::Harvest => machine.log().harvest().map(|_| Reply::Done).map_err(|error| chain(&error)),
+            Request::Harvest => machine.log().harvest().map(|()| Reply::Done).map_err(|error| chain(&error)),
             Request::Protect(_, run) => machine.log().protect(run).map(|()| Reply::Done).map_err(|error| chain(&error)),
             Request::StopLog => machine.log().stop().map(|()| Reply::Done).map_err(|error| chain(&error)),
             Request::Pause => {
