@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::boot::BootImage;
+use super::hurry::Hurry;
 use super::machine::{BootConfig, Machine};
 use super::testing::{config, hosting, kvm_or_skip, wait_for};
 use crate::model::{DirtyLogKind, PAGE_SIZE, PageBitmap, PageRun};
@@ -141,7 +142,7 @@ fn measure_the_steps_of_a_switch() {
         machine.resume().unwrap();
         wait_for("READY", || console(&machine).contains("\nREADY "));
         let mut times = Times::default();
-        for _ in 0..6 {
+        for _ in 0..15 {
             let target = Machine::incoming(
                 machine.shape().clone(),
                 machine.image().cloned(),
@@ -169,6 +170,8 @@ fn measure_the_steps_of_a_switch() {
                 });
                 copy(&machine, &target, &due);
             }
+            // As whoever leads a blackout does.
+            let hurry = Hurry::here();
             times.of("6 pause", &mut || _ = machine.pause().unwrap());
             let mut due = PageBitmap::new(machine.memory().pages());
             times.of("7 last harvest", &mut || due = harvest(&machine));
@@ -177,6 +180,7 @@ fn measure_the_steps_of_a_switch() {
             times.of("8 save", &mut || state = machine.save_state().unwrap());
             times.of("9 restore", &mut || target.restore_state(&state).unwrap());
             times.of("a resume", &mut || target.resume().unwrap());
+            drop(hurry);
             times.of("b log stop", &mut || machine.log().stop().unwrap());
             times.note("c state bytes (as µs)", Duration::from_micros(state.len() as u64));
             machine = target;
@@ -185,6 +189,7 @@ fn measure_the_steps_of_a_switch() {
         }
         for _ in 0..300 {
             std::thread::sleep(Duration::from_millis(7));
+            let _hurry = Hurry::here();
             times.of("d pause alone", &mut || _ = machine.pause().unwrap());
             times.of("e resume alone", &mut || machine.resume().unwrap());
         }

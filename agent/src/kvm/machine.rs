@@ -19,6 +19,7 @@ use super::console::{Console, ConsoleError};
 use super::container::{self, Section, StateError};
 use super::control::{Kick, MachineExit, RunControl};
 use super::dirty::DirtyLogger;
+use super::hurry::Hurry;
 use super::memory::{Memory, MemoryError, MemoryOptions};
 use super::ports::{Ports, SERIAL_IRQ};
 use super::serial::Serial;
@@ -413,9 +414,12 @@ impl Machine {
         Err(HostedError::Ended(self.exit().unwrap_or(MachineExit::Stopped)))
     }
 
-    /// Stops all vCPUs with nothing pending, then drains and mutes all devices. Idempotent.
+    /// Stops all vCPUs with nothing pending, then drains and mutes all devices. Idempotent. Who goes on with a blackout keeps a
+    /// [`Hurry`] of its own, from before the pause to behind the resume: on a busy host the thread is set aside for
+    /// milliseconds as soon as it is an ordinary one again.
     pub fn pause(&self) -> Result<Duration, HostedError> {
         let start = Instant::now();
+        let _hurry = Hurry::here();
         let mut phase = self.phase();
         self.pause_in(&mut phase)?;
         Ok(start.elapsed())
