@@ -363,11 +363,10 @@ impl Drop for Ring {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
     use crate::kvm::Machine;
-    use crate::kvm::testing::{PAGES, boot, kvm_or_skip, wait_for, writer, written};
+    use crate::kvm::machine::BootConfig;
+    use crate::kvm::testing::{PAGES, boot, config, hosting, kvm_or_skip, printer, wait_for, writer, written};
     use crate::model::PageBitmap;
 
     const FIRST: u64 = PAGES as u64 / 4096;
@@ -512,26 +511,33 @@ mod tests {
         });
     }
 
+    /// More pages than the ring has entries, and nobody harvests: the vCPU must leave guest code and drain its ring.
     #[test]
     fn a_full_ring_is_drained_by_its_vcpu_and_nothing_is_lost() {
         if !kvm_or_skip("a_full_ring_is_drained_by_its_vcpu_and_nothing_is_lost") {
             return;
         }
-        let machine = boot(writer(2000), 1, DirtyLogKind::Ring);
+        let pages = RING_ENTRIES as u32 + 5000;
+        let config = BootConfig { memory_bytes: 512 << 20, ..config(writer(pages), 1, DirtyLogKind::Ring) };
+        let machine = Machine::boot(config, &hosting(), Box::new(|_| Ok(Vec::new()))).unwrap();
         machine.log().start().unwrap();
         machine.resume().unwrap();
-        // Nobody harvests, so each page is logged once and then again only after the ring's exit resets it; with a ring of
-        // 65536 entries it takes a harvest in between to fill it.
-        let mut seen = PageBitmap::new(machine.memory().pages());
-        let start = std::time::Instant::now();
-        while start.elapsed() < Duration::from_millis(500) {
-            machine.log().ring_full(0).unwrap();
-            machine.memory().dirty().take(&mut seen);
-        }
-        wait_for("a round", || written(&machine, 1999) > 0);
+        wait_for("the last page", || written(&machine, pages - 1) > 0);
+        assert!(machine.log().vcpu_pages()[0].0 > 0, "nobody but the vCPU itself can have drained the ring");
         machine.pause().unwrap();
-        machine.log().harvest().unwrap();
-        machine.memory().dirty().take(&mut seen);
-        assert_eq!(seen.runs_within(FIRST, FIRST + 2000, u32::MAX).next(), Some(PageRun::new(FIRST, 2000)));
+        assert_eq!(harvest(&machine), (FIRST..FIRST + u64::from(pages)).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_reset_by_the_guest_marks_all_of_memory() {
+        both(|kind| {
+            // mov al, 0xfe; out 0x64, al
+            let machine = boot(printer(b"x", &[0xb0, 0xfe, 0xe6, 0x64]), 1, kind);
+            machine.log().start().unwrap();
+            machine.resume().unwrap();
+            wait_for("a reset", || machine.console().history().len() > 1);
+            machine.pause().unwrap();
+            assert_eq!(harvest(&machine).len() as u64, machine.memory().pages().0, "{kind:?}");
+        });
     }
 }
