@@ -8,7 +8,7 @@
 //! | faces | [`cli`] | arguments in, human or JSON out |
 //! | service | [`service`] | the composition root: machine host, migration managers, observer |
 //! | policy | [`migrate`], [`announce`], [`track`] | the subject itself, generic over ports |
-//! | mechanism | [`kvm`], [`block`], [`net`], [`link`], [`shm`], [`probe`], [`store`] | one kernel interface each, thin |
+//! | mechanism | [`kvm`], [`block`], [`net`], [`link`], [`shm`], [`probe`], [`trial`], [`foreign`], [`store`] | one kernel interface each, thin |
 //! | ports | [`port`] | the traits that join policy to mechanism |
 //! | words | [`model`] | newtypes with units, neutral names |
 //!
@@ -17,6 +17,7 @@
 pub mod announce;
 pub mod block;
 pub mod cli;
+pub mod foreign;
 pub mod kvm;
 pub mod link;
 pub mod migrate;
@@ -26,6 +27,8 @@ pub mod port;
 pub mod probe;
 pub mod service;
 pub mod shm;
+#[cfg(any(test, feature = "sim"))]
+pub mod sim;
 pub mod store;
 pub mod track;
 pub mod trial;

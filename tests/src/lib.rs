@@ -3,12 +3,14 @@
 //!
 //! Everything here cleans up after itself, also on panic; what a killed test left behind is swept by the next one.
 
+pub mod binary;
 pub mod client;
 pub mod netns;
 pub mod process;
 pub mod tap;
 pub mod topology;
 
+pub use binary::dunlin;
 pub use netns::Netns;
 pub use process::OwnProcess;
 pub use topology::{Host, Lan, LanConfig};

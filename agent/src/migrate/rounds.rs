@@ -11,7 +11,7 @@ use super::observe::{CancelFlag, Observer};
 use super::pacer::Pacer;
 use super::source::SourceError;
 use crate::model::{PAGE_SIZE, PageBitmap, PageRun};
-use crate::port::{BulkSender, Machine, Region};
+use crate::port::{BulkSender, Clock, Job, Machine, Region};
 
 /// Pages that one stream takes at a time, and that are protected with one order: 32 MiB.
 const WINDOW_PAGES: u64 = 8192;
@@ -44,6 +44,7 @@ pub(super) struct Round<'a> {
     pub(super) region: &'a dyn Region,
     pub(super) due: &'a PageBitmap,
     pub(super) pacer: &'a Pacer<'a>,
+    pub(super) clock: &'a dyn Clock,
     pub(super) observer: &'a dyn Observer,
     pub(super) cancel: &'a CancelFlag,
     /// The longest run that the bandwidth limit lets one write carry.
@@ -57,7 +58,7 @@ pub(super) fn longest_run(limit: Option<crate::model::BytesPerSecond>) -> u32 {
 }
 
 impl Round<'_> {
-    /// Sends the round over all streams; with one stream on the calling thread, else on one thread a stream.
+    /// Sends the round over all streams: the last on the calling thread, each other on a thread of its own.
     pub(super) fn send(
         &self,
         machine: &Mutex<&mut dyn Machine>,
@@ -65,22 +66,28 @@ impl Round<'_> {
     ) -> Result<Tally, SourceError> {
         let next_window = AtomicU64::new(0);
         let sent = AtomicU64::new(0);
-        let share = |stream: &mut Box<dyn BulkSender>| self.send_share(&next_window, &sent, machine, stream.as_mut());
-        let mut total = Tally::default();
-        if let [only] = streams {
-            total = share(only)?;
-        } else {
-            let shares = std::thread::scope(|scope| {
-                let share = &share;
-                let threads: Vec<_> = streams.iter_mut().map(|stream| scope.spawn(move || share(stream))).collect();
-                threads
-                    .into_iter()
-                    .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-                    .collect::<Vec<_>>()
-            });
-            for share in shares {
-                total.add(&share?);
+        let send = |stream: &mut Box<dyn BulkSender>| {
+            let share = self.send_share(&next_window, &sent, machine, stream.as_mut());
+            if share.is_err() {
+                // The round has failed: the others need not send what is left of it.
+                next_window.store(self.due.len().0, Ordering::Relaxed);
             }
+            share
+        };
+        let mut shares: Vec<Result<Tally, SourceError>> = streams.iter().map(|_| Ok(Tally::default())).collect();
+        let send = &send;
+        {
+            let mut jobs: Vec<Job<'_>> = Vec::new();
+            for (stream, share) in streams.iter_mut().zip(&mut shares) {
+                jobs.push(Box::new(move || *share = send(stream)));
+            }
+            if let Some(lead) = jobs.pop() {
+                self.clock.run_beside(jobs, lead);
+            }
+        }
+        let mut total = Tally::default();
+        for share in shares {
+            total.add(&share?);
         }
         Ok(total)
     }
@@ -97,6 +104,9 @@ impl Round<'_> {
         let mut tally = Tally { wire_bytes: stream.start_round(self.number, self.last)?, ..Tally::default() };
         loop {
             let first = next_window.fetch_add(WINDOW_PAGES, Ordering::Relaxed);
+            if self.cancel.is_set() {
+                return Err(SourceError::Cancelled);
+            }
             if first >= all_pages {
                 break;
             }

@@ -157,29 +157,26 @@ impl FdbWatch {
         }
     }
 
-    /// Waits until `mac` is behind `port`, in any VLAN, and says when that was seen.
+    /// Waits until `mac` is behind `port`, in any VLAN, and says when that was seen. Changes from before the call are
+    /// dropped: who wants the exact time waits, on a thread of its own, from before the announcement.
     ///
     /// # Errors
     /// It is not within `limit`; the error says where the station is instead.
     pub fn wait_behind(&mut self, mac: MacAddress, port: &str, limit: Duration) -> Result<Learnt, NetError> {
-        let began = monotonic_now();
-        let deadline = began + limit;
+        let deadline = monotonic_now() + limit;
         let is_there = |entry: &FdbEntry| entry.mac == mac && entry.port == port;
-        let mut read_table = true;
-        let mut already = true;
+        self.events.discard_pending()?;
+        if self.entries()?.iter().any(is_there) {
+            return Ok(Learnt { seen_at: monotonic_now(), already: true });
+        }
         loop {
-            if std::mem::take(&mut read_table) && self.entries()?.iter().any(is_there) {
-                return Ok(Learnt { seen_at: monotonic_now(), already });
-            }
-            already = false;
-            match self.events.next(deadline)? {
-                Some(Event::Lost) => read_table = true,
+            let seen_at = match self.events.next(deadline)? {
+                Some(Event::Lost) => monotonic_now(),
                 Some(Event::Message(message, seen_at)) => {
-                    // An event from before the table was read may be out of date, but then a newer one follows: the
-                    // table did not have the entry, so an event that says so is newer, or the station has left again.
-                    if self.change(&message, seen_at)?.is_some_and(|c| !c.removed && is_there(&c.entry)) {
-                        return Ok(Learnt { seen_at, already });
+                    if !self.change(&message, seen_at)?.is_some_and(|c| !c.removed && is_there(&c.entry)) {
+                        continue;
                     }
+                    seen_at
                 }
                 None => {
                     let found: Vec<String> = self
@@ -192,6 +189,11 @@ impl FdbWatch {
                     let what = format!("`{}` has {mac} behind `{port}` (it has it behind {instead})", self.bridge.name);
                     return Err(NetError::TimedOut { what, after: limit });
                 }
+            };
+            // The event may be older than the table just read, and the station may have gone on since: only the table
+            // says that it is there.
+            if self.entries()?.iter().any(is_there) {
+                return Ok(Learnt { seen_at, already: false });
             }
         }
     }
@@ -235,11 +237,12 @@ pub fn entries(name: &str) -> Result<Vec<FdbEntry>, NetError> {
 /// out of the bridge itself teaches other switches, but not this one.
 ///
 /// # Errors
-/// There is no such port, it is under no bridge, or there is no right to.
+/// There is no such port, it is under no bridge or does not forward, or there is no right to.
 pub fn learn(mac: MacAddress, port: &str) -> Result<(), NetError> {
     let link = bridge::link(port)?;
-    if bridge::bridge_of(port)?.is_none() {
-        return Err(NetError::WrongKind { name: port.to_owned(), expected: "port of a bridge" });
+    // A port in another state is refused by the kernel with EPERM, which would read as a lack of rights.
+    if !link.forwarding {
+        return Err(NetError::WrongKind { name: port.to_owned(), expected: "forwarding port of a bridge" });
     }
     let mut message = NeighbourMessage::default();
     message.header.family = AddressFamily::Bridge;

@@ -63,25 +63,29 @@ impl NeighbourWatch {
     /// It has not within `limit`; the error says what it has instead.
     pub fn wait_mac(&mut self, ip: IpAddr, mac: MacAddress, limit: Duration) -> Result<Duration, NetError> {
         let deadline = monotonic_now() + limit;
-        let mut read_table = true;
+        self.events.discard_pending()?;
+        let mut seen_at = monotonic_now();
         loop {
-            if std::mem::take(&mut read_table) && lookup(ip)? == Some(mac) {
-                return Ok(monotonic_now());
+            // Only the table says what is true now; an event may be older than a table read before it.
+            if lookup(ip)? == Some(mac) {
+                return Ok(seen_at);
             }
-            match self.events.next(deadline)? {
-                Some(Event::Message(RouteNetlinkMessage::NewNeighbour(message), seen_at)) => {
-                    if mac_of(&message, ip) == Some(mac) {
-                        return Ok(seen_at);
+            seen_at = loop {
+                match self.events.next(deadline)? {
+                    Some(Event::Message(RouteNetlinkMessage::NewNeighbour(message), seen_at)) => {
+                        if mac_of(&message, ip) == Some(mac) {
+                            break seen_at;
+                        }
+                    }
+                    Some(Event::Lost) => break monotonic_now(),
+                    Some(Event::Message(..)) => {}
+                    None => {
+                        let found = lookup(ip)?.map_or_else(|| "none".to_owned(), |mac| mac.to_string());
+                        let what = format!("{ip} is known as {mac} (known: {found})");
+                        return Err(NetError::TimedOut { what, after: limit });
                     }
                 }
-                Some(Event::Lost) => read_table = true,
-                Some(Event::Message(..)) => {}
-                None => {
-                    let found = lookup(ip)?.map_or_else(|| "none".to_owned(), |mac| mac.to_string());
-                    let what = format!("{ip} is known as {mac} (known: {found})");
-                    return Err(NetError::TimedOut { what, after: limit });
-                }
-            }
+            };
         }
     }
 }

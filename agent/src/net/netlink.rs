@@ -20,6 +20,8 @@ const DATAGRAM_BYTES: usize = 64 << 10;
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 /// A dump is restarted this often when the table changes under it.
 const DUMP_TRIES: u32 = 16;
+/// Old events are dropped for at most this long.
+const DISCARD_LIMIT: Duration = Duration::from_millis(20);
 /// Room for bursts of notifications, in bytes.
 const EVENT_BUFFER_BYTES: i32 = 1 << 20;
 const CAPABILITY: &str = "CAP_NET_ADMIN";
@@ -134,6 +136,13 @@ impl Events {
         };
         let socket = open().map_err(|e| NetError::from_io("subscribe to rtnetlink", CAPABILITY, e))?;
         Ok(Self { socket, queue: std::collections::VecDeque::new() })
+    }
+
+    /// Drops the events that have come so far, but not for ever when they keep coming.
+    pub(super) fn discard_pending(&mut self) -> Result<(), NetError> {
+        let enough = monotonic_now() + DISCARD_LIMIT;
+        while monotonic_now() < enough && self.next(Duration::ZERO)?.is_some() {}
+        Ok(())
     }
 
     /// The next event; `None` if there is none until `deadline` (`CLOCK_MONOTONIC`).

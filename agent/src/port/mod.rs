@@ -11,7 +11,7 @@ pub mod link;
 pub mod machine;
 pub mod region;
 
-pub use clock::Clock;
+pub use clock::{Bell, Clock, Job};
 pub use events::{Arm, ArmError, EventHook, EventSample, EventSource, EventSourceError, LostEvents, ThreadEvents};
 pub use frame::FramePort;
 pub use journal::{Journal, JournalError, JournalRecord};

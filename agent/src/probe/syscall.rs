@@ -5,10 +5,12 @@
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-/// `BPF_MAP_CREATE`, `BPF_PROG_LOAD`, `BPF_RAW_TRACEPOINT_OPEN` (include/uapi/linux/bpf.h).
+/// `BPF_MAP_CREATE` and so on (`enum bpf_cmd`, include/uapi/linux/bpf.h).
 const MAP_CREATE: libc::c_long = 0;
 const PROG_LOAD: libc::c_long = 5;
+const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const RAW_TRACEPOINT_OPEN: libc::c_long = 17;
+const ENABLE_STATS: libc::c_long = 32;
 
 /// A kind of program, and what it is attached to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,13 +117,49 @@ pub fn attach(program: &OwnedFd, name: Option<&std::ffi::CStr>) -> io::Result<Ow
     bpf(RAW_TRACEPOINT_OPEN, &attr)
 }
 
+#[repr(C)]
+struct InfoAttr {
+    program: u32,
+    length: u32,
+    info: u64,
+}
+
+/// `struct bpf_prog_info` up to and with `run_cnt`, in 64-bit words.
+const RUN_COUNT_WORD: usize = 25;
+
+/// Has the kernel count runs of programs, until what is returned is dropped.
+///
+/// # Errors
+/// What the kernel answered.
+pub fn count_runs() -> io::Result<OwnedFd> {
+    // BPF_STATS_RUN_TIME.
+    bpf(ENABLE_STATS, &0u32)
+}
+
+/// How often a program has run while runs were counted.
+///
+/// # Errors
+/// What the kernel answered.
+pub fn run_count(program: &OwnedFd) -> io::Result<u64> {
+    let mut info = [0u64; RUN_COUNT_WORD + 1];
+    let attr = InfoAttr {
+        program: program.as_raw_fd() as u32,
+        length: size_of_val(&info) as u32,
+        info: info.as_mut_ptr() as u64,
+    };
+    call(OBJ_GET_INFO_BY_FD, &attr)?;
+    Ok(info[RUN_COUNT_WORD])
+}
+
 /// One `bpf(2)` that answers with a descriptor.
 fn bpf<T>(command: libc::c_long, attr: &T) -> io::Result<OwnedFd> {
-    // SAFETY: `attr` is a whole, initialised C structure without padding, whose pointers are valid during the call.
-    let fd = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attr), size_of::<T>()) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    let fd = call(command, attr)?;
     // SAFETY: the kernel has just made this descriptor for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn call<T>(command: libc::c_long, attr: &T) -> io::Result<i32> {
+    // SAFETY: `attr` is a whole, initialised C structure without padding, whose pointers are valid during the call.
+    let answer = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attr), size_of::<T>()) };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(answer as i32) }
 }

@@ -3,16 +3,24 @@
 //! - [`machine`] hosts one VM: the ownership gate, the session for a manager, the control sockets.
 //! - [`migration`] is the manager at a source, [`receive`] the one at a target.
 //! - [`registry`] knows which VMs this host runs.
+//! - [`announce`] announces by hand, on an interface that an operator names.
+//! - [`observe`] watches how one VM writes its memory; [`doctor`] tries what this host can do.
 //!
 //! Everything that acts on a VM passes [`audit::record`].
 
+pub mod announce;
+pub mod arm;
 pub mod audit;
 pub mod clock;
 pub mod control;
+pub mod doctor;
 pub mod events;
 pub mod gate;
+pub mod interrupt;
 pub mod machine;
 pub mod migration;
+pub mod observe;
 pub mod receive;
 pub mod registry;
+pub mod resolve;
 pub mod session;

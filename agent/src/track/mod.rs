@@ -1,1 +1,11 @@
 //! Tracking: turns counters and bitmaps into rates with their regime named. Policy: generic over ports.
+//!
+//! Must not know BPF, KVM or `/proc`: what is seen comes in through [`crate::port::EventSource`].
+
+mod observer;
+mod rate;
+mod regime;
+
+pub use observer::{ObserveError, Observer};
+pub use rate::{DirtyRate, ThreadRate, rate_between};
+pub use regime::Regime;

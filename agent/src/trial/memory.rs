@@ -1,0 +1,70 @@
+//! Trials of memory: sealed memory files, huge pages in them, faults handled in user space.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+use crate::shm::{Mapping, memory_file};
+
+/// Makes, seals and maps a memory file.
+///
+/// # Errors
+/// What the kernel answered.
+pub fn sealed_memory_file() -> io::Result<String> {
+    Mapping::of(memory_file("dunlin-trial", 4096)?, 4096)?;
+    Ok(String::new())
+}
+
+/// Reads whether shared memory may use huge pages.
+///
+/// # Errors
+/// It may not, or the kernel cannot.
+pub fn huge_pages() -> io::Result<String> {
+    let modes = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/shmem_enabled")?;
+    let chosen = modes.split_once('[').and_then(|(_, rest)| rest.split_once(']')).map_or("", |(mode, _)| mode);
+    match chosen {
+        "always" | "within_size" | "advise" | "force" => Ok(chosen.to_owned()),
+        other => Err(io::Error::other(format!("shmem_enabled is `{other}`"))),
+    }
+}
+
+#[repr(C)]
+struct UffdioApi {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+/// `UFFD_API` and `UFFDIO_API` (include/uapi/linux/userfaultfd.h).
+const UFFD_API: u64 = 0xaa;
+const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
+/// `UFFD_FEATURE_MINOR_SHMEM`: faults on pages that are in the file and not yet in the mapping.
+const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
+/// `UFFD_FEATURE_MISSING_SHMEM`.
+const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
+
+/// Opens a userfaultfd and asks what it can do.
+///
+/// # Errors
+/// What the kernel answered, or a feature that post-copy needs and it lacks.
+pub fn user_faults() -> io::Result<String> {
+    // SAFETY: no pointers; the kernel makes a descriptor.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+    let mut api = UffdioApi { api: UFFD_API, features: 0, ioctls: 0 };
+    // SAFETY: the request writes one structure of exactly this layout, which lives through the call.
+    if unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, &raw mut api) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let needed = FEATURE_MISSING_SHMEM | FEATURE_MINOR_SHMEM;
+    if api.features & needed != needed {
+        return Err(io::Error::other(format!(
+            "features {:#x} lack missing or minor faults of shared memory",
+            api.features
+        )));
+    }
+    Ok(format!("features {:#x}", api.features))
+}

@@ -4,5 +4,13 @@
 //! Mechanism: leaves nothing behind, and must not know which trial matters to whom; that is the table of
 //! [`crate::service::doctor`].
 
+pub mod bpf;
+pub mod files;
+pub mod kvm;
+pub mod memory;
+pub mod net;
 #[cfg(target_arch = "x86_64")]
 pub mod tiny_vm;
+mod verdict;
+
+pub use verdict::Verdict;

@@ -98,6 +98,16 @@ impl VirtioBlk {
         Self::assemble(&format!("disk{index}"), ram, BlkBackend::new(index, disk), None)
     }
 
+    /// Writes back what is dirty so far while the VM runs on, so that the flush at the next pause has little to do. Call it
+    /// before the vCPUs are stopped.
+    ///
+    /// # Errors
+    /// What the kernel answered; the guest will hear of it at its next flush.
+    pub fn flush_ahead(&self) -> io::Result<()> {
+        let file = self.transport().with_backend(|backend| backend.disk.write_back_handle())?;
+        file.sync_data().inspect_err(|error| self.transport().with_backend(|backend| backend.disk.owe(error)))
+    }
+
     /// What it did.
     pub fn stats(&self) -> DiskStats {
         let counters = self.transport().with_backend(|backend| backend.counters.clone());
@@ -269,7 +279,7 @@ impl Backend for BlkBackend {
 
     fn quiesce(&mut self) -> io::Result<()> {
         // Durable before it is anyone else's: another host reads it from the storage they share.
-        self.disk.flush()?;
+        self.disk.flush_for_handover()?;
         self.disk.unlock()
     }
 
@@ -308,5 +318,252 @@ impl BlkBackend {
             },
         }
         Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::io::Read;
+
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::super::driver::{Driver, Piece};
+    use super::super::mmio::{Transport, feature, register};
+    use super::*;
+    use crate::kvm::bus::{Device, MmioDevice};
+    use crate::kvm::memory::{Memory, MemoryOptions};
+    use crate::model::{DiskSpec, PageBitmap};
+
+    const SECTORS: u64 = 8192;
+    const SIZE: u16 = 64;
+    const FEATURES: u64 = feature::VERSION_1 | FEATURE_FLUSH;
+    const HEADER: u64 = 4 << 20;
+    const STATUS: u64 = HEADER + 64;
+    const DATA: u64 = 5 << 20;
+
+    fn memory() -> Memory {
+        Memory::new(16 << 20, MemoryOptions { huge_pages: false }).unwrap()
+    }
+
+    fn image() -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(SECTORS * SECTOR_BYTES).unwrap();
+        file
+    }
+
+    fn open(file: &tempfile::NamedTempFile, readonly: bool) -> RawDisk {
+        RawDisk::open(&DiskSpec { path: file.path().to_owned(), readonly }).unwrap()
+    }
+
+    fn content(file: &tempfile::NamedTempFile) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        std::fs::File::open(file.path()).unwrap().read_to_end(&mut bytes).unwrap();
+        bytes
+    }
+
+    /// Queues one request and puts 0xaa where its status goes.
+    fn post(driver: &mut Driver<'_>, memory: &Memory, kind: u32, sector: u64, data: &[Piece]) {
+        let ram = memory.ram();
+        let header = [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat();
+        ram.write_slice(&header, GuestAddress(HEADER)).unwrap();
+        ram.write_obj(0xaau8, GuestAddress(STATUS)).unwrap();
+        driver.post(0, &[&[(HEADER, 16, false)], data, &[(STATUS, 1, true)]].concat());
+    }
+
+    /// Does one request on a running device: status and used length.
+    fn request(driver: &mut Driver<'_>, memory: &Memory, kind: u32, sector: u64, data: &[Piece]) -> (u8, u32) {
+        post(driver, memory, kind, sector, data);
+        driver.kick(0);
+        let (_, len) = driver.wait(0);
+        (memory.ram().read_obj(GuestAddress(STATUS)).unwrap(), len)
+    }
+
+    #[test]
+    fn what_is_written_is_on_the_disk_and_comes_back() {
+        let (memory, file) = (memory(), image());
+        let device = VirtioBlk::new(3, memory.ram().clone(), open(&file, false)).unwrap();
+        device.resume().unwrap();
+        let mut driver = Driver::new(&device, memory.ram(), 1, SIZE);
+        assert_eq!(driver.offered() & FEATURE_RO, 0);
+        assert_eq!(driver.start(FEATURES), 15);
+        let mut config = [0; 24];
+        device.read(register::CONFIG, &mut config);
+        assert_eq!(u64::from_le_bytes(config[..8].try_into().unwrap()), SECTORS);
+        assert_eq!((config[12], config[20..].to_vec()), (126, vec![0, 2, 0, 0]));
+
+        let data: Vec<u8> = (0..1024u32).map(|n| (n * 7 + n / 256) as u8).collect();
+        memory.ram().write_slice(&data, GuestAddress(DATA)).unwrap();
+        let pieces = [(DATA, 100, false), (DATA + 100, 924, false)];
+        assert_eq!(request(&mut driver, &memory, TYPE_OUT, 5, &pieces), (STATUS_OK, 1));
+        assert_eq!(content(&file)[2560..3584], data);
+        assert_eq!(request(&mut driver, &memory, TYPE_FLUSH, 0, &[]), (STATUS_OK, 1));
+
+        let mut dirty = PageBitmap::new(memory.pages());
+        memory.dirty().take(&mut dirty);
+        let back = DATA + 0x10_0e00;
+        let pieces = [(back, 512, true), (back + 512, 512, true)];
+        assert_eq!(request(&mut driver, &memory, TYPE_IN, 5, &pieces), (STATUS_OK, 1025));
+        let mut got = vec![0; 1024];
+        memory.ram().read_slice(&mut got, GuestAddress(back)).unwrap();
+        assert_eq!(got, data);
+        let mut dirty = PageBitmap::new(memory.pages());
+        memory.dirty().take(&mut dirty);
+        let dirty: Vec<u64> = dirty.runs(u32::MAX).flat_map(|run| run.indices()).collect();
+        assert!([back / 4096, back / 4096 + 1].iter().all(|page| dirty.contains(page)), "{dirty:x?}");
+
+        assert_eq!(request(&mut driver, &memory, TYPE_GET_ID, 0, &[(DATA, 20, true)]), (STATUS_OK, 21));
+        let id: [u8; 20] = memory.ram().read_obj(GuestAddress(DATA)).unwrap();
+        assert_eq!(&id, b"dunlin-disk3\0\0\0\0\0\0\0\0");
+        let expected = DiskStats { reads: 1, read_bytes: 1024, writes: 1, written_bytes: 1024, flushes: 1, errors: 0 };
+        assert_eq!(device.stats(), expected);
+    }
+
+    #[test]
+    fn requests_that_cannot_be_fail_and_touch_nothing() {
+        let (memory, file) = (memory(), image());
+        let device = VirtioBlk::new(0, memory.ram().clone(), open(&file, false)).unwrap();
+        device.resume().unwrap();
+        let mut driver = Driver::new(&device, memory.ram(), 1, SIZE);
+        driver.start(FEATURES);
+        memory.ram().write_slice(&[0xee; 4096], GuestAddress(DATA)).unwrap();
+        for (kind, sector, len, status) in [
+            (TYPE_OUT, SECTORS, 512, STATUS_IOERR),
+            (TYPE_OUT, SECTORS - 1, 1024, STATUS_IOERR),
+            (TYPE_OUT, u64::MAX, 512, STATUS_IOERR),
+            (TYPE_OUT, u64::MAX / 512, 512, STATUS_IOERR),
+            (TYPE_OUT, 1 << 55, 512, STATUS_IOERR),
+            (TYPE_OUT, 0, 511, STATUS_IOERR),
+            (TYPE_IN, SECTORS, 512, STATUS_IOERR),
+            (TYPE_IN, 0, 513, STATUS_IOERR),
+            (TYPE_IN, 0, 8 << 20, STATUS_IOERR),
+            (11, 0, 512, STATUS_UNSUPP),
+            (u32::MAX, 0, 512, STATUS_UNSUPP),
+        ] {
+            let data = [(DATA, len, kind != TYPE_OUT)];
+            assert_eq!(request(&mut driver, &memory, kind, sector, &data), (status, u32::from(kind == TYPE_OUT)));
+        }
+        assert_eq!(memory.ram().read_obj::<u8>(GuestAddress(DATA)).unwrap(), 0xee, "a failed read wrote");
+        // Nothing but a status; no place for one; too short a header; data on the wrong side of it.
+        let cases: [(&[Piece], u32); 4] = [
+            (&[(STATUS, 1, true)], 1),
+            (&[(HEADER, 16, false), (DATA, 512, false)], 0),
+            (&[(HEADER, 15, false), (STATUS, 1, true)], 1),
+            (&[(STATUS, 1, true), (HEADER, 16, false)], 0),
+        ];
+        for (pieces, len) in cases {
+            driver.post(0, pieces);
+            driver.kick(0);
+            assert_eq!(driver.wait(0).1, len, "{pieces:?}");
+        }
+        assert!(content(&file).iter().all(|byte| *byte == 0), "a failed request wrote to the disk");
+        assert_eq!(request(&mut driver, &memory, TYPE_OUT, SECTORS - 1, &[(DATA, 512, false)]).0, STATUS_OK);
+        assert_eq!(device.stats().errors, 15);
+    }
+
+    #[test]
+    fn a_read_only_disk_says_so_and_is_not_written() {
+        let (memory, file) = (memory(), image());
+        let device = VirtioBlk::new(0, memory.ram().clone(), open(&file, true)).unwrap();
+        device.resume().unwrap();
+        let mut driver = Driver::new(&device, memory.ram(), 1, SIZE);
+        assert_ne!(driver.offered() & FEATURE_RO, 0);
+        driver.start(FEATURES | FEATURE_RO);
+        memory.ram().write_slice(&[0xee; 512], GuestAddress(DATA)).unwrap();
+        assert_eq!(request(&mut driver, &memory, TYPE_OUT, 0, &[(DATA, 512, false)]).0, STATUS_IOERR);
+        assert_eq!(request(&mut driver, &memory, TYPE_FLUSH, 0, &[]).0, STATUS_OK);
+        assert_eq!(request(&mut driver, &memory, TYPE_IN, 0, &[(DATA, 512, true)]).0, STATUS_OK);
+        assert_eq!(content(&file)[..512], [0; 512]);
+    }
+
+    #[test]
+    fn a_file_that_shrinks_under_the_guest_is_an_error_not_a_hang() {
+        let (memory, file) = (memory(), image());
+        let device = VirtioBlk::new(0, memory.ram().clone(), open(&file, false)).unwrap();
+        device.resume().unwrap();
+        let mut driver = Driver::new(&device, memory.ram(), 1, SIZE);
+        driver.start(FEATURES);
+        file.as_file().set_len(700).unwrap();
+        assert_eq!(request(&mut driver, &memory, TYPE_IN, 0, &[(DATA, 1024, true)]).0, STATUS_IOERR);
+        assert_eq!(request(&mut driver, &memory, TYPE_IN, 0, &[(DATA, 512, true)]).0, STATUS_OK);
+    }
+
+    #[test]
+    fn one_machine_at_a_time_has_the_disk_and_a_pause_hands_it_over() {
+        let (memory, file) = (memory(), image());
+        let source = VirtioBlk::new(0, memory.ram().clone(), open(&file, false)).unwrap();
+        let target = VirtioBlk::new(0, memory.ram().clone(), open(&file, false)).unwrap();
+        source.resume().unwrap();
+        let mut driver = Driver::new(&source, memory.ram(), 1, SIZE);
+        driver.start(FEATURES);
+        memory.ram().write_slice(&[0x11; 512], GuestAddress(DATA)).unwrap();
+        assert_eq!(request(&mut driver, &memory, TYPE_OUT, 0, &[(DATA, 512, false)]).0, STATUS_OK);
+        let error = target.resume().unwrap_err();
+        let text = format!("{error}: {}", std::error::Error::source(&error).unwrap());
+        assert!(text.contains("in use by another process") && text.contains("disk0"), "{text}");
+        source.flush_ahead().unwrap();
+        assert!(source.transport().with_backend(|backend| backend.disk.unflushed()));
+        source.pause().unwrap();
+        assert!(!source.transport().with_backend(|backend| backend.disk.unflushed()), "handed over before durable");
+        target.restore(&source.save().unwrap()).unwrap();
+        target.resume().unwrap();
+        assert!(source.resume().is_err(), "two owners of one disk");
+        let mut driver = driver.moved_to(&target, memory.ram());
+        assert_eq!(request(&mut driver, &memory, TYPE_IN, 0, &[(DATA + 4096, 512, true)]), (STATUS_OK, 513));
+        assert_eq!(memory.ram().read_obj::<u8>(GuestAddress(DATA + 4096)).unwrap(), 0x11);
+        target.pause().unwrap();
+        target.pause().unwrap();
+        source.resume().unwrap();
+    }
+
+    #[test]
+    fn a_disk_of_another_size_is_refused_in_words() {
+        let (memory, file, other) = (memory(), image(), image());
+        other.as_file().set_len(512).unwrap();
+        let device = |file| VirtioBlk::new(0, memory.ram().clone(), open(file, false)).unwrap();
+        let error = device(&other).restore(&device(&file).save().unwrap()).unwrap_err().to_string();
+        assert!(error.contains("8192 sectors") && error.contains("has 1 "), "{error}");
+    }
+
+    #[test]
+    fn writes_are_durable_at_once_for_a_driver_that_cannot_flush() {
+        for (features, unflushed) in [(FEATURES, true), (feature::VERSION_1, false)] {
+            let (memory, file) = (memory(), image());
+            let device = VirtioBlk::new(0, memory.ram().clone(), open(&file, false)).unwrap();
+            device.resume().unwrap();
+            let mut driver = Driver::new(&device, memory.ram(), 1, SIZE);
+            driver.start(features);
+            request(&mut driver, &memory, TYPE_OUT, 0, &[(DATA, 512, false)]);
+            assert_eq!(device.transport().with_backend(|backend| backend.disk.unflushed()), unflushed);
+        }
+    }
+
+    /// A pause in the middle of a long request: it stays the guest's and is done in full later.
+    #[test]
+    fn a_long_request_is_given_up_between_pieces_and_done_again() {
+        let (memory, file) = (memory(), image());
+        let transport = Transport::new("disk0", memory.ram().clone(), BlkBackend::new(0, open(&file, false))).unwrap();
+        let mut driver = Driver::new(&transport, memory.ram(), 1, SIZE);
+        driver.start(FEATURES);
+        let len = 8 * PIECE_BYTES;
+        memory.ram().write_slice(&vec![0x77; len], GuestAddress(DATA)).unwrap();
+        post(&mut driver, &memory, TYPE_OUT, 0, &[(DATA, len as u32, false)]);
+        let asked = Cell::new(0);
+        let served = transport.serve(&|| {
+            asked.set(asked.get() + 1);
+            asked.get() > 4
+        });
+        assert!(served.more);
+        assert_eq!(driver.completed(0), None);
+        let written = content(&file).iter().position(|byte| *byte != 0x77).unwrap();
+        assert!((PIECE_BYTES..len).contains(&written), "{written} bytes were written before the pause");
+        let saved = transport.save();
+        let target = Transport::new("disk0", memory.ram().clone(), BlkBackend::new(0, open(&file, false))).unwrap();
+        target.restore(&saved).unwrap();
+        target.serve(&|| false);
+        let driver = &mut driver.moved_to(&target, memory.ram());
+        assert_eq!(driver.completed(0), Some((0, 1)));
+        assert!(content(&file)[..len].iter().all(|byte| *byte == 0x77));
+        assert_eq!(driver.completed(0), None);
     }
 }

@@ -201,7 +201,7 @@ mod tests {
     use super::*;
 
     proptest! {
-        #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+        #![proptest_config(ProptestConfig { cases: 1500, ..ProptestConfig::default() })]
 
         #[test]
         fn a_hostile_guest_of_a_network_device_hurts_nobody(input in proptest::collection::vec(any::<u8>(), 0..600)) {

@@ -303,10 +303,6 @@ impl Backend for NetBackend {
         Ok(served)
     }
 
-    fn lost(&mut self) {
-        self.lost = true;
-    }
-
     fn send_frame(&mut self, frame: &[u8]) -> io::Result<()> {
         Source::default().host(&TRANSMIT_HEADER).host(frame).write(&self.wire)?;
         count(&self.counters.announced, 1);
@@ -317,5 +313,447 @@ impl Backend for NetBackend {
         let saved = saved.first_chunk::<6>().and_then(|bytes| MacAddress::new(*bytes).ok());
         let saved = saved.map_or_else(|| "no MAC".to_owned(), |mac| mac.to_string());
         format!("the guest knows its port as {saved}, this one is {}", self.mac)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixDatagram;
+    use std::time::{Duration, Instant};
+
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::super::driver::Driver;
+    use super::super::mmio::{feature, register};
+    use super::*;
+    use crate::kvm::bus::Device;
+    use crate::kvm::memory::{Memory, MemoryOptions};
+    use crate::model::PageBitmap;
+
+    const FEATURES: u64 = feature::VERSION_1 | FEATURE_MAC;
+    const RAM_BYTES: u64 = 8 << 20;
+    const SIZE: u16 = 64;
+    /// Buffers of 2 KiB from here on.
+    const BUFFERS: u64 = 4 << 20;
+
+    fn mac() -> MacAddress {
+        "02:00:00:00:00:01".parse().unwrap()
+    }
+
+    fn memory() -> Memory {
+        Memory::new(RAM_BYTES, MemoryOptions { huge_pages: false }).unwrap()
+    }
+
+    /// A port whose wire ends in the returned socket.
+    fn port(memory: &Memory) -> (VirtioNet, UnixDatagram) {
+        let (wire, network) = UnixDatagram::pair().unwrap();
+        wire.set_nonblocking(true).unwrap();
+        network.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        (VirtioNet::on_wire(0, memory.ram().clone(), wire.into(), mac()).unwrap(), network)
+    }
+
+    /// A frame of `len` bytes that carries a number.
+    fn frame(number: u32, len: usize) -> Vec<u8> {
+        let mut frame = [&[0xff; 6][..], &mac().bytes(), &[0x88, 0xb5], &number.to_be_bytes()].concat();
+        frame.resize(len, number as u8);
+        frame
+    }
+
+    fn number(frame: &[u8]) -> u32 {
+        u32::from_be_bytes(frame[14..18].try_into().unwrap())
+    }
+
+    /// What came over the wire, without the header, which must be zero.
+    fn arrived(network: &UnixDatagram) -> Vec<u8> {
+        let mut data = [0; 4096];
+        let len = network.recv(&mut data).expect("no frame came");
+        assert_eq!(data[..HEADER_BYTES], TRANSMIT_HEADER);
+        data[HEADER_BYTES..len].to_vec()
+    }
+
+    fn deliver(network: &UnixDatagram, frame: &[u8]) {
+        network.send(&[&[0xee; HEADER_BYTES][..], frame].concat()).unwrap();
+    }
+
+    /// Queues a frame, its header full of rubbish, in two pieces that do not meet the header's end.
+    fn transmit(driver: &mut Driver<'_>, memory: &Memory, slot: u64, frame: &[u8]) {
+        let at = BUFFERS + 2048 * slot;
+        memory.ram().write_slice(&[&[0xff; HEADER_BYTES][..], frame].concat(), GuestAddress(at)).unwrap();
+        driver.post(TRANSMIT, &[(at, 5, false), (at + 5, (HEADER_BYTES + frame.len() - 5) as u32, false)]);
+    }
+
+    fn dirty_pages(memory: &Memory) -> Vec<u64> {
+        let mut dirty = PageBitmap::new(memory.pages());
+        memory.dirty().take(&mut dirty);
+        dirty.runs(u32::MAX).flat_map(|run| run.indices()).collect()
+    }
+
+    #[test]
+    fn frames_go_both_ways_and_mark_what_they_touch() {
+        let memory = memory();
+        let (device, network) = port(&memory);
+        device.resume().unwrap();
+        let mut driver = Driver::new(&device, memory.ram(), 2, SIZE);
+        assert_eq!(driver.start(FEATURES), 15);
+        let mut config = [0; 8];
+        crate::kvm::bus::MmioDevice::read(&device, register::CONFIG, &mut config);
+        assert_eq!(config, [2, 0, 0, 0, 0, 1, 1, 0]);
+
+        transmit(&mut driver, &memory, 0, &frame(7, 60));
+        driver.kick(TRANSMIT);
+        assert_eq!(arrived(&network), frame(7, 60));
+        driver.wait(TRANSMIT);
+
+        dirty_pages(&memory);
+        let buffer = BUFFERS + 0x1_0ff0;
+        driver.post(RECEIVE, &[(buffer, 8, true), (buffer + 8, 2000, true)]);
+        driver.kick(RECEIVE);
+        deliver(&network, &frame(9, 100));
+        assert_eq!(driver.wait(RECEIVE), (0, 112));
+        let mut got = [0; 112];
+        memory.ram().read_slice(&mut got, GuestAddress(buffer)).unwrap();
+        assert_eq!(got[..HEADER_BYTES], RECEIVE_HEADER, "the wire's header reached the guest");
+        assert_eq!(got[HEADER_BYTES..], frame(9, 100));
+        let dirty = dirty_pages(&memory);
+        for page in [buffer / 4096, buffer / 4096 + 1, Driver::place(RECEIVE)[2] / 4096] {
+            assert!(dirty.contains(&page), "page {page:#x} was written and not marked: {dirty:x?}");
+        }
+        device.pause().unwrap();
+        let expected = NetStats { rx_frames: 1, rx_bytes: 100, tx_frames: 1, tx_bytes: 60, ..NetStats::default() };
+        assert_eq!(device.stats(), expected);
+        assert!(device.irq().read().is_ok());
+    }
+
+    /// Frames in flight when the VM moves: the guest queues while the device stands, the network delivers.
+    #[test]
+    fn a_move_loses_no_frame_and_doubles_none() {
+        let source_memory = memory();
+        let (source, network) = port(&source_memory);
+        source.resume().unwrap();
+        let mut driver = Driver::new(&source, source_memory.ram(), 2, SIZE);
+        driver.start(FEATURES);
+        for number in 0..20 {
+            transmit(&mut driver, &source_memory, u64::from(number), &frame(number, 60));
+            driver.kick(TRANSMIT);
+        }
+        // Some of them are sent by now, some are not.
+        source.pause().unwrap();
+        for number in 20..30 {
+            transmit(&mut driver, &source_memory, u64::from(number), &frame(number, 60));
+            driver.kick(TRANSMIT);
+        }
+        for slot in 0..4 {
+            driver.post(RECEIVE, &[(BUFFERS + 0x10_0000 + 2048 * slot, 2048, true)]);
+        }
+        let state = source.save().unwrap();
+        let sent_before = source.stats().tx_frames;
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(source.stats().tx_frames, sent_before, "a frame left while the device stood");
+
+        let target_memory = memory();
+        let mut everything = vec![0; RAM_BYTES as usize];
+        source_memory.ram().read_slice(&mut everything, GuestAddress(0)).unwrap();
+        target_memory.ram().write_slice(&everything, GuestAddress(0)).unwrap();
+        let (target, target_network) = port(&target_memory);
+        target.restore(&state).unwrap();
+        let mut driver = driver.moved_to(&target, target_memory.ram());
+        target.send_frame(&frame(999, 60)).unwrap();
+        assert_eq!(number(&arrived(&target_network)), 999, "the announcement leaves first");
+        deliver(&target_network, &frame(1000, 60));
+        // No kick: the target looks by itself.
+        target.resume().unwrap();
+        let first: Vec<u32> = (0..sent_before).map(|_| number(&arrived(&network))).collect();
+        let rest: Vec<u32> = (sent_before..30).map(|_| number(&arrived(&target_network))).collect();
+        assert_eq!([first, rest].concat(), (0..30).collect::<Vec<_>>());
+        assert_eq!(driver.wait(RECEIVE).1, 72);
+        network.set_nonblocking(true).unwrap();
+        target_network.set_nonblocking(true).unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        for wire in [&network, &target_network] {
+            assert!(wire.recv(&mut [0; 64]).is_err(), "a frame was sent twice");
+        }
+        let completed: Vec<u32> = std::iter::from_fn(|| driver.completed(TRANSMIT)).map(|done| done.0).collect();
+        assert_eq!(completed.len(), 30);
+    }
+
+    #[test]
+    fn an_interrupt_that_was_not_acknowledged_comes_again_at_the_target() {
+        let memory = memory();
+        let (source, network) = port(&memory);
+        source.resume().unwrap();
+        let mut driver = Driver::new(&source, memory.ram(), 2, SIZE);
+        driver.start(FEATURES);
+        transmit(&mut driver, &memory, 0, &frame(1, 60));
+        driver.kick(TRANSMIT);
+        arrived(&network);
+        driver.wait(TRANSMIT);
+        source.pause().unwrap();
+        for acknowledged in [false, true] {
+            if acknowledged {
+                driver.store(register::INTERRUPT_ACK, 3);
+            }
+            let (target, _network) = port(&memory);
+            target.restore(&source.save().unwrap()).unwrap();
+            target.resume().unwrap();
+            assert_eq!(target.irq().read().is_err(), acknowledged);
+        }
+    }
+
+    #[test]
+    fn frames_that_cannot_be_are_dropped_and_counted() {
+        let memory = memory();
+        let (device, network) = port(&memory);
+        device.resume().unwrap();
+        let mut driver = Driver::new(&device, memory.ram(), 2, SIZE);
+        driver.start(FEATURES);
+        // Longer than the only buffer, which is used for the next frame then.
+        driver.post(RECEIVE, &[(BUFFERS, 100, true)]);
+        deliver(&network, &frame(1, 89));
+        deliver(&network, &frame(2, 88));
+        assert_eq!(driver.wait(RECEIVE), (0, 100));
+        assert_eq!(memory.ram().read_obj::<[u8; 4]>(GuestAddress(BUFFERS + 26)).unwrap(), [0, 0, 0, 2]);
+        // Too small for any frame; outside RAM; a request for the wrong queue.
+        for bad in [(BUFFERS, 25, true), (RAM_BYTES - 8, 100, true), (BUFFERS, 100, false)] {
+            driver.post(RECEIVE, &[bad]);
+            driver.kick(RECEIVE);
+            assert_eq!(driver.wait(RECEIVE).1, 0);
+        }
+        // No frame at all; too short; too long; outside RAM; writable.
+        for bad in [
+            (BUFFERS, 12, false),
+            (BUFFERS, 25, false),
+            (BUFFERS, 12 + 65550, false),
+            (RAM_BYTES - 8, 100, false),
+            (BUFFERS, 100, true),
+        ] {
+            driver.post(TRANSMIT, &[bad]);
+        }
+        driver.kick(TRANSMIT);
+        (0..5).for_each(|_| assert_eq!(driver.wait(TRANSMIT).1, 0));
+        transmit(&mut driver, &memory, 0, &frame(3, 60));
+        driver.kick(TRANSMIT);
+        assert_eq!(number(&arrived(&network)), 3, "the port does not work any more");
+        driver.wait(TRANSMIT);
+        device.pause().unwrap();
+        let stats = device.stats();
+        assert_eq!((stats.rx_frames, stats.rx_dropped_frames), (1, 1));
+        assert_eq!((stats.tx_frames, stats.tx_dropped_frames), (1, 5));
+    }
+
+    #[test]
+    fn a_full_wire_holds_frames_back_and_a_lost_one_drops_them() {
+        let memory = memory();
+        let (wire, network) = UnixDatagram::pair().unwrap();
+        wire.set_nonblocking(true).unwrap();
+        rustix::net::sockopt::set_socket_send_buffer_size(&wire, 8192).unwrap();
+        let device = VirtioNet::on_wire(0, memory.ram().clone(), wire.into(), mac()).unwrap();
+        device.resume().unwrap();
+        let mut driver = Driver::new(&device, memory.ram(), 2, SIZE);
+        driver.start(FEATURES);
+        // More than the socket takes.
+        for slot in 0..u64::from(SIZE / 2) {
+            transmit(&mut driver, &memory, slot, &frame(slot as u32, 1500));
+        }
+        driver.kick(TRANSMIT);
+        std::thread::sleep(Duration::from_millis(30));
+        let held = u64::from(SIZE / 2) - device.stats().tx_frames;
+        assert!(held > 0, "the socket took all");
+        device.pause().unwrap();
+        device.resume().unwrap();
+        for slot in 0..SIZE / 2 {
+            assert_eq!(number(&arrived(&network)), u32::from(slot));
+        }
+        drop(network);
+        transmit(&mut driver, &memory, 0, &frame(1, 60));
+        driver.kick(TRANSMIT);
+        for _ in 0..=SIZE / 2 {
+            driver.wait(TRANSMIT);
+        }
+        assert_eq!(device.stats().tx_dropped_frames, 1);
+    }
+
+    #[test]
+    fn pauses_are_prompt_and_resets_safe_under_full_load() {
+        let memory = memory();
+        let (device, network) = port(&memory);
+        device.resume().unwrap();
+        let mut driver = Driver::new(&device, memory.ram(), 2, SIZE);
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        let mut longest = Duration::ZERO;
+        std::thread::scope(|scope| {
+            // The network reads and writes as fast as it can.
+            scope.spawn(|| {
+                network.set_nonblocking(true).unwrap();
+                while !stop.load(Ordering::Relaxed) {
+                    let _ = network.send(&frame(1, 1500));
+                    while network.recv(&mut [0; 2048]).is_ok() {}
+                }
+            });
+            for round in 0..200u32 {
+                driver.start(FEATURES);
+                for slot in 0..u64::from(SIZE / 2) - 1 {
+                    transmit(&mut driver, &memory, slot, &frame(round, 1500));
+                    driver.post(RECEIVE, &[(BUFFERS + 0x10_0000 + 2048 * slot, 2048, true)]);
+                    driver.kick(TRANSMIT);
+                    driver.kick(RECEIVE);
+                }
+                if round % 2 == 0 {
+                    let start = Instant::now();
+                    device.pause().unwrap();
+                    longest = longest.max(start.elapsed());
+                    let used = Driver::place(TRANSMIT)[2];
+                    let before: u32 = memory.ram().read_obj(GuestAddress(used)).unwrap();
+                    std::thread::sleep(Duration::from_micros(300));
+                    assert_eq!(memory.ram().read_obj::<u32>(GuestAddress(used)).unwrap(), before);
+                    device.resume().unwrap();
+                } else {
+                    // A reset returns only when the worker has let go of the rings.
+                    driver.store(register::STATUS, 0);
+                    memory.ram().write_slice(&[0xff; 4096], GuestAddress(Driver::place(TRANSMIT)[2])).unwrap();
+                    std::thread::sleep(Duration::from_micros(300));
+                    let mut page = [0; 4096];
+                    memory.ram().read_slice(&mut page, GuestAddress(Driver::place(TRANSMIT)[2])).unwrap();
+                    assert!(page.iter().all(|byte| *byte == 0xff), "the rings were written after a reset");
+                }
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+        println!("longest pause {longest:?}");
+        // Generous: other tests share the processors.
+        assert!(longest < Duration::from_millis(200), "a pause took {longest:?}");
+    }
+
+    /// Real taps, in a network namespace of the test's own.
+    mod tap {
+        use std::os::fd::AsRawFd;
+
+        use super::*;
+
+        /// The host's end of a tap: a packet socket on the interface.
+        struct Host(socket2::Socket);
+
+        impl Host {
+            fn on(interface: &str) -> Self {
+                let protocol = i32::from((libc::ETH_P_ALL as u16).to_be());
+                let socket =
+                    socket2::Socket::new(socket2::Domain::PACKET, socket2::Type::RAW, Some(protocol.into())).unwrap();
+                let name = std::ffi::CString::new(interface).unwrap();
+                // SAFETY: all-zero is a `sockaddr_ll`; the name is a closed string; the address is whole.
+                unsafe {
+                    let mut address: libc::sockaddr_ll = std::mem::zeroed();
+                    address.sll_family = libc::AF_PACKET as u16;
+                    address.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
+                    address.sll_ifindex = libc::if_nametoindex(name.as_ptr()) as i32;
+                    let len = size_of::<libc::sockaddr_ll>() as u32;
+                    assert_eq!(libc::bind(socket.as_raw_fd(), (&raw const address).cast(), len), 0);
+                }
+                socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+                Self(socket)
+            }
+
+            /// The next ARP frame: the kernel itself sends IPv6 discovery on a new interface.
+            fn arp(&mut self) -> Vec<u8> {
+                loop {
+                    let mut data = [0; 2048];
+                    let len = std::io::Read::read(&mut self.0, &mut data).expect("no ARP frame came");
+                    if data[12..14] == [0x08, 0x06] {
+                        return data[..len].to_vec();
+                    }
+                }
+            }
+        }
+
+        /// An ARP request or reply, padded to the least that Ethernet carries.
+        fn arp(operation: u8, sender: [u8; 6]) -> Vec<u8> {
+            let head = [&[0xff; 6][..], &sender, &[0x08, 0x06, 0, 1, 8, 0, 6, 4, 0, operation], &sender].concat();
+            let mut frame = [&head[..], &[10, 0, 0, 2], &[0; 6], &[10, 0, 0, 1]].concat();
+            frame.resize(60, 0);
+            frame
+        }
+
+        fn in_namespace(test: impl FnOnce() + Send) {
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    // SAFETY: only this thread, which was made for it, changes its namespace.
+                    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }.unwrap();
+                    test();
+                });
+            });
+        }
+
+        #[test]
+        fn arp_frames_cross_a_real_tap_both_ways() {
+            in_namespace(|| {
+                let memory = memory();
+                let tap = Tap::open("arp0").unwrap();
+                let mut host = Host::on("arp0");
+                let device = VirtioNet::new(0, memory.ram().clone(), tap, mac()).unwrap();
+                device.resume().unwrap();
+                let mut driver = Driver::new(&device, memory.ram(), 2, SIZE);
+                driver.start(FEATURES);
+                transmit(&mut driver, &memory, 0, &arp(1, mac().bytes()));
+                driver.kick(TRANSMIT);
+                assert_eq!(host.arp(), arp(1, mac().bytes()));
+
+                for slot in 0..u64::from(SIZE) - 1 {
+                    driver.post(RECEIVE, &[(BUFFERS + 0x10_0000 + 2048 * slot, 2048, true)]);
+                }
+                driver.kick(RECEIVE);
+                let answer = arp(2, [2, 0, 0, 0, 0, 9]);
+                host.0.send(&answer).unwrap();
+                let got = loop {
+                    let (id, len) = driver.wait(RECEIVE);
+                    let mut data = vec![0; len as usize];
+                    let at = BUFFERS + 0x10_0000 + 2048 * u64::from(id);
+                    memory.ram().read_slice(&mut data, GuestAddress(at)).unwrap();
+                    assert_eq!(data[..HEADER_BYTES], RECEIVE_HEADER);
+                    if data[24..26] == [0x08, 0x06] {
+                        break data[HEADER_BYTES..].to_vec();
+                    }
+                };
+                assert_eq!(got, answer);
+
+                device.pause().unwrap();
+                transmit(&mut driver, &memory, 1, &arp(1, [2, 0, 0, 0, 0, 7]));
+                driver.kick(TRANSMIT);
+                device.send_frame(&arp(2, mac().bytes())).unwrap();
+                assert_eq!(host.arp(), arp(2, mac().bytes()), "an announcement while the device stands");
+                device.resume().unwrap();
+                assert_eq!(host.arp(), arp(1, [2, 0, 0, 0, 0, 7]));
+                assert_eq!(device.stats().announced_frames, 1);
+            });
+        }
+
+        #[test]
+        fn a_tap_that_is_deleted_leaves_the_device_idle_not_spinning() {
+            in_namespace(|| {
+                let memory = memory();
+                let device = VirtioNet::new(0, memory.ram().clone(), Tap::open("gone0").unwrap(), mac()).unwrap();
+                device.resume().unwrap();
+                let mut driver = Driver::new(&device, memory.ram(), 2, SIZE);
+                driver.start(FEATURES);
+                driver.post(RECEIVE, &[(BUFFERS, 2048, true)]);
+                driver.kick(RECEIVE);
+                let deleted = std::process::Command::new("ip").args(["link", "del", "gone0"]).status().unwrap();
+                assert!(deleted.success());
+                transmit(&mut driver, &memory, 1, &arp(1, mac().bytes()));
+                driver.kick(TRANSMIT);
+                driver.wait(TRANSMIT);
+                assert_eq!(device.stats().tx_dropped_frames, 1);
+                let ticks = || {
+                    let own = std::fs::read_dir("/proc/self/task").unwrap().flatten().find_map(|task| {
+                        let stat = std::fs::read_to_string(task.path().join("stat")).ok()?;
+                        stat.contains("(net0)").then_some(stat)
+                    });
+                    let fields = own.expect("the worker's thread");
+                    let fields: Vec<&str> = fields.rsplit(')').next().unwrap().split_whitespace().collect();
+                    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+                };
+                let before = ticks();
+                std::thread::sleep(Duration::from_millis(300));
+                assert!(ticks() - before < 10, "the worker spins");
+                device.pause().unwrap();
+            });
+        }
     }
 }

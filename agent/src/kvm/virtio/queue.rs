@@ -408,9 +408,7 @@ mod tests {
             assert_eq!(bad.check(SIZE, memory.ram()), Err(RingFault::Size(size, SIZE)));
         }
         // Nowhere, misaligned, into the hole, up to the end and one too far, around the end of the address space.
-        for address in
-            [0, 1, 0x1001, HOLE_START - 2, HOLE_START, 0xd000_0000, end - 2, end, u64::MAX - 15, u64::MAX & !15]
-        {
+        for address in [0, 1, 0x1001, HOLE_START - 2, HOLE_START, 0xd000_0000, end - 2, end, u64::MAX - 15, !15] {
             for bad in [
                 Geometry { descriptors: address, ..good },
                 Geometry { available: address, ..good },

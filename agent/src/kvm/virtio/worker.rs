@@ -18,9 +18,6 @@ use super::mmio::Served;
 pub(super) trait Job: Send {
     /// One bounded pass; returns early when `hold` says so.
     fn serve(&mut self, hold: &dyn Fn() -> bool) -> Served;
-
-    /// The watched descriptor reported an error; it is not watched any more.
-    fn lost(&mut self);
 }
 
 /// The thread is gone: it panicked.
@@ -39,16 +36,18 @@ pub(super) struct Worker {
 struct Control {
     state: Mutex<State>,
     changed: Condvar,
+    /// Held during a pass. Whoever sets `hold` and then gets this lock once knows that no pass runs or will begin: so a
+    /// worker that sleeps need not be woken to stand.
+    pass: Mutex<()>,
+    /// Whether `state` wants anything but running.
+    hold: AtomicBool,
     /// Ends the worker's sleep.
     wake: EventFd,
-    /// What `state` wants, for a look without the lock.
-    hold: AtomicBool,
 }
 
 #[derive(Debug)]
 struct State {
     wanted: Wanted,
-    stands: bool,
     gone: bool,
 }
 
@@ -71,8 +70,9 @@ impl Worker {
         mut job: impl Job + 'static,
     ) -> io::Result<Self> {
         let control = Arc::new(Control {
-            state: Mutex::new(State { wanted: Wanted::Stand, stands: false, gone: false }),
+            state: Mutex::new(State { wanted: Wanted::Stand, gone: false }),
             changed: Condvar::new(),
+            pass: Mutex::new(()),
             wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             hold: AtomicBool::new(true),
         });
@@ -84,17 +84,14 @@ impl Worker {
         Ok(Self { control, thread: Some(thread) })
     }
 
-    /// Returns when the worker stands and will touch nothing until [`Worker::resume`].
+    /// Returns when no pass runs, and none begins until [`Worker::resume`].
     ///
     /// # Errors
     /// The thread died; it touches nothing either.
     pub(super) fn pause(&self) -> Result<(), WorkerGone> {
         self.control.want(Wanted::Stand);
-        let mut state = self.control.state();
-        while !state.stands && !state.gone {
-            state = self.control.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-        if state.gone { Err(WorkerGone) } else { Ok(()) }
+        let pass = self.control.pass.lock();
+        if pass.is_err() || self.control.state().gone { Err(WorkerGone) } else { Ok(()) }
     }
 
     /// Goes on with a pass over everything.
@@ -106,7 +103,7 @@ impl Worker {
         if self.control.state().gone { Err(WorkerGone) } else { Ok(()) }
     }
 
-    /// Whether it was told to stand; [`Worker::pause`] then waits until it does.
+    /// Whether it was last told to stand.
     pub(super) fn is_paused(&self) -> bool {
         self.control.state().wanted == Wanted::Stand
     }
@@ -131,40 +128,31 @@ impl Control {
         let mut state = self.state();
         state.wanted = wanted;
         self.hold.store(wanted != Wanted::Run, Ordering::Release);
-        if wanted == Wanted::Run {
-            // Whoever pauses next must see that it stood after this moment, not before.
-            state.stands = false;
-        }
         drop(state);
-        self.changed.notify_all();
-        // Fails only when the counter is full, and then the worker is woken anyway.
-        let _ = self.wake.write(1);
+        if wanted != Wanted::Stand {
+            self.changed.notify_all();
+            // Fails only when the counter is full, and then the worker is woken anyway.
+            let _ = self.wake.write(1);
+        }
     }
 
-    /// Stands for as long as that is wanted. False if the end is.
-    fn may_go_on(&self) -> bool {
-        if !self.hold.load(Ordering::Acquire) {
-            return true;
-        }
-        let mut state = self.state();
-        loop {
-            match state.wanted {
-                Wanted::Run => return true,
-                Wanted::End => return false,
-                Wanted::Stand => {
-                    state.stands = true;
-                    self.changed.notify_all();
-                    state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-                }
-            }
-        }
+    /// Waits until running is wanted. False if the end is.
+    fn may_run(&self) -> bool {
+        let stand = |state: &mut State| state.wanted == Wanted::Stand;
+        let state = self.changed.wait_while(self.state(), stand).unwrap_or_else(PoisonError::into_inner);
+        state.wanted == Wanted::Run
     }
 
     fn run(&self, signals: &[EventFd], watched: Option<OwnedFd>, job: &mut impl Job) {
         let mut watched = watched;
         let hold = || self.hold.load(Ordering::Acquire);
-        while self.may_go_on() {
+        while self.may_run() {
+            let pass = self.pass.lock();
+            if hold() {
+                continue;
+            }
             let served = job.serve(&hold);
+            drop(pass);
             if served.more || hold() {
                 continue;
             }
@@ -181,8 +169,8 @@ impl Control {
             let broken = PollFlags::ERR | PollFlags::HUP | PollFlags::NVAL;
             let lost = fds.get(1 + signals.len()).is_some_and(|fd| fd.revents().intersects(broken));
             if lost {
+                // It would end every sleep from now on.
                 watched = None;
-                job.lost();
             }
             // Emptied before the pass: what is signalled during it is seen after it.
             for signal in std::iter::once(&self.wake).chain(signals) {
@@ -225,13 +213,11 @@ mod tests {
         fn serve(&mut self, _: &dyn Fn() -> bool) -> Served {
             self.inside.store(true, Ordering::SeqCst);
             self.passes.fetch_add(1, Ordering::SeqCst);
-            std::thread::sleep(Duration::from_micros(200));
+            std::thread::sleep(Duration::from_micros(20));
             assert!(self.passes.load(Ordering::SeqCst) < 100_000, "endless");
             self.inside.store(false, Ordering::SeqCst);
             Served { more: self.more, ..Served::default() }
         }
-
-        fn lost(&mut self) {}
     }
 
     #[test]
@@ -258,6 +244,16 @@ mod tests {
             worker.pause().unwrap();
         }
         assert!(longest < Duration::from_millis(500), "a pause took {longest:?}");
+        // Pauses that meet the worker anywhere between waking and its first pass.
+        for spins in 0..3000 {
+            worker.resume().unwrap();
+            (0..spins % 300 * 20).for_each(|_| std::hint::spin_loop());
+            worker.pause().unwrap();
+            let stood = passes.load(Ordering::SeqCst);
+            assert!(!inside.load(Ordering::SeqCst), "it stands inside a pass");
+            (0..500).for_each(|_| std::hint::spin_loop());
+            assert_eq!(passes.load(Ordering::SeqCst), stood, "a pass began after the pause");
+        }
     }
 
     #[test]
@@ -282,14 +278,36 @@ mod tests {
         wait_for(asleep + 1);
     }
 
+    #[test]
+    fn a_watched_descriptor_that_is_dead_does_not_keep_it_awake() {
+        struct Reader(Arc<AtomicU32>);
+
+        impl Job for Reader {
+            fn serve(&mut self, _: &dyn Fn() -> bool) -> Served {
+                self.0.fetch_add(1, Ordering::SeqCst);
+                Served { readable: true, ..Served::default() }
+            }
+        }
+
+        let passes = Arc::new(AtomicU32::new(0));
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        let worker = Worker::spawn("reader", vec![], Some(reader), Reader(passes.clone())).unwrap();
+        worker.resume().unwrap();
+        drop(writer);
+        while passes.load(Ordering::SeqCst) == 0 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        let count = passes.load(Ordering::SeqCst);
+        assert!(count < 5, "{count} passes");
+    }
+
     struct Bomb;
 
     impl Job for Bomb {
         fn serve(&mut self, _: &dyn Fn() -> bool) -> Served {
             panic!("expected in this test")
         }
-
-        fn lost(&mut self) {}
     }
 
     #[test]

@@ -1,0 +1,140 @@
+//! A process that holds a VM, seen through `/proc`.
+
+use std::fs;
+use std::io;
+
+/// Why a process is no VM that can be looked at.
+#[derive(Debug, thiserror::Error)]
+pub enum ProcessError {
+    /// There is none.
+    #[error("there is no process {0}")]
+    Gone(u32),
+    /// The number belongs to a thread.
+    #[error("{thread} is a thread of process {pid}; write pid:{pid}")]
+    Thread {
+        /// What was asked for.
+        thread: u32,
+        /// Its process.
+        pid: u32,
+    },
+    /// Its descriptors may not be looked at.
+    #[error("process {pid} may not be looked at ({source}): run as root, or with CAP_SYS_PTRACE")]
+    Refused {
+        /// The process.
+        pid: u32,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// It has no KVM descriptor.
+    #[error("process {0} holds no VM: none of its descriptors is a KVM machine")]
+    NoVm(u32),
+}
+
+/// A live process with a VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KvmProcess {
+    /// Its id.
+    pub pid: u32,
+    /// Its name as the kernel has it (at most 15 characters).
+    pub name: String,
+    /// Descriptors of vCPUs.
+    pub cpus: u32,
+    /// The size of its address space: never smaller than its guest's RAM.
+    pub address_space_bytes: u64,
+    start_time_ticks: u64,
+}
+
+impl KvmProcess {
+    /// Looks at a process.
+    ///
+    /// # Errors
+    /// It is gone, no VM, or may not be looked at.
+    pub fn open(pid: u32) -> Result<Self, ProcessError> {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).map_err(|_| ProcessError::Gone(pid))?;
+        let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        if let Some(process) = field("Tgid").and_then(|id| id.trim().parse().ok()).filter(|&id: &u32| id != pid) {
+            return Err(ProcessError::Thread { thread: pid, pid: process });
+        }
+        let name = field("Name").unwrap_or_default().trim().to_owned();
+        let kibibytes = field("VmSize").and_then(|size| size.split_whitespace().next()?.parse::<u64>().ok());
+        let entries =
+            fs::read_dir(format!("/proc/{pid}/fd")).map_err(|source| ProcessError::Refused { pid, source })?;
+        let (mut machines, mut cpus) = (0, 0);
+        for entry in entries.flatten() {
+            let Ok(target) = fs::read_link(entry.path()) else { continue };
+            let target = target.to_string_lossy();
+            // The kernel numbers the second: `anon_inode:kvm-vcpu:0`.
+            machines += u32::from(target == "anon_inode:kvm-vm");
+            cpus += u32::from(target.starts_with("anon_inode:kvm-vcpu"));
+        }
+        if machines == 0 {
+            return Err(ProcessError::NoVm(pid));
+        }
+        let start_time_ticks = start_time(pid).ok_or(ProcessError::Gone(pid))?;
+        let address_space_bytes = kibibytes.unwrap_or_default().saturating_mul(1024);
+        Ok(Self { pid, name, cpus, address_space_bytes, start_time_ticks })
+    }
+
+    /// Whether the process that was opened is still there, and not another with its number.
+    pub fn is_alive(&self) -> bool {
+        start_time(self.pid) == Some(self.start_time_ticks)
+    }
+
+    /// A thread's name.
+    pub fn thread_name(&self, thread: u32) -> Option<String> {
+        let name = fs::read_to_string(format!("/proc/{}/task/{thread}/comm", self.pid)).ok()?;
+        Some(name.trim_end().to_owned())
+    }
+}
+
+/// When a running process started, in clock ticks since boot. A zombie runs no guest.
+fn start_time(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name may hold anything: count from behind its closing bracket, where the state (field 3) comes first.
+    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
+    if matches!(fields.next()?, "Z" | "X") {
+        return None;
+    }
+    fields.nth(18)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_vm_is_refused_by_reason() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        assert!(matches!(KvmProcess::open(child.id()), Err(ProcessError::NoVm(_))));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(matches!(KvmProcess::open(child.id()), Err(ProcessError::Gone(_))));
+        assert!(matches!(KvmProcess::open(u32::MAX), Err(ProcessError::Gone(_))));
+    }
+
+    #[test]
+    fn a_thread_is_named_with_its_process() {
+        std::thread::spawn(|| {
+            let thread = rustix::thread::gettid().as_raw_nonzero().get() as u32;
+            assert!(
+                matches!(KvmProcess::open(thread), Err(ProcessError::Thread { pid, .. }) if pid == std::process::id())
+            );
+        })
+        .join()
+        .unwrap();
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn a_vm_shows_its_cpus_until_it_ends() {
+        use crate::model::{DirtyLogKind, PageCount};
+        let _vm = crate::trial::tiny_vm::TinyVm::new(PageCount(4), DirtyLogKind::Bitmap).unwrap();
+        let process = KvmProcess::open(std::process::id()).unwrap();
+        // Tests of one process may run side by side, each with a VM of its own.
+        assert!(process.cpus >= 1 && process.address_space_bytes > 1 << 20 && process.is_alive());
+        assert!(process.thread_name(process.pid).is_some());
+        let earlier = KvmProcess { start_time_ticks: process.start_time_ticks - 1, ..process };
+        assert!(!earlier.is_alive());
+    }
+}

@@ -1,0 +1,233 @@
+//! The control sockets of one VM: HTTP with JSON under `/v1`, on Unix sockets.
+//!
+//! Observing and acting are apart: `observe.sock` answers questions, `control.sock` takes orders as well and only from
+//! root or the user that runs the machine. Control plane: tokio, on a thread of its own; the data plane never waits for
+//! it. The client half is what `dunlin vm …` uses.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use axum::extract::connect_info::{ConnectInfo, Connected};
+use axum::extract::{Query, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::serve::IncomingStream;
+use axum::{Json, Router};
+use http_body_util::{BodyExt, Full};
+use hyper::body::Bytes;
+use serde::{Deserialize, Serialize};
+use tokio::net::{UnixListener, UnixStream};
+
+use super::machine::{Host, VmInfo};
+use crate::model::Owner;
+use crate::model::schema::Schema;
+
+/// Who is at the other end of a connection.
+#[derive(Clone, Debug)]
+struct Caller {
+    uid: Option<u32>,
+    pid: Option<i32>,
+}
+
+impl Connected<IncomingStream<'_, UnixListener>> for Caller {
+    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
+        let credentials = stream.io().peer_cred().ok();
+        Self { uid: credentials.as_ref().map(|c| c.uid()), pid: credentials.and_then(|c| c.pid()) }
+    }
+}
+
+impl Caller {
+    fn may_act(&self) -> bool {
+        let own = rustix::process::geteuid().as_raw();
+        self.uid.is_some_and(|uid| uid == 0 || uid == own)
+    }
+
+    fn name(&self) -> String {
+        let show = |number: Option<i64>| number.map_or_else(|| "?".to_owned(), |number| number.to_string());
+        format!("uid={} pid={}", show(self.uid.map(i64::from)), show(self.pid.map(i64::from)))
+    }
+}
+
+/// What every order answers.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Outcome {
+    /// Empty, or what went wrong and what to do.
+    pub error: String,
+}
+
+impl Schema for Outcome {
+    const SCHEMA: &'static str = "dunlin.outcome/v1";
+}
+
+fn answer(result: Result<(), String>) -> Response {
+    let (status, error) = match result {
+        Ok(()) => (StatusCode::OK, String::new()),
+        Err(error) => (StatusCode::CONFLICT, error),
+    };
+    (status, Json(Outcome { error }.tagged())).into_response()
+}
+
+#[derive(Deserialize)]
+struct Resolution {
+    owner: Owner,
+}
+
+#[derive(Deserialize)]
+struct Switch {
+    on: bool,
+}
+
+/// Runs an order of `caller` on a thread that may block.
+async fn order(caller: Caller, work: impl FnOnce(&str) -> Result<(), String> + Send + 'static) -> Response {
+    if !caller.may_act() {
+        let error = format!("{} may look but not act; use root or the machine's own user", caller.name());
+        return (StatusCode::FORBIDDEN, Json(Outcome { error }.tagged())).into_response();
+    }
+    let done = tokio::task::spawn_blocking(move || work(&caller.name())).await;
+    answer(done.unwrap_or_else(|error| Err(error.to_string())))
+}
+
+async fn info(State(host): State<Arc<Host>>) -> Json<serde_json::Value> {
+    Json(serde_json::to_value(host.info().tagged()).unwrap_or_default())
+}
+
+async fn console(State(host): State<Arc<Host>>) -> Vec<u8> {
+    host.machine().console().history()
+}
+
+fn observing() -> Router<Arc<Host>> {
+    Router::new().route("/v1/machine", get(info)).route("/v1/console", get(console))
+}
+
+fn acting() -> Router<Arc<Host>> {
+    type From = ConnectInfo<Caller>;
+    type At = State<Arc<Host>>;
+    observing()
+        .route(
+            "/v1/pause",
+            post(|ConnectInfo(caller): From, State(host): At| order(caller, move |who| host.pause(who))),
+        )
+        .route(
+            "/v1/resume",
+            post(|ConnectInfo(caller): From, State(host): At| order(caller, move |who| host.resume(who))),
+        )
+        .route("/v1/stop", post(|ConnectInfo(caller): From, State(host): At| order(caller, move |who| host.stop(who))))
+        .route(
+            "/v1/resolve",
+            post(|ConnectInfo(caller): From, State(host): At, Query(Resolution { owner }): Query<Resolution>| {
+                order(caller, move |who| host.resolve(who, owner))
+            }),
+        )
+        .route(
+            "/v1/dirty-log",
+            post(|ConnectInfo(caller): From, State(host): At, Query(Switch { on }): Query<Switch>| {
+                order(caller, move |_| host.set_dirty_log(on))
+            }),
+        )
+        .route(
+            "/v1/console",
+            post(|ConnectInfo(caller): From, State(host): At, input: axum::body::Bytes| {
+                order(caller, move |_| {
+                    host.machine().console_input(&input);
+                    Ok(())
+                })
+            }),
+        )
+}
+
+/// Serves both sockets of `host` until the process ends.
+///
+/// # Errors
+/// Sockets that cannot be made.
+pub fn serve(host: &Arc<Host>) -> io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let (act, look) = {
+        let _context = runtime.enter();
+        (UnixListener::bind(host.socket("control"))?, UnixListener::bind(host.socket("observe"))?)
+    };
+    let (acting, observing) = (acting().with_state(Arc::clone(host)), observing().with_state(Arc::clone(host)));
+    let work = async move {
+        let acting = axum::serve(act, acting.into_make_service_with_connect_info::<Caller>());
+        let observing = axum::serve(look, observing.into_make_service_with_connect_info::<Caller>());
+        let (first, second) = tokio::join!(acting, observing);
+        if let Err(error) = first.and(second) {
+            tracing::error!("control sockets: {error}");
+        }
+    };
+    std::thread::Builder::new().name("control".into()).spawn(move || runtime.block_on(work))?;
+    Ok(())
+}
+
+/// A request to a VM's socket that did not succeed.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// The socket or the HTTP exchange.
+    #[error("{socket}: {problem}")]
+    Exchange {
+        /// Where.
+        socket: String,
+        /// What went wrong.
+        problem: String,
+    },
+    /// The machine's answer.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// One request to the socket at `path`; the body of the answer.
+async fn request(path: &Path, method: &str, target: &str, body: Vec<u8>) -> Result<Bytes, ControlError> {
+    let failed = |problem: String| ControlError::Exchange { socket: path.display().to_string(), problem };
+    let stream = UnixStream::connect(path).await.map_err(|error| failed(error.to_string()))?;
+    let io = hyper_util::rt::TokioIo::new(stream);
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(io).await.map_err(|error| failed(error.to_string()))?;
+    tokio::spawn(connection);
+    let request = hyper::Request::builder()
+        .method(method)
+        .uri(target)
+        .header("host", "dunlin")
+        .body(Full::new(Bytes::from(body)))
+        .map_err(|error| failed(error.to_string()))?;
+    let response = sender.send_request(request).await.map_err(|error| failed(error.to_string()))?;
+    let status = response.status();
+    let body = response.into_body().collect().await.map_err(|error| failed(error.to_string()))?.to_bytes();
+    if status.is_success() {
+        return Ok(body);
+    }
+    let outcome: Result<Outcome, _> = serde_json::from_slice(&body);
+    Err(ControlError::Refused(outcome.map_or_else(|_| format!("status {status}"), |outcome| outcome.error)))
+}
+
+fn blocking<T>(work: impl Future<Output = Result<T, ControlError>>) -> Result<T, ControlError> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let failed = |error: io::Error| ControlError::Exchange { socket: "tokio".to_owned(), problem: error.to_string() };
+    runtime.map_err(failed)?.block_on(work)
+}
+
+/// Gives an order: `POST target`.
+///
+/// # Errors
+/// The machine's refusal, or a socket nobody serves.
+pub fn give_order(socket: &Path, target: &str, body: &[u8]) -> Result<(), ControlError> {
+    blocking(request(socket, "POST", target, body.to_vec())).map(drop)
+}
+
+/// Asks for the VM's state.
+///
+/// # Errors
+/// A socket nobody serves, or an answer that is none.
+pub fn ask_info(socket: &Path) -> Result<VmInfo, ControlError> {
+    let body = blocking(request(socket, "GET", "/v1/machine", Vec::new()))?;
+    serde_json::from_slice(&body)
+        .map_err(|error| ControlError::Exchange { socket: socket.display().to_string(), problem: error.to_string() })
+}
+
+/// Asks for the console's last output.
+///
+/// # Errors
+/// A socket nobody serves.
+pub fn ask_console(socket: &Path) -> Result<Vec<u8>, ControlError> {
+    blocking(request(socket, "GET", "/v1/console", Vec::new())).map(|body| body.to_vec())
+}

@@ -1,0 +1,149 @@
+//! The event log of one manager: steps, rounds and progress, to the log, to a JSON file, to a terminal.
+//!
+//! Also holds a manager at a step, for the tests that kill it there.
+
+use std::fs::{self, File};
+use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+
+use crate::migrate::Observer;
+use crate::model::schema::Schema;
+use crate::model::{MigrationId, RoundReport, Step};
+
+/// How often a held manager looks whether it may go on.
+const HOLD_TICK: Duration = Duration::from_millis(2);
+
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case", tag = "event")]
+enum Event<'a> {
+    Step { step: Step, stage: crate::model::Stage, detail: &'a str },
+    Round(&'a RoundReport),
+}
+
+#[derive(Serialize)]
+struct Line<'a> {
+    unix_ms: u64,
+    elapsed_ns: u64,
+    migration_id: MigrationId,
+    side: &'static str,
+    #[serde(flatten)]
+    event: Event<'a>,
+}
+
+impl Schema for Line<'_> {
+    const SCHEMA: &'static str = "dunlin.event/v1";
+}
+
+/// Hold at a step until a file appears: `STEP=PATH`. On arrival `PATH.held` is made; the manager goes on when `PATH`
+/// exists.
+#[derive(Clone, Debug)]
+pub struct Hold {
+    step: Step,
+    path: PathBuf,
+}
+
+impl std::str::FromStr for Hold {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (step, path) = text.split_once('=').ok_or("write STEP=PATH")?;
+        Ok(Self { step: step.parse()?, path: path.into() })
+    }
+}
+
+impl Hold {
+    fn wait(&self) {
+        let mut held = self.path.clone().into_os_string();
+        held.push(".held");
+        if let Err(error) = File::create(&held) {
+            tracing::error!("cannot hold at {}: {error}", self.step);
+            return;
+        }
+        while fs::symlink_metadata(&self.path).is_err() {
+            std::thread::sleep(HOLD_TICK);
+        }
+    }
+}
+
+/// The event log.
+pub struct EventLog {
+    migration: MigrationId,
+    side: &'static str,
+    started: Instant,
+    file: Option<Mutex<File>>,
+    hold: Option<Hold>,
+    bar: Option<ProgressBar>,
+}
+
+impl EventLog {
+    /// A log for one side of one migration; `file` gets one JSON object a line.
+    ///
+    /// # Errors
+    /// A file that cannot be written.
+    pub fn new(
+        migration: MigrationId,
+        side: &'static str,
+        file: Option<&Path>,
+        hold: Option<Hold>,
+        show_progress: bool,
+    ) -> io::Result<Self> {
+        let file = file.map(|path| File::options().create(true).append(true).open(path)).transpose()?;
+        let bar = (show_progress && io::stderr().is_terminal()).then(|| {
+            let style = ProgressStyle::with_template("{prefix:>10} [{bar:40}] {percent:>3}% {msg}")
+                .unwrap_or_else(|_| ProgressStyle::default_bar());
+            ProgressBar::new(1).with_style(style)
+        });
+        Ok(Self { migration, side, started: Instant::now(), file: file.map(Mutex::new), hold, bar })
+    }
+
+    fn write(&self, event: Event<'_>) {
+        let Some(file) = &self.file else { return };
+        let line = Line {
+            unix_ms: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64),
+            elapsed_ns: self.started.elapsed().as_nanos() as u64,
+            migration_id: self.migration,
+            side: self.side,
+            event,
+        };
+        let written = serde_json::to_string(&line.tagged()).map_err(io::Error::from).and_then(|json| {
+            let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+            file.write_all(format!("{json}\n").as_bytes())
+        });
+        if let Err(error) = written {
+            tracing::warn!("event log: {error}");
+        }
+    }
+}
+
+impl Observer for EventLog {
+    fn step(&self, step: Step, detail: &str) {
+        self.write(Event::Step { step, stage: step.stage(), detail });
+        if let Some(bar) = &self.bar {
+            bar.set_prefix(step.name());
+            bar.set_message(detail.to_owned());
+            if matches!(step, Step::Running | Step::Discarded) {
+                bar.finish_and_clear();
+            }
+        }
+        if let Some(hold) = self.hold.as_ref().filter(|hold| hold.step == step) {
+            hold.wait();
+        }
+    }
+
+    fn round(&self, round: &RoundReport) {
+        self.write(Event::Round(round));
+    }
+
+    fn progress(&self, round: u32, sent_pages: u64, due_pages: u64) {
+        if let Some(bar) = &self.bar {
+            bar.set_prefix(format!("round {round}"));
+            bar.set_length(due_pages);
+            bar.set_position(sent_pages);
+        }
+    }
+}

@@ -1,0 +1,619 @@
+//! Hosts one VM in this process: the machine, its ownership gate, the sessions of migration managers.
+//!
+//! Owns what a lost manager means. Must not know the wire between managers, nor HTTP ([`super::control`] does).
+
+use std::net::IpAddr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use super::audit::{self, Action};
+use super::gate::{GateError, GateState, OnLoss, OwnershipGate};
+use super::registry::{MachineEntry, Registry, RegistryError, boot_id, start_time_ticks};
+use super::session::{Creation, Reply, Request, SESSION_VERSION, SessionError, SessionSocket};
+use crate::announce::{AddressError, Announcer, Schedule};
+use crate::block::raw::RawDisk;
+use crate::kvm::bus::{Device, DeviceError};
+use crate::kvm::machine::{BootConfig, HostedError, Hosting, Machine};
+use crate::kvm::memory::Memory;
+use crate::kvm::virtio::{VirtioBlk, VirtioNet};
+use crate::model::schema::Schema;
+use crate::model::{DirtyLogKind, DiskSpec, MachineShape, MigrationId, NetSpec, Owner, SerialSpec, Station, VmId};
+use crate::net::tap::Tap;
+use crate::port::{JournalError, JournalRecord};
+use crate::store::FileJournal;
+
+/// How long the process stays after an order has ended the machine, so that the answer reaches its client.
+const ANSWER_TIME: Duration = Duration::from_millis(100);
+
+/// A machine could not be hosted.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// The machine itself.
+    #[error(transparent)]
+    Machine(#[from] HostedError),
+    /// Its entry in the run folder.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// Its gate.
+    #[error(transparent)]
+    Gate(#[from] GateError),
+    /// The journal.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// An address that cannot be announced.
+    #[error(transparent)]
+    Address(#[from] AddressError),
+    /// A session that broke before the machine existed.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    /// A socket or thread.
+    #[error("{action}: {source}")]
+    Io {
+        /// What was tried.
+        action: String,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// This VM may run elsewhere.
+    #[error(
+        "VM {vm_id} may run elsewhere: migration {migration} ended in `{record}` here. Look at the other host, then settle \
+         it with `dunlin resolve uuid:{vm_id} --owner here|there`"
+    )]
+    InDoubt {
+        /// The VM.
+        vm_id: VmId,
+        /// The migration.
+        migration: MigrationId,
+        /// Its last record.
+        record: String,
+    },
+    /// The manager is of another version.
+    #[error("the manager speaks session version {0}, this machine {SESSION_VERSION}")]
+    Version(u16),
+    /// Not what a fresh machine process expects.
+    #[error("the first request to a new machine must be `create`")]
+    NotCreated,
+}
+
+/// What the machine's state is called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RunState {
+    /// Guest code runs.
+    Running,
+    /// It stands, by an operator's order or while its last pages move.
+    Paused,
+    /// A target: memory is arriving.
+    Receiving,
+    /// A target that waits for the source's word.
+    Prepared,
+    /// A source that has let go.
+    Released,
+    /// It has ended.
+    Ended,
+}
+
+/// What `dunlin vm info` prints.
+#[derive(Clone, Debug, Serialize, serde::Deserialize)]
+pub struct VmInfo {
+    /// The VM's name.
+    pub name: String,
+    /// The VM's identity.
+    pub vm_id: VmId,
+    /// The machine's process.
+    pub pid: u32,
+    /// Whether it runs.
+    pub state: RunState,
+    /// Guest RAM.
+    pub memory_bytes: u64,
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// Kernel thread numbers of the vCPUs.
+    pub vcpu_thread_ids: Vec<i32>,
+    /// How writes are logged.
+    pub dirty_log: DirtyLogKind,
+    /// Whether the dirty log is on.
+    pub dirty_log_on: bool,
+    /// Network ports.
+    pub nets: Vec<NetSpec>,
+    /// Disks.
+    pub disks: Vec<DiskSpec>,
+    /// How long this process has held the machine.
+    pub uptime_ns: u64,
+    /// The migration that has the machine, or had it last.
+    pub migration_id: Option<MigrationId>,
+    /// What this host's KVM lists and refuses.
+    pub kvm_shortcomings: Vec<String>,
+}
+
+impl Schema for VmInfo {
+    const SCHEMA: &'static str = "dunlin.vm/v1";
+}
+
+/// Where a machine's files are.
+#[derive(Clone, Debug)]
+pub struct Places {
+    /// Sockets and entry.
+    pub run_dir: PathBuf,
+    /// Journal and audit log.
+    pub state_dir: PathBuf,
+}
+
+/// One hosted VM.
+pub struct Host {
+    machine: Arc<Machine>,
+    gate: Mutex<OwnershipGate>,
+    /// Held by the one session at a time.
+    session: Mutex<()>,
+    announcer: Announcer,
+    paused_by_operator: AtomicBool,
+    /// An order on the control socket has ended the machine: its answer must still get out.
+    answering: AtomicBool,
+    registry: Registry,
+    state_dir: PathBuf,
+    since: Instant,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Makes the devices of a shape: network ports first, then disks.
+fn devices(nets: &[NetSpec], disks: &[DiskSpec], memory: &Memory) -> Result<Vec<Arc<dyn Device>>, DeviceError> {
+    let mut devices: Vec<Arc<dyn Device>> = Vec::new();
+    for (index, net) in nets.iter().enumerate() {
+        let failed = |problem: String| DeviceError::Worker { device: format!("net{index}"), problem };
+        let tap = Tap::open(&net.tap).map_err(|error| failed(error.to_string()))?;
+        devices.push(Arc::new(VirtioNet::new(index, memory.ram().clone(), tap, net.mac)?));
+    }
+    for (index, disk) in disks.iter().enumerate() {
+        let failed = |problem: String| DeviceError::Worker { device: format!("disk{index}"), problem };
+        let raw = RawDisk::open(disk).map_err(|error| failed(error.to_string()))?;
+        devices.push(Arc::new(VirtioBlk::new(index, memory.ram().clone(), raw)?));
+    }
+    Ok(devices)
+}
+
+/// Refuses to boot a VM that another host may own.
+fn check_undoubted(journal: &FileJournal, vm_id: VmId) -> Result<(), HostError> {
+    for (migration, vm, record) in journal.all()? {
+        if vm == vm_id && matches!(record, JournalRecord::Released { .. } | JournalRecord::Prepared) {
+            let record = match record {
+                JournalRecord::Prepared => "prepared".to_owned(),
+                _ => "released".to_owned(),
+            };
+            return Err(HostError::InDoubt { vm_id, migration, record });
+        }
+    }
+    Ok(())
+}
+
+impl Host {
+    /// Boots a VM; it stands until [`Host::start`].
+    ///
+    /// # Errors
+    /// What could not be made; nothing stays behind.
+    pub fn boot(config: BootConfig, serial: SerialSpec, places: &Places) -> Result<Arc<Self>, HostError> {
+        let journal = FileJournal::open(&places.state_dir)?;
+        check_undoubted(&journal, config.vm_id)?;
+        let gate = OwnershipGate::open(config.vm_id, Box::new(journal));
+        let (nets, disks) = (config.nets.clone(), config.disks.clone());
+        let hosting = Hosting { serial, ..Hosting::default() };
+        let maker = Box::new(move |memory: &Memory| devices(&nets, &disks, memory));
+        let machine = Machine::boot(config, &hosting, maker)?;
+        Self::enter(machine, gate, places)
+    }
+
+    /// Becomes the machine that a manager at the other end of `socket` asks for. Returns the socket for
+    /// [`Host::serve_session`].
+    ///
+    /// # Errors
+    /// What could not be made; the manager has been told.
+    pub fn incoming(mut socket: SessionSocket) -> Result<(Arc<Self>, SessionSocket), HostError> {
+        let (Request::Create(creation), _) = socket.recv::<Request>()? else { return Err(HostError::NotCreated) };
+        match Self::create(&creation) {
+            Ok(host) => {
+                host.welcome(&mut socket)?;
+                Ok((host, socket))
+            }
+            Err(error) => {
+                socket.send(&Reply::Failed(chain(&error)), &[])?;
+                Err(error)
+            }
+        }
+    }
+
+    fn create(creation: &Creation) -> Result<Arc<Self>, HostError> {
+        if creation.version != SESSION_VERSION {
+            return Err(HostError::Version(creation.version));
+        }
+        let shape = creation.shape.clone();
+        let journal = FileJournal::open(&creation.state_dir)?;
+        let hosting = Hosting { serial: creation.serial.clone(), ..Hosting::default() };
+        let (nets, disks) = (shape.nets.clone(), shape.disks.clone());
+        let maker = Box::new(move |memory: &Memory| devices(&nets, &disks, memory));
+        let machine = Machine::incoming(shape.clone(), None, &hosting, maker)?;
+        let gate = OwnershipGate::receiving(shape.vm_id, creation.migration, Box::new(journal))?;
+        let places = Places { run_dir: creation.run_dir.clone(), state_dir: creation.state_dir.clone() };
+        Self::enter(machine, gate, &places)
+    }
+
+    fn enter(machine: Arc<Machine>, gate: OwnershipGate, places: &Places) -> Result<Arc<Self>, HostError> {
+        let shape = machine.shape();
+        let stations: Vec<Station> = shape.nets.iter().map(Station::from).collect();
+        let announcer = Announcer::new(&stations, Schedule::default())?;
+        let registry = Registry::new(&places.run_dir);
+        let pid = std::process::id();
+        registry.enter(&MachineEntry {
+            name: shape.name.clone(),
+            vm_id: shape.vm_id,
+            pid,
+            start_time_ticks: start_time_ticks(pid).unwrap_or_default(),
+            boot_id: boot_id(),
+            memory_bytes: shape.memory_bytes,
+            cpus: shape.cpus,
+            state_dir: places.state_dir.clone(),
+        })?;
+        Ok(Arc::new(Self {
+            machine,
+            gate: Mutex::new(gate),
+            session: Mutex::new(()),
+            announcer,
+            paused_by_operator: AtomicBool::new(false),
+            answering: AtomicBool::new(false),
+            registry,
+            state_dir: places.state_dir.clone(),
+            since: Instant::now(),
+        }))
+    }
+
+    /// The machine.
+    pub fn machine(&self) -> &Arc<Machine> {
+        &self.machine
+    }
+
+    /// The path of one of the machine's sockets.
+    pub fn socket(&self, which: &str) -> PathBuf {
+        self.registry.socket(&self.machine.shape().name, which)
+    }
+
+    /// Where journal and audit log are.
+    pub fn state_dir(&self) -> &Path {
+        &self.state_dir
+    }
+
+    /// Runs the guest, if the gate lets it.
+    ///
+    /// # Errors
+    /// A shut gate, or what the machine could not do.
+    pub fn start(&self) -> Result<(), HostError> {
+        let gate = lock(&self.gate);
+        if !gate.may_run() {
+            return Err(GateError::State { order: "run", state: gate.state() }.into());
+        }
+        // The gate stays locked while the vCPUs are let go: it cannot shut in between.
+        Ok(self.machine.resume()?)
+    }
+
+    /// What an operator sees of it.
+    pub fn info(&self) -> VmInfo {
+        let shape = self.machine.shape();
+        let (gate, migration_id) = {
+            let gate = lock(&self.gate);
+            (gate.state(), gate.migration())
+        };
+        let state = match gate {
+            _ if self.machine.exit().is_some() => RunState::Ended,
+            GateState::Open if self.machine.is_running() => RunState::Running,
+            GateState::Open => RunState::Paused,
+            GateState::Receiving => RunState::Receiving,
+            GateState::Prepared => RunState::Prepared,
+            GateState::Released => RunState::Released,
+            GateState::Closed => RunState::Ended,
+        };
+        VmInfo {
+            name: shape.name.to_string(),
+            vm_id: shape.vm_id,
+            pid: std::process::id(),
+            state,
+            memory_bytes: shape.memory_bytes,
+            cpus: shape.cpus,
+            vcpu_thread_ids: self.machine.vcpu_threads(),
+            dirty_log: shape.dirty_log,
+            dirty_log_on: self.machine.log().is_on(),
+            nets: shape.nets.clone(),
+            disks: shape.disks.clone(),
+            uptime_ns: self.since.elapsed().as_nanos() as u64,
+            migration_id,
+            kvm_shortcomings: self.machine.shortcomings(),
+        }
+    }
+
+    /// An operator's action: carried out, and written to the audit log.
+    fn act(&self, who: &str, what: &str, action: impl FnOnce() -> Result<(), String>) -> Result<(), String> {
+        let state = || serde_json::to_string(&self.info().state).unwrap_or_default().trim_matches('"').to_owned();
+        let before = state();
+        let result = action();
+        audit::record(
+            &self.state_dir,
+            &Action {
+                who: who.to_owned(),
+                what,
+                vm_id: self.machine.shape().vm_id,
+                before,
+                after: state(),
+                result: result.as_ref().map_or_else(String::clone, |()| "ok".to_owned()),
+            },
+        );
+        result
+    }
+
+    /// Refuses an operator's order while a migration has the machine.
+    fn unless_migrating(&self, order: &str) -> Result<MutexGuard<'_, ()>, String> {
+        match self.session.try_lock() {
+            Ok(guard) => Ok(guard),
+            Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => {
+                Err(format!("cannot {order} while a migration has the VM; cancel it first"))
+            }
+        }
+    }
+
+    /// Pauses by an operator's order.
+    pub fn pause(&self, who: &str) -> Result<(), String> {
+        self.act(who, "pause", || {
+            let _session = self.unless_migrating("pause")?;
+            self.machine.pause().map_err(|error| chain(&error))?;
+            self.paused_by_operator.store(true, Ordering::Release);
+            Ok(())
+        })
+    }
+
+    /// Resumes by an operator's order.
+    pub fn resume(&self, who: &str) -> Result<(), String> {
+        self.act(who, "resume", || {
+            let _session = self.unless_migrating("resume")?;
+            self.start().map_err(|error| chain(&error))?;
+            self.paused_by_operator.store(false, Ordering::Release);
+            Ok(())
+        })
+    }
+
+    /// Ends the VM by an operator's order.
+    pub fn stop(&self, who: &str) -> Result<(), String> {
+        self.act(who, "stop", || {
+            self.answering.store(true, Ordering::Release);
+            self.machine.stop();
+            Ok(())
+        })
+    }
+
+    /// Decides who owns a VM in doubt.
+    pub fn resolve(&self, who: &str, owner: Owner) -> Result<(), String> {
+        let what = if owner == Owner::Here { "resolve --owner here" } else { "resolve --owner there" };
+        self.act(who, what, || {
+            lock(&self.gate).resolve(owner).map_err(|error| chain(&error))?;
+            if owner == Owner::Here {
+                self.run_again();
+            } else {
+                self.answering.store(true, Ordering::Release);
+                self.machine.stop();
+            }
+            Ok(())
+        })
+    }
+
+    /// Announces and runs: a machine whose gate has opened while nobody led it.
+    fn run_again(&self) {
+        if let Err(error) = self.machine.log().stop() {
+            tracing::error!("the dirty log could not be switched off: {error}");
+        }
+        if self.machine.is_running() || self.paused_by_operator.load(Ordering::Acquire) {
+            return;
+        }
+        self.announce();
+        if let Err(error) = self.start() {
+            tracing::error!("the VM could not be resumed: {}", chain(&error));
+        }
+    }
+
+    /// Switches the dirty log for tracking outside a migration.
+    pub fn set_dirty_log(&self, on: bool) -> Result<(), String> {
+        let _session = self.unless_migrating("switch the dirty log")?;
+        let log = self.machine.log();
+        if on { log.start() } else { log.stop() }.map_err(|error| error.to_string())
+    }
+
+    /// Sends one round of announcements out of every network port, as if from the guest. Returns the frames sent.
+    fn announce(&self) -> u32 {
+        let devices = self.machine.devices();
+        let nets = &self.machine.shape().nets;
+        let mut sent = 0;
+        for frame in self.announcer.frames() {
+            let source = &frame.bytes()[6..12];
+            let port = nets.iter().position(|net| net.mac.bytes() == source);
+            let Some(device) = port.and_then(|index| devices.get(index)) else { continue };
+            match device.send_frame(frame.bytes()) {
+                Ok(()) => sent += 1,
+                Err(error) => tracing::warn!(device = device.name(), "an announcement was not sent: {error}"),
+            }
+        }
+        sent
+    }
+
+    fn welcome(&self, socket: &mut SessionSocket) -> Result<(), SessionError> {
+        let memory = self.machine.memory();
+        let fds: [BorrowedFd<'_>; 2] = [memory.file(), memory.dirty().as_fd()];
+        socket.send(&Reply::Welcome(Box::new(self.machine.shape().clone())), &fds)
+    }
+
+    /// Answers managers that connect to `session.sock`, one session at a time, until the process ends.
+    ///
+    /// # Errors
+    /// A socket that cannot be made.
+    pub fn listen_for_sessions(self: &Arc<Self>) -> Result<(), HostError> {
+        let path = self.socket("session");
+        let failed = |source| HostError::Io { action: format!("listening at {}", path.display()), source };
+        let listener = UnixListener::bind(&path).map_err(failed)?;
+        let host = Arc::clone(self);
+        let serve = move || {
+            for stream in listener.incoming().flatten() {
+                let host = Arc::clone(&host);
+                let spawned = std::thread::Builder::new().name("session".into()).spawn(move || host.attach(stream));
+                if let Err(error) = spawned {
+                    tracing::error!("no thread for a session: {error}");
+                }
+            }
+        };
+        std::thread::Builder::new().name("sessions".into()).spawn(serve).map_err(failed)?;
+        Ok(())
+    }
+
+    /// A manager has connected to a machine that exists: it must attach.
+    fn attach(&self, stream: UnixStream) {
+        let mut socket = SessionSocket::new(stream);
+        let refuse = |socket: &mut SessionSocket, reason: String| {
+            let _ = socket.send(&Reply::Failed(reason), &[]);
+        };
+        let Ok((request, _)) = socket.recv::<Request>() else { return };
+        let Request::Attach { version, migration } = request else {
+            return refuse(&mut socket, "a machine that exists must be attached to".to_owned());
+        };
+        if version != SESSION_VERSION {
+            return refuse(&mut socket, HostError::Version(version).to_string());
+        }
+        let Ok(_session) = self.session.try_lock() else {
+            return refuse(&mut socket, "another migration has the VM".to_owned());
+        };
+        if self.paused_by_operator.load(Ordering::Acquire) {
+            return refuse(&mut socket, "the VM is paused; resume it first".to_owned());
+        }
+        if let Err(error) = lock(&self.gate).attach(migration) {
+            return refuse(&mut socket, chain(&error));
+        }
+        if self.welcome(&mut socket).is_ok() {
+            self.serve(socket);
+        }
+    }
+
+    /// Serves the session that a target's machine was made with, to its end.
+    pub fn serve_first_session(&self, socket: SessionSocket) {
+        let _session = lock(&self.session);
+        self.serve(socket);
+    }
+
+    fn serve(&self, mut socket: SessionSocket) {
+        let lost = loop {
+            let request = match socket.recv::<Request>() {
+                Ok((request, _)) => request,
+                Err(error) => break error,
+            };
+            let ends = matches!(request, Request::Discard);
+            let reply = self.handle(request).unwrap_or_else(Reply::Failed);
+            let done = ends && matches!(reply, Reply::Done);
+            let sent = socket.send(&reply, &[]);
+            if done {
+                self.machine.stop();
+                return;
+            }
+            if let Err(error) = sent {
+                break error;
+            }
+        };
+        let meaning = lock(&self.gate).on_session_lost();
+        tracing::info!(?meaning, "the manager's session has ended: {lost}");
+        match meaning {
+            OnLoss::Run => self.run_again(),
+            OnLoss::Exit => self.machine.stop(),
+            OnLoss::Stand => tracing::warn!("in doubt: waiting for a manager, or for `dunlin resolve`"),
+        }
+    }
+
+    fn handle(&self, request: Request) -> Result<Reply, String> {
+        let machine = &self.machine;
+        let done = |result: Result<(), GateError>| result.map(|()| Reply::Done).map_err(|error| chain(&error));
+        match request {
+            Request::Attach { .. } | Request::Create(_) => Err("the session has begun already".to_owned()),
+            Request::StartLog => machine.log().start().map(|()| Reply::Done).map_err(|error| chain(&error)),
+            Request::Harvest => machine.log().harvest().map(|_| Reply::Done).map_err(|error| chain(&error)),
+            Request::Protect(_, run) => machine.log().protect(run).map(|()| Reply::Done).map_err(|error| chain(&error)),
+            Request::StopLog => machine.log().stop().map(|()| Reply::Done).map_err(|error| chain(&error)),
+            Request::Pause => {
+                let pause = machine.pause().map_err(|error| chain(&error))?;
+                Ok(Reply::Paused(pause.as_nanos() as u64))
+            }
+            Request::Resume => self.start().map(|()| Reply::Done).map_err(|error| chain(&error)),
+            Request::SaveState => machine.save_state().map(Reply::State).map_err(|error| chain(&error)),
+            Request::RestoreState(state) => {
+                machine.restore_state(&state).map(|()| Reply::Done).map_err(|error| chain(&error))
+            }
+            Request::Release(peer) => {
+                if machine.is_running() {
+                    return Err("the VM runs: pause it first".to_owned());
+                }
+                done(lock(&self.gate).release(peer))
+            }
+            Request::Reclaim => done(lock(&self.gate).reclaim()),
+            Request::Prepared => done(lock(&self.gate).prepared()),
+            Request::TakeOwnership => done(lock(&self.gate).take_ownership()),
+            Request::Announce => Ok(Reply::Frames(self.announce())),
+            Request::Discard => done(lock(&self.gate).discard()),
+        }
+    }
+
+    /// Waits until the machine has ended, at most `timeout`; then takes its entry out of the run folder.
+    pub fn wait_end(&self, timeout: Duration) -> Option<crate::kvm::MachineExit> {
+        let exit = self.machine.wait_exit(timeout)?;
+        if self.answering.load(Ordering::Acquire) {
+            std::thread::sleep(ANSWER_TIME);
+        }
+        self.registry.leave(&self.machine.shape().name);
+        Some(exit)
+    }
+
+    /// Addresses that are announced for the VM.
+    pub fn addresses(&self) -> Vec<IpAddr> {
+        self.machine.shape().nets.iter().flat_map(|net| net.ips.iter().copied()).collect()
+    }
+
+    /// The shape.
+    pub fn shape(&self) -> &MachineShape {
+        self.machine.shape()
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.registry.leave(&self.machine.shape().name);
+    }
+}
+
+/// An error with all its causes, in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        let inner_text = inner.to_string();
+        if !text.contains(&inner_text) {
+            text = format!("{text}: {inner_text}");
+        }
+        cause = inner.source();
+    }
+    text
+}
+
+/// Takes the descriptor that a parent process handed over as the first session.
+///
+/// # Errors
+/// A number that is no open socket.
+pub fn session_from_fd(fd: OwnedFd) -> Result<SessionSocket, HostError> {
+    let failed = |source| HostError::Io { action: "taking the session's descriptor".to_owned(), source };
+    rustix::net::sockopt::socket_type(fd.as_fd()).map_err(|error| failed(error.into()))?;
+    Ok(SessionSocket::new(UnixStream::from(fd)))
+}

@@ -1,0 +1,137 @@
+//! The manager at a source: finds the VM, dials the target, runs [`crate::migrate::source`], reports.
+
+use std::path::PathBuf;
+
+use super::audit::{self, Action};
+use super::clock::MonotonicClock;
+use super::events::{EventLog, Hold};
+use super::registry::{Registry, RegistryError};
+use super::session::RemoteMachine;
+use crate::link::{Address, TcpSource};
+use crate::migrate::source::Source;
+use crate::migrate::{CancelFlag, ControlMessage, SourceOptions};
+use crate::model::{MigrationId, MigrationReport, VmRef};
+use crate::port::{JournalError, LinkError, MachineError, Region};
+use crate::store::FileJournal;
+
+/// A migration that could not even begin; the VM was not touched.
+#[derive(Debug, thiserror::Error)]
+pub enum BeginError {
+    /// No such VM.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// The journal.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The machine refuses a manager.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// Nobody answers at the target.
+    #[error("{address}: {source}")]
+    Link {
+        /// The target.
+        address: Address,
+        /// What went wrong.
+        source: LinkError,
+    },
+    /// Plain TCP would leave this machine.
+    #[error(
+        "{0} would carry guest memory in the clear over a network; add --insecure-plaintext if that network is trusted \
+         (allowed without it: loopback, and network namespaces other than the host's own)"
+    )]
+    Plaintext(Address),
+    /// The event log.
+    #[error("event log {path}: {source}")]
+    Events {
+        /// The file.
+        path: String,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+}
+
+/// What `dunlin migrate` was asked.
+#[derive(Debug)]
+pub struct MigrateRequest {
+    /// Which VM.
+    pub vm: VmRef,
+    /// Where to.
+    pub to: Address,
+    /// How.
+    pub options: SourceOptions,
+    /// Where this host's VMs are.
+    pub run_dir: PathBuf,
+    /// Plain TCP beyond loopback is fine.
+    pub insecure_plaintext: bool,
+    /// Where events go, one JSON object a line.
+    pub events: Option<PathBuf>,
+    /// Show progress on a terminal.
+    pub show_progress: bool,
+    /// For tests: stop at a step.
+    pub hold: Option<Hold>,
+}
+
+/// Whether this process is in another network namespace than the host's first process: what it sends stays in what
+/// its maker wired up.
+fn in_private_namespace() -> bool {
+    let own = std::fs::read_link("/proc/self/ns/net");
+    let first = std::fs::read_link("/proc/1/ns/net");
+    matches!((own, first), (Ok(own), Ok(first)) if own != first)
+}
+
+/// Refuses an address that would carry memory in the clear where others may listen.
+///
+/// # Errors
+/// [`BeginError::Plaintext`].
+pub fn check_plaintext(address: &Address, allowed: bool) -> Result<(), BeginError> {
+    if allowed || address.is_loopback() || in_private_namespace() {
+        Ok(())
+    } else {
+        Err(BeginError::Plaintext(address.clone()))
+    }
+}
+
+/// Moves a VM. Returns once its fate is known, whatever it is.
+///
+/// # Errors
+/// What kept the migration from beginning.
+pub fn migrate(request: MigrateRequest, cancel: CancelFlag) -> Result<MigrationReport, BeginError> {
+    check_plaintext(&request.to, request.insecure_plaintext)?;
+    let registry = Registry::new(&request.run_dir);
+    let entry = registry.find(&request.vm)?;
+    let migration = MigrationId::random();
+    let journal = FileJournal::open(&entry.state_dir)?;
+    let events = request.events.as_deref();
+    let observer = EventLog::new(migration, "source", events, request.hold.clone(), request.show_progress)
+        .map_err(|source| BeginError::Events { path: format!("{events:?}"), source })?;
+    let mut machine = RemoteMachine::attach(&registry.socket(&entry.name, "session"), migration, journal)?;
+    let unreachable = |source| BeginError::Link { address: request.to.clone(), source };
+    let mut link =
+        TcpSource::<ControlMessage>::dial(request.to.clone(), migration, request.options.stall).map_err(unreachable)?;
+    let shape = machine.shape().clone();
+    let region = machine.region();
+    let report = Source {
+        id: migration,
+        options: &SourceOptions { peer: request.to.to_string(), ..request.options },
+        shape: &shape,
+        region: region.as_ref() as &dyn Region,
+        machine: &mut machine,
+        link: &mut link,
+        clock: &MonotonicClock,
+        observer: &observer,
+        cancel,
+    }
+    .run();
+    audit::record(
+        &entry.state_dir,
+        &Action {
+            who: audit::me(),
+            what: "migrate",
+            vm_id: entry.vm_id,
+            before: "running".to_owned(),
+            after: format!("{:?}", report.owner),
+            result: format!("{:?} {}", report.ending, report.reason).trim().to_owned(),
+        },
+    );
+    Ok(report)
+}

@@ -1,0 +1,200 @@
+//! Observing how one VM writes its memory: joins the registry, `/proc`, the BPF counters and the policy of rates.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use super::arm::ControlSocketArm;
+use super::clock::MonotonicClock;
+use super::interrupt::Interrupt;
+use super::registry::{MachineEntry, Registry, RegistryError};
+use crate::foreign::{KvmProcess, ProcessError};
+use crate::model::schema::Schema;
+use crate::model::{PageCount, VmId, VmRef};
+use crate::port::{Arm, ArmError};
+use crate::probe::{KernelCounters, ProbeError, ProbeOptions};
+use crate::track::{self, DirtyRate, Observer};
+
+/// Guest memory above the size that was asked for may lie behind a hole below 4 GiB.
+const HOLE_BYTES: u64 = 4 << 30;
+
+/// What to observe and how.
+#[derive(Clone, Debug)]
+pub struct ObserveRequest {
+    /// Where hosted VMs are listed.
+    pub run_dir: PathBuf,
+    /// The VM.
+    pub vm: VmRef,
+    /// The length of an interval.
+    pub interval: Duration,
+    /// How many intervals; none for until interrupted.
+    pub count: Option<u64>,
+    /// The end of the guest physical addresses that are told apart; found out where not given.
+    pub max_address_bytes: Option<u64>,
+    /// Whether to write-protect the VM's pages meanwhile (hosted VMs only).
+    pub arm: bool,
+    /// Whether the BPF programs' own diagnostics are printed.
+    pub probe_log: bool,
+}
+
+/// One interval of one VM, as it is printed.
+#[derive(Clone, Debug, Serialize)]
+pub struct DirtyRateReport {
+    /// Whose.
+    pub vm: Observed,
+    /// The figures.
+    #[serde(flatten)]
+    pub rate: DirtyRate,
+    /// Sources that could not be attached, and why.
+    pub missing_sources: Vec<MissingSource>,
+}
+
+impl Schema for DirtyRateReport {
+    const SCHEMA: &'static str = "dunlin.dirty-rate/v1";
+}
+
+/// The VM that is observed.
+#[derive(Clone, Debug, Serialize)]
+pub struct Observed {
+    /// Its name: of a hosted VM its own, else its process's.
+    pub name: String,
+    /// Its identity, where it is known.
+    pub vm_id: Option<VmId>,
+    /// Its process.
+    pub pid: u32,
+    /// Its vCPUs.
+    pub cpus: u32,
+}
+
+/// A tracepoint that is not listened to.
+#[derive(Clone, Debug, Serialize)]
+pub struct MissingSource {
+    /// Its name.
+    pub name: String,
+    /// What is not seen without it.
+    pub gives: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// How an observation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// All intervals are done.
+    Counted,
+    /// A signal came.
+    Interrupted,
+    /// The VM's process ended.
+    VmGone,
+}
+
+/// Why there is nothing to report.
+#[derive(Debug, thiserror::Error)]
+pub enum ObserveVmError {
+    /// No hosted VM of that name.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// The process is no VM, or may not be looked at.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    /// The counters could not be attached.
+    #[error(transparent)]
+    Probe(#[from] ProbeError),
+    /// The observation broke off.
+    #[error(transparent)]
+    Track(#[from] track::ObserveError),
+    /// The VM could not be let go.
+    #[error(transparent)]
+    Disarm(#[from] ArmError),
+    /// Only hosted VMs can be write-protected.
+    #[error("process {0} is no VM that dunlin runs, so its pages cannot be write-protected; leave --arm out")]
+    NotHosted(u32),
+}
+
+/// Reports interval after interval to `each`.
+///
+/// # Errors
+/// No such VM, or no way to count; says what to do.
+pub fn observe(
+    request: &ObserveRequest,
+    interrupt: &Interrupt,
+    mut each: impl FnMut(&DirtyRateReport),
+) -> Result<Ended, ObserveVmError> {
+    let registry = Registry::new(&request.run_dir);
+    let (pid, hosted) = match find(&registry, &request.vm)? {
+        Found::Hosted(entry) => (entry.pid, Some(entry)),
+        Found::Process(pid) => (pid, None),
+    };
+    let process = KvmProcess::open(pid)?;
+    let arm = match (request.arm, &hosted) {
+        (false, _) => None,
+        (true, Some(entry)) => {
+            Some(Box::new(ControlSocketArm::new(registry.socket(&entry.name, "control"))) as Box<dyn Arm>)
+        }
+        (true, None) => return Err(ObserveVmError::NotHosted(pid)),
+    };
+    let memory_bytes = hosted.as_ref().map_or(process.address_space_bytes, |entry| entry.memory_bytes);
+    let end_bytes = request.max_address_bytes.unwrap_or_else(|| memory_bytes.saturating_add(HOLE_BYTES));
+    let counters =
+        KernelCounters::attach(ProbeOptions { pid, frames: PageCount::covering(end_bytes), log: request.probe_log })?;
+    let vm = Observed {
+        name: hosted.as_ref().map_or_else(|| process.name.clone(), |entry| entry.name.to_string()),
+        vm_id: hosted.as_ref().map(|entry| entry.vm_id),
+        pid,
+        cpus: process.cpus,
+    };
+    let mut observer = Observer::start(counters, MonotonicClock::default(), arm)?;
+    let missing_sources = missing_sources(&observer);
+    let mut deadline = Instant::now();
+    let mut left = request.count;
+    let ended = loop {
+        if left == Some(0) {
+            break Ended::Counted;
+        }
+        // From the start of the last interval, not from now: the intervals do not drift with the time that printing takes.
+        deadline = (deadline + request.interval).max(Instant::now());
+        if interrupt.wait_until(deadline) {
+            break Ended::Interrupted;
+        }
+        if !process.is_alive() {
+            break Ended::VmGone;
+        }
+        let mut rate = observer.measure()?;
+        for thread in &mut rate.threads {
+            thread.name = process.thread_name(thread.thread_id);
+        }
+        each(&DirtyRateReport { vm: vm.clone(), rate, missing_sources: missing_sources.clone() });
+        left = left.map(|left| left - 1);
+    };
+    if ended == Ended::VmGone {
+        drop(observer)
+    } else {
+        observer.stop()?
+    }
+    Ok(ended)
+}
+
+/// What a VM argument points at.
+enum Found {
+    /// A VM that dunlin runs.
+    Hosted(MachineEntry),
+    /// Some other process.
+    Process(u32),
+}
+
+fn find(registry: &Registry, vm: &VmRef) -> Result<Found, RegistryError> {
+    match (registry.find(vm), vm) {
+        (Ok(entry), _) => Ok(Found::Hosted(entry)),
+        (Err(_), VmRef::Pid(pid)) => Ok(Found::Process(*pid)),
+        (Err(error), _) => Err(error),
+    }
+}
+
+fn missing_sources(observer: &Observer<KernelCounters, MonotonicClock>) -> Vec<MissingSource> {
+    let missing = observer.hooks().iter().filter_map(|hook| {
+        let reason = hook.missing.clone()?;
+        Some(MissingSource { name: hook.name.clone(), gives: hook.gives.clone(), reason })
+    });
+    missing.collect()
+}

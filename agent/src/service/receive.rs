@@ -1,0 +1,359 @@
+//! The manager at a target: listens, starts a machine process for an offer, runs [`crate::migrate::target`], repeats the
+//! announcements, and answers sources that ask later.
+
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::clock::MonotonicClock;
+use super::events::{EventLog, Hold};
+use super::machine::Places;
+use super::registry::Registry;
+use super::session::{Creation, RemoteMachine, SESSION_VERSION};
+use crate::announce::Schedule;
+use crate::link::{Arrival, Listener, TcpTarget};
+use crate::migrate::target::{Arrived, Host, Reservation, Target, TargetError};
+use crate::migrate::{CancelFlag, ControlMessage, Offer, TargetState};
+use crate::model::id::VmName;
+use crate::model::{DiskSpec, MachineShape, MigrationId, NetSpec, SerialSpec};
+use crate::port::{Clock, ControlChannel, Journal, JournalError, JournalRecord, LinkError, Region, TargetLink};
+use crate::store::FileJournal;
+
+/// Nothing moving for this long counts as a stalled peer.
+const STALL: Duration = Duration::from_secs(10);
+/// How often waits look at the cancel flag.
+const TICK: Duration = Duration::from_millis(200);
+/// How long a connected peer may take to say what it wants.
+const GREETING_LIMIT: Duration = Duration::from_secs(5);
+
+/// A target that cannot listen, or lost what it received.
+#[derive(Debug, thiserror::Error)]
+pub enum ReceiveError {
+    /// The journal.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The link.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The VM did not come.
+    #[error(transparent)]
+    Target(#[from] TargetError),
+    /// The event log.
+    #[error("event log: {0}")]
+    Events(std::io::Error),
+}
+
+/// What `dunlin vm receive` was asked.
+#[derive(Debug)]
+pub struct ReceiveRequest {
+    /// The name that the VM gets here; its own if `None`.
+    pub name: Option<VmName>,
+    /// Network ports of this host, in the VM's order; the source's names if empty.
+    pub nets: Vec<NetSpec>,
+    /// Disks of this host, in the VM's order; the source's paths if empty.
+    pub disks: Vec<DiskSpec>,
+    /// Where the console goes.
+    pub serial: SerialSpec,
+    /// Where things are.
+    pub places: Places,
+    /// Where events go.
+    pub events: Option<PathBuf>,
+    /// For tests: stop at a step.
+    pub hold: Option<Hold>,
+}
+
+/// Starts machine processes.
+struct LocalHost<'a> {
+    request: &'a ReceiveRequest,
+    child: Option<Child>,
+}
+
+impl LocalHost<'_> {
+    /// The offered shape with this host's name, taps and disks.
+    fn localise(&self, offered: &MachineShape) -> Result<MachineShape, String> {
+        let mut shape = offered.clone();
+        if let Some(name) = &self.request.name {
+            shape.name = name.clone();
+        }
+        let (nets, disks) = (&self.request.nets, &self.request.disks);
+        if !nets.is_empty() {
+            if nets.len() != shape.nets.len() {
+                return Err(format!("the VM has {} network ports, --net names {}", shape.nets.len(), nets.len()));
+            }
+            for net in &mut shape.nets {
+                let Some(own) = nets.iter().find(|own| own.mac == net.mac) else {
+                    return Err(format!("no --net here has the VM's MAC address {}", net.mac));
+                };
+                net.tap.clone_from(&own.tap);
+                if !own.ips.is_empty() {
+                    net.ips.clone_from(&own.ips);
+                }
+            }
+        }
+        if !disks.is_empty() {
+            if disks.len() != shape.disks.len() {
+                return Err(format!("the VM has {} disks, --disk names {}", shape.disks.len(), disks.len()));
+            }
+            for (disk, own) in shape.disks.iter_mut().zip(disks) {
+                if disk.readonly != own.readonly {
+                    return Err(format!(
+                        "disk {} and {} differ in `readonly`",
+                        disk.path.display(),
+                        own.path.display()
+                    ));
+                }
+                disk.path.clone_from(&own.path);
+            }
+        }
+        Ok(shape)
+    }
+
+    /// Starts a machine process in a session of its own: a signal to this manager's terminal, or its death, must not
+    /// reach it.
+    fn spawn(&self) -> std::io::Result<(Child, UnixStream)> {
+        let (ours, theirs) = UnixStream::pair()?;
+        let theirs: OwnedFd = theirs.into();
+        let number = theirs.as_raw_fd();
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(["vm", "run", "--incoming-fd", &number.to_string()]);
+        if self.request.serial != SerialSpec::Stdio {
+            command.stdin(Stdio::null());
+        }
+        // SAFETY: between fork and exec only async-signal-safe calls are made (setsid, fcntl), and `number` stays open in
+        // the parent until the child has been spawned.
+        unsafe {
+            command.pre_exec(move || {
+                rustix::process::setsid()?;
+                let kept = BorrowedFd::borrow_raw(number);
+                Ok(rustix::io::fcntl_setfd(kept, rustix::io::FdFlags::empty())?)
+            });
+        }
+        let child = command.spawn()?;
+        Ok((child, ours))
+    }
+
+    fn make(&mut self, offer: &Offer) -> Result<RemoteMachine, String> {
+        let shape = self.localise(&offer.shape)?;
+        let places = &self.request.places;
+        if let Some(taken) = Registry::new(&places.run_dir).list().into_iter().find(|entry| entry.name == shape.name) {
+            return Err(format!("a VM named `{}` runs here already (pid {})", taken.name, taken.pid));
+        }
+        check_memory(shape.memory_bytes)?;
+        let journal = FileJournal::open(&places.state_dir).map_err(|error| error.to_string())?;
+        let (child, stream) = self.spawn().map_err(|error| format!("starting a machine process: {error}"))?;
+        let pid = child.id();
+        self.child = Some(child);
+        let creation = Creation {
+            version: SESSION_VERSION,
+            migration: offer.migration_id,
+            shape,
+            serial: self.request.serial.clone(),
+            run_dir: places.run_dir.clone(),
+            state_dir: places.state_dir.clone(),
+        };
+        let mut machine = RemoteMachine::create(stream, creation, journal).map_err(|error| error.to_string())?;
+        machine.set_process(pid).map_err(|error| error.to_string())?;
+        Ok(machine)
+    }
+}
+
+/// Refuses memory that this host does not have free, so that a VM is not received only to be killed.
+fn check_memory(bytes: u64) -> Result<(), String> {
+    let text = std::fs::read_to_string("/proc/meminfo").map_err(|error| error.to_string())?;
+    let available = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB"));
+    let Some(available) = available.and_then(|kib| kib.parse::<u64>().ok()) else { return Ok(()) };
+    let available = available << 10;
+    if bytes <= available {
+        return Ok(());
+    }
+    Err(format!(
+        "the VM has {}, this host has {} available",
+        crate::model::units::display_bytes(bytes),
+        crate::model::units::display_bytes(available)
+    ))
+}
+
+impl Host for LocalHost<'_> {
+    fn reserve(&mut self, offer: &Offer) -> Result<Reservation, String> {
+        match self.make(offer) {
+            Ok(machine) => {
+                let region = machine.region() as Arc<dyn Region>;
+                Ok(Reservation { machine: Box::new(machine), region })
+            }
+            Err(reason) => {
+                // The process has nobody to serve: its session has ended, and it exits.
+                if let Some(mut child) = self.child.take() {
+                    let _ = child.kill();
+                    let _ = child.wait();
+                }
+                Err(reason)
+            }
+        }
+    }
+}
+
+/// A VM that runs here.
+pub struct Received {
+    /// The migration that brought it.
+    pub migration_id: MigrationId,
+    /// Its machine process.
+    pub child: Child,
+    /// Pages compared under `--verify`.
+    pub verified_pages: u64,
+}
+
+/// Waits for one VM. Attempts that fail before the VM is here are reported, and waited on for the next.
+///
+/// # Errors
+/// What ended the waiting.
+pub fn receive(
+    request: &ReceiveRequest,
+    listener: &Listener,
+    cancel: &CancelFlag,
+) -> Result<Option<Received>, ReceiveError> {
+    let journal = FileJournal::open(&request.places.state_dir)?;
+    while !cancel.is_set() {
+        let Some(arrival) = listener.accept(TICK)? else { continue };
+        match attempt(request, listener, arrival, &journal, cancel) {
+            Ok(Some(received)) => return Ok(Some(received)),
+            Ok(None) => {}
+            Err(error @ ReceiveError::Target(TargetError::LostOwned(_))) => return Err(error),
+            Err(error) => {
+                tracing::warn!("{error}");
+                eprintln!("dunlin: no VM received: {error}; waiting for the next");
+            }
+        }
+    }
+    Ok(None)
+}
+
+fn attempt(
+    request: &ReceiveRequest,
+    listener: &Listener,
+    arrival: Arrival,
+    journal: &FileJournal,
+    cancel: &CancelFlag,
+) -> Result<Option<Received>, ReceiveError> {
+    let migration = arrival.migration();
+    let mut link = TcpTarget::<ControlMessage>::new(listener, arrival, STALL)?;
+    let control = link.control();
+    let Some(first) = control.recv(GREETING_LIMIT)? else {
+        return Err(LinkError::Stalled { doing: "waiting for an offer", after: GREETING_LIMIT }.into());
+    };
+    if let ControlMessage::Query(asked) = first {
+        answer_query(journal, asked, control.as_ref())?;
+        return Ok(None);
+    }
+    let observer = EventLog::new(migration, "target", request.events.as_deref(), request.hold.clone(), false)
+        .map_err(ReceiveError::Events)?;
+    let mut host = LocalHost { request, child: None };
+    let arrived = Target {
+        link: &mut link,
+        host: &mut host,
+        clock: &MonotonicClock,
+        observer: &observer,
+        cancel: cancel.clone(),
+        stall: STALL,
+    }
+    .run(first);
+    let child = host.child.take();
+    match (arrived, child) {
+        (Ok(arrived), Some(child)) => {
+            let (migration_id, verified_pages) = (arrived.migration_id, arrived.verified_pages);
+            repeat_announcements(arrived);
+            Ok(Some(Received { migration_id, child, verified_pages }))
+        }
+        (Ok(_), None) => unreachable!("a VM arrived without a machine process"),
+        (Err(error), child) => {
+            // Whatever machine there was has been told to end, or has died; nothing may stay behind.
+            if let Some(mut child) = child {
+                end(&mut child);
+            }
+            Err(error.into())
+        }
+    }
+}
+
+/// Sees a discarded machine process off.
+fn end(child: &mut Child) {
+    for _ in 0..50 {
+        if matches!(child.try_wait(), Ok(Some(_))) {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    tracing::warn!(pid = child.id(), "a discarded machine did not end by itself; killed");
+    let _ = child.kill();
+    let _ = child.wait();
+}
+
+/// The rounds of announcements that follow the first one, which left before the guest ran.
+fn repeat_announcements(arrived: Arrived) {
+    let mut machine = arrived.machine;
+    let migration = arrived.migration_id;
+    let repeat = move || {
+        let clock = MonotonicClock;
+        let began = clock.now();
+        for instant in Schedule::default().instants().skip(1) {
+            clock.sleep((began + instant).saturating_sub(clock.now()));
+            if let Err(error) = machine.announce() {
+                tracing::debug!(%migration, "announcing ended: {error}");
+                return;
+            }
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name("announce".into()).spawn(repeat) {
+        tracing::warn!("no thread for repeated announcements: {error}");
+    }
+}
+
+/// Tells a source that asks what became of a migration.
+fn answer_query(
+    journal: &FileJournal,
+    migration: MigrationId,
+    control: &dyn ControlChannel<ControlMessage>,
+) -> Result<(), ReceiveError> {
+    let state = match journal.last(migration)? {
+        Some(JournalRecord::Owner) => TargetState::Owner,
+        Some(JournalRecord::Prepared) => TargetState::Prepared,
+        Some(JournalRecord::NeverOwner) => TargetState::NeverOwner,
+        // Unknown here is no "never": the journal may be on another disk. Say nothing rather than a wrong thing.
+        other => {
+            tracing::warn!(%migration, "asked about a migration that ended in {other:?} here");
+            return Ok(());
+        }
+    };
+    control.send(&ControlMessage::State(state))?;
+    Ok(())
+}
+
+/// Serves late questions on `listener` until `stop` says so: a source that lost contact after `released` asks here.
+pub fn answer_questions(
+    listener: &Listener,
+    state_dir: &Path,
+    stop: &mut dyn FnMut() -> bool,
+) -> Result<(), ReceiveError> {
+    let journal = FileJournal::open(state_dir)?;
+    while !stop() {
+        let Some(arrival) = listener.accept(TICK)? else { continue };
+        let answered =
+            TcpTarget::<ControlMessage>::new(listener, arrival, STALL).map_err(ReceiveError::from).and_then(|link| {
+                match link.control().recv(GREETING_LIMIT)? {
+                    Some(ControlMessage::Query(asked)) => answer_query(&journal, asked, link.control().as_ref()),
+                    Some(ControlMessage::Offer(_)) => {
+                        let busy = "this receiver has its VM already; start another `dunlin vm receive`".to_owned();
+                        Ok(link.control().send(&ControlMessage::Refuse(busy))?)
+                    }
+                    _ => Ok(()),
+                }
+            });
+        if let Err(error) = answered {
+            tracing::warn!("a late question: {error}");
+        }
+    }
+    Ok(())
+}

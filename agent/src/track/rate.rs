@@ -1,0 +1,225 @@
+//! From two samples and the pages between them to rates. Pure.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::regime::Regime;
+use crate::model::{PageCount, PagesPerSecond};
+use crate::port::{EventSample, LostEvents, ThreadEvents};
+
+/// Which event a rate counts.
+const FROM_RING: &str = "kvm_dirty_ring_push";
+const FROM_PAGE_TABLES: &str = "kvm_mmu_set_spte, fast_page_fault";
+
+/// How a VM wrote its memory during one interval.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct DirtyRate {
+    /// The interval's true length.
+    pub interval_ns: u64,
+    /// Events of [`DirtyRate::source`] per second.
+    pub pages_per_second: f64,
+    /// The same in bytes.
+    pub bytes_per_second: f64,
+    /// Different pages that turned writable in the interval.
+    pub unique_pages: u64,
+    /// The same in bytes.
+    pub unique_bytes: u64,
+    /// Under which conditions.
+    pub regime: Regime,
+    /// What the figures mean then.
+    pub meaning: &'static str,
+    /// Whether the true rate may be higher.
+    pub is_lower_bound: bool,
+    /// The tracepoints that the rate was counted on.
+    pub source: &'static str,
+    /// Mappings of 2 MiB and larger among the events: each counts all pages that it covers.
+    pub huge_mappings: u64,
+    /// Threads that caused events since tracking began, busiest first.
+    pub threads: Vec<ThreadRate>,
+    /// Exits to user space in the interval, by reason.
+    pub exits: BTreeMap<String, u64>,
+    /// Events that were not counted in full, in the interval.
+    pub lost_events: Lost,
+}
+
+/// One thread's part.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ThreadRate {
+    /// Thread id: a vCPU's thread, or one that acts for the VM.
+    pub thread_id: u32,
+    /// The thread's name, where it has one.
+    pub name: Option<String>,
+    /// Its pages per second.
+    pub pages_per_second: f64,
+    /// Its part of all pages, 0 to 1.
+    pub share: f64,
+    /// Its exits to user space per second.
+    pub exits_per_second: f64,
+}
+
+/// [`LostEvents`] with their sum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Lost {
+    /// All.
+    pub total: u64,
+    /// Pages beyond the tracked range.
+    pub out_of_range: u64,
+    /// Events of threads for which there was no room.
+    pub threads_full: u64,
+    /// Exits for whose reason there was no room.
+    pub exits_full: u64,
+    /// Mappings larger than 2 MiB.
+    pub too_large: u64,
+    /// Page table entries that could not be read.
+    pub unreadable: u64,
+}
+
+impl From<LostEvents> for Lost {
+    fn from(lost: LostEvents) -> Self {
+        Self {
+            total: lost.total(),
+            out_of_range: lost.out_of_range,
+            threads_full: lost.threads_full,
+            exits_full: lost.exits_full,
+            too_large: lost.too_large,
+            unreadable: lost.unreadable,
+        }
+    }
+}
+
+/// What happened between two samples that lie `interval` apart, in which `unique` different pages turned writable.
+/// `armed`: whether every page was write-protected at its start.
+pub fn rate_between(
+    before: &EventSample,
+    after: &EventSample,
+    interval: Duration,
+    unique: PageCount,
+    armed: bool,
+) -> DirtyRate {
+    let nothing = ThreadEvents::default();
+    let threads: Vec<(u32, ThreadEvents)> =
+        after.threads.iter().map(|(&id, now)| (id, since(now, before.threads.get(&id).unwrap_or(&nothing)))).collect();
+    let sum = |of: fn(&ThreadEvents) -> u64| threads.iter().map(|(_, events)| of(events)).sum::<u64>();
+    let (pushed, mapped) = (sum(|e| e.dirty_ring_pushes), sum(|e| e.pages_made_writable));
+    // While a ring is on it sees at least what the page tables show, and writes by KVM itself besides. It sees less only
+    // in an interval in which it was switched on.
+    let from_ring = pushed > 0 && pushed >= mapped;
+    let pages_of: fn(&ThreadEvents) -> u64 =
+        if from_ring { |e| e.dirty_ring_pushes } else { |e| e.pages_made_writable };
+    let regime = if armed {
+        Regime::Armed
+    } else if pushed > 0 {
+        Regime::Logged
+    } else {
+        Regime::Passive
+    };
+    let pages = sum(pages_of);
+    let rate = PagesPerSecond::over(PageCount(pages), interval);
+    let mut exits = BTreeMap::new();
+    for (reason, &count) in threads.iter().flat_map(|(_, events)| &events.exits) {
+        *exits.entry(reason.clone()).or_default() += count;
+    }
+    exits.retain(|_, count| *count > 0);
+    let mut rates: Vec<ThreadRate> = threads
+        .iter()
+        .map(|(id, events)| ThreadRate {
+            thread_id: *id,
+            name: None,
+            pages_per_second: PagesPerSecond::over(PageCount(pages_of(events)), interval).0,
+            share: if pages == 0 { 0.0 } else { pages_of(events) as f64 / pages as f64 },
+            exits_per_second: PagesPerSecond::over(PageCount(events.exits.values().sum()), interval).0,
+        })
+        .collect();
+    rates.sort_by(|a, b| b.pages_per_second.total_cmp(&a.pages_per_second).then(a.thread_id.cmp(&b.thread_id)));
+    DirtyRate {
+        interval_ns: interval.as_nanos() as u64,
+        pages_per_second: rate.0,
+        bytes_per_second: rate.0 * PageCount(1).bytes() as f64,
+        unique_pages: unique.0,
+        unique_bytes: unique.bytes(),
+        regime,
+        meaning: regime.meaning(),
+        is_lower_bound: regime.is_lower_bound(),
+        source: if from_ring { FROM_RING } else { FROM_PAGE_TABLES },
+        huge_mappings: sum(|e| e.huge_mappings),
+        threads: rates,
+        exits,
+        lost_events: after.lost.since(&before.lost).into(),
+    }
+}
+
+/// What one thread did since `before`. A counter that went back belongs to a new thread of the same id.
+fn since(now: &ThreadEvents, before: &ThreadEvents) -> ThreadEvents {
+    let difference = |now: u64, before: u64| now.checked_sub(before).unwrap_or(now);
+    let exits = now.exits.iter().map(|(reason, &count)| {
+        (reason.clone(), difference(count, before.exits.get(reason).copied().unwrap_or_default()))
+    });
+    ThreadEvents {
+        pages_made_writable: difference(now.pages_made_writable, before.pages_made_writable),
+        huge_mappings: difference(now.huge_mappings, before.huge_mappings),
+        dirty_ring_pushes: difference(now.dirty_ring_pushes, before.dirty_ring_pushes),
+        exits: exits.collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(threads: &[(u32, u64, u64)]) -> EventSample {
+        let threads = threads.iter().map(|&(id, pages_made_writable, dirty_ring_pushes)| {
+            let exits = BTreeMap::from([("mmio".to_owned(), pages_made_writable / 10)]);
+            (id, ThreadEvents { pages_made_writable, dirty_ring_pushes, exits, ..ThreadEvents::default() })
+        });
+        EventSample { threads: threads.collect(), lost: LostEvents::default() }
+    }
+
+    fn close(a: f64, b: f64) -> bool {
+        (a - b).abs() < 1e-9
+    }
+
+    #[test]
+    fn only_what_happened_in_the_interval_counts() {
+        let before = sample(&[(1, 100, 0), (2, 50, 0)]);
+        let after = sample(&[(1, 400, 0), (2, 150, 0), (3, 100, 0)]);
+        let rate = rate_between(&before, &after, Duration::from_millis(500), PageCount(350), false);
+        assert!(close(rate.pages_per_second, 1000.0) && close(rate.bytes_per_second, 4_096_000.0));
+        assert_eq!((rate.unique_pages, rate.regime, rate.is_lower_bound), (350, Regime::Passive, true));
+        assert_eq!(rate.threads.iter().map(|t| t.thread_id).collect::<Vec<_>>(), [1, 2, 3]);
+        assert!(close(rate.threads[0].share, 0.6));
+        assert_eq!(rate.exits, BTreeMap::from([("mmio".to_owned(), 30 + 10 + 10)]));
+    }
+
+    #[test]
+    fn a_ring_names_its_regime_and_wins_unless_it_was_switched_on_midway() {
+        let before = sample(&[(1, 0, 0)]);
+        let whole = rate_between(&before, &sample(&[(1, 100, 103)]), Duration::from_secs(1), PageCount(100), false);
+        assert_eq!((whole.regime, whole.source), (Regime::Logged, FROM_RING));
+        assert!(close(whole.pages_per_second, 103.0));
+        let part = rate_between(&before, &sample(&[(1, 100, 20)]), Duration::from_secs(1), PageCount(100), false);
+        assert_eq!((part.regime, part.source), (Regime::Logged, FROM_PAGE_TABLES));
+        let armed = rate_between(&before, &sample(&[(1, 100, 103)]), Duration::from_secs(1), PageCount(100), true);
+        assert_eq!((armed.regime, armed.is_lower_bound), (Regime::Armed, false));
+    }
+
+    #[test]
+    fn an_empty_interval_and_a_reused_thread_id_are_no_nonsense() {
+        let empty = rate_between(&sample(&[]), &sample(&[]), Duration::ZERO, PageCount(0), false);
+        assert!(close(empty.pages_per_second, 0.0));
+        let reused =
+            rate_between(&sample(&[(1, 500, 0)]), &sample(&[(1, 7, 0)]), Duration::from_secs(1), PageCount(7), false);
+        assert!(close(reused.pages_per_second, 7.0));
+    }
+
+    #[test]
+    fn losses_are_those_of_the_interval() {
+        let mut before = sample(&[]);
+        let mut after = sample(&[]);
+        before.lost.out_of_range = 5;
+        after.lost = LostEvents { out_of_range: 8, unreadable: 1, ..before.lost };
+        let rate = rate_between(&before, &after, Duration::from_secs(1), PageCount(0), false);
+        assert_eq!((rate.lost_events.total, rate.lost_events.out_of_range), (4, 3));
+    }
+}

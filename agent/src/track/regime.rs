@@ -1,0 +1,39 @@
+//! Under which conditions a figure was taken. The same events mean different things with and without write protection,
+//! so no figure is printed without its regime.
+
+use serde::Serialize;
+
+/// What made pages turn writable during an interval.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Regime {
+    /// Nothing write-protects the VM's pages, as far as can be seen.
+    Passive,
+    /// We had every page write-protected at the start of the interval.
+    Armed,
+    /// Someone else has a dirty ring switched on: a migration, most likely.
+    Logged,
+}
+
+impl Regime {
+    /// What the figures mean under this regime.
+    pub const fn meaning(self) -> &'static str {
+        match self {
+            Self::Passive => {
+                "lower bound: nothing write-protects the pages, so a page counts once when it is first mapped writable and \
+                 never again, however often it is written; a page that was only read or executed may count too"
+            }
+            Self::Armed => {
+                "every page was write-protected at the start of the interval: the unique pages are those written in it"
+            }
+            Self::Logged => {
+                "a dirty ring is switched on by someone else (a migration?): a page counts once between two of its harvests"
+            }
+        }
+    }
+
+    /// Whether the true rate may be higher than the figure by any amount.
+    pub const fn is_lower_bound(self) -> bool {
+        matches!(self, Self::Passive)
+    }
+}
