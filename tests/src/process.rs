@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
 /// A process of ours; killed and reaped on drop.
@@ -49,7 +50,9 @@ impl OwnProcess {
         if !self.reaped {
             let pidfd: OwnedFd = pidfd_open(self.pid()?, PidfdFlags::empty()).context("pidfd_open")?;
             let limit = Timespec::try_from(limit).context("time limit")?;
-            if poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&limit)).context("poll pidfd")? == 0 {
+            if retry_on_intr(|| poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&limit))).context("poll pidfd")?
+                == 0
+            {
                 return Ok(None);
             }
         }

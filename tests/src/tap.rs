@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use dunlin::port::FramePort;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 
 /// An open tap; while it is open the interface has a carrier.
 #[derive(Debug)]
@@ -46,7 +47,7 @@ impl TestTap {
     /// The tap is gone.
     pub fn receive(&self, limit: Duration) -> io::Result<Option<Vec<u8>>> {
         let limit = Timespec::try_from(limit).map_err(|_| io::ErrorKind::InvalidInput)?;
-        if poll(&mut [PollFd::new(&self.file.as_fd(), PollFlags::IN)], Some(&limit))? == 0 {
+        if retry_on_intr(|| poll(&mut [PollFd::new(&self.file.as_fd(), PollFlags::IN)], Some(&limit)))? == 0 {
             return Ok(None);
         }
         let mut frame = vec![0; 65_536];

@@ -60,6 +60,8 @@ pub struct RawDisk {
     sectors: u64,
     locked: bool,
     unflushed: bool,
+    /// A write-back that failed while the guest was not asking: it is told at its next flush.
+    owed: Option<io::Error>,
 }
 
 impl RawDisk {
@@ -88,7 +90,7 @@ impl RawDisk {
             tracing::warn!(path = %path.display(), bytes, "the disk ends inside a sector; the guest will not see its tail");
         }
         let sectors = bytes / SECTOR_BYTES;
-        Ok(Self { file, path, readonly: spec.readonly, sectors, locked: false, unflushed: false })
+        Ok(Self { file, path, readonly: spec.readonly, sectors, locked: false, unflushed: false, owed: None })
     }
 
     /// The file's name.
@@ -131,16 +133,42 @@ impl RawDisk {
         from.write_at(&self.file, offset)
     }
 
-    /// Makes durable what was written (`fdatasync`); costs nothing if nothing was.
+    /// Makes durable what was written (`fdatasync`), because the guest asks; costs nothing if nothing was.
     ///
     /// # Errors
-    /// What the kernel answered. What it could not write may be lost to any later flush (Linux reports it once).
+    /// What the kernel answers now, or answered to a [`RawDisk::flush_for_handover`] before: Linux reports a lost page
+    /// once, and whoever wrote it must hear of it.
     pub fn flush(&mut self) -> io::Result<()> {
+        if let Some(owed) = self.owed.take() {
+            return Err(owed);
+        }
         if self.unflushed {
             rustix::fs::fdatasync(self.file.as_fd())?;
             self.unflushed = false;
         }
         Ok(())
+    }
+
+    /// The same with nobody asking: before another host takes over.
+    ///
+    /// # Errors
+    /// As for [`RawDisk::flush`]; the guest will hear of it too.
+    pub fn flush_for_handover(&mut self) -> io::Result<()> {
+        self.flush().inspect_err(|error| self.owe(error))
+    }
+
+    /// Remembers a failed write-back for the guest's next flush.
+    pub fn owe(&mut self, error: &io::Error) {
+        self.owed = Some(error.raw_os_error().map_or_else(|| error.kind().into(), io::Error::from_raw_os_error));
+    }
+
+    /// Another handle on the file, to write back in another thread what is dirty so far. Report a failure with
+    /// [`RawDisk::owe`].
+    ///
+    /// # Errors
+    /// No file descriptor is left.
+    pub fn write_back_handle(&self) -> io::Result<File> {
+        self.file.try_clone()
     }
 
     /// Takes the disk for this process alone (or, read-only, for readers alone). Idempotent.
@@ -235,6 +263,16 @@ mod tests {
         let mut back = [0; 512];
         assert_eq!(disk.read(&mut Sink::default().host(&mut back), 512).unwrap(), 512);
         assert_eq!(back, [1; 512]);
+    }
+
+    #[test]
+    fn a_write_back_that_failed_unasked_is_told_at_the_next_flush() {
+        let file = image(1024);
+        let mut disk = RawDisk::open(&spec(file.path(), false)).unwrap();
+        disk.owe(&io::Error::from_raw_os_error(libc::EIO));
+        assert!(disk.flush_for_handover().is_err());
+        assert_eq!(disk.flush().unwrap_err().raw_os_error(), Some(libc::EIO));
+        disk.flush().unwrap();
     }
 
     #[test]

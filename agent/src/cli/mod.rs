@@ -3,6 +3,11 @@
 mod announce;
 mod dirty_rate;
 mod doctor;
+mod migrate;
+mod places;
+mod resolve;
+mod signals;
+mod vm;
 
 use clap::{Parser, Subcommand};
 
@@ -23,6 +28,10 @@ enum Command {
     Announce(announce::AnnounceArgs),
     DirtyRate(dirty_rate::DirtyRateArgs),
     Doctor(doctor::DoctorArgs),
+    Migrate(migrate::MigrateArgs),
+    Resolve(resolve::ResolveArgs),
+    #[command(subcommand)]
+    Vm(vm::VmCommand),
 }
 
 impl Cli {
@@ -35,6 +44,9 @@ impl Cli {
             Command::Announce(arguments) => arguments.run(self.json),
             Command::DirtyRate(arguments) => arguments.run(self.json),
             Command::Doctor(arguments) => arguments.run(self.json),
+            Command::Migrate(arguments) => arguments.run(self.json),
+            Command::Resolve(arguments) => arguments.run(self.json),
+            Command::Vm(command) => command.run(self.json),
         }
     }
 }

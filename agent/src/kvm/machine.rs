@@ -505,7 +505,7 @@ impl Machine {
             .collect::<Result<Vec<_>, StateError>>()?;
         sections.finish()?;
 
-        let time = vm.time_shift(&self.vm.fd, &self.support)?;
+        let time = vm.time_shift(&self.support);
         for (vcpu, state) in self.vcpus.iter().zip(&vcpus) {
             state.restore(&vcpu.fd(), &self.support, &time)?;
         }

@@ -9,6 +9,8 @@ pub mod console;
 pub mod container;
 mod control;
 pub mod dirty;
+#[cfg(test)]
+mod guest_tests;
 pub mod machine;
 #[cfg(test)]
 mod machine_tests;

@@ -151,6 +151,11 @@ impl XsaveSize {
         Self { xsave2: usize::try_from(size).ok().filter(|&size| size >= XSAVE_BYTES) }
     }
 
+    #[cfg(test)]
+    pub(crate) fn for_test(xsave2: Option<usize>) -> Self {
+        Self { xsave2 }
+    }
+
     /// The size in bytes.
     pub(crate) fn bytes(self) -> usize {
         self.xsave2.unwrap_or(XSAVE_BYTES)

@@ -60,9 +60,15 @@ impl PnetPort {
 
 impl FramePort for PnetPort {
     fn send(&mut self, frame: &[u8]) -> io::Result<()> {
-        // `None` is pnet's word for "frame too large for my buffer".
-        let result = self.sender.send_to(frame, None).unwrap_or_else(|| Err(io::ErrorKind::InvalidInput.into()));
-        result.map_err(|error| io::Error::new(error.kind(), format!("`{}`: {error}", self.name)))
+        loop {
+            // `None` is pnet's word for "frame too large for my buffer".
+            match self.sender.send_to(frame, None).unwrap_or_else(|| Err(io::ErrorKind::InvalidInput.into())) {
+                Ok(()) => return Ok(()),
+                // A signal came while pnet waited for room in the queue; nothing was sent.
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(io::Error::new(error.kind(), format!("`{}`: {error}", self.name))),
+            }
+        }
     }
 }
 

@@ -81,9 +81,10 @@ pub fn announce(
         report.frames_failed += round.frames_failed;
         on_round(round);
     };
-    let first = announcer.first_round(&mut port, &MonotonicClock);
+    let clock = MonotonicClock::default();
+    let first = announcer.first_round(&mut port, &clock);
     count(&first.round);
-    let cancelled = announcer.repeat(&first, &mut port, &MonotonicClock, cancel, &mut count);
+    let cancelled = announcer.repeat(&first, &mut port, &clock, cancel, &mut count);
     report.cancelled = cancelled;
     Ok(report)
 }

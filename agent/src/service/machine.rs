@@ -17,7 +17,7 @@ use super::gate::{GateError, GateState, OnLoss, OwnershipGate};
 use super::registry::{MachineEntry, Registry, RegistryError, boot_id, start_time_ticks};
 use super::session::{Creation, Reply, Request, SESSION_VERSION, SessionError, SessionSocket};
 use crate::announce::{AddressError, Announcer, Schedule};
-use crate::block::RawDisk;
+use crate::block::raw::RawDisk;
 use crate::kvm::bus::{Device, DeviceError};
 use crate::kvm::machine::{BootConfig, HostedError, Hosting, Machine};
 use crate::kvm::memory::Memory;
@@ -32,6 +32,9 @@ use crate::store::FileJournal;
 
 /// Pages that are write-protected by one call while tracking: 4 GiB.
 const PROTECT_PAGES: u64 = 1 << 20;
+
+/// How long the process stays after an order has ended the machine, so that the answer reaches its client.
+const ANSWER_TIME: Duration = Duration::from_millis(100);
 
 /// A machine could not be hosted.
 #[derive(Debug, thiserror::Error)]
@@ -155,6 +158,8 @@ pub struct Host {
     session: Mutex<()>,
     announcer: Announcer,
     paused_by_operator: AtomicBool,
+    /// An order on the control socket has ended the machine: its answer must still get out.
+    answering: AtomicBool,
     registry: Registry,
     state_dir: PathBuf,
     since: Instant,
@@ -266,6 +271,7 @@ impl Host {
             session: Mutex::new(()),
             announcer,
             paused_by_operator: AtomicBool::new(false),
+            answering: AtomicBool::new(false),
             registry,
             state_dir: places.state_dir.clone(),
             since: Instant::now(),
@@ -385,6 +391,7 @@ impl Host {
     /// Ends the VM by an operator's order.
     pub fn stop(&self, who: &str) -> Result<(), String> {
         self.act(who, "stop", || {
+            self.answering.store(true, Ordering::Release);
             self.machine.stop();
             Ok(())
         })
@@ -398,6 +405,7 @@ impl Host {
             if owner == Owner::Here {
                 self.run_again();
             } else {
+                self.answering.store(true, Ordering::Release);
                 self.machine.stop();
             }
             Ok(())
@@ -580,8 +588,11 @@ impl Host {
     }
 
     /// Waits until the machine has ended, at most `timeout`; then takes its entry out of the run folder.
-    pub fn wait_end(&self, timeout: Duration) -> Option<crate::kvm::control::MachineExit> {
+    pub fn wait_end(&self, timeout: Duration) -> Option<crate::kvm::MachineExit> {
         let exit = self.machine.wait_exit(timeout)?;
+        if self.answering.load(Ordering::Acquire) {
+            std::thread::sleep(ANSWER_TIME);
+        }
         self.registry.leave(&self.machine.shape().name);
         Some(exit)
     }

@@ -4,6 +4,7 @@
 //! - [`migration`] is the manager at a source, [`receive`] the one at a target.
 //! - [`registry`] knows which VMs this host runs.
 //! - [`observe`] watches how one VM writes its memory; [`doctor`] tries what this host can do.
+//! - [`announce`] announces by hand, on an interface that an operator names.
 //!
 //! Everything that acts on a VM passes [`audit::record`].
 
@@ -21,4 +22,5 @@ pub mod migration;
 pub mod observe;
 pub mod receive;
 pub mod registry;
+pub mod resolve;
 pub mod session;

@@ -1,7 +1,7 @@
 //! The manager at a target: listens, starts a machine process for an offer, runs [`crate::migrate::target`], repeats the
 //! announcements, and answers sources that ask later.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -20,7 +20,7 @@ use crate::migrate::target::{Arrived, Host, Reservation, Target, TargetError};
 use crate::migrate::{CancelFlag, ControlMessage, Offer, TargetState};
 use crate::model::id::VmName;
 use crate::model::{DiskSpec, MachineShape, MigrationId, NetSpec, SerialSpec};
-use crate::port::{Clock, ControlChannel, Gate, Journal, JournalError, JournalRecord, LinkError, Region, TargetLink};
+use crate::port::{Clock, ControlChannel, Journal, JournalError, JournalRecord, LinkError, Region, TargetLink};
 use crate::store::FileJournal;
 
 /// Nothing moving for this long counts as a stalled peer.
@@ -29,8 +29,6 @@ const STALL: Duration = Duration::from_secs(10);
 const TICK: Duration = Duration::from_millis(200);
 /// How long a connected peer may take to say what it wants.
 const GREETING_LIMIT: Duration = Duration::from_secs(5);
-/// The descriptor number at which a machine process finds its session.
-const SESSION_FD: i32 = 3;
 
 /// A target that cannot listen, or lost what it received.
 #[derive(Debug, thiserror::Error)]
@@ -117,22 +115,17 @@ impl LocalHost<'_> {
         let theirs: OwnedFd = theirs.into();
         let number = theirs.as_raw_fd();
         let mut command = Command::new(std::env::current_exe()?);
-        command.args(["vm", "run", "--incoming-fd", &SESSION_FD.to_string()]);
+        command.args(["vm", "run", "--incoming-fd", &number.to_string()]);
         if self.request.serial != SerialSpec::Stdio {
             command.stdin(Stdio::null());
         }
-        // SAFETY: between fork and exec only async-signal-safe calls are made: setsid, dup2 and fcntl; `number` stays
-        // open in the parent until the child has been spawned.
+        // SAFETY: between fork and exec only async-signal-safe calls are made (setsid, fcntl), and `number` stays open in
+        // the parent until the child has been spawned.
         unsafe {
             command.pre_exec(move || {
                 rustix::process::setsid()?;
-                if number == SESSION_FD {
-                    let kept = std::os::fd::BorrowedFd::borrow_raw(number);
-                    rustix::io::fcntl_setfd(kept, rustix::io::FdFlags::empty())?;
-                } else if libc::dup2(number, SESSION_FD) < 0 {
-                    return Err(std::io::Error::last_os_error());
-                }
-                Ok(())
+                let kept = BorrowedFd::borrow_raw(number);
+                Ok(rustix::io::fcntl_setfd(kept, rustix::io::FdFlags::empty())?)
             });
         }
         let child = command.spawn()?;

@@ -2,7 +2,7 @@
 //!
 //! HTTP/1.0 with `Connection: close`, so that the body ends where the connection ends: the guest's server is small.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
@@ -26,7 +26,11 @@ pub fn http_get(server: SocketAddr, path: &str, limit: Duration) -> Result<Strin
     loop {
         let left = left().with_context(|| format!("http://{server}{path}: not done within {limit:?}"))?;
         stream.set_read_timeout(Some(left))?;
-        let length = stream.read(&mut chunk).with_context(|| format!("read http://{server}{path}"))?;
+        let length = match stream.read(&mut chunk) {
+            // With a time limit on the socket the kernel does not restart the call after a signal.
+            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+            result => result.with_context(|| format!("read http://{server}{path}"))?,
+        };
         if length == 0 {
             break;
         }

@@ -98,6 +98,16 @@ impl VirtioBlk {
         Self::assemble(&format!("disk{index}"), ram, BlkBackend::new(index, disk), None)
     }
 
+    /// Writes back what is dirty so far while the VM runs on, so that the flush at the next pause has little to do. Call it
+    /// before the vCPUs are stopped.
+    ///
+    /// # Errors
+    /// What the kernel answered; the guest will hear of it at its next flush.
+    pub fn flush_ahead(&self) -> io::Result<()> {
+        let file = self.transport().with_backend(|backend| backend.disk.write_back_handle())?;
+        file.sync_data().inspect_err(|error| self.transport().with_backend(|backend| backend.disk.owe(error)))
+    }
+
     /// What it did.
     pub fn stats(&self) -> DiskStats {
         let counters = self.transport().with_backend(|backend| backend.counters.clone());
@@ -269,7 +279,7 @@ impl Backend for BlkBackend {
 
     fn quiesce(&mut self) -> io::Result<()> {
         // Durable before it is anyone else's: another host reads it from the storage they share.
-        self.disk.flush()?;
+        self.disk.flush_for_handover()?;
         self.disk.unlock()
     }
 
@@ -491,6 +501,7 @@ mod tests {
         let error = target.resume().unwrap_err();
         let text = format!("{error}: {}", std::error::Error::source(&error).unwrap());
         assert!(text.contains("in use by another process") && text.contains("disk0"), "{text}");
+        source.flush_ahead().unwrap();
         assert!(source.transport().with_backend(|backend| backend.disk.unflushed()));
         source.pause().unwrap();
         assert!(!source.transport().with_backend(|backend| backend.disk.unflushed()), "handed over before durable");

@@ -25,10 +25,6 @@ impl<B: Backend> Job for Serve<B> {
     fn serve(&mut self, hold: &dyn Fn() -> bool) -> Served {
         self.0.serve(hold)
     }
-
-    fn lost(&mut self) {
-        self.0.with_backend(Backend::lost);
-    }
 }
 
 impl<B: Backend> VirtioDevice<B> {

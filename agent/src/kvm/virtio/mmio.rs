@@ -154,9 +154,6 @@ pub trait Backend: Send + 'static {
     /// A broken ring: the device will demand a reset.
     fn serve(&mut self, pass: &mut Pass<'_>) -> Result<Served, RingFault>;
 
-    /// The descriptor that the worker watches reported an error: it is of no more use.
-    fn lost(&mut self) {}
-
     /// The guest reset the device, or the machine was reset.
     fn reset(&mut self) {}
 
@@ -854,7 +851,10 @@ mod tests {
         assert_eq!(driver.completed(0), None, "before DRIVER_OK");
         driver.store(register::STATUS, OK);
         // A queue in use cannot be moved.
+        let before = bench.transport.save();
         driver.store(register::QUEUE_DESCRIPTORS_LOW, 0x5000);
+        driver.store(register::QUEUE_SIZE, 4);
+        assert_eq!(bench.transport.save(), before);
         assert!(!driver.set_up(1, SIZE.into(), Driver::place(1)), "a queue was set up while the device runs");
         bench.serve();
         assert_eq!(driver.completed(0), Some((0, 0)));

@@ -303,10 +303,6 @@ impl Backend for NetBackend {
         Ok(served)
     }
 
-    fn lost(&mut self) {
-        self.lost = true;
-    }
-
     fn send_frame(&mut self, frame: &[u8]) -> io::Result<()> {
         Source::default().host(&TRANSMIT_HEADER).host(frame).write(&self.wire)?;
         count(&self.counters.announced, 1);

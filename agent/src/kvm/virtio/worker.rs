@@ -18,9 +18,6 @@ use super::mmio::Served;
 pub(super) trait Job: Send {
     /// One bounded pass; returns early when `hold` says so.
     fn serve(&mut self, hold: &dyn Fn() -> bool) -> Served;
-
-    /// The watched descriptor reported an error; it is not watched any more.
-    fn lost(&mut self);
 }
 
 /// The thread is gone: it panicked.
@@ -172,8 +169,8 @@ impl Control {
             let broken = PollFlags::ERR | PollFlags::HUP | PollFlags::NVAL;
             let lost = fds.get(1 + signals.len()).is_some_and(|fd| fd.revents().intersects(broken));
             if lost {
+                // It would end every sleep from now on.
                 watched = None;
-                job.lost();
             }
             // Emptied before the pass: what is signalled during it is seen after it.
             for signal in std::iter::once(&self.wake).chain(signals) {
@@ -216,13 +213,11 @@ mod tests {
         fn serve(&mut self, _: &dyn Fn() -> bool) -> Served {
             self.inside.store(true, Ordering::SeqCst);
             self.passes.fetch_add(1, Ordering::SeqCst);
-            std::thread::sleep(Duration::from_micros(200));
+            std::thread::sleep(Duration::from_micros(20));
             assert!(self.passes.load(Ordering::SeqCst) < 100_000, "endless");
             self.inside.store(false, Ordering::SeqCst);
             Served { more: self.more, ..Served::default() }
         }
-
-        fn lost(&mut self) {}
     }
 
     #[test]
@@ -249,6 +244,16 @@ mod tests {
             worker.pause().unwrap();
         }
         assert!(longest < Duration::from_millis(500), "a pause took {longest:?}");
+        // Pauses that meet the worker anywhere between waking and its first pass.
+        for spins in 0..3000 {
+            worker.resume().unwrap();
+            (0..spins % 300 * 20).for_each(|_| std::hint::spin_loop());
+            worker.pause().unwrap();
+            let stood = passes.load(Ordering::SeqCst);
+            assert!(!inside.load(Ordering::SeqCst), "it stands inside a pass");
+            (0..500).for_each(|_| std::hint::spin_loop());
+            assert_eq!(passes.load(Ordering::SeqCst), stood, "a pass began after the pause");
+        }
     }
 
     #[test]
@@ -273,14 +278,33 @@ mod tests {
         wait_for(asleep + 1);
     }
 
+    #[test]
+    fn a_watched_descriptor_that_is_dead_does_not_keep_it_awake() {
+        struct Reader(Arc<AtomicU32>);
+
+        impl Job for Reader {
+            fn serve(&mut self, _: &dyn Fn() -> bool) -> Served {
+                self.0.fetch_add(1, Ordering::SeqCst);
+                Served { readable: true, ..Served::default() }
+            }
+        }
+
+        let passes = Arc::new(AtomicU32::new(0));
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        let worker = Worker::spawn("reader", vec![], Some(reader), Reader(passes.clone())).unwrap();
+        worker.resume().unwrap();
+        drop(writer);
+        std::thread::sleep(Duration::from_millis(50));
+        let count = passes.load(Ordering::SeqCst);
+        assert!((1..5).contains(&count), "{count} passes");
+    }
+
     struct Bomb;
 
     impl Job for Bomb {
         fn serve(&mut self, _: &dyn Fn() -> bool) -> Served {
             panic!("expected in this test")
         }
-
-        fn lost(&mut self) {}
     }
 
     #[test]

@@ -4,17 +4,18 @@
 //! know devices or threads: every vCPU stands with nothing pending.
 //!
 //! Time: a guest's clock and time-stamp counter go on by the time that the move took, measured by the hosts' real-time
-//! clocks, if that is at most [`LONGEST_BLACKOUT`]; a longer stop (a checkpoint) is no time for the guest.
+//! clocks, if that is at most [`LONGEST_BLACKOUT`]; a longer stop (a checkpoint) is no time for the guest. The moment of
+//! saving is taken here and not from KVM, which does not tell it on every host.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kvm_bindings::{
-    KVM_CAP_SREGS2, KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
-    kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    KVM_CAP_SREGS2, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_debugregs,
+    kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events,
+    kvm_xcrs,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
-use zerocopy::{FromBytes, IntoBytes};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::msr::{self, MsrList};
 use crate::kvm::container::{StateError, fields, put_field};
@@ -55,7 +56,7 @@ impl StateSupport {
     pub(crate) fn by_trial(kvm: &Kvm, vm: &VmFd, vcpu: &VcpuFd, tsc_khz: u32, scaled: bool) -> Result<Self, KvmError> {
         let sregs2 = vm.check_extension_raw(KVM_CAP_SREGS2.into()) > 0 && sys::get_sregs2(vcpu).is_ok();
         let msrs = MsrList::by_trial(kvm, vcpu)?;
-        let tsc_offset = !scaled && sys::get_tsc_offset(vcpu).is_some();
+        let tsc_offset = !scaled && takes_tsc_offset(vcpu);
         Ok(Self { sregs2, xsave: XsaveSize::of(vm), msrs, tsc_offset, tsc_khz })
     }
 
@@ -128,6 +129,7 @@ mod kind {
     pub(super) const IOAPIC: u16 = 3;
     pub(super) const PIT: u16 = 4;
     pub(super) const CLOCK: u16 = 5;
+    pub(super) const MOMENT: u16 = 6;
 }
 
 impl VcpuState {
@@ -175,10 +177,8 @@ impl VcpuState {
         vcpu.set_debug_regs(&self.debugregs).map_err(KvmError::of("KVM_SET_DEBUGREGS"))?;
         self.restore_msrs(vcpu, support)?;
         // The counter before the LAPIC, whose timer counts by it; the deadline after the LAPIC, which must be in its mode.
-        match self.tsc_offset {
-            Some(offset) if support.tsc_offset && time.known => {
-                sys::set_tsc_offset(vcpu, time.tsc_offset(offset))?;
-            }
+        match self.tsc_offset.and_then(|offset| time.tsc_offset(offset)) {
+            Some(offset) if support.tsc_offset => sys::set_tsc_offset(vcpu, offset)?,
             _ => msr::write(vcpu, &[msr_entry(msr::TSC, self.tsc.wrapping_add(time.tsc_ticks))])?,
         }
         vcpu.set_lapic(&self.lapic).map_err(KvmError::of("KVM_SET_LAPIC"))?;
@@ -285,6 +285,25 @@ pub(crate) struct VmState {
     ioapic: kvm_irqchip,
     pit: kvm_pit_state2,
     clock: kvm_clock_data,
+    moment: Moment,
+}
+
+/// A point in time, by a host's real-time clock and by its time-stamp counter.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub(crate) struct Moment {
+    realtime_ns: u64,
+    host_tsc: u64,
+}
+
+impl Moment {
+    /// Now, on this host.
+    fn now() -> Self {
+        let realtime = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        // SAFETY: reads a counter; every CPU that has KVM has it.
+        let host_tsc = unsafe { std::arch::x86_64::_rdtsc() };
+        Self { realtime_ns: realtime.as_nanos() as u64, host_tsc }
+    }
 }
 
 impl VmState {
@@ -301,6 +320,7 @@ impl VmState {
             ioapic: chip(KVM_IRQCHIP_IOAPIC)?,
             pit: vm.get_pit2().map_err(KvmError::of("KVM_GET_PIT2"))?,
             clock: vm.get_clock().map_err(KvmError::of("KVM_GET_CLOCK"))?,
+            moment: Moment::now(),
         })
     }
 
@@ -314,10 +334,9 @@ impl VmState {
         vm.set_clock(&clock).map_err(KvmError::of("KVM_SET_CLOCK"))
     }
 
-    /// How far the guest's time is to be moved on a host whose clock now says what `vm` answers.
-    pub(crate) fn time_shift(&self, vm: &VmFd, support: &StateSupport) -> Result<TimeShift, KvmError> {
-        let now = vm.get_clock().map_err(KvmError::of("KVM_GET_CLOCK"))?;
-        Ok(TimeShift::between(&self.clock, &now, support.tsc_khz))
+    /// How far the guest's time is to be moved at a restore here and now.
+    pub(crate) fn time_shift(&self, support: &StateSupport) -> TimeShift {
+        TimeShift::between(self.moment, Moment::now(), support.tsc_khz)
     }
 
     /// The section's payload.
@@ -329,12 +348,13 @@ impl VmState {
         put(kind::IOAPIC, self.ioapic.as_bytes());
         put(kind::PIT, self.pit.as_bytes());
         put(kind::CLOCK, self.clock.as_bytes());
+        put(kind::MOMENT, self.moment.as_bytes());
         payload
     }
 
     /// Reads a payload.
     pub(crate) fn from_bytes(payload: &[u8]) -> Result<Self, StateError> {
-        let fields = Fields::read("VM", payload, kind::CLOCK)?;
+        let fields = Fields::read("VM", payload, kind::MOMENT)?;
         let chip = |kind, chip_id| {
             let chip: kvm_irqchip = fields.get(kind)?;
             if chip.chip_id == chip_id { Ok(chip) } else { Err(fields.invalid(kind)) }
@@ -345,6 +365,7 @@ impl VmState {
             ioapic: chip(kind::IOAPIC, KVM_IRQCHIP_IOAPIC)?,
             pit: fields.get(kind::PIT)?,
             clock: fields.get(kind::CLOCK)?,
+            moment: fields.get(kind::MOMENT)?,
         })
     }
 }
@@ -352,44 +373,34 @@ impl VmState {
 /// By how much guest time moves on at a restore.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct TimeShift {
-    /// Whether both hosts' clocks said when and at which counter.
-    known: bool,
     elapsed_ns: u64,
     tsc_ticks: u64,
-    /// The host's counter when the state was saved, at the host where it was saved.
-    saved_host_tsc: u64,
-    /// The host's counter now, here.
-    host_tsc: u64,
+    /// What is added to an offset so that the guest's counter stands where it stood; `None` if it is written as a value.
+    offset_shift: Option<u64>,
 }
 
 impl TimeShift {
-    /// Guest time stands still: for a reset, where the state was saved by this machine before its first instruction.
+    /// The guest's counters are written as they were: for a reset, to the state before the first instruction.
     pub(crate) fn none() -> Self {
         Self::default()
     }
 
-    fn between(saved: &kvm_clock_data, now: &kvm_clock_data, tsc_khz: u32) -> Self {
-        let both = KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC;
-        if saved.flags & now.flags & both != both {
-            return Self::default();
-        }
-        let elapsed_ns = match now.realtime.checked_sub(saved.realtime) {
+    fn between(saved: Moment, now: Moment, tsc_khz: u32) -> Self {
+        let elapsed_ns = match now.realtime_ns.checked_sub(saved.realtime_ns) {
             Some(elapsed) if elapsed <= LONGEST_BLACKOUT.as_nanos() as u64 => elapsed,
-            // A clock that went back, or a stop that was no blackout.
+            // A clock that is behind, or a stop that was no blackout.
             _ => 0,
         };
         Self {
-            known: true,
             elapsed_ns,
             tsc_ticks: (u128::from(elapsed_ns) * u128::from(tsc_khz) / 1_000_000) as u64,
-            saved_host_tsc: saved.host_tsc,
-            host_tsc: now.host_tsc,
+            offset_shift: Some(saved.host_tsc.wrapping_sub(now.host_tsc)),
         }
     }
 
-    /// The offset that makes the guest's counter go on from where `offset` had it.
-    fn tsc_offset(&self, offset: u64) -> u64 {
-        self.saved_host_tsc.wrapping_add(offset).wrapping_add(self.tsc_ticks).wrapping_sub(self.host_tsc)
+    /// The offset that makes the guest's counter go on from where `offset` had it; `None` if it is written as a value.
+    fn tsc_offset(&self, offset: u64) -> Option<u64> {
+        Some(offset.wrapping_add(self.offset_shift?).wrapping_add(self.tsc_ticks))
     }
 }
 
@@ -427,6 +438,15 @@ impl<'a> Fields<'a> {
     fn invalid(&self, kind: u16) -> StateError {
         StateError::Invalid { what: format!("{} field {kind}", self.section), problem: "it has a bad size".into() }
     }
+}
+
+/// Whether KVM really moves the guest's counter: there are hosts that show a guest their own counter, whatever they are
+/// told.
+fn takes_tsc_offset(vcpu: &VcpuFd) -> bool {
+    let Some(before) = sys::get_tsc_offset(vcpu) else { return false };
+    let tried = before ^ 1 << 40;
+    let taken = sys::set_tsc_offset(vcpu, tried).is_ok() && sys::get_tsc_offset(vcpu) == Some(tried);
+    taken && sys::set_tsc_offset(vcpu, before).is_ok()
 }
 
 fn msr_entry(index: u32, data: u64) -> kvm_msr_entry {
@@ -472,4 +492,263 @@ fn fit_xsave(state: &[u8], size: XsaveSize) -> Result<Vec<u8>, StateError> {
         });
     }
     Ok(fitted)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::kvm::container;
+    use crate::kvm::memory::{Memory, MemoryOptions};
+    use crate::kvm::testing::kvm_or_skip;
+    use crate::kvm::vm::Vm;
+    use crate::kvm::x86::cpuid;
+    use crate::model::DirtyLogKind;
+
+    /// A VM with one vCPU that has its CPUID.
+    fn vm() -> (Memory, Vm, VcpuFd, StateSupport) {
+        let memory = Memory::new(4 << 20, MemoryOptions::default()).unwrap();
+        let vm = Vm::new(&memory, DirtyLogKind::Bitmap).unwrap();
+        let vcpu = vm.fd.create_vcpu(0).unwrap();
+        let khz = vcpu.get_tsc_khz().unwrap();
+        let leaves = cpuid::of_host(&vm.kvm, khz).unwrap();
+        vcpu.set_cpuid2(&cpuid::of_vcpu(&leaves, 0, 1).unwrap()).unwrap();
+        let support = StateSupport::by_trial(&vm.kvm, &vm.fd, &vcpu, khz, false).unwrap();
+        (memory, vm, vcpu, support)
+    }
+
+    #[test]
+    fn a_state_reads_back_from_kvm_as_it_was_written() {
+        if !kvm_or_skip("a_state_reads_back_from_kvm_as_it_was_written") {
+            return;
+        }
+        let (_memory, vm, vcpu, support) = vm();
+        let mut state = VcpuState::save(&vcpu, &support).unwrap();
+        state.regs.rax = 0x1234_5678_9abc_def0;
+        state.regs.rip = 0xfff0;
+        if let SystemRegisters::WithPdptrs(sregs) = &mut state.sregs {
+            sregs.control[1] = 0xdead_b000;
+        }
+        state.debugregs.db[1] = 0x7000;
+        state.events.nmi.pending = 1;
+        // XMM0, in the legacy area, with SSE marked as in use.
+        state.xsave[160..168].copy_from_slice(&7u64.to_le_bytes());
+        state.xsave[512] |= 2;
+        state.mp_state.mp_state = kvm_bindings::KVM_MP_STATE_HALTED;
+        state.restore(&vcpu, &support, &TimeShift::none()).unwrap();
+        let mut again = VcpuState::save(&vcpu, &support).unwrap();
+        assert!(again.tsc.wrapping_sub(state.tsc) < 1 << 32, "the counter goes on from where it was");
+        (again.tsc, again.tsc_offset) = (state.tsc, state.tsc_offset);
+        assert_eq!(again.regs, state.regs);
+        assert_eq!(again.sregs, state.sregs);
+        assert_eq!(again.events, state.events);
+        assert_eq!(again.xsave, state.xsave);
+        assert_eq!(again.lapic, state.lapic);
+        assert_eq!(again.debugregs, state.debugregs);
+        assert_eq!(again.mp_state, state.mp_state);
+        let differs: Vec<_> = again.msrs.iter().zip(&state.msrs).filter(|(now, then)| now != then).collect();
+        assert!(differs.is_empty(), "{differs:x?}");
+        drop(vm);
+    }
+
+    /// Not a test: prints how long each call takes, medians of 500.
+    #[test]
+    #[ignore = "a measurement"]
+    fn measure_each_call() {
+        if !kvm_or_skip("measure_each_call") {
+            return;
+        }
+        let (_memory, vm, vcpu, support) = vm();
+        let state = VcpuState::save(&vcpu, &support).unwrap();
+        let shared = VmState::save(&vm.fd).unwrap();
+        let time = |what: &str, step: &mut dyn FnMut()| {
+            let mut samples: Vec<_> = (0..500)
+                .map(|_| {
+                    let start = Instant::now();
+                    step();
+                    start.elapsed()
+                })
+                .collect();
+            samples.sort();
+            println!("{what:24} median {:?} p99 {:?}", samples[250], samples[495]);
+        };
+        println!("{} MSRs, {} bytes of XSAVE", support.msrs.indices().len(), support.xsave.bytes());
+        time("get mp_state", &mut || _ = vcpu.get_mp_state().unwrap());
+        time("get regs", &mut || _ = vcpu.get_regs().unwrap());
+        time("get sregs2", &mut || _ = sys::get_sregs2(&vcpu).unwrap());
+        time("get xsave", &mut || _ = sys::get_xsave(&vcpu, support.xsave).unwrap());
+        time("get xcrs", &mut || _ = vcpu.get_xcrs().unwrap());
+        time("get debugregs", &mut || _ = vcpu.get_debug_regs().unwrap());
+        time("get lapic", &mut || _ = vcpu.get_lapic().unwrap());
+        time("get msrs", &mut || _ = msr::read(&vcpu, support.msrs.indices()).unwrap());
+        time("get tsc", &mut || _ = msr::read(&vcpu, &[msr::TSC]).unwrap());
+        time("get tsc offset", &mut || _ = sys::get_tsc_offset(&vcpu));
+        time("get events", &mut || _ = vcpu.get_vcpu_events().unwrap());
+        time("vcpu to bytes", &mut || _ = state.to_bytes());
+        let bytes = state.to_bytes();
+        time("vcpu from bytes", &mut || _ = VcpuState::from_bytes(&bytes).unwrap());
+        if let SystemRegisters::WithPdptrs(sregs) = &state.sregs {
+            time("set sregs2", &mut || sys::set_sregs2(&vcpu, sregs).unwrap());
+        }
+        time("set regs", &mut || vcpu.set_regs(&state.regs).unwrap());
+        time("set xcrs", &mut || vcpu.set_xcrs(&state.xcrs).unwrap());
+        time("set xsave", &mut || sys::set_xsave(&vcpu, support.xsave, &state.xsave).unwrap());
+        time("set debugregs", &mut || vcpu.set_debug_regs(&state.debugregs).unwrap());
+        time("set msrs", &mut || state.restore_msrs(&vcpu, &support).unwrap());
+        for entry in &state.msrs {
+            let mut samples: Vec<_> = (0..20)
+                .map(|_| {
+                    let start = Instant::now();
+                    msr::write(&vcpu, std::slice::from_ref(entry)).unwrap();
+                    start.elapsed()
+                })
+                .collect();
+            samples.sort();
+            if samples[10].as_micros() > 20 {
+                println!("  set msr {:#x} median {:?}", entry.index, samples[10]);
+            }
+        }
+        time("set tsc offset", &mut || sys::set_tsc_offset(&vcpu, 0).unwrap());
+        time("set lapic", &mut || vcpu.set_lapic(&state.lapic).unwrap());
+        time("set events", &mut || vcpu.set_vcpu_events(&state.events).unwrap());
+        time("set mp_state", &mut || vcpu.set_mp_state(state.mp_state).unwrap());
+        time("get 3 irqchips", &mut || {
+            for chip_id in 0..3 {
+                vm.fd.get_irqchip(&mut kvm_irqchip { chip_id, ..Default::default() }).unwrap();
+            }
+        });
+        time("get pit", &mut || _ = vm.fd.get_pit2().unwrap());
+        time("get clock", &mut || _ = vm.fd.get_clock().unwrap());
+        time("set 3 irqchips", &mut || {
+            for chip in [&shared.pic_master, &shared.pic_slave, &shared.ioapic] {
+                vm.fd.set_irqchip(chip).unwrap();
+            }
+        });
+        time("set pit", &mut || vm.fd.set_pit2(&shared.pit).unwrap());
+        time("set clock", &mut || vm.fd.set_clock(&kvm_clock_data { flags: 0, ..shared.clock }).unwrap());
+        sys::set_tsc_offset(&vcpu, 1 << 40).unwrap();
+        let ahead = msr::read(&vcpu, &[msr::TSC]).unwrap()[0].data.wrapping_sub(Moment::now().host_tsc);
+        println!("TSC offset set {:x}, read {:x?}, seen {ahead:x}", 1u64 << 40, sys::get_tsc_offset(&vcpu));
+        println!(
+            "clock flags {:#x}, tsc offset {:x?}, refused {:x?}",
+            shared.clock.flags,
+            state.tsc_offset,
+            support.refused_msrs()
+        );
+    }
+
+    #[test]
+    fn guest_time_goes_on_through_a_blackout_and_stands_through_a_checkpoint() {
+        let at = |realtime_ns, host_tsc| Moment { realtime_ns, host_tsc };
+        let saved = at(1_000_000_000, 5_000);
+        // Ten milliseconds later, on a host whose own counter is far from the source's.
+        let shift = TimeShift::between(saved, at(1_010_000_000, u64::MAX - 10), 2_000_000);
+        assert_eq!((shift.elapsed_ns, shift.tsc_ticks), (10_000_000, 20_000_000));
+        let guest_then = 5_000 + 700;
+        let guest_now = (u64::MAX - 10).wrapping_add(shift.tsc_offset(700).unwrap());
+        assert_eq!(guest_now, guest_then + 20_000_000);
+        // A day later, and before: time stands, the counter goes on from where it was.
+        for realtime_ns in [1_000_000_000 + 86_400_000_000_000, 900_000_000] {
+            let shift = TimeShift::between(saved, at(realtime_ns, 9_000), 2_000_000);
+            let guest_now = 9_000u64.wrapping_add(shift.tsc_offset(700).unwrap());
+            assert_eq!((shift.elapsed_ns, guest_now), (0, guest_then));
+        }
+    }
+
+    /// A state as version 1 wrote it, with no KVM at hand.
+    fn plain() -> VcpuState {
+        VcpuState {
+            mp_state: kvm_mp_state::default(),
+            regs: kvm_regs { rip: 0x10_0000, rflags: 2, ..Default::default() },
+            sregs: SystemRegisters::WithPdptrs(Sregs2 { pdptrs: [1, 2, 3, 4], ..Default::default() }),
+            xsave: (0..4096u32).map(|index| index as u8).collect(),
+            xcrs: kvm_xcrs { nr_xcrs: 1, ..Default::default() },
+            debugregs: kvm_debugregs::default(),
+            events: kvm_vcpu_events::default(),
+            msrs: (0..100).map(|index| msr_entry(index, u64::from(index) << 32)).collect(),
+            tsc: 77,
+            tsc_offset: Some(u64::MAX),
+            lapic: kvm_lapic_state::default(),
+            tsc_deadline: Some(99),
+        }
+    }
+
+    #[test]
+    fn bytes_hold_every_field() {
+        assert_eq!(VcpuState::from_bytes(&plain().to_bytes()), Ok(plain()));
+        let mut without = plain();
+        (without.tsc_offset, without.tsc_deadline) = (None, None);
+        without.sregs = SystemRegisters::Plain(kvm_sregs::default());
+        assert_eq!(VcpuState::from_bytes(&without.to_bytes()), Ok(without));
+    }
+
+    /// What the VM's section of [`plain`] is.
+    fn plain_vm() -> VmState {
+        let chip = |chip_id| kvm_irqchip { chip_id, ..Default::default() };
+        VmState {
+            pic_master: chip(KVM_IRQCHIP_PIC_MASTER),
+            pic_slave: chip(KVM_IRQCHIP_PIC_SLAVE),
+            ioapic: chip(KVM_IRQCHIP_IOAPIC),
+            pit: kvm_pit_state2 { flags: 1, ..Default::default() },
+            clock: kvm_clock_data { clock: 123, ..Default::default() },
+            moment: Moment { realtime_ns: 456, host_tsc: 789 },
+        }
+    }
+
+    fn plain_container() -> Vec<u8> {
+        let mut writer = container::Writer::default();
+        writer.section("vm", 1, &plain_vm().to_bytes());
+        writer.section("vcpu0", 1, &plain().to_bytes());
+        writer.finish()
+    }
+
+    /// Version 1 as it was first written. This file is never written again: when the format changes, a second one joins it.
+    const GOLDEN: &[u8] = include_bytes!("golden/state-v1.bin");
+
+    #[test]
+    fn a_state_of_version_1_still_reads() {
+        let sections = container::parse(GOLDEN).unwrap();
+        let find = |tag| sections.iter().find(|section| section.tag == tag).unwrap();
+        find("vcpu0").expect_version(VCPU_VERSION).unwrap();
+        assert_eq!(VcpuState::from_bytes(find("vcpu0").payload), Ok(plain()));
+        find("vm").expect_version(VM_VERSION).unwrap();
+        assert_eq!(VmState::from_bytes(find("vm").payload).unwrap().to_bytes(), plain_vm().to_bytes());
+        assert_eq!(plain_container(), GOLDEN, "the format has changed: give it a new version");
+    }
+
+    #[test]
+    #[ignore = "writes a golden file"]
+    fn write_golden() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/kvm/x86/golden/state-v1.bin");
+        assert!(std::fs::metadata(&path).is_ok_and(|file| file.len() == 0), "a golden file is never written again");
+        std::fs::write(path, plain_container()).unwrap();
+    }
+
+    #[test]
+    fn extended_state_fits_only_if_nothing_is_cut_off() {
+        let small = XsaveSize::for_test(None);
+        let mut state = vec![1; 4096];
+        state.resize(8192, 0);
+        assert_eq!(fit_xsave(&state, small).unwrap().len(), 4096);
+        state[8000] = 1;
+        assert!(fit_xsave(&state, small).is_err());
+        assert_eq!(fit_xsave(&state, XsaveSize::for_test(Some(11008))).unwrap().len(), 11008);
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_the_reader_panic(changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..8), cut in any::<prop::sample::Index>()) {
+            let mut bytes = plain().to_bytes();
+            for (index, value) in changes {
+                let length = bytes.len();
+                bytes[index.index(length)] = value;
+            }
+            let _ = VcpuState::from_bytes(&bytes);
+            let _ = VmState::from_bytes(&bytes);
+            let _ = VcpuState::from_bytes(&bytes[..cut.index(bytes.len())]);
+        }
+    }
 }

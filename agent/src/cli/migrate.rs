@@ -1,0 +1,179 @@
+//! `dunlin migrate`: moves a running VM to another host.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+
+use super::places::RunDir;
+use super::signals::cancel_on_signals;
+use crate::link::Address;
+use crate::migrate::{SourceOptions, Strategy};
+use crate::model::outcome::exit;
+use crate::model::schema::Schema;
+use crate::model::units::{display_bytes, display_duration, parse_duration};
+use crate::model::{BytesPerSecond, Ending, MigrationReport, VmRef};
+use crate::service::events::Hold;
+use crate::service::migration::{BeginError, MigrateRequest, migrate};
+
+/// Move a running VM to another host, where `dunlin vm receive` waits for it.
+///
+/// Pre-copy sends memory in rounds while the VM runs and pauses it when what is left fits the downtime target, or when
+/// rounds no longer shrink. Until the target has everything and this host has journaled that it lets go, any failure and
+/// Ctrl-C leave the VM running here at full speed.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  dunlin migrate web1 --to tcp://192.0.2.7:4460 --insecure-plaintext
+  dunlin migrate web1 --to tcp://127.0.0.1:4460 --bandwidth 1Gbit --downtime 50ms --json
+  dunlin migrate uuid:6ba7b810-9dad-41d1-80b4-00c04fd430c8 --to tcp://[fd00::7]:4460 --strategy stop-and-copy --verify
+
+Exit codes: 0 it runs there, 1 the VM died, 2 wrong arguments, 3 refused, 4 failed and it runs here, 5 in doubt (see
+`dunlin resolve`), 6 cancelled and it runs here.")]
+pub(super) struct MigrateArgs {
+    /// The VM: NAME, uuid:U or pid:P.
+    vm: VmRef,
+
+    /// The target: tcp://ADDR:PORT.
+    #[arg(long, value_name = "ADDRESS")]
+    to: Address,
+
+    /// pre-copy or stop-and-copy.
+    #[arg(long, default_value_t = Strategy::PreCopy)]
+    strategy: Strategy,
+
+    /// The most that all page streams together may send, for example 1Gbit or 100MiB/s.
+    #[arg(long, value_name = "RATE")]
+    bandwidth: Option<BytesPerSecond>,
+
+    /// The blackout to stay below, fixed costs included.
+    #[arg(long, value_name = "TIME", default_value = "30ms", value_parser = parse_duration)]
+    downtime: Duration,
+
+    /// Page streams, each a TCP connection and a thread.
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
+    streams: u16,
+
+    /// Give up pre-copy after so many rounds and stop the VM for the rest.
+    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    max_rounds: u32,
+
+    /// Hash all memory at both ends while the VM is paused, and compare. The blackout is then not worth quoting.
+    #[arg(long)]
+    verify: bool,
+
+    /// Nothing moving for this long counts as a stalled peer.
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
+    stall: Duration,
+
+    /// Allow plain TCP beyond loopback: guest memory travels in the clear.
+    #[arg(long)]
+    insecure_plaintext: bool,
+
+    /// Append every step and round to this file, one JSON object a line.
+    #[arg(long, value_name = "FILE")]
+    events: Option<PathBuf>,
+
+    /// For tests: hold at STEP until PATH exists.
+    #[arg(long, value_name = "STEP=PATH", hide = true)]
+    hold_at: Option<Hold>,
+
+    #[command(flatten)]
+    run_dir: RunDir,
+}
+
+impl MigrateArgs {
+    pub(super) fn run(self, json: bool) -> anyhow::Result<u8> {
+        let cancel = cancel_on_signals()?;
+        let options = SourceOptions {
+            strategy: self.strategy,
+            bandwidth: self.bandwidth,
+            downtime: self.downtime,
+            max_rounds: self.max_rounds,
+            streams: self.streams,
+            verify: self.verify,
+            stall: self.stall,
+            ..SourceOptions::default()
+        };
+        let request = MigrateRequest {
+            vm: self.vm,
+            to: self.to,
+            options,
+            run_dir: self.run_dir.run_dir,
+            insecure_plaintext: self.insecure_plaintext,
+            events: self.events,
+            show_progress: !json,
+            hold: self.hold_at,
+        };
+        match migrate(request, cancel) {
+            Ok(report) => {
+                if json {
+                    println!("{}", serde_json::to_string(&report.tagged())?);
+                } else {
+                    print!("{}", describe(&report));
+                }
+                Ok(report.ending.exit_code())
+            }
+            Err(error) => {
+                eprintln!("dunlin: refused: {error}; the VM was not touched");
+                Ok(match error {
+                    BeginError::Events { .. } => exit::ERROR,
+                    _ => exit::REFUSED,
+                })
+            }
+        }
+    }
+}
+
+/// The report as a person reads it.
+fn describe(report: &MigrationReport) -> String {
+    let ns = |ns: u64| display_duration(Duration::from_nanos(ns));
+    let ending = match report.ending {
+        Ending::Moved => "moved: it runs at the target",
+        Ending::Refused => "refused: it runs here",
+        Ending::Failed => "failed: it runs here",
+        Ending::Cancelled => "cancelled: it runs here",
+        Ending::Lost => "lost: its machine process died",
+        Ending::InDoubt => "in doubt: it runs nowhere until this is resolved",
+    };
+    let mut text = format!("VM {} ({}) {ending}\n", report.vm_name, report.vm_id);
+    if !report.reason.is_empty() {
+        text += &format!("  reason     {}\n", report.reason);
+    }
+    text += &format!("  migration  {} by {}, {} streams\n", report.migration_id, report.strategy, report.streams);
+    for round in &report.rounds {
+        let kind = if round.paused { "paused" } else { "live" };
+        text += &format!(
+            "  round {:<4} {:<6} {:>9} pages ({} zero), {} in {}; {} dirtied meanwhile\n",
+            round.round,
+            kind,
+            round.pages,
+            round.zero_pages,
+            display_bytes(round.wire_bytes),
+            ns(round.duration_ns),
+            round.dirtied_pages
+        );
+    }
+    text += &format!(
+        "  total      {} for {} of RAM, {} on the wire, state {}\n",
+        ns(report.total_ns),
+        display_bytes(report.memory_bytes),
+        display_bytes(report.wire_bytes),
+        display_bytes(report.state_bytes)
+    );
+    if report.blackout_ns > 0 {
+        text += &format!(
+            "  blackout   {} (target {}), by the source's clock from the order to pause to the target's `running`\n",
+            ns(report.blackout_ns),
+            ns(report.downtime_target_ns)
+        );
+        for entry in &report.blackout.phases {
+            let phase = serde_json::to_string(&entry.phase).unwrap_or_default();
+            text += &format!("    {:<18} {}\n", phase.trim_matches('"'), ns(entry.duration_ns));
+        }
+    }
+    if report.verified_pages > 0 {
+        text += &format!("  verified   {} pages, all equal\n", report.verified_pages);
+    }
+    text
+}

@@ -1,0 +1,240 @@
+//! `dunlin vm list|info|pause|resume|stop|console`: what its control sockets offer.
+
+use std::io::{Read, Write};
+use std::time::Duration;
+
+use clap::Args;
+
+use super::super::places::RunDir;
+use crate::model::VmRef;
+use crate::model::outcome::exit;
+use crate::model::schema::Schema;
+use crate::model::units::{display_bytes, display_duration};
+use crate::service::control::{Outcome, ask_console, ask_info, give_order};
+use crate::service::machine::VmInfo;
+use crate::service::registry::Registry;
+
+/// How often the console is looked at for new output.
+const CONSOLE_TICK: Duration = Duration::from_millis(50);
+
+/// List the VMs that Dunlin hosts here.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  dunlin vm list\n  dunlin vm list --json --run-dir /run/dunlin")]
+pub(in crate::cli) struct ListArgs {
+    #[command(flatten)]
+    run_dir: RunDir,
+}
+
+fn state(info: &VmInfo) -> String {
+    serde_json::to_string(&info.state).unwrap_or_default().trim_matches('"').to_owned()
+}
+
+impl ListArgs {
+    pub(in crate::cli) fn run(self, json: bool) -> anyhow::Result<u8> {
+        let registry = Registry::new(&self.run_dir.run_dir);
+        let entries = registry.list();
+        if !json {
+            println!("{:<20} {:<9} {:>8} {:>5} {:>11}  UUID", "NAME", "STATE", "PID", "CPUS", "MEMORY");
+        }
+        for entry in &entries {
+            match ask_info(&registry.socket(&entry.name, "observe")) {
+                Ok(info) if json => println!("{}", serde_json::to_string(&info.tagged())?),
+                Ok(info) => println!(
+                    "{:<20} {:<9} {:>8} {:>5} {:>11}  {}",
+                    info.name,
+                    state(&info),
+                    info.pid,
+                    info.cpus,
+                    display_bytes(info.memory_bytes),
+                    info.vm_id
+                ),
+                Err(error) => eprintln!("dunlin: {}: {error}", entry.name),
+            }
+        }
+        Ok(exit::DONE)
+    }
+}
+
+/// Show one VM: state, vCPU threads, devices, dirty log.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  dunlin vm info web1\n  dunlin vm info pid:4711 --json")]
+pub(in crate::cli) struct InfoArgs {
+    /// The VM: NAME, uuid:U or pid:P.
+    vm: VmRef,
+    #[command(flatten)]
+    run_dir: RunDir,
+}
+
+impl InfoArgs {
+    pub(in crate::cli) fn run(self, json: bool) -> anyhow::Result<u8> {
+        let registry = Registry::new(&self.run_dir.run_dir);
+        let info = ask_info(&registry.socket(&registry.find(&self.vm)?.name, "observe"))?;
+        if json {
+            println!("{}", serde_json::to_string(&info.tagged())?);
+            return Ok(exit::DONE);
+        }
+        println!("name         {}", info.name);
+        println!("uuid         {}", info.vm_id);
+        println!("state        {}", state(&info));
+        println!("pid          {}, for {}", info.pid, display_duration(Duration::from_nanos(info.uptime_ns)));
+        println!("memory       {}", display_bytes(info.memory_bytes));
+        println!("vcpus        {}, threads {:?}", info.cpus, info.vcpu_thread_ids);
+        let log = if info.dirty_log_on { "on" } else { "off" };
+        println!("dirty log    {}, {log}", serde_json::to_string(&info.dirty_log)?.trim_matches('"'));
+        for net in &info.nets {
+            println!("net          {} on {}, announces {:?}", net.mac, net.tap, net.ips);
+        }
+        for disk in &info.disks {
+            println!("disk         {}{}", disk.path.display(), if disk.readonly { ", readonly" } else { "" });
+        }
+        if let Some(migration) = info.migration_id {
+            println!("migration    {migration}");
+        }
+        if !info.kvm_shortcomings.is_empty() {
+            println!("kvm lacks    {}", info.kvm_shortcomings.join(", "));
+        }
+        Ok(exit::DONE)
+    }
+}
+
+/// Gives an order to a VM's control socket and says how it went.
+fn order(vm: &VmRef, run_dir: RunDir, target: &str, done: &str, json: bool) -> anyhow::Result<u8> {
+    let registry = Registry::new(&run_dir.run_dir);
+    let result = registry
+        .find(vm)
+        .map_err(|error| error.to_string())
+        .and_then(|entry| {
+            give_order(&registry.socket(&entry.name, "control"), target, &[]).map_err(|error| error.to_string())
+        });
+    let error = result.err().unwrap_or_default();
+    let code = if error.is_empty() { exit::DONE } else { exit::REFUSED };
+    if json {
+        println!("{}", serde_json::to_string(&Outcome { error }.tagged())?);
+    } else if error.is_empty() {
+        println!("{vm}: {done}");
+    } else {
+        eprintln!("dunlin: {error}");
+    }
+    Ok(code)
+}
+
+/// Pause a VM: its vCPUs and devices stand until `dunlin vm resume`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  dunlin vm pause web1")]
+pub(in crate::cli) struct PauseArgs {
+    /// The VM: NAME, uuid:U or pid:P.
+    vm: VmRef,
+    #[command(flatten)]
+    run_dir: RunDir,
+}
+
+impl PauseArgs {
+    pub(in crate::cli) fn run(self, json: bool) -> anyhow::Result<u8> {
+        order(&self.vm, self.run_dir, "/v1/pause", "paused", json)
+    }
+}
+
+/// Let a paused VM go on.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  dunlin vm resume web1")]
+pub(in crate::cli) struct ResumeArgs {
+    /// The VM: NAME, uuid:U or pid:P.
+    vm: VmRef,
+    #[command(flatten)]
+    run_dir: RunDir,
+}
+
+impl ResumeArgs {
+    pub(in crate::cli) fn run(self, json: bool) -> anyhow::Result<u8> {
+        order(&self.vm, self.run_dir, "/v1/resume", "runs", json)
+    }
+}
+
+/// End a VM at once, as if its power were cut.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  dunlin vm stop web1")]
+pub(in crate::cli) struct StopArgs {
+    /// The VM: NAME, uuid:U or pid:P.
+    vm: VmRef,
+    #[command(flatten)]
+    run_dir: RunDir,
+}
+
+impl StopArgs {
+    pub(in crate::cli) fn run(self, json: bool) -> anyhow::Result<u8> {
+        order(&self.vm, self.run_dir, "/v1/stop", "stopped", json)
+    }
+}
+
+/// Show a VM's console: its last 64 KiB of output, then what follows; lines typed here go to the guest.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  dunlin vm console web1\n  dunlin vm console web1 --history")]
+pub(in crate::cli) struct ConsoleArgs {
+    /// The VM: NAME, uuid:U or pid:P.
+    vm: VmRef,
+    /// Print what there is and end.
+    #[arg(long)]
+    history: bool,
+    #[command(flatten)]
+    run_dir: RunDir,
+}
+
+impl ConsoleArgs {
+    pub(in crate::cli) fn run(self, json: bool) -> anyhow::Result<u8> {
+        let registry = Registry::new(&self.run_dir.run_dir);
+        let name = registry.find(&self.vm)?.name;
+        let (observe, act) = (registry.socket(&name, "observe"), registry.socket(&name, "control"));
+        let mut shown = ask_console(&observe)?;
+        let print = |bytes: &[u8]| -> anyhow::Result<()> {
+            let mut out = std::io::stdout().lock();
+            if json {
+                let line = serde_json::json!({"schema": "dunlin.console/v1", "output": String::from_utf8_lossy(bytes)});
+                writeln!(out, "{line}")?;
+            } else {
+                out.write_all(bytes)?;
+            }
+            Ok(out.flush()?)
+        };
+        print(&shown)?;
+        if self.history {
+            return Ok(exit::DONE);
+        }
+        std::thread::spawn(move || {
+            let mut buffer = [0; 1024];
+            while let Ok(read @ 1..) = std::io::stdin().read(&mut buffer) {
+                if give_order(&act, "/v1/console", &buffer[..read]).is_err() {
+                    break;
+                }
+            }
+        });
+        loop {
+            let Ok(now) = ask_console(&observe) else { return Ok(exit::DONE) };
+            let new = behind(&shown, &now);
+            if !new.is_empty() {
+                print(new)?;
+            }
+            shown = now;
+            std::thread::sleep(CONSOLE_TICK);
+        }
+    }
+}
+
+/// What `now` holds beyond `before`, both being the tail of one growing output.
+fn behind<'a>(before: &[u8], now: &'a [u8]) -> &'a [u8] {
+    let longest = before.len().min(now.len());
+    let overlap = (0..=longest).rev().find(|&length| before[before.len() - length..] == now[..length]);
+    &now[overlap.unwrap_or(0)..]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::behind;
+
+    #[test]
+    fn only_new_output_is_printed() {
+        assert_eq!(behind(b"", b"abc"), b"abc");
+        assert_eq!(behind(b"abc", b"abcde"), b"de");
+        assert_eq!(behind(b"abcd", b"cdef"), b"ef");
+        assert_eq!(behind(b"abc", b"abc"), b"");
+    }
+}

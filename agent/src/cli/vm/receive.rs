@@ -1,0 +1,147 @@
+//! `dunlin vm receive`: waits for one VM, then runs it.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Args;
+use serde::Serialize;
+
+use super::super::places::{RunDir, StateDir};
+use super::super::signals::cancel_on_signals;
+use crate::link::{Address, Listener};
+use crate::model::id::VmName;
+use crate::model::outcome::exit;
+use crate::model::schema::Schema;
+use crate::model::{DiskSpec, MigrationId, NetSpec, SerialSpec};
+use crate::service::events::Hold;
+use crate::service::machine::Places;
+use crate::service::migration::check_plaintext;
+use crate::service::receive::{ReceiveRequest, answer_questions, receive};
+
+/// Wait for one VM that `dunlin migrate` sends, then run it.
+///
+/// The VM gets a machine process of its own, which goes on when this one ends. An attempt that fails before the VM is here
+/// leaves nothing, and the wait goes on. Ctrl-C ends the wait; later it ends only this manager, not the VM.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  dunlin vm receive --listen tcp://127.0.0.1:4460
+  dunlin vm receive --listen tcp://192.0.2.7:4460 --insecure-plaintext \\
+      --net tap=tap7,mac=52:54:00:00:00:01 --disk path=/srv/disk.img --serial file=web1.log
+
+Exit codes: 0 the VM came and has ended, or moved on; 1 it crashed; 2 wrong arguments; 3 refused; 6 cancelled.")]
+pub(in crate::cli) struct ReceiveArgs {
+    /// Where to listen: tcp://ADDR:PORT; port 0 lets the kernel choose, and the choice is printed.
+    #[arg(long, value_name = "ADDRESS")]
+    listen: Address,
+
+    /// The VM's name here; the source's if absent.
+    #[arg(long, value_name = "N")]
+    name: Option<VmName>,
+
+    /// This host's tap for the VM's port with that MAC: tap=T,mac=M[,ip=A]...; the source's names if absent.
+    #[arg(long = "net", value_name = "SPEC")]
+    nets: Vec<NetSpec>,
+
+    /// This host's path of the VM's disk, in the VM's order; the source's paths if absent.
+    #[arg(long = "disk", value_name = "SPEC")]
+    disks: Vec<DiskSpec>,
+
+    /// Console: stdio, none, file=F or socket=F.
+    #[arg(long, value_name = "SPEC", default_value = "none")]
+    serial: SerialSpec,
+
+    /// Allow plain TCP beyond loopback: guest memory travels in the clear.
+    #[arg(long)]
+    insecure_plaintext: bool,
+
+    /// Append every step to this file, one JSON object a line.
+    #[arg(long, value_name = "FILE")]
+    events: Option<PathBuf>,
+
+    /// For tests: hold at STEP until PATH exists.
+    #[arg(long, value_name = "STEP=PATH", hide = true)]
+    hold_at: Option<Hold>,
+
+    #[command(flatten)]
+    run_dir: RunDir,
+
+    #[command(flatten)]
+    state_dir: StateDir,
+}
+
+/// The receiver listens.
+#[derive(Serialize)]
+struct Listening {
+    address: String,
+}
+
+impl Schema for Listening {
+    const SCHEMA: &'static str = "dunlin.listening/v1";
+}
+
+/// A VM has come.
+#[derive(Serialize)]
+struct Came {
+    migration_id: MigrationId,
+    pid: u32,
+    verified_pages: u64,
+}
+
+impl Schema for Came {
+    const SCHEMA: &'static str = "dunlin.received/v1";
+}
+
+impl ReceiveArgs {
+    pub(in crate::cli) fn run(self, json: bool) -> anyhow::Result<u8> {
+        if let Err(error) = check_plaintext(&self.listen, self.insecure_plaintext) {
+            eprintln!("dunlin: refused: {error}");
+            return Ok(exit::REFUSED);
+        }
+        let cancel = cancel_on_signals()?;
+        let listener = match Listener::bind(&self.listen) {
+            Ok(listener) => listener,
+            Err(error) => {
+                eprintln!("dunlin: refused: cannot listen at {}: {error}", self.listen);
+                return Ok(exit::REFUSED);
+            }
+        };
+        let address = listener.local_address()?.to_string();
+        if json {
+            println!("{}", serde_json::to_string(&Listening { address }.tagged())?);
+        } else {
+            println!("listening at {address}");
+        }
+        let request = ReceiveRequest {
+            name: self.name,
+            nets: self.nets,
+            disks: self.disks,
+            serial: self.serial,
+            places: Places { run_dir: self.run_dir.run_dir, state_dir: self.state_dir.state_dir },
+            events: self.events,
+            hold: self.hold_at,
+        };
+        let Some(mut received) = receive(&request, &listener, &cancel)? else {
+            return Ok(exit::CANCELLED);
+        };
+        let (migration_id, pid) = (received.migration_id, received.child.id());
+        if json {
+            let came = Came { migration_id, pid, verified_pages: received.verified_pages };
+            println!("{}", serde_json::to_string(&came.tagged())?);
+        } else {
+            println!("received by migration {migration_id}; it runs in process {pid}");
+        }
+        let mut status = None;
+        answer_questions(&listener, &request.places.state_dir, &mut || {
+            status = received.child.try_wait().ok().flatten();
+            status.is_some() || cancel.is_set()
+        })
+        .context("answering late questions")?;
+        Ok(match status {
+            Some(status) if status.success() => exit::DONE,
+            Some(_) => exit::ERROR,
+            // The manager goes, the VM stays.
+            None => exit::DONE,
+        })
+    }
+}

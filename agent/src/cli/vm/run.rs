@@ -1,0 +1,191 @@
+//! `dunlin vm run`: boots a VM in this process, or (started by `dunlin vm receive`) becomes one.
+
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Args;
+use serde::Serialize;
+
+use super::super::places::{RunDir, StateDir};
+use super::super::signals::cancel_on_signals;
+use crate::kvm::MachineExit;
+use crate::kvm::boot::BootImage;
+use crate::kvm::machine::BootConfig;
+use crate::migrate::CancelFlag;
+use crate::model::id::VmName;
+use crate::model::outcome::exit;
+use crate::model::schema::Schema;
+use crate::model::units::parse_size_bytes;
+use crate::model::{DirtyLogKind, DiskSpec, NetSpec, SerialSpec, VmId};
+use crate::service::control;
+use crate::service::machine::{Host, HostError, Places, session_from_fd};
+
+/// How often the main thread looks for signals.
+const TICK: Duration = Duration::from_millis(100);
+
+/// Boot a VM from a PVH kernel and run it in this process until it ends.
+///
+/// The VM answers to `dunlin vm …`, `dunlin migrate` and `dunlin dirty-rate` by its name. Ctrl-C stops it. When it has
+/// been migrated away, the process ends with code 0.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  dunlin vm run --name web1 --kernel guest.elf --memory 256MiB --cpus 2 --serial stdio
+  dunlin vm run --name web1 --kernel guest.elf --cmdline 'dunlin.ip=10.0.0.2/24' \\
+      --net tap=tap0,mac=52:54:00:00:00:01,ip=10.0.0.2 --disk path=disk.img --serial file=web1.log
+
+Exit codes: 0 the guest switched off, was stopped or moved away; 1 it crashed; 2 wrong arguments; 3 refused.")]
+pub(in crate::cli) struct RunArgs {
+    /// The VM's name.
+    #[arg(long, value_name = "N", required_unless_present = "incoming_fd")]
+    name: Option<VmName>,
+
+    /// PVH ELF to boot.
+    #[arg(long, value_name = "FILE", required_unless_present = "incoming_fd")]
+    kernel: Option<PathBuf>,
+
+    /// Command line for the guest; Dunlin adds what it must know of the machine.
+    #[arg(long, value_name = "S", default_value = "")]
+    cmdline: String,
+
+    /// Guest RAM.
+    #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = parse_size_bytes)]
+    memory: u64,
+
+    /// Number of vCPUs.
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    cpus: u32,
+
+    /// How the guest's writes are logged during migration: bitmap or ring. Fixed for the VM's life.
+    #[arg(long, value_name = "KIND", default_value = "bitmap")]
+    dirty_log: DirtyLogKind,
+
+    /// The VM's identity; made up if absent.
+    #[arg(long, value_name = "U")]
+    uuid: Option<VmId>,
+
+    /// Network port tap=T,mac=M[,ip=A]...; may be given several times. Addresses are announced after a migration.
+    #[arg(long = "net", value_name = "SPEC")]
+    nets: Vec<NetSpec>,
+
+    /// Disk path=F[,readonly]; may be given several times.
+    #[arg(long = "disk", value_name = "SPEC")]
+    disks: Vec<DiskSpec>,
+
+    /// Console: stdio, none, file=F or socket=F.
+    #[arg(long, value_name = "SPEC", default_value = "none")]
+    serial: SerialSpec,
+
+    /// Become the machine that a manager describes on this descriptor.
+    #[arg(long, hide = true, conflicts_with_all = ["name", "kernel"])]
+    incoming_fd: Option<i32>,
+
+    #[command(flatten)]
+    run_dir: RunDir,
+
+    #[command(flatten)]
+    state_dir: StateDir,
+}
+
+/// How a machine's process ended.
+#[derive(Debug, Serialize)]
+struct EndReport {
+    name: String,
+    vm_id: VmId,
+    ending: &'static str,
+    reason: String,
+}
+
+impl Schema for EndReport {
+    const SCHEMA: &'static str = "dunlin.vm-end/v1";
+}
+
+impl RunArgs {
+    pub(in crate::cli) fn run(self, json: bool) -> anyhow::Result<u8> {
+        let cancel = cancel_on_signals()?;
+        let boots = self.incoming_fd.is_none();
+        let host = match self.incoming_fd {
+            Some(number) => incoming(number)?,
+            None => match self.boot() {
+                Ok(host) => host,
+                Err(error @ (HostError::InDoubt { .. } | HostError::Registry(_))) => {
+                    eprintln!("dunlin: refused: {error}");
+                    return Ok(exit::REFUSED);
+                }
+                Err(error) => return Err(error).context("the VM could not be started"),
+            },
+        };
+        serve(&host)?;
+        if boots {
+            host.start()?;
+        }
+        Ok(watch(&host, &cancel, json))
+    }
+
+    fn boot(self) -> Result<Arc<Host>, HostError> {
+        let (Some(name), Some(kernel)) = (self.name, self.kernel) else {
+            unreachable!("clap requires both without --incoming-fd")
+        };
+        let image = BootImage::read(&kernel, &self.cmdline).map_err(crate::kvm::HostedError::from)?;
+        let config = BootConfig {
+            vm_id: self.uuid.unwrap_or_else(VmId::random),
+            name,
+            memory_bytes: self.memory,
+            cpus: self.cpus,
+            dirty_log: self.dirty_log,
+            nets: self.nets,
+            disks: self.disks,
+            image,
+        };
+        let places = Places { run_dir: self.run_dir.run_dir, state_dir: self.state_dir.state_dir };
+        Host::boot(config, self.serial, &places)
+    }
+}
+
+/// Becomes the machine that the manager at descriptor `number` describes, and serves its session beside.
+fn incoming(number: i32) -> anyhow::Result<Arc<Host>> {
+    rustix::io::fcntl_getfd(
+        // SAFETY: only asked whether it is open; nothing is kept.
+        unsafe { std::os::fd::BorrowedFd::borrow_raw(number) },
+    )
+    .context("--incoming-fd is for processes that `dunlin vm receive` starts")?;
+    // SAFETY: it is open, and the parent handed it over for us to own; nothing else here knows the number.
+    let fd = unsafe { OwnedFd::from_raw_fd(number) };
+    let (host, socket) = Host::incoming(session_from_fd(fd)?)?;
+    let session = Arc::clone(&host);
+    std::thread::Builder::new().name("session".into()).spawn(move || session.serve_first_session(socket))?;
+    Ok(host)
+}
+
+fn serve(host: &Arc<Host>) -> anyhow::Result<()> {
+    host.listen_for_sessions()?;
+    control::serve(host).context("the control sockets could not be made")
+}
+
+/// Waits for the end, which a signal brings about.
+fn watch(host: &Arc<Host>, cancel: &CancelFlag, json: bool) -> u8 {
+    let exit = loop {
+        if let Some(exit) = host.wait_end(TICK) {
+            break exit;
+        }
+        if cancel.is_set() {
+            host.machine().stop();
+        }
+    };
+    let (ending, reason, code) = match exit {
+        MachineExit::PowerOff => ("power-off", String::new(), exit::DONE),
+        MachineExit::Stopped => ("stopped", String::new(), exit::DONE),
+        MachineExit::Error(reason) => ("error", reason, exit::ERROR),
+    };
+    let shape = host.shape();
+    if json {
+        let report = EndReport { name: shape.name.to_string(), vm_id: shape.vm_id, ending, reason };
+        println!("{}", serde_json::to_string(&report.tagged()).unwrap_or_default());
+    } else if code != exit::DONE {
+        eprintln!("dunlin: VM {} ended: {reason}", shape.name);
+    }
+    code
+}
