@@ -130,6 +130,12 @@ fn text(report: &DirtyRateReport, first: bool) -> String {
         let exits: Vec<String> = rate.exits.iter().map(|(reason, count)| format!("{reason} {count}")).collect();
         line(format_args!("  exits: {}", exits.join(", ")));
     }
+    if rate.dirty_ring_pushes_per_second > 0.0 {
+        line(format_args!(
+            "  dirty ring: {:.0} pushes/s (the same page again each time that KVM itself writes it)",
+            rate.dirty_ring_pushes_per_second
+        ));
+    }
     let lost = &rate.lost_events;
     let detail = [
         ("beyond the tracked addresses (--max-address)", lost.out_of_range),
