@@ -255,6 +255,77 @@ fn ctrl_c_ends_the_command_in_good_order() {
     writer.stop();
 }
 
+/// A VM that `dunlin vm run` runs, with the test guest in it; gone on drop.
+struct Hosted {
+    child: dunlin_tests::OwnProcess,
+    folder: tempfile::TempDir,
+}
+
+impl Hosted {
+    fn start(kind: &str, cmdline: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let kernel = concat!(env!("CARGO_MANIFEST_DIR"), "/guest/target/release/dunlin-guest");
+        let serial = folder.path().join("serial");
+        let child = dunlin()
+            .args(["vm", "run", "--name", "tracked", "--kernel", kernel, "--memory", "128MiB", "--cpus", "1"])
+            .args(["--dirty-log", kind, "--cmdline", cmdline, "--serial", &format!("file={}", serial.display())])
+            .arg("--run-dir")
+            .arg(folder.path().join("run"))
+            .arg("--state-dir")
+            .arg(folder.path().join("state"))
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let hosted = Self { child: dunlin_tests::OwnProcess::new(child), folder };
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while !std::fs::read_to_string(&serial).unwrap_or_default().contains("\nREADY ") {
+            assert!(
+                std::time::Instant::now() < deadline,
+                "the guest did not come up; build it with `cargo xtask test`"
+            );
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        hosted
+    }
+
+    fn dirty_rate(&self, arguments: &[&str]) -> Vec<Value> {
+        let output = dunlin()
+            .args(["dirty-rate", "tracked", "--json", "--run-dir"])
+            .arg(self.folder.path().join("run"))
+            .args(arguments)
+            .stderr(Stdio::inherit())
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(0));
+        output.stdout.lines().map(|line| serde_json::from_str(&line.unwrap()).unwrap()).collect()
+    }
+}
+
+#[test]
+fn a_hosted_vm_is_armed_and_let_go_again() {
+    for kind in ["bitmap", "ring"] {
+        // 2048 pages, each written about ten times a second.
+        let mut vm = Hosted::start(kind, "dunlin.cpus=1 dunlin.wl0=ws:8M,rate:20000");
+        let armed = vm.dirty_rate(&["--arm", "--interval", "500ms", "--count", "3"]);
+        for report in &armed[1..] {
+            let unique = report["unique_pages"].as_u64().unwrap();
+            assert!((2048..2048 + 128).contains(&unique), "{kind}: {report:#}");
+            assert_eq!((&report["regime"], &report["is_lower_bound"]), (&"armed".into(), &false.into()));
+            assert_eq!(report["threads"][0]["name"], "vcpu0");
+            assert_eq!(report["lost_events"]["total"], 0);
+        }
+        // The first passive interval may still hold pages that were protected when the log went off.
+        let passive = vm.dirty_rate(&["--interval", "300ms", "--count", "3"]);
+        assert_eq!(passive[2]["unique_pages"], 0, "{kind}: the log is still on: {:#}", passive[2]);
+        assert_eq!(
+            (&passive[2]["regime"], &passive[2]["dirty_ring_pushes_per_second"]),
+            (&"passive".into(), &0.0.into())
+        );
+        vm.child.signal(rustix::process::Signal::TERM).unwrap();
+        assert!(vm.child.wait_for(std::time::Duration::from_secs(20)).unwrap().is_some());
+    }
+}
+
 #[test]
 fn what_is_no_vm_is_refused_with_a_way_on() {
     for (vm, words) in [
