@@ -27,6 +27,8 @@ pub mod port;
 pub mod probe;
 pub mod service;
 pub mod shm;
+#[cfg(any(test, feature = "sim"))]
+pub mod sim;
 pub mod store;
 pub mod track;
 pub mod trial;

@@ -26,12 +26,12 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Announce(announce::AnnounceArgs),
-    DirtyRate(dirty_rate::DirtyRateArgs),
-    Doctor(doctor::DoctorArgs),
     Migrate(migrate::MigrateArgs),
     Resolve(resolve::ResolveArgs),
     #[command(subcommand)]
     Vm(vm::VmCommand),
+    DirtyRate(dirty_rate::DirtyRateArgs),
+    Doctor(doctor::DoctorArgs),
 }
 
 impl Cli {
@@ -42,11 +42,11 @@ impl Cli {
     pub fn run(self) -> anyhow::Result<u8> {
         match self.command {
             Command::Announce(arguments) => arguments.run(self.json),
-            Command::DirtyRate(arguments) => arguments.run(self.json),
-            Command::Doctor(arguments) => arguments.run(self.json),
             Command::Migrate(arguments) => arguments.run(self.json),
             Command::Resolve(arguments) => arguments.run(self.json),
             Command::Vm(command) => command.run(self.json),
+            Command::DirtyRate(arguments) => arguments.run(self.json),
+            Command::Doctor(arguments) => arguments.run(self.json),
         }
     }
 }

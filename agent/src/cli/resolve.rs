@@ -4,8 +4,8 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 
 use super::places::{RunDir, StateDir};
-use crate::model::schema::Schema;
 use crate::model::outcome::exit;
+use crate::model::schema::Schema;
 use crate::model::{Owner, VmRef};
 use crate::service::control::{Outcome, give_order};
 use crate::service::registry::Registry;

@@ -5,16 +5,19 @@
 //!
 //! The data plane (page streams) is plain threads with blocking I/O; nothing here is async.
 
+mod answer;
 mod converge;
 mod digest;
 mod message;
 mod observe;
 mod options;
+pub mod outcomes;
 mod pacer;
 mod rounds;
 pub mod source;
 pub mod target;
 
+pub use answer::{ANSWER_LIMIT, answer};
 pub use converge::{Convergence, Verdict};
 pub use digest::{chunk_hashes, page_digest, zero_page};
 pub use message::{Accept, ControlMessage, Handed, Offer, TargetState};

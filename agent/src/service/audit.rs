@@ -51,10 +51,11 @@ pub fn record(state_dir: &Path, action: &Action<'_>) {
         result = action.result, "audit"
     );
     let unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
-    let written = serde_json::to_string(&Entry { unix_ms, action }.tagged()).map_err(std::io::Error::from).and_then(|line| {
-        let mut file = OpenOptions::new().create(true).append(true).open(state_dir.join("audit.log"))?;
-        file.write_all(format!("{line}\n").as_bytes())
-    });
+    let written =
+        serde_json::to_string(&Entry { unix_ms, action }.tagged()).map_err(std::io::Error::from).and_then(|line| {
+            let mut file = OpenOptions::new().create(true).append(true).open(state_dir.join("audit.log"))?;
+            file.write_all(format!("{line}\n").as_bytes())
+        });
     if let Err(error) = written {
         tracing::warn!("audit log in {}: {error}", state_dir.display());
     }

@@ -113,10 +113,7 @@ fn acting() -> Router<Arc<Host>> {
             "/v1/resume",
             post(|ConnectInfo(caller): From, State(host): At| order(caller, move |who| host.resume(who))),
         )
-        .route(
-            "/v1/stop",
-            post(|ConnectInfo(caller): From, State(host): At| order(caller, move |who| host.stop(who))),
-        )
+        .route("/v1/stop", post(|ConnectInfo(caller): From, State(host): At| order(caller, move |who| host.stop(who))))
         .route(
             "/v1/resolve",
             post(|ConnectInfo(caller): From, State(host): At, Query(Resolution { owner }): Query<Resolution>| {

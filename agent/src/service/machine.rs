@@ -364,7 +364,9 @@ impl Host {
         match self.session.try_lock() {
             Ok(guard) => Ok(guard),
             Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
-            Err(TryLockError::WouldBlock) => Err(format!("cannot {order} while a migration has the VM; cancel it first")),
+            Err(TryLockError::WouldBlock) => {
+                Err(format!("cannot {order} while a migration has the VM; cancel it first"))
+            }
         }
     }
 
@@ -560,9 +562,7 @@ impl Host {
             Request::Attach { .. } | Request::Create(_) => Err("the session has begun already".to_owned()),
             Request::StartLog => machine.log().start().map(|()| Reply::Done).map_err(|error| chain(&error)),
             Request::Harvest => machine.log().harvest().map(|_| Reply::Done).map_err(|error| chain(&error)),
-            Request::Protect(_, run) => {
-                machine.log().protect(run).map(|()| Reply::Done).map_err(|error| chain(&error))
-            }
+            Request::Protect(_, run) => machine.log().protect(run).map(|()| Reply::Done).map_err(|error| chain(&error)),
             Request::StopLog => machine.log().stop().map(|()| Reply::Done).map_err(|error| chain(&error)),
             Request::Pause => {
                 let pause = machine.pause().map_err(|error| chain(&error))?;

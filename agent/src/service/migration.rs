@@ -106,8 +106,8 @@ pub fn migrate(request: MigrateRequest, cancel: CancelFlag) -> Result<MigrationR
         .map_err(|source| BeginError::Events { path: format!("{events:?}"), source })?;
     let mut machine = RemoteMachine::attach(&registry.socket(&entry.name, "session"), migration, journal)?;
     let unreachable = |source| BeginError::Link { address: request.to.clone(), source };
-    let mut link = TcpSource::<ControlMessage>::dial(request.to.clone(), migration, request.options.stall)
-        .map_err(unreachable)?;
+    let mut link =
+        TcpSource::<ControlMessage>::dial(request.to.clone(), migration, request.options.stall).map_err(unreachable)?;
     let shape = machine.shape().clone();
     let region = machine.region();
     let report = Source {

@@ -3,8 +3,8 @@
 //! - [`machine`] hosts one VM: the ownership gate, the session for a manager, the control sockets.
 //! - [`migration`] is the manager at a source, [`receive`] the one at a target.
 //! - [`registry`] knows which VMs this host runs.
-//! - [`observe`] watches how one VM writes its memory; [`doctor`] tries what this host can do.
 //! - [`announce`] announces by hand, on an interface that an operator names.
+//! - [`observe`] watches how one VM writes its memory; [`doctor`] tries what this host can do.
 //!
 //! Everything that acts on a VM passes [`audit::record`].
 

@@ -100,7 +100,11 @@ impl LocalHost<'_> {
             }
             for (disk, own) in shape.disks.iter_mut().zip(disks) {
                 if disk.readonly != own.readonly {
-                    return Err(format!("disk {} and {} differ in `readonly`", disk.path.display(), own.path.display()));
+                    return Err(format!(
+                        "disk {} and {} differ in `readonly`",
+                        disk.path.display(),
+                        own.path.display()
+                    ));
                 }
                 disk.path.clone_from(&own.path);
             }
@@ -206,7 +210,11 @@ pub struct Received {
 ///
 /// # Errors
 /// What ended the waiting.
-pub fn receive(request: &ReceiveRequest, listener: &Listener, cancel: &CancelFlag) -> Result<Option<Received>, ReceiveError> {
+pub fn receive(
+    request: &ReceiveRequest,
+    listener: &Listener,
+    cancel: &CancelFlag,
+) -> Result<Option<Received>, ReceiveError> {
     let journal = FileJournal::open(&request.places.state_dir)?;
     while !cancel.is_set() {
         let Some(arrival) = listener.accept(TICK)? else { continue };
@@ -324,20 +332,25 @@ fn answer_query(
 }
 
 /// Serves late questions on `listener` until `stop` says so: a source that lost contact after `released` asks here.
-pub fn answer_questions(listener: &Listener, state_dir: &Path, stop: &mut dyn FnMut() -> bool) -> Result<(), ReceiveError> {
+pub fn answer_questions(
+    listener: &Listener,
+    state_dir: &Path,
+    stop: &mut dyn FnMut() -> bool,
+) -> Result<(), ReceiveError> {
     let journal = FileJournal::open(state_dir)?;
     while !stop() {
         let Some(arrival) = listener.accept(TICK)? else { continue };
-        let answered = TcpTarget::<ControlMessage>::new(listener, arrival, STALL).map_err(ReceiveError::from).and_then(|link| {
-            match link.control().recv(GREETING_LIMIT)? {
-                Some(ControlMessage::Query(asked)) => answer_query(&journal, asked, link.control().as_ref()),
-                Some(ControlMessage::Offer(_)) => {
-                    let busy = "this receiver has its VM already; start another `dunlin vm receive`".to_owned();
-                    Ok(link.control().send(&ControlMessage::Refuse(busy))?)
+        let answered =
+            TcpTarget::<ControlMessage>::new(listener, arrival, STALL).map_err(ReceiveError::from).and_then(|link| {
+                match link.control().recv(GREETING_LIMIT)? {
+                    Some(ControlMessage::Query(asked)) => answer_query(&journal, asked, link.control().as_ref()),
+                    Some(ControlMessage::Offer(_)) => {
+                        let busy = "this receiver has its VM already; start another `dunlin vm receive`".to_owned();
+                        Ok(link.control().send(&ControlMessage::Refuse(busy))?)
+                    }
+                    _ => Ok(()),
                 }
-                _ => Ok(()),
-            }
-        });
+            });
         if let Err(error) = answered {
             tracing::warn!("a late question: {error}");
         }

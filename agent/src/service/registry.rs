@@ -172,10 +172,10 @@ impl Registry {
             VmRef::Uuid(id) => entry.vm_id == *id,
             VmRef::Pid(pid) => entry.pid == *pid,
         };
-        self.list().into_iter().find(matches).ok_or_else(|| RegistryError::Unknown {
-            vm: vm.to_string(),
-            run_dir: self.run_dir.display().to_string(),
-        })
+        self.list()
+            .into_iter()
+            .find(matches)
+            .ok_or_else(|| RegistryError::Unknown { vm: vm.to_string(), run_dir: self.run_dir.display().to_string() })
     }
 }
 

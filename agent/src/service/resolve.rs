@@ -12,11 +12,7 @@ use crate::store::FileJournal;
 ///
 /// # Errors
 /// Journals that cannot be read or written.
-pub fn resolve_without_machine(
-    state_dir: &Path,
-    vm: VmId,
-    owner: Owner,
-) -> Result<Result<(), String>, JournalError> {
+pub fn resolve_without_machine(state_dir: &Path, vm: VmId, owner: Owner) -> Result<Result<(), String>, JournalError> {
     let mut journal = FileJournal::open(state_dir)?;
     let mut decided = 0;
     for (migration, of, last) in journal.all()? {

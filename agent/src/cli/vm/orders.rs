@@ -100,12 +100,9 @@ impl InfoArgs {
 /// Gives an order to a VM's control socket and says how it went.
 fn order(vm: &VmRef, run_dir: RunDir, target: &str, done: &str, json: bool) -> anyhow::Result<u8> {
     let registry = Registry::new(&run_dir.run_dir);
-    let result = registry
-        .find(vm)
-        .map_err(|error| error.to_string())
-        .and_then(|entry| {
-            give_order(&registry.socket(&entry.name, "control"), target, &[]).map_err(|error| error.to_string())
-        });
+    let result = registry.find(vm).map_err(|error| error.to_string()).and_then(|entry| {
+        give_order(&registry.socket(&entry.name, "control"), target, &[]).map_err(|error| error.to_string())
+    });
     let error = result.err().unwrap_or_default();
     let code = if error.is_empty() { exit::DONE } else { exit::REFUSED };
     if json {

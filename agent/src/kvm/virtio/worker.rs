@@ -294,9 +294,12 @@ mod tests {
         let worker = Worker::spawn("reader", vec![], Some(reader), Reader(passes.clone())).unwrap();
         worker.resume().unwrap();
         drop(writer);
+        while passes.load(Ordering::SeqCst) == 0 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         std::thread::sleep(Duration::from_millis(50));
         let count = passes.load(Ordering::SeqCst);
-        assert!((1..5).contains(&count), "{count} passes");
+        assert!(count < 5, "{count} passes");
     }
 
     struct Bomb;

@@ -12,9 +12,7 @@ use rustix::process::{PidfdFlags, pidfd_open};
 use super::frame::{SessionError, SessionSocket};
 use super::{Creation, Reply, Request, SESSION_VERSION};
 use crate::model::{MachineShape, MigrationId, Owner, PageBitmap, PageCount, PageRun, RegionId, VmId};
-use crate::port::{
-    DirtyLog, Fate, Gate, Journal, JournalRecord, MachineError, MachineState, PauseTiming, Vcpus,
-};
+use crate::port::{DirtyLog, Fate, Gate, Journal, JournalRecord, MachineError, MachineState, PauseTiming, Vcpus};
 use crate::shm::{RamRegion, SharedBitmap};
 use crate::store::FileJournal;
 
@@ -40,7 +38,8 @@ impl RemoteMachine {
     /// # Errors
     /// No machine there, or one that refuses: another migration has it.
     pub fn attach(socket: &Path, migration: MigrationId, journal: FileJournal) -> Result<Self, MachineError> {
-        let stream = UnixStream::connect(socket).map_err(|error| gone("attach", format!("{}: {error}", socket.display())))?;
+        let stream =
+            UnixStream::connect(socket).map_err(|error| gone("attach", format!("{}: {error}", socket.display())))?;
         Self::begin(stream, &Request::Attach { version: SESSION_VERSION, migration }, migration, journal)
     }
 

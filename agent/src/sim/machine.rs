@@ -1,0 +1,259 @@
+//! Simulated twins of machine and journal: a manager's session with the machine process of its host.
+//!
+//! The machine process itself, what it does when a session ends and what it remembers, is [`super::world`]'s.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::scenario::Side;
+use super::scheduler::Scheduler;
+use super::world::{AppendError, Cpu, Gate, Vm, World};
+use crate::model::{MigrationId, Owner, PageBitmap, PageCount, PageRun, RegionId, VmId};
+use crate::port::{
+    DirtyLog, Fate, Gate as GatePort, Journal, JournalError, JournalRecord, MachineError, MachineState, PauseTiming,
+    Vcpus,
+};
+
+/// One order over the session socket.
+const ORDER: Duration = Duration::from_micros(30);
+/// An order that ends with an fsync.
+const FSYNC: Duration = Duration::from_micros(200);
+
+fn gone(action: &'static str) -> MachineError {
+    MachineError::Gone { action, reason: "the session has ended".to_owned() }
+}
+
+fn refused(action: &'static str, reason: &str) -> MachineError {
+    MachineError::Refused { action, reason: reason.to_owned() }
+}
+
+fn not_journaled(action: &'static str) -> impl Fn(AppendError) -> MachineError {
+    move |error| match error {
+        AppendError::DiskFull => refused(action, "no space left on device"),
+        AppendError::WriterDied => gone(action),
+    }
+}
+
+/// A manager's session with its machine. Dropping it ends the session.
+pub(super) struct SimMachine {
+    sim: Arc<Scheduler>,
+    side: Side,
+}
+
+impl SimMachine {
+    pub(super) fn new(sim: &Arc<Scheduler>, side: Side) -> Self {
+        Self { sim: Arc::clone(sim), side }
+    }
+
+    fn order<R>(
+        &self,
+        action: &'static str,
+        cost: Duration,
+        effect: impl FnOnce(&mut World, Side) -> Result<R, MachineError>,
+    ) -> Result<R, MachineError> {
+        let side = self.side;
+        self.sim.operation(action, cost, |world| {
+            if world.vm(side).is_none() { Err(gone(action)) } else { effect(world, side) }
+        })
+    }
+
+    fn on_vm<R>(
+        &self,
+        action: &'static str,
+        effect: impl FnOnce(&mut Vm) -> Result<R, MachineError>,
+    ) -> Result<R, MachineError> {
+        self.order(action, ORDER, |world, side| effect(world.vm(side).ok_or_else(|| gone(action))?))
+    }
+}
+
+impl Drop for SimMachine {
+    fn drop(&mut self) {
+        let side = self.side;
+        self.sim.with(|world| world.end_session(side));
+    }
+}
+
+impl Vcpus for SimMachine {
+    fn pause(&mut self) -> Result<PauseTiming, MachineError> {
+        self.on_vm("pause", |vm| {
+            vm.running = false;
+            Ok(PauseTiming { pause: ORDER })
+        })
+    }
+
+    fn resume(&mut self) -> Result<(), MachineError> {
+        self.order("resume", ORDER, |world, side| {
+            match world.vm(side).map(|vm| vm.gate) {
+                Some(Gate::Open | Gate::Owner) => world.start_running(side),
+                gate => return Err(refused("resume", &format!("the gate is shut: {gate:?}"))),
+            }
+            Ok(())
+        })
+    }
+}
+
+impl DirtyLog for SimMachine {
+    fn start_log(&mut self) -> Result<(), MachineError> {
+        self.on_vm("start log", |vm| {
+            vm.log.start();
+            Ok(())
+        })
+    }
+
+    fn harvest(&mut self, into: &mut PageBitmap) -> Result<PageCount, MachineError> {
+        self.on_vm("harvest", |vm| Ok(vm.log.harvest(into)))
+    }
+
+    fn protect(&mut self, _region: RegionId, run: PageRun) -> Result<(), MachineError> {
+        let side = self.side;
+        self.sim.operation_in_lock("protect", ORDER, |world| {
+            world.vm(side).ok_or_else(|| gone("protect"))?.log.protect(run);
+            Ok(())
+        })
+    }
+
+    fn stop_log(&mut self) -> Result<(), MachineError> {
+        self.on_vm("stop log", |vm| {
+            vm.log.stop();
+            Ok(())
+        })
+    }
+}
+
+impl MachineState for SimMachine {
+    fn save_state(&mut self) -> Result<Vec<u8>, MachineError> {
+        self.on_vm("save state", |vm| match vm.cpu {
+            Some(cpu) if !vm.running => Ok(cpu.encode()),
+            _ => Err(refused("save state", "the VM runs")),
+        })
+    }
+
+    fn restore_state(&mut self, state: &[u8]) -> Result<(), MachineError> {
+        self.on_vm("restore state", |vm| {
+            vm.cpu = Some(Cpu::decode(state).ok_or_else(|| refused("restore state", "it is damaged"))?);
+            Ok(())
+        })
+    }
+}
+
+impl GatePort for SimMachine {
+    fn release(&mut self, _migration: MigrationId, peer: &str) -> Result<(), MachineError> {
+        let side = self.side;
+        let record = JournalRecord::Released { peer: peer.to_owned() };
+        self.sim.operation("release", FSYNC, |world| match world.append(side, record) {
+            Ok(()) => {
+                if let Some(vm) = world.vm(side) {
+                    vm.gate = Gate::Released;
+                }
+                Ok(())
+            }
+            // It died with the record written: the manager reads it.
+            Err(AppendError::WriterDied) => Ok(()),
+            Err(error) => Err(not_journaled("journal `released`")(error)),
+        })
+    }
+
+    fn reclaim(&mut self, _migration: MigrationId) -> Result<(), MachineError> {
+        self.order("reclaim", FSYNC, |world, side| {
+            world.append(side, JournalRecord::Owner).map_err(not_journaled("reclaim"))?;
+            world.vm(side).ok_or_else(|| gone("reclaim"))?.gate = Gate::Open;
+            Ok(())
+        })
+    }
+
+    fn prepared(&mut self, _migration: MigrationId) -> Result<(), MachineError> {
+        self.order("prepared", FSYNC, |world, side| {
+            world.append(side, JournalRecord::Prepared).map_err(not_journaled("journal `prepared`"))?;
+            world.vm(side).ok_or_else(|| gone("prepared"))?.gate = Gate::Prepared;
+            Ok(())
+        })
+    }
+
+    fn take_ownership(&mut self, _migration: MigrationId) -> Result<(), MachineError> {
+        self.order("take ownership", FSYNC, |world, side| {
+            let vm = world.vm(side).ok_or_else(|| gone("take ownership"))?;
+            if vm.gate != Gate::Prepared {
+                return Err(refused("take ownership", "it is not prepared"));
+            }
+            world.append(side, JournalRecord::Owner).map_err(not_journaled("journal `owner`"))?;
+            world.vm(side).ok_or_else(|| gone("take ownership"))?.gate = Gate::Owner;
+            Ok(())
+        })
+    }
+
+    fn never_owner(&mut self, _migration: MigrationId) -> Result<(), MachineError> {
+        let side = self.side;
+        self.sim.operation("never owner", FSYNC, |world| {
+            if world.vm(side).is_some() {
+                return Err(refused("journal `never-owner`", "the machine lives"));
+            }
+            match world.host(side).journal.last() {
+                Some(JournalRecord::Owner) => Err(refused("journal `never-owner`", "it has owned the VM")),
+                Some(JournalRecord::NeverOwner) => Ok(()),
+                _ => world.append(side, JournalRecord::NeverOwner).map_err(not_journaled("journal `never-owner`")),
+            }
+        })
+    }
+
+    fn announce(&mut self) -> Result<u32, MachineError> {
+        self.order("announce", ORDER, |_, _| Ok(1))
+    }
+
+    fn discard(&mut self, _migration: MigrationId) -> Result<(), MachineError> {
+        self.order("discard", FSYNC, |world, side| {
+            let record = match world.vm(side).map(|vm| vm.gate) {
+                Some(Gate::Reserved | Gate::Prepared) => JournalRecord::NeverOwner,
+                Some(Gate::Released) => JournalRecord::Discarded,
+                gate => return Err(refused("discard", &format!("the VM is its own: {gate:?}"))),
+            };
+            match world.append(side, record) {
+                Err(AppendError::DiskFull) => Err(not_journaled("discard")(AppendError::DiskFull)),
+                Ok(()) | Err(AppendError::WriterDied) => {
+                    world.kill_machine(side);
+                    Ok(())
+                }
+            }
+        })
+    }
+
+    fn fate(&mut self) -> Fate {
+        let side = self.side;
+        self.sim.operation("fate", Duration::from_micros(1), |world| {
+            let vm = world.host(side).vm.as_ref().map(|vm| (vm.alive, vm.resolved));
+            match vm {
+                Some((_, Some(owner @ (Owner::Here | Owner::There)))) => Fate::Resolved(owner),
+                Some((true, _)) => Fate::Waiting,
+                Some((false, _)) | None => Fate::Dead,
+            }
+        })
+    }
+}
+
+/// The durable memory of a simulated host. It outlives every process.
+pub(super) struct SimJournal {
+    sim: Arc<Scheduler>,
+    side: Side,
+}
+
+impl SimJournal {
+    pub(super) fn new(sim: &Arc<Scheduler>, side: Side) -> Self {
+        Self { sim: Arc::clone(sim), side }
+    }
+}
+
+impl Journal for SimJournal {
+    fn append(&mut self, _migration: MigrationId, _vm: VmId, record: JournalRecord) -> Result<(), JournalError> {
+        let side = self.side;
+        let written = self.sim.operation("append", FSYNC, |world| world.append(side, record));
+        written.map_err(|_| JournalError::Io {
+            path: "simulated".to_owned(),
+            action: "writing",
+            source: std::io::ErrorKind::StorageFull.into(),
+        })
+    }
+
+    fn last(&self, _migration: MigrationId) -> Result<Option<JournalRecord>, JournalError> {
+        let side = self.side;
+        Ok(self.sim.operation("read journal", ORDER, |world| world.host(side).journal.last().cloned()))
+    }
+}

@@ -1,0 +1,204 @@
+//! One simulated run: builds the two hosts, lets both managers work, and looks at what is left.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use super::link::{SimSourceLink, SimTargetLink};
+use super::machine::{SimJournal, SimMachine};
+use super::scenario::{Fault, Scenario, Side};
+use super::scheduler::Scheduler;
+use super::world::{Gate, Vm};
+use crate::migrate::outcomes::{Whereabouts, Window};
+use crate::migrate::source::Source;
+use crate::migrate::target::{Host, Reservation, Target};
+use crate::migrate::{ANSWER_LIMIT, ControlMessage, Observer, Offer, SourceOptions, TargetState, answer};
+use crate::model::{
+    DirtyLogKind, Ending, MachineShape, MigrationId, MigrationReport, PAGE_SIZE, RoundReport, Step, VmId,
+};
+use crate::port::{Clock, ControlChannel, Journal, JournalRecord, LinkError, Region, TargetLink};
+
+const MIGRATION: MigrationId = MigrationId(Uuid::from_u128(0x5eed));
+const VM: VmId = VmId(Uuid::from_u128(0x76d));
+/// How long a target waits for a source to say what it wants.
+const FIRST_MESSAGE_LIMIT: Duration = Duration::from_secs(30);
+
+/// What a run came to.
+#[derive(Debug)]
+pub struct Run {
+    /// The source's report; `None` if its manager died or never reached the target.
+    pub report: Option<MigrationReport>,
+    /// The target's end: `Ok` if the VM arrived, else its words; `None` if its manager died.
+    pub target: Option<Result<(), String>>,
+    /// Each fault that struck, and when.
+    pub struck: Vec<(Fault, Window)>,
+    /// Where the VM was before an operator did anything.
+    pub found: Whereabouts,
+    /// Where it was after the operator had done what the outcome table advises.
+    pub left: Whereabouts,
+    /// Whether the operator found a prepared copy at the target of a VM that the source never gave up.
+    pub stale_prepared: bool,
+    /// Broken invariants. Empty, or there is a bug.
+    pub violations: Vec<String>,
+    /// Port operations of both sides.
+    pub operations: u64,
+    /// Identifies the order of all events.
+    pub trace_hash: u64,
+    /// The last operations, for people.
+    pub trace: String,
+}
+
+impl Run {
+    /// How the source's manager says that it ended.
+    pub fn ending(&self) -> Option<Ending> {
+        self.report.as_ref().map(|report| report.ending)
+    }
+}
+
+struct SimObserver {
+    sim: Arc<Scheduler>,
+    side: Side,
+}
+
+impl Observer for SimObserver {
+    fn step(&self, step: Step, _detail: &str) {
+        let side = self.side;
+        self.sim.operation(step.name(), Duration::from_micros(1), |world| world.step(side, step));
+    }
+
+    fn round(&self, _round: &RoundReport) {}
+
+    fn progress(&self, _round: u32, _sent_pages: u64, _due_pages: u64) {}
+}
+
+struct SimHost {
+    sim: Arc<Scheduler>,
+}
+
+impl Host for SimHost {
+    fn reserve(&mut self, offer: &Offer) -> Result<Reservation, String> {
+        let region = self.sim.operation("reserve", Duration::from_millis(3), |world| {
+            let host = world.host(Side::Target);
+            let region = Arc::clone(&host.region);
+            host.vm = Some(Vm::new(region.spec().pages, Gate::Reserved));
+            region
+        });
+        let mut machine = SimMachine::new(&self.sim, Side::Target);
+        let journaled =
+            SimJournal::new(&self.sim, Side::Target).append(offer.migration_id, VM, JournalRecord::Reserved);
+        if let Err(error) = journaled {
+            // Nothing stays behind a refusal.
+            use crate::port::Gate as _;
+            if machine.discard(offer.migration_id).is_err() {
+                drop(machine);
+            }
+            return Err(error.to_string());
+        }
+        Ok(Reservation { machine: Box::new(machine), region })
+    }
+}
+
+fn shape(scenario: &Scenario) -> MachineShape {
+    MachineShape {
+        vm_id: VM,
+        name: "simulated".parse().expect("a constant name is a name"),
+        memory_bytes: scenario.memory_pages * PAGE_SIZE as u64,
+        cpus: 1,
+        dirty_log: DirtyLogKind::Bitmap,
+        tsc_khz: 1_000_000,
+        cpuid: Vec::new(),
+        nets: Vec::new(),
+        disks: Vec::new(),
+    }
+}
+
+fn source_main(sim: &Arc<Scheduler>, scenario: &Scenario) -> Option<MigrationReport> {
+    let options = SourceOptions {
+        strategy: scenario.strategy,
+        bandwidth: scenario.bandwidth_limit,
+        downtime: scenario.downtime,
+        fixed_cost: Duration::from_millis(1),
+        streams: scenario.streams,
+        verify: scenario.verify,
+        stall: scenario.stall,
+        peer: "simulated".to_owned(),
+        ..SourceOptions::default()
+    };
+    let mut machine = SimMachine::new(sim, Side::Source);
+    let region = sim.with(|world| Arc::clone(&world.host(Side::Source).region));
+    let mut link = SimSourceLink::dial(sim, scenario.stall).ok()?;
+    let source = Source {
+        id: MIGRATION,
+        options: &options,
+        shape: &shape(scenario),
+        region: region.as_ref(),
+        machine: &mut machine,
+        link: &mut link,
+        clock: sim.as_ref(),
+        observer: &SimObserver { sim: Arc::clone(sim), side: Side::Source },
+        cancel: sim.with(|world| world.cancelled[Side::Source.index()].clone()),
+    };
+    Some(source.run())
+}
+
+fn first_message(control: &dyn ControlChannel<ControlMessage>) -> Result<ControlMessage, LinkError> {
+    control
+        .recv(FIRST_MESSAGE_LIMIT)?
+        .ok_or(LinkError::Stalled { doing: "waiting for an offer", after: FIRST_MESSAGE_LIMIT })
+}
+
+fn target_main(sim: &Arc<Scheduler>, scenario: &Scenario) -> Result<(), String> {
+    let mut link = SimTargetLink::accept(sim, FIRST_MESSAGE_LIMIT).ok_or("nobody came")?;
+    let first = first_message(link.control().as_ref()).map_err(|error| error.to_string())?;
+    let target = Target {
+        link: &mut link,
+        host: &mut SimHost { sim: Arc::clone(sim) },
+        clock: sim.as_ref(),
+        observer: &SimObserver { sim: Arc::clone(sim), side: Side::Target },
+        cancel: sim.with(|world| world.cancelled[Side::Target.index()].clone()),
+        stall: scenario.stall,
+    };
+    let ended = target.run(first);
+    let record = SimJournal::new(sim, Side::Target).last(MIGRATION).ok().flatten();
+    if let Some(state) = TargetState::recorded(record.as_ref()) {
+        answer(&mut link, MIGRATION, state, sim.as_ref() as &dyn Clock, ANSWER_LIMIT);
+    }
+    ended.map(drop).map_err(|error| error.to_string())
+}
+
+/// Runs `scenario` to its end.
+///
+/// # Panics
+/// If the code under test panics.
+pub fn simulate(scenario: &Scenario) -> Run {
+    let sim = Arc::new(Scheduler::new(scenario));
+    let report = Mutex::new(None);
+    let target = Mutex::new(None);
+    let keep = |slot: &Mutex<_>, value| *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(value);
+    sim.run(vec![
+        (
+            Side::Source,
+            Box::new(|| {
+                if let Some(ended) = source_main(&sim, scenario) {
+                    *report.lock().unwrap_or_else(PoisonError::into_inner) = Some(ended);
+                }
+            }),
+        ),
+        (Side::Target, Box::new(|| keep(&target, target_main(&sim, scenario)))),
+    ]);
+    let left = sim.with(|world| world.check_end());
+    let (operations, trace_hash, trace) = (sim.operations(), sim.trace_hash(), sim.trace_text(60));
+    sim.with(|world| Run {
+        report: report.lock().unwrap_or_else(PoisonError::into_inner).take(),
+        target: target.lock().unwrap_or_else(PoisonError::into_inner).take(),
+        struck: std::mem::take(&mut world.struck),
+        found: world.before_operator.unwrap_or(left),
+        left,
+        stale_prepared: world.stale_prepared,
+        violations: std::mem::take(&mut world.violations),
+        operations,
+        trace_hash,
+        trace,
+    })
+}

@@ -1,0 +1,176 @@
+//! What a simulated migration is made of: seed, guest, network, and the faults that strike it.
+
+use std::time::Duration;
+
+use super::rng::Rng;
+use crate::migrate::Strategy;
+use crate::model::{BytesPerSecond, Step};
+
+/// One of the two hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Side {
+    /// Where the VM runs at first.
+    Source,
+    /// Where it is to run.
+    Target,
+}
+
+impl Side {
+    /// Both.
+    pub const BOTH: [Self; 2] = [Self::Source, Self::Target];
+
+    pub(super) const fn index(self) -> usize {
+        self as usize
+    }
+
+    /// The other one.
+    pub const fn other(self) -> Self {
+        match self {
+            Self::Source => Self::Target,
+            Self::Target => Self::Source,
+        }
+    }
+}
+
+/// What goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// SIGKILL for the manager: its connections close, its machine's session ends.
+    KillManager(Side),
+    /// SIGKILL for the machine.
+    KillMachine(Side),
+    /// All connections are reset, new ones fail until `heals_after`.
+    Cut {
+        /// When dialling works again; `None` is never.
+        heals_after: Option<Duration>,
+    },
+    /// What is sent by these sides no longer arrives, and nobody is told.
+    Stall {
+        /// Nothing that the source sends arrives.
+        from_source: bool,
+        /// Nothing that the target sends arrives.
+        from_target: bool,
+        /// When all that was held back arrives; `None` is never.
+        heals_after: Option<Duration>,
+    },
+    /// No journal record can be written there any more, until an operator makes room.
+    DiskFull(Side),
+    /// The next record that the journal there takes is durable, but its writer dies before it can say so.
+    DieAfterAppend(Side),
+    /// One bit of the next page on the wire is flipped.
+    FlipPageBit,
+    /// An operator cancels.
+    Cancel(Side),
+}
+
+/// When it goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trigger {
+    /// As that side's manager passes a step for the first time.
+    Step(Side, Step),
+    /// Before the n-th port operation of the whole run, counted from 1.
+    Operation(u64),
+}
+
+/// How the guest writes.
+#[derive(Clone, Copy, Debug)]
+pub struct GuestModel {
+    /// Writes a second, while it runs.
+    pub writes_per_second: u64,
+    /// Pages that it ever writes.
+    pub working_set: u64,
+    /// Of these, pages that take nine writes in ten.
+    pub hot_set: u64,
+    /// It writes for so long (of its own running time) and idles then.
+    pub busy: Duration,
+}
+
+/// How the link carries.
+#[derive(Clone, Copy, Debug)]
+pub struct NetworkModel {
+    /// Bytes a second in each direction.
+    pub bandwidth: BytesPerSecond,
+    /// One way.
+    pub latency: Duration,
+}
+
+/// A whole run.
+#[derive(Clone, Debug)]
+pub struct Scenario {
+    /// Decides every tie, jitter and choice.
+    pub seed: u64,
+    /// How memory moves.
+    pub strategy: Strategy,
+    /// Page streams.
+    pub streams: u16,
+    /// Hash all memory. Slow here as it is outside.
+    pub verify: bool,
+    /// The operator's bandwidth limit.
+    pub bandwidth_limit: Option<BytesPerSecond>,
+    /// The blackout asked for.
+    pub downtime: Duration,
+    /// Guest RAM in pages.
+    pub memory_pages: u64,
+    /// The guest.
+    pub guest: GuestModel,
+    /// The link.
+    pub network: NetworkModel,
+    /// The managers' stall limit.
+    pub stall: Duration,
+    /// What strikes.
+    pub faults: Vec<(Trigger, Fault)>,
+    /// Break the simulated machine on purpose: one logged page in so many is forgotten. Proves that the checks bite.
+    pub forget_one_dirty_page_in: Option<u64>,
+}
+
+impl Scenario {
+    /// A small pre-copy migration over two streams with no fault. RAM spans three send windows, so that streams share
+    /// the work, and ends in the middle of a bitmap word.
+    pub fn new(seed: u64) -> Self {
+        Self {
+            seed,
+            strategy: Strategy::PreCopy,
+            streams: 2,
+            verify: false,
+            bandwidth_limit: None,
+            downtime: Duration::from_millis(4),
+            memory_pages: 2 * 8192 + 300,
+            guest: GuestModel {
+                writes_per_second: 20_000,
+                working_set: 48,
+                hot_set: 6,
+                busy: Duration::from_millis(500),
+            },
+            network: NetworkModel { bandwidth: BytesPerSecond(100 << 20), latency: Duration::from_micros(100) },
+            stall: Duration::from_secs(2),
+            faults: Vec::new(),
+            forget_one_dirty_page_in: None,
+        }
+    }
+
+    /// Everything that a seed can choose: strategy, streams, writer rate and spread, link, limits.
+    pub fn random(seed: u64) -> Self {
+        let mut rng = Rng(seed ^ 0x5ce0);
+        let mut scenario = Self::new(seed);
+        if rng.one_in(4) {
+            scenario.strategy = Strategy::StopAndCopy;
+        }
+        scenario.streams = 1 + rng.below(3) as u16;
+        scenario.guest.writes_per_second = [0, 300, 5_000, 20_000, 100_000][rng.below(5) as usize];
+        scenario.guest.working_set = 8 + rng.below(80);
+        scenario.guest.hot_set = 1 + rng.below(8);
+        scenario.network.bandwidth = BytesPerSecond((4 << 20) << rng.below(8));
+        scenario.network.latency = Duration::from_micros(20 << rng.below(8));
+        scenario.downtime = Duration::from_millis(1 + rng.below(20));
+        if rng.one_in(4) {
+            scenario.bandwidth_limit = Some(BytesPerSecond((2 << 20) << rng.below(6)));
+        }
+        scenario
+    }
+
+    /// The same with one fault.
+    pub fn with(mut self, trigger: Trigger, fault: Fault) -> Self {
+        self.faults.push((trigger, fault));
+        self
+    }
+}

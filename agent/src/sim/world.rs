@@ -1,0 +1,587 @@
+//! Everything that exists in a simulation besides threads: two hosts with machine, journal and manager, the guest, the
+//! network, faults, and the operator who cleans up at the end. Also the oracle: what must never be is noted here.
+//!
+//! Plain data under the scheduler's lock; knows nothing of threads and of the policy's internals.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::memory::{SimDirtyLog, SimRegion};
+use super::network::{NEVER, Network};
+use super::rng::{Rng, mix};
+use super::scenario::{Fault, Scenario, Side, Trigger};
+use crate::migrate::outcomes::{Whereabouts, Window};
+use crate::model::{Owner, PageCount, Step};
+use crate::port::JournalRecord;
+
+/// How long the operator waits, after the source's manager has ended, before looking at both hosts.
+const OPERATOR_AFTER: Duration = Duration::from_secs(35);
+/// How long everything may take to end after the operator has decided.
+const END_AFTER: Duration = Duration::from_secs(100);
+
+/// What a vCPU knows: it travels in the state blob.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Cpu {
+    sequence: u64,
+    rng: Rng,
+    since_last_write_ns: u64,
+    busy_left_ns: u64,
+}
+
+impl Cpu {
+    pub(super) fn encode(&self) -> Vec<u8> {
+        let words = [self.sequence, self.rng.0, self.since_last_write_ns, self.busy_left_ns];
+        words.iter().flat_map(|word| word.to_le_bytes()).collect()
+    }
+
+    pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
+        let mut words = bytes.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().unwrap_or_default()));
+        let cpu = Self {
+            sequence: words.next()?,
+            rng: Rng(words.next()?),
+            since_last_write_ns: words.next()?,
+            busy_left_ns: words.next()?,
+        };
+        (words.next().is_none()).then_some(cpu)
+    }
+}
+
+/// The one guest there is: what its memory must hold, wherever it runs.
+struct Guest {
+    places: Vec<u64>,
+    stamps: Vec<u64>,
+    hot: u64,
+    write_interval_ns: u64,
+    cpu: Cpu,
+}
+
+/// The ownership gate of a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Gate {
+    /// Source: the VM is its own.
+    Open,
+    /// Source: `released` is journaled.
+    Released,
+    /// Target: nothing is owed.
+    Reserved,
+    /// Target: `prepared` is journaled.
+    Prepared,
+    /// Target: `owner` is journaled.
+    Owner,
+}
+
+/// A machine process.
+pub(super) struct Vm {
+    pub(super) alive: bool,
+    pub(super) running: bool,
+    pub(super) gate: Gate,
+    pub(super) log: SimDirtyLog,
+    pub(super) cpu: Option<Cpu>,
+    pub(super) resolved: Option<Owner>,
+    /// A manager is connected.
+    pub(super) session: bool,
+}
+
+/// How a manager stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Manager {
+    Alive,
+    Killed,
+    Ended,
+}
+
+/// One host.
+pub(super) struct Host {
+    pub(super) manager: Manager,
+    pub(super) vm: Option<Vm>,
+    pub(super) region: Arc<SimRegion>,
+    pub(super) journal: Vec<JournalRecord>,
+    disk_full: bool,
+    die_after_append: bool,
+}
+
+/// Why a record is not written, or its writer not heard of again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum AppendError {
+    DiskFull,
+    /// The record is durable.
+    WriterDied,
+}
+
+enum Event {
+    SessionLost(Side),
+    Heal,
+    Operator,
+    End,
+}
+
+pub(super) struct World {
+    pub(super) now_ns: u64,
+    pub(super) rng: Rng,
+    pub(super) scenario: Scenario,
+    pub(super) network: Network,
+    pub(super) hosts: [Host; 2],
+    guest: Guest,
+    events: Vec<(u64, Event)>,
+    steps: Vec<(Side, Step)>,
+    /// Cancel flags to set; the managers' own are joined to them by the runner.
+    pub(super) cancelled: [crate::migrate::CancelFlag; 2],
+    /// What has struck, and in which window.
+    pub(super) struck: Vec<(Fault, Window)>,
+    pub(super) violations: Vec<String>,
+    /// Where the VM was when the operator came.
+    pub(super) before_operator: Option<Whereabouts>,
+    /// Whether the target was left holding a prepared VM that it must not run.
+    pub(super) stale_prepared: bool,
+    operator_is_due: bool,
+    /// Time is up: every manager is killed.
+    pub(super) over: bool,
+}
+
+impl World {
+    pub(super) fn new(scenario: &Scenario) -> Self {
+        let mut rng = Rng(scenario.seed);
+        let guest = Guest::new(scenario, &mut rng.fork(1));
+        let pages = PageCount(scenario.memory_pages);
+        let host = |gate| Host {
+            manager: Manager::Alive,
+            vm: (gate == Gate::Open).then(|| Vm::new(pages, gate)),
+            region: Arc::new(SimRegion::new(pages)),
+            journal: Vec::new(),
+            disk_full: false,
+            die_after_append: false,
+        };
+        let mut world = Self {
+            now_ns: 1_000_000_000,
+            network: Network::new(scenario.network, rng.fork(2)),
+            rng,
+            scenario: scenario.clone(),
+            hosts: [host(Gate::Open), host(Gate::Reserved)],
+            guest,
+            events: Vec::new(),
+            steps: Vec::new(),
+            cancelled: Default::default(),
+            struck: Vec::new(),
+            violations: Vec::new(),
+            before_operator: None,
+            stale_prepared: false,
+            operator_is_due: false,
+            over: false,
+        };
+        let source = &mut world.hosts[Side::Source.index()];
+        for (&place, &stamp) in world.guest.places.iter().zip(&world.guest.stamps) {
+            source.region.stamp(place, stamp);
+        }
+        if let Some(vm) = &mut source.vm {
+            vm.cpu = Some(world.guest.cpu);
+            vm.running = true;
+        }
+        world
+    }
+
+    pub(super) fn host(&mut self, side: Side) -> &mut Host {
+        &mut self.hosts[side.index()]
+    }
+
+    /// The machine of a side, if its process lives.
+    pub(super) fn vm(&mut self, side: Side) -> Option<&mut Vm> {
+        self.host(side).vm.as_mut().filter(|vm| vm.alive)
+    }
+
+    fn runs(&self, side: Side) -> bool {
+        self.hosts[side.index()].vm.as_ref().is_some_and(|vm| vm.alive && vm.running)
+    }
+
+    fn has(&self, side: Side, wanted: &JournalRecord) -> bool {
+        let same = |record: &JournalRecord| std::mem::discriminant(record) == std::mem::discriminant(wanted);
+        self.hosts[side.index()].journal.iter().any(same)
+    }
+
+    fn violation(&mut self, text: String) {
+        self.violations.push(format!("{:.6} s: {text}", self.now_ns as f64 / 1e9));
+    }
+
+    // ---- time ----
+
+    /// When the next event is due.
+    pub(super) fn next_event_at(&self) -> u64 {
+        self.events.iter().map(|(at, _)| *at).min().unwrap_or(NEVER)
+    }
+
+    fn after(&mut self, delay: Duration, event: Event) {
+        self.events.push((self.now_ns + delay.as_nanos() as u64, event));
+    }
+
+    /// Lets time pass: the guest runs wherever it runs.
+    pub(super) fn advance(&mut self, to_ns: u64) {
+        let passed = to_ns.saturating_sub(self.now_ns);
+        self.now_ns = self.now_ns.max(to_ns);
+        for side in Side::BOTH {
+            if self.runs(side) {
+                self.run_guest(side, passed);
+            }
+        }
+    }
+
+    fn run_guest(&mut self, side: Side, passed_ns: u64) {
+        let guest = &mut self.guest;
+        let host = &mut self.hosts[side.index()];
+        let Some(vm) = &mut host.vm else { return };
+        let Some(mut cpu) = vm.cpu else { return };
+        let passed = passed_ns.min(cpu.busy_left_ns);
+        cpu.busy_left_ns -= passed;
+        cpu.since_last_write_ns += passed;
+        while cpu.since_last_write_ns >= guest.write_interval_ns {
+            cpu.since_last_write_ns -= guest.write_interval_ns;
+            cpu.sequence += 1;
+            let all = guest.places.len() as u64;
+            // Hot pages lie all over the working set, so that no stream has them alone.
+            let hot = cpu.rng.below(guest.hot) * (all / guest.hot);
+            let index = if cpu.rng.one_in(10) { cpu.rng.below(all) } else { hot } as usize;
+            let stamp = if cpu.rng.one_in(8) { 0 } else { mix(cpu.sequence) | 1 };
+            host.region.stamp(guest.places[index], stamp);
+            guest.stamps[index] = stamp;
+            let forgotten = self.scenario.forget_one_dirty_page_in.is_some_and(|n| self.rng.one_in(n));
+            if !forgotten {
+                vm.log.note(guest.places[index]);
+            }
+        }
+        vm.cpu = Some(cpu);
+        guest.cpu = cpu;
+    }
+
+    /// Fires the next event.
+    pub(super) fn fire_event(&mut self) {
+        let Some(index) = (0..self.events.len()).min_by_key(|&index| self.events[index].0) else { return };
+        let (at, event) = self.events.remove(index);
+        self.advance(at);
+        match event {
+            Event::SessionLost(side) => self.session_lost(side),
+            Event::Heal => self.network.heal(self.now_ns),
+            Event::Operator => self.operator(),
+            Event::End => self.over = true,
+        }
+    }
+
+    // ---- processes ----
+
+    pub(super) fn is_dead(&self, side: Side) -> bool {
+        self.over || self.hosts[side.index()].manager == Manager::Killed
+    }
+
+    fn kill_manager(&mut self, side: Side) {
+        if self.host(side).manager == Manager::Alive {
+            self.host(side).manager = Manager::Killed;
+            self.network.process_ended(self.now_ns, side);
+            self.end_session(side);
+            self.manager_gone(side);
+        }
+    }
+
+    /// A manager's process has ended by itself.
+    pub(super) fn manager_ended(&mut self, side: Side) {
+        if self.host(side).manager == Manager::Alive {
+            self.host(side).manager = Manager::Ended;
+            self.network.process_ended(self.now_ns, side);
+            self.end_session(side);
+            self.manager_gone(side);
+        }
+    }
+
+    fn manager_gone(&mut self, side: Side) {
+        if side == Side::Source && !self.operator_is_due {
+            self.operator_is_due = true;
+            self.after(OPERATOR_AFTER, Event::Operator);
+        }
+    }
+
+    /// The machine's session is closed: the machine notices soon.
+    pub(super) fn end_session(&mut self, side: Side) {
+        let delay = Duration::from_micros(self.rng.below(1000));
+        if let Some(vm) = self.vm(side)
+            && vm.session
+        {
+            vm.session = false;
+            self.after(delay, Event::SessionLost(side));
+        }
+    }
+
+    pub(super) fn kill_machine(&mut self, side: Side) {
+        if let Some(vm) = &mut self.host(side).vm {
+            vm.alive = false;
+            vm.running = false;
+        }
+    }
+
+    /// What the machine host does when its manager is gone.
+    fn session_lost(&mut self, side: Side) {
+        let Some(vm) = self.vm(side) else { return };
+        match vm.gate {
+            Gate::Open => {
+                vm.log.stop();
+                self.start_running(side);
+            }
+            Gate::Owner => self.start_running(side),
+            Gate::Reserved => {
+                self.kill_machine(side);
+                let _ = self.append(side, JournalRecord::NeverOwner);
+            }
+            Gate::Released | Gate::Prepared => {}
+        }
+    }
+
+    pub(super) fn append(&mut self, side: Side, record: JournalRecord) -> Result<(), AppendError> {
+        let host = self.host(side);
+        if host.disk_full {
+            return Err(AppendError::DiskFull);
+        }
+        host.journal.push(record);
+        if std::mem::take(&mut host.die_after_append) {
+            self.kill_machine(side);
+            return Err(AppendError::WriterDied);
+        }
+        Ok(())
+    }
+
+    // ---- the guest ----
+
+    /// The vCPUs go on. The oracle looks at everything here.
+    pub(super) fn start_running(&mut self, side: Side) {
+        if self.runs(side) {
+            return;
+        }
+        if self.runs(side.other()) {
+            self.violation(format!("I1: the VM starts to run at the {side:?} while it runs at the other host"));
+        }
+        self.check_guest(side);
+        if let Some(vm) = self.vm(side) {
+            vm.running = true;
+        }
+    }
+
+    /// I3: memory and CPU are what the guest left, byte for byte.
+    fn check_guest(&mut self, side: Side) {
+        let host = &self.hosts[side.index()];
+        let guest = &self.guest;
+        let mut wrong: Vec<u64> = guest
+            .places
+            .iter()
+            .zip(&guest.stamps)
+            .filter(|&(&place, &stamp)| !host.region.holds(place, stamp))
+            .map(|(&place, _)| place)
+            .collect();
+        let foreign = host.region.touched_pages().into_iter().filter(|page| guest.places.binary_search(page).is_err());
+        wrong.extend(foreign.filter(|&page| !host.region.holds(page, 0)));
+        let cpu = host.vm.as_ref().and_then(|vm| vm.cpu);
+        let cpu_is_right = cpu == Some(guest.cpu);
+        if !wrong.is_empty() {
+            self.violation(format!("I3: pages {wrong:?} at the {side:?} are not what the guest left"));
+        }
+        if !cpu_is_right {
+            self.violation(format!("I3: the CPU at the {side:?} is not what the guest left"));
+        }
+    }
+
+    // ---- faults ----
+
+    /// A port operation is about to happen.
+    pub(super) fn before_operation(&mut self, number: u64) {
+        self.strike(|trigger| *trigger == Trigger::Operation(number));
+    }
+
+    /// A manager passes a step.
+    pub(super) fn step(&mut self, side: Side, step: Step) {
+        if !self.steps.contains(&(side, step)) {
+            self.steps.push((side, step));
+            self.strike(|trigger| *trigger == Trigger::Step(side, step));
+        }
+    }
+
+    fn strike(&mut self, is_now: impl Fn(&Trigger) -> bool) {
+        while let Some(index) = self.scenario.faults.iter().position(|(trigger, _)| is_now(trigger)) {
+            let (_, fault) = self.scenario.faults.remove(index);
+            let window = self.window();
+            self.struck.push((fault, window));
+            match fault {
+                Fault::KillManager(side) => self.kill_manager(side),
+                Fault::KillMachine(side) => self.kill_machine(side),
+                Fault::Cut { heals_after } => {
+                    self.network.cut(self.now_ns);
+                    heals_after.into_iter().for_each(|delay| self.after(delay, Event::Heal));
+                }
+                Fault::Stall { from_source, from_target, heals_after } => {
+                    for (side, stalls) in [(Side::Source, from_source), (Side::Target, from_target)] {
+                        if stalls {
+                            self.network.stall(self.now_ns, side);
+                        }
+                    }
+                    heals_after.into_iter().for_each(|delay| self.after(delay, Event::Heal));
+                }
+                Fault::DiskFull(side) => self.host(side).disk_full = true,
+                Fault::DieAfterAppend(side) => self.host(side).die_after_append = true,
+                Fault::FlipPageBit => self.network.flip_next = true,
+                Fault::Cancel(side) => self.cancelled[side.index()].set(),
+            }
+        }
+    }
+
+    /// How far the handover has come, by what is durable.
+    fn window(&self) -> Window {
+        let released = self.has(Side::Source, &JournalRecord::Released { peer: String::new() });
+        if self.steps.contains(&(Side::Source, Step::Running)) {
+            Window::Done
+        } else if self.has(Side::Target, &JournalRecord::Owner) {
+            Window::Owned
+        } else if released {
+            Window::Released
+        } else if self.has(Side::Target, &JournalRecord::Prepared) {
+            Window::Prepared
+        } else {
+            Window::BeforePrepared
+        }
+    }
+
+    // ---- the end ----
+
+    /// Where the VM is, as someone who sees both hosts knows it.
+    pub(super) fn whereabouts(&mut self) -> Whereabouts {
+        if self.runs(Side::Source) {
+            return Whereabouts::RunsAtSource;
+        }
+        if self.runs(Side::Target) {
+            return Whereabouts::RunsAtTarget;
+        }
+        let owned = self.has(Side::Target, &JournalRecord::Owner);
+        let at_source = self.vm(Side::Source).is_some();
+        let at_target = self.vm(Side::Target).is_some_and(|vm| matches!(vm.gate, Gate::Prepared | Gate::Owner));
+        if at_target || (at_source && !owned) { Whereabouts::Waits } else { Whereabouts::Crashed }
+    }
+
+    /// An operator looks at both hosts and resolves what is in doubt, as the outcome table advises.
+    fn operator(&mut self) {
+        self.after(END_AFTER, Event::End);
+        for host in &mut self.hosts {
+            host.disk_full = false;
+        }
+        let before = self.whereabouts();
+        self.before_operator = Some(before);
+        let source_gate = self.vm(Side::Source).map(|vm| vm.gate);
+        let target_gate = self.vm(Side::Target).map(|vm| vm.gate);
+        if source_gate == Some(Gate::Open) && before != Whereabouts::RunsAtSource {
+            self.violation("I4: the source's machine may run, but stands".to_owned());
+        }
+        match (source_gate, target_gate) {
+            // The VM never left: a target that still holds a copy is told to let go.
+            (Some(Gate::Open), Some(Gate::Prepared)) => {
+                self.stale_prepared = true;
+                self.resolve(Side::Target, Owner::There);
+            }
+            (Some(Gate::Released), Some(Gate::Prepared)) | (None, Some(Gate::Prepared)) => {
+                self.resolve(Side::Target, Owner::Here);
+            }
+            (Some(Gate::Released), None) => {
+                if self.has(Side::Target, &JournalRecord::Owner) {
+                    self.resolve(Side::Source, Owner::There);
+                } else {
+                    self.resolve(Side::Source, Owner::Here);
+                }
+            }
+            (Some(Gate::Released), Some(Gate::Owner)) => self.resolve(Side::Source, Owner::There),
+            _ => {}
+        }
+    }
+
+    /// `dunlin resolve`, as the machine hosts obey it.
+    fn resolve(&mut self, side: Side, owner: Owner) {
+        let now_managed = self.vm(side).is_some_and(|vm| vm.session);
+        if let Some(vm) = self.vm(side) {
+            vm.resolved = Some(owner);
+        }
+        match (side, owner) {
+            // A manager that still waits sees the decision; without one the machine acts itself.
+            (Side::Target, Owner::Here) if !now_managed => {
+                let _ = self.append(side, JournalRecord::Owner);
+                if let Some(vm) = self.vm(side) {
+                    vm.gate = Gate::Owner;
+                }
+                self.start_running(side);
+            }
+            (Side::Source, Owner::Here) => {
+                let _ = self.append(side, JournalRecord::Owner);
+                if let Some(vm) = self.vm(side) {
+                    vm.gate = Gate::Open;
+                    vm.log.stop();
+                }
+                self.start_running(side);
+            }
+            (Side::Source, _) => {
+                let _ = self.append(side, JournalRecord::Discarded);
+                self.kill_machine(side);
+            }
+            (Side::Target, Owner::There) => {
+                let _ = self.append(side, JournalRecord::NeverOwner);
+                self.kill_machine(side);
+            }
+            (Side::Target, _) => {}
+        }
+    }
+
+    /// The last look: what must hold when everything has ended.
+    pub(super) fn check_end(&mut self) -> Whereabouts {
+        let place = self.whereabouts();
+        for side in Side::BOTH {
+            if self.runs(side) {
+                self.check_guest(side);
+            }
+            if self.vm(side).is_some_and(|vm| vm.running && vm.log.is_on()) {
+                self.violation(format!("I4: the {side:?} runs with its dirty log on"));
+            }
+        }
+        if place == Whereabouts::RunsAtSource {
+            if self.vm(Side::Target).is_some() {
+                self.violation("I4: the VM runs at the source, but a machine is left at the target".to_owned());
+            }
+            let last = self.host(Side::Target).journal.last().cloned();
+            if !matches!(last, None | Some(JournalRecord::Reserved | JournalRecord::NeverOwner)) {
+                self.violation(format!("I4: the VM runs at the source, but the target's journal ends with {last:?}"));
+            }
+        }
+        if place == Whereabouts::RunsAtTarget && self.vm(Side::Source).is_some_and(|vm| vm.gate == Gate::Open) {
+            self.violation("I1: the VM runs at the target, and the source's gate is open".to_owned());
+        }
+        place
+    }
+}
+
+impl Vm {
+    pub(super) fn new(pages: PageCount, gate: Gate) -> Self {
+        Self {
+            alive: true,
+            running: false,
+            gate,
+            log: SimDirtyLog::new(pages),
+            cpu: None,
+            resolved: None,
+            session: true,
+        }
+    }
+}
+
+impl Guest {
+    fn new(scenario: &Scenario, rng: &mut Rng) -> Self {
+        let (model, pages) = (scenario.guest, scenario.memory_pages);
+        let mut places = BTreeSet::from([0, pages - 1]);
+        let clusters: Vec<u64> = (0..6).map(|_| rng.below(pages)).collect();
+        while (places.len() as u64) < model.working_set.clamp(2, pages) {
+            let near = clusters[rng.below(clusters.len() as u64) as usize] + rng.below(24);
+            places.insert(near % pages);
+        }
+        let places: Vec<u64> = places.into_iter().collect();
+        let stamps = places.iter().map(|_| if rng.one_in(3) { 0 } else { rng.next() | 1 }).collect();
+        let write_interval_ns = 1_000_000_000u64.checked_div(model.writes_per_second).unwrap_or(NEVER);
+        let busy_left_ns = if model.writes_per_second == 0 { 0 } else { model.busy.as_nanos() as u64 };
+        let cpu = Cpu { sequence: 0, rng: rng.fork(3), since_last_write_ns: 0, busy_left_ns };
+        Self { hot: model.hot_set.clamp(1, places.len() as u64), places, stamps, write_interval_ns, cpu }
+    }
+}
