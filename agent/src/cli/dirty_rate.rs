@@ -1,17 +1,16 @@
 //! `dunlin dirty-rate`.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
 
+use super::places::RunDir;
 use crate::model::VmRef;
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
 use crate::model::units::{display_bytes, display_duration, parse_duration, parse_size_bytes};
 use crate::service::interrupt::Interrupt;
 use crate::service::observe::{DirtyRateReport, Ended, ObserveRequest, observe};
-use crate::service::registry::DEFAULT_RUN_DIR;
 
 /// Watch how a VM writes its memory, from outside it
 ///
@@ -47,9 +46,8 @@ pub(super) struct DirtyRateArgs {
     #[arg(long)]
     probe_log: bool,
 
-    /// Where the VMs of this host are listed.
-    #[arg(long, value_name = "DIR", default_value = DEFAULT_RUN_DIR)]
-    run_dir: PathBuf,
+    #[command(flatten)]
+    run: RunDir,
 }
 
 /// Intervals shorter than this measure mostly themselves.
@@ -58,13 +56,21 @@ const SHORTEST: Duration = Duration::from_millis(10);
 impl DirtyRateArgs {
     /// Runs the command.
     pub(super) fn run(self, json: bool) -> anyhow::Result<u8> {
-        let DirtyRateArgs { vm, interval, count, arm, max_address, probe_log, run_dir } = self;
+        let DirtyRateArgs { vm, interval, count, arm, max_address, probe_log, run } = self;
         if interval < SHORTEST {
             eprintln!("dunlin: --interval must be at least {}", display_duration(SHORTEST));
             return Ok(exit::USAGE);
         }
         let interrupt = Interrupt::install()?;
-        let request = ObserveRequest { run_dir, vm, interval, count, max_address_bytes: max_address, arm, probe_log };
+        let request = ObserveRequest {
+            run_dir: run.run_dir,
+            vm,
+            interval,
+            count,
+            max_address_bytes: max_address,
+            arm,
+            probe_log,
+        };
         let mut first = true;
         let ended = observe(&request, &interrupt, |report| {
             if json {
@@ -123,6 +129,12 @@ fn text(report: &DirtyRateReport, first: bool) -> String {
     if !rate.exits.is_empty() {
         let exits: Vec<String> = rate.exits.iter().map(|(reason, count)| format!("{reason} {count}")).collect();
         line(format_args!("  exits: {}", exits.join(", ")));
+    }
+    if rate.dirty_ring_pushes_per_second > 0.0 {
+        line(format_args!(
+            "  dirty ring: {:.0} pushes/s (the same page again each time that KVM itself writes it)",
+            rate.dirty_ring_pushes_per_second
+        ));
     }
     let lost = &rate.lost_events;
     let detail = [
