@@ -14,6 +14,7 @@ mod qmp;
 mod raw_tcp;
 
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -59,6 +60,10 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: Option<u32>,
 
+    /// Measure this binary instead of building one.
+    #[arg(long, value_name = "FILE")]
+    dunlin: Option<PathBuf>,
+
     /// Only this case; may be given several times.
     #[arg(long = "case", value_name = "NAME")]
     cases: Vec<String>,
@@ -92,7 +97,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         cap: if arguments.quick { QUICK_CAP } else { CAP },
         budget: arguments.quick.then_some(QUICK_BUDGET),
     };
-    let (dunlin, kernel) = build()?;
+    let (dunlin, kernel) = build(arguments.dunlin.as_deref())?;
     interrupt::install()?;
     let load = load_average();
     // Declared in this order, so that on any way out processes end before their folders go.
@@ -117,17 +122,22 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-/// Builds what is measured, and says so first.
-fn build() -> Result<(std::path::PathBuf, std::path::PathBuf)> {
-    eprintln!("building dunlin and the test guest (release)");
-    let cargo = |arguments: &[&str], folder: &std::path::Path| {
+/// Builds what is measured, and says so first. Returns where `dunlin` and the guest are.
+fn build(dunlin: Option<&Path>) -> Result<(PathBuf, PathBuf)> {
+    let cargo = |arguments: &[&str], folder: &Path| {
         // Cargo speaks on standard error; what else it prints must not mix with JSON.
         run::run(Command::new("cargo").args(arguments).current_dir(folder).stdout(Stdio::null()))
     };
-    cargo(&["build", "--release", "--package", "dunlin"], root())?;
+    let dunlin = match dunlin {
+        Some(path) => fs::canonicalize(path).with_context(|| format!("{} is missing", path.display()))?,
+        None => {
+            eprintln!("building dunlin (release)");
+            cargo(&["build", "--release", "--package", "dunlin"], root())?;
+            root().join("target/release/dunlin")
+        }
+    };
+    eprintln!("building the test guest (release)");
     cargo(&["build", "--release"], &root().join("tests/guest"))?;
-    let dunlin = root().join("target/release/dunlin");
-    fs::metadata(&dunlin).with_context(|| format!("{} was not built", dunlin.display()))?;
     Ok((dunlin, guest::kernel(root())?))
 }
 
