@@ -55,8 +55,8 @@ pub(super) enum Aim {
     None,
     /// At most this.
     AtMost(f64),
-    /// At most what the peer got; a peer without a result is beaten by any result.
-    Peer,
+    /// At most what the peer got. If it got nothing, at most this, up to which it was waited for; else undecided.
+    Peer(Option<f64>),
 }
 
 /// One row.
@@ -122,15 +122,19 @@ impl Row {
     }
 
     fn judge(&mut self, aim: &Aim) {
-        self.aim = match aim {
+        let limit = match aim {
             Aim::None => return,
             Aim::AtMost(limit) => Some(*limit),
-            Aim::Peer => self.peer_value,
+            Aim::Peer(waited) => self.peer_value.or(*waited),
         };
-        self.ok = Some(match (self.value, self.aim) {
-            (Some(value), Some(limit)) => value <= limit,
-            (value, _) => value.is_some(),
-        });
+        let kept = |value: f64| limit.map(|limit| value <= limit);
+        self.ok = match self.value {
+            // Slower than a peer that was given up on: nobody knows how slow that one is.
+            Some(value) if self.peer.is_some() && self.peer_value.is_none() => kept(value).filter(|&kept| kept),
+            Some(value) => kept(value),
+            None => Some(false),
+        };
+        self.aim = limit;
     }
 }
 
@@ -146,7 +150,7 @@ pub(super) fn json(rows: &[Row]) -> String {
 
 /// The rows as a table.
 pub(super) fn table(rows: &[Row]) -> String {
-    let heads = ["case", "metric", "value", "min", "max", "unit", "peer", "peer value", "aim", ""];
+    let heads = ["case", "metric", "value", "min", "max", "unit", "runs", "peer", "peer value", "aim", ""];
     let number = |value: Option<f64>| match value {
         None => "-".to_owned(),
         Some(value) if value.abs() >= 1000.0 => format!("{value:.0}"),
@@ -164,6 +168,7 @@ pub(super) fn table(rows: &[Row]) -> String {
             number(row.min),
             number(row.max),
             row.unit.to_owned(),
+            row.runs.to_string(),
             row.peer.clone().unwrap_or_default(),
             if row.peer.is_some() { number(row.peer_value) } else { String::new() },
             row.aim.map_or(String::new(), |aim| format!("<= {}", number(Some(aim)))),
@@ -177,7 +182,7 @@ pub(super) fn table(rows: &[Row]) -> String {
     for line in &lines {
         let mut out = String::new();
         for (column, (cell, &width)) in line.iter().zip(&widths).enumerate() {
-            let _ = if [2, 3, 4, 7].contains(&column) {
+            let _ = if [2, 3, 4, 6, 8].contains(&column) {
                 write!(out, "{cell:>width$}  ")
             } else {
                 write!(out, "{cell:<width$}  ")
@@ -210,8 +215,10 @@ mod tests {
         let (ours, slower, never) = (samples(&[2.0]), samples(&[3.0]), samples(&[f64::INFINITY]));
         let row = || Row::new("b", "c", "m", "ms", &ours, Aim::None);
         assert_eq!(row().ok, None);
-        assert_eq!(row().beside("p", &slower, Aim::Peer).ok, Some(true));
-        assert_eq!(row().beside("p", &never, Aim::Peer).ok, Some(true));
+        assert_eq!(row().beside("p", &slower, Aim::Peer(None)).ok, Some(true));
+        assert_eq!(row().beside("p", &never, Aim::Peer(None)).ok, None);
+        assert_eq!(row().beside("p", &never, Aim::Peer(Some(20.0))).ok, Some(true));
+        assert_eq!(row().beside("p", &never, Aim::Peer(Some(1.0))).ok, None);
         assert_eq!(row().beside("p", &slower, Aim::AtMost(1.0)).ok, Some(false));
         assert_eq!(Row::new("b", "c", "m", "ms", &never, Aim::AtMost(1.0)).ok, Some(false));
         let text = json(&[row()]);

@@ -65,7 +65,8 @@ with random data, at the case's rate in pages/s. Source and target are on this h
   guest_gap        step of the guest's TSC between the heartbeats around the switch, less the heartbeat period
   guest_worst_gap  the largest such step from the start of the migration on, as the load of the host has it too
   wire_ratio       bytes on the wire / bytes of the non-zero pages of our first round
-Values are medians; `-` is a peer that did not converge in its time.";
+Values are medians of so many runs; where the peer's is `-` it did not converge in the time it was given (--cap), and an empty
+verdict is undecided.";
 
 /// The names of all cases.
 pub(super) fn names() -> Vec<&'static str> {
@@ -196,16 +197,21 @@ impl Bench<'_> {
             Ok(said.join(", "))
         })?;
 
+        let cap_ms = self.effort.cap.as_secs_f64() * 1e3;
         let row = |metric, unit, samples: &Samples, aim| Row::new(BENCH, case.name, metric, unit, samples, aim);
         let mut rows = vec![
             row("total_ratio", "ratio", &ratio, case.ratio_aim.map_or(Aim::None, Aim::AtMost)),
             row("total", "ms", &ours.total, Aim::None).beside("raw-tcp", &raw, Aim::None),
         ];
         for (mode, side) in &peers {
-            rows.push(row("total", "ms", &ours.total, Aim::None).beside(mode.name(), &side.total, Aim::Peer));
+            rows.push(row("total", "ms", &ours.total, Aim::None).beside(
+                mode.name(),
+                &side.total,
+                Aim::Peer(Some(cap_ms)),
+            ));
         }
         for (mode, side) in &peers {
-            rows.push(row("guest_gap", "ms", &ours.gap, Aim::None).beside(mode.name(), &side.gap, Aim::Peer));
+            rows.push(row("guest_gap", "ms", &ours.gap, Aim::None).beside(mode.name(), &side.gap, Aim::Peer(None)));
         }
         for (mode, side) in &peers {
             let row = row("guest_worst_gap", "ms", &ours.worst_gap, Aim::None);

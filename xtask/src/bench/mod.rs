@@ -33,7 +33,7 @@ const RUNS: usize = 5;
 const QUICK_RUNS: usize = 3;
 /// How long a peer may take to converge.
 const CAP: Duration = Duration::from_secs(20);
-const QUICK_CAP: Duration = Duration::from_secs(4);
+const QUICK_CAP: Duration = Duration::from_secs(5);
 /// `--quick` starts no run that would probably end later than this.
 const QUICK_BUDGET: Duration = Duration::from_secs(100);
 
@@ -59,6 +59,10 @@ pub(crate) struct Arguments {
     /// Runs of each case.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: Option<u32>,
+
+    /// Seconds after which a peer counts as not converging.
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=3600))]
+    cap: Option<u32>,
 
     /// Measure this binary instead of building one.
     #[arg(long, value_name = "FILE")]
@@ -94,7 +98,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         quick: arguments.quick,
         runs: arguments.runs.map_or(if arguments.quick { QUICK_RUNS } else { RUNS }, |runs| runs as usize),
         cases: arguments.cases.clone(),
-        cap: if arguments.quick { QUICK_CAP } else { CAP },
+        cap: arguments
+            .cap
+            .map_or(if arguments.quick { QUICK_CAP } else { CAP }, |seconds| Duration::from_secs(seconds.into())),
         budget: arguments.quick.then_some(QUICK_BUDGET),
     };
     let (dunlin, kernel) = build(arguments.dunlin.as_deref())?;
@@ -114,9 +120,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     } else {
         let cores = std::thread::available_parallelism().map_or(0, usize::from);
         println!(
-            "{}\n{} runs of each case, we and the peers in turn; {cores} cores, load average {load} at the start.\n{definitions}",
-            measure::table(&rows),
-            effort.runs
+            "{}\nWe and the peers took turns; {cores} cores, load average {load} at the start.\n{definitions}",
+            measure::table(&rows)
         );
     }
     Ok(())
