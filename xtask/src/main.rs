@@ -1,5 +1,6 @@
 //! Build and test tasks; see `cargo xtask --help`. One file a verb; each calls the verbs that it needs.
 
+mod bench;
 mod build_ebpf;
 mod run;
 mod setup;
@@ -28,6 +29,11 @@ enum Verb {
     BuildEbpf(build_ebpf::Arguments),
     /// Build everything, check formatting and lints, run all tests.
     Test(test::Arguments),
+    /// Measure Dunlin beside its peers in the same run; prints a table, or JSON.
+    Bench(bench::Arguments),
+    /// The receiving end of a bench's raw TCP peer.
+    #[command(name = bench::RECEIVER_VERB, hide = true)]
+    RawTcpReceiver,
 }
 
 fn main() -> ExitCode {
@@ -35,6 +41,8 @@ fn main() -> ExitCode {
         Verb::Setup(arguments) => setup::run(&arguments).map(|()| true),
         Verb::BuildEbpf(arguments) => build_ebpf::run(&arguments).map(|()| true),
         Verb::Test(arguments) => test::run(&arguments),
+        Verb::Bench(arguments) => bench::run(&arguments).map(|()| true),
+        Verb::RawTcpReceiver => bench::receiver().map(|()| true),
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,
