@@ -60,6 +60,8 @@ pub struct ReceiveRequest {
     pub serial: SerialSpec,
     /// Where things are.
     pub places: Places,
+    /// When announcements are repeated.
+    pub schedule: Schedule,
     /// Where events go.
     pub events: Option<PathBuf>,
     /// For tests: stop at a step.
@@ -264,7 +266,7 @@ fn attempt(
     match (arrived, child) {
         (Ok(arrived), Some(child)) => {
             let (migration_id, verified_pages) = (arrived.migration_id, arrived.verified_pages);
-            repeat_announcements(arrived);
+            repeat_announcements(arrived, request.schedule);
             Ok(Some(Received { migration_id, child, verified_pages }))
         }
         (Ok(_), None) => unreachable!("a VM arrived without a machine process"),
@@ -292,13 +294,13 @@ fn end(child: &mut Child) {
 }
 
 /// The rounds of announcements that follow the first one, which left before the guest ran.
-fn repeat_announcements(arrived: Arrived) {
+fn repeat_announcements(arrived: Arrived, schedule: Schedule) {
     let mut machine = arrived.machine;
     let migration = arrived.migration_id;
     let repeat = move || {
         let clock = MonotonicClock;
         let began = clock.now();
-        for instant in Schedule::default().instants().skip(1) {
+        for instant in schedule.instants().skip(1) {
             clock.sleep((began + instant).saturating_sub(clock.now()));
             if let Err(error) = machine.announce() {
                 tracing::debug!(%migration, "announcing ended: {error}");
