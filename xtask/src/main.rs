@@ -1,5 +1,6 @@
 //! Build and test tasks; see `cargo xtask --help`. One file a verb; each calls the verbs that it needs.
 
+mod bench;
 mod build_ebpf;
 mod demo;
 mod run;
@@ -35,6 +36,11 @@ enum Verb {
     Soak(demo::Arguments),
     /// Build everything, check formatting and lints, run all tests.
     Test(test::Arguments),
+    /// Measure Dunlin beside its peers in the same run; prints a table, or JSON.
+    Bench(bench::Arguments),
+    /// The receiving end of a bench's raw TCP peer.
+    #[command(name = bench::RECEIVER_VERB, hide = true)]
+    RawTcpReceiver,
 }
 
 fn main() -> ExitCode {
@@ -44,6 +50,8 @@ fn main() -> ExitCode {
         Verb::Demo(arguments) => demo::run("demo", &arguments),
         Verb::Soak(arguments) => demo::run("soak", &arguments),
         Verb::Test(arguments) => test::run(&arguments),
+        Verb::Bench(arguments) => bench::run(&arguments).map(|()| true),
+        Verb::RawTcpReceiver => bench::receiver().map(|()| true),
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,
