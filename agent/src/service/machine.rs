@@ -18,6 +18,7 @@ use super::registry::{MachineEntry, Registry, RegistryError, boot_id, start_time
 use super::session::{Creation, Reply, Request, SESSION_VERSION, SessionError, SessionSocket};
 use crate::announce::{AddressError, Announcer, Schedule};
 use crate::block::raw::RawDisk;
+use crate::kvm::Hurry;
 use crate::kvm::bus::{Device, DeviceError};
 use crate::kvm::machine::{BootConfig, HostedError, Hosting, Machine};
 use crate::kvm::memory::Memory;
@@ -534,15 +535,24 @@ impl Host {
     }
 
     fn serve(&self, mut socket: SessionSocket) {
+        // While the VM stands, this thread runs in front of other work on its CPU.
+        let mut hurry = None;
         let lost = loop {
             let request = match socket.recv::<Request>() {
                 Ok((request, _)) => request,
                 Err(error) => break error,
             };
+            if matches!(request, Request::Pause | Request::RestoreState(_)) {
+                hurry = Some(Hurry::here());
+            }
+            let resumes = matches!(request, Request::Resume);
             let ends = matches!(request, Request::Discard);
             let reply = self.handle(request).unwrap_or_else(Reply::Failed);
             let done = ends && matches!(reply, Reply::Done);
             let sent = socket.send(&reply, &[]);
+            if resumes {
+                hurry = None;
+            }
             if done {
                 self.machine.stop();
                 return;
@@ -551,6 +561,7 @@ impl Host {
                 break error;
             }
         };
+        drop(hurry);
         let meaning = {
             let mut gate = lock(&self.gate);
             gate.note_rollback();
