@@ -3,6 +3,8 @@
 mod announce;
 mod dirty_rate;
 mod doctor;
+#[cfg(test)]
+mod json_doc;
 mod migrate;
 mod places;
 mod resolve;

@@ -41,13 +41,18 @@ impl Plaintext {
 impl RunDir {
     /// The folder: the option's, else the configuration's.
     pub(super) fn path(self, config: &Config) -> PathBuf {
-        self.run_dir.unwrap_or_else(|| config.run_dir.clone())
+        absolute(self.run_dir.unwrap_or_else(|| config.run_dir.clone()))
     }
+}
+
+/// Other processes find the folder by this path, from wherever they run.
+fn absolute(path: PathBuf) -> PathBuf {
+    std::path::absolute(&path).unwrap_or(path)
 }
 
 impl StateDir {
     /// The folder: the option's, else the configuration's.
     pub(super) fn path(self, config: &Config) -> PathBuf {
-        self.state_dir.unwrap_or_else(|| config.state_dir.clone())
+        absolute(self.state_dir.unwrap_or_else(|| config.state_dir.clone()))
     }
 }

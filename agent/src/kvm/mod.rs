@@ -9,6 +9,8 @@ pub mod console;
 pub mod container;
 mod control;
 pub mod dirty;
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) mod fuzz;
 #[cfg(test)]
 mod guest_tests;
 mod hurry;

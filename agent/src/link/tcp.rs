@@ -208,10 +208,7 @@ impl<M: Serialize + DeserializeOwned> ControlChannel<M> for TcpControl<M> {
         if crc32fast::hash(&payload) != crc {
             return Err(WireError::Checksum("control message").into());
         }
-        match postcard::from_bytes(&payload) {
-            Ok(message) => Ok(Some(message)),
-            Err(error) => Err(LinkError::Protocol(format!("a message that does not decode: {error}"))),
-        }
+        Ok(Some(wire::decode_message(&payload)?))
     }
 }
 

@@ -41,6 +41,16 @@ impl Schema for Line<'_> {
     const SCHEMA: &'static str = "dunlin.event/v1";
 }
 
+/// One line of each kind, with every member: for the test of the documentation.
+#[cfg(test)]
+pub(crate) fn samples() -> Vec<serde_json::Value> {
+    let round = RoundReport::default();
+    let (step, migration_id) = (Step::Connected, MigrationId::random());
+    let events = [Event::Step { step, stage: step.stage(), detail: "" }, Event::Round(&round)];
+    let lines = events.map(|event| Line { unix_ms: 0, elapsed_ns: 0, migration_id, side: "source", event });
+    lines.iter().map(|line| serde_json::to_value(line.tagged()).unwrap()).collect()
+}
+
 /// Hold at a step until a file appears: `STEP=PATH`. On arrival `PATH.held` is made; the manager goes on when `PATH`
 /// exists.
 #[derive(Clone, Debug)]

@@ -135,6 +135,7 @@ pub struct VmInfo {
     /// How long this process has held the machine.
     pub uptime_ns: u64,
     /// The migration that has the machine, or had it last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub migration_id: Option<MigrationId>,
     /// What this host's KVM lists and refuses.
     pub kvm_shortcomings: Vec<String>,
@@ -523,45 +524,66 @@ impl Host {
         if let Err(error) = lock(&self.gate).attach(migration) {
             return refuse(&mut socket, chain(&error));
         }
-        if self.welcome(&mut socket).is_ok() {
-            self.serve(socket);
+        if self.welcome(&mut socket).is_ok()
+            && let Some(lost) = self.serve(&mut socket, false)
+        {
+            self.session_lost(&lost);
         }
     }
 
-    /// Serves the session that a target's machine was made with, to its end.
-    pub fn serve_first_session(&self, socket: SessionSocket) {
-        let _session = lock(&self.session);
-        self.serve(socket);
+    /// Serves the session that a target's machine was made with, to its end. Once the VM runs here the migration has it no
+    /// more: its manager may still ask for announcements, and nothing else.
+    pub fn serve_first_session(&self, mut socket: SessionSocket) {
+        {
+            let _session = lock(&self.session);
+            if let Some(lost) = self.serve(&mut socket, true) {
+                return self.session_lost(&lost);
+            }
+        }
+        while let Ok((request, _)) = socket.recv::<Request>() {
+            let reply = match request {
+                Request::Announce => self.handle(Request::Announce).unwrap_or_else(Reply::Failed),
+                _ => Reply::Failed("the migration has ended: the VM runs here".to_owned()),
+            };
+            if socket.send(&reply, &[]).is_err() {
+                break;
+            }
+        }
     }
 
-    fn serve(&self, mut socket: SessionSocket) {
+    /// Answers a manager. `None` when the machine has ended by its order or, `until_it_runs`, when the VM was let go.
+    fn serve(&self, socket: &mut SessionSocket, until_it_runs: bool) -> Option<SessionError> {
         // While the VM stands, this thread runs in front of other work on its CPU.
         let mut hurry = None;
-        let lost = loop {
+        loop {
             let request = match socket.recv::<Request>() {
                 Ok((request, _)) => request,
-                Err(error) => break error,
+                Err(error) => return Some(error),
             };
             if matches!(request, Request::Pause | Request::RestoreState(_)) {
-                hurry = Some(Hurry::here());
+                hurry.get_or_insert_with(Hurry::here);
             }
-            let resumes = matches!(request, Request::Resume);
-            let ends = matches!(request, Request::Discard);
+            let (ends, runs) = (matches!(request, Request::Discard), matches!(request, Request::Resume));
             let reply = self.handle(request).unwrap_or_else(Reply::Failed);
-            let done = ends && matches!(reply, Reply::Done);
+            let done = matches!(reply, Reply::Done);
             let sent = socket.send(&reply, &[]);
-            if resumes {
+            if runs {
                 hurry = None;
             }
-            if done {
+            if ends && done {
                 self.machine.stop();
-                return;
+                return None;
             }
             if let Err(error) = sent {
-                break error;
+                return Some(error);
             }
-        };
-        drop(hurry);
+            if until_it_runs && runs && done {
+                return None;
+            }
+        }
+    }
+
+    fn session_lost(&self, lost: &SessionError) {
         let meaning = {
             let mut gate = lock(&self.gate);
             gate.note_rollback();
@@ -602,6 +624,8 @@ impl Host {
             Request::Reclaim => done(lock(&self.gate).reclaim()),
             Request::Prepared => done(lock(&self.gate).prepared()),
             Request::TakeOwnership => done(lock(&self.gate).take_ownership()),
+            // A VM that has gone on from here must not be announced here.
+            Request::Announce if !lock(&self.gate).may_run() => Err("the VM is not here".to_owned()),
             Request::Announce => Ok(Reply::Frames(self.announce())),
             Request::Discard => done(lock(&self.gate).discard()),
         }

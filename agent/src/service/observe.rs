@@ -60,6 +60,7 @@ pub struct Observed {
     /// Its name: of a hosted VM its own, else its process's.
     pub name: String,
     /// Its identity, where it is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub vm_id: Option<VmId>,
     /// Its process.
     pub pid: u32,

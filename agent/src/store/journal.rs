@@ -170,6 +170,36 @@ fn decode(text: &[u8]) -> Result<Line, String> {
     if line.schema == SCHEMA { Ok(line) } else { Err(format!("its schema is {}", line.schema)) }
 }
 
+/// For fuzzing: reads `bytes` as a line, and as the JSON of a line with a right checksum.
+///
+/// # Panics
+/// If a line that was taken does not read again as it was written.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) fn fuzz_line(bytes: &[u8]) {
+    let mut sound = format!("{:08x} ", crc32fast::hash(bytes)).into_bytes();
+    sound.extend_from_slice(bytes);
+    for text in [bytes, &sound] {
+        let Ok(line) = decode(text) else { continue };
+        let written = encode(&line).expect("what was read can be written");
+        let again = decode(written.trim_end().as_bytes()).expect("what was written can be read");
+        assert_eq!(encode(&again).expect("and again"), written);
+    }
+}
+
+/// For fuzzing: lines as they are written, without their checksums.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) fn fuzz_seeds() -> Vec<Vec<u8>> {
+    let nobody = uuid::Uuid::nil();
+    let peer = "tcp://192.0.2.1:4460".to_owned();
+    let records = [JournalRecord::Reserved, JournalRecord::Released { peer }, JournalRecord::Owner];
+    let json = |record| {
+        let schema = SCHEMA.to_owned();
+        let (migration_id, vm_id) = (MigrationId(nobody), VmId(nobody));
+        serde_json::to_vec(&Line { schema, unix_ms: 1, pid: 2, migration_id, vm_id, record }).unwrap_or_default()
+    };
+    records.into_iter().map(json).collect()
+}
+
 impl Journal for FileJournal {
     fn append(&mut self, migration: MigrationId, vm: VmId, record: JournalRecord) -> Result<(), JournalError> {
         let path = self.path(migration);

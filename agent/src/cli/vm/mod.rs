@@ -1,8 +1,8 @@
 //! `dunlin vm …`: machines hosted by Dunlin itself.
 
-mod orders;
-mod receive;
-mod run;
+pub(super) mod orders;
+pub(super) mod receive;
+pub(super) mod run;
 
 use clap::Subcommand;
 

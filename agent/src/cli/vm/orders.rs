@@ -187,8 +187,7 @@ impl ConsoleArgs {
         let print = |bytes: &[u8]| -> anyhow::Result<()> {
             let mut out = std::io::stdout().lock();
             if json {
-                let line = serde_json::json!({"schema": "dunlin.console/v1", "output": String::from_utf8_lossy(bytes)});
-                writeln!(out, "{line}")?;
+                writeln!(out, "{}", console_line(bytes))?;
             } else {
                 out.write_all(bytes)?;
             }
@@ -216,6 +215,11 @@ impl ConsoleArgs {
             std::thread::sleep(CONSOLE_TICK);
         }
     }
+}
+
+/// A piece of console output as JSON.
+pub(in crate::cli) fn console_line(output: &[u8]) -> serde_json::Value {
+    serde_json::json!({"schema": "dunlin.console/v1", "output": String::from_utf8_lossy(output)})
 }
 
 /// What `now` holds beyond `before`, both being the tail of one growing output.

@@ -92,6 +92,14 @@ impl Schema for Came {
     const SCHEMA: &'static str = "dunlin.received/v1";
 }
 
+/// Objects with every member: for the test of the documentation.
+#[cfg(test)]
+pub(in crate::cli) fn samples() -> [serde_json::Value; 2] {
+    let came = Came { migration_id: MigrationId::random(), pid: 1, verified_pages: 0 };
+    let listening = Listening { address: String::new() };
+    [serde_json::to_value(listening.tagged()).unwrap(), serde_json::to_value(came.tagged()).unwrap()]
+}
+
 impl ReceiveArgs {
     pub(in crate::cli) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
         if let Err(error) = check_plaintext(&self.listen, self.plaintext.is_allowed(config)) {

@@ -104,6 +104,13 @@ impl Schema for EndReport {
     const SCHEMA: &'static str = "dunlin.vm-end/v1";
 }
 
+/// A report with every member: for the test of the documentation.
+#[cfg(test)]
+pub(in crate::cli) fn sample() -> serde_json::Value {
+    let report = EndReport { name: String::new(), vm_id: VmId::random(), ending: "", reason: String::new() };
+    serde_json::to_value(report.tagged()).unwrap()
+}
+
 impl RunArgs {
     pub(in crate::cli) fn is_incoming(&self) -> bool {
         self.incoming_fd.is_some()
