@@ -13,6 +13,7 @@ pub mod dirty;
 pub(crate) mod fuzz;
 #[cfg(test)]
 mod guest_tests;
+mod hurry;
 pub mod machine;
 #[cfg(test)]
 mod machine_tests;
@@ -28,4 +29,5 @@ mod vm;
 pub mod x86;
 
 pub use control::MachineExit;
+pub use hurry::Hurry;
 pub use machine::{HostedError, Hosting, Machine};

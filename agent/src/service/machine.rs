@@ -18,15 +18,23 @@ use super::registry::{MachineEntry, Registry, RegistryError, boot_id, start_time
 use super::session::{Creation, Reply, Request, SESSION_VERSION, SessionError, SessionSocket};
 use crate::announce::{AddressError, Announcer, Schedule};
 use crate::block::raw::RawDisk;
+use crate::kvm::Hurry;
 use crate::kvm::bus::{Device, DeviceError};
 use crate::kvm::machine::{BootConfig, HostedError, Hosting, Machine};
 use crate::kvm::memory::Memory;
 use crate::kvm::virtio::{VirtioBlk, VirtioNet};
 use crate::model::schema::Schema;
-use crate::model::{DirtyLogKind, DiskSpec, MachineShape, MigrationId, NetSpec, Owner, SerialSpec, Station, VmId};
+use crate::model::{
+    DirtyLogKind, DiskSpec, MachineShape, MigrationId, NetSpec, Owner, PageCount, PageRun, SerialSpec, Station, VmId,
+};
 use crate::net::tap::Tap;
 use crate::port::{JournalError, JournalRecord};
 use crate::store::FileJournal;
+
+/// Journals of settled migrations are kept so long for late questions.
+const JOURNAL_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
+/// Pages that are write-protected by one call while tracking: 4 GiB.
+const PROTECT_PAGES: u64 = 1 << 20;
 
 /// How long the process stays after an order has ended the machine, so that the answer reaches its client.
 const ANSWER_TIME: Duration = Duration::from_millis(100);
@@ -202,6 +210,9 @@ impl Host {
     /// What could not be made; nothing stays behind.
     pub fn boot(config: BootConfig, serial: SerialSpec, places: &Places) -> Result<Arc<Self>, HostError> {
         let journal = FileJournal::open(&places.state_dir)?;
+        if let Err(error) = journal.prune(JOURNAL_AGE) {
+            tracing::warn!("old journals were not removed: {error}");
+        }
         check_undoubted(&journal, config.vm_id)?;
         let gate = OwnershipGate::open(config.vm_id, Box::new(journal));
         let (nets, disks) = (config.nets.clone(), config.disks.clone());
@@ -424,11 +435,26 @@ impl Host {
         }
     }
 
-    /// Switches the dirty log for tracking outside a migration.
+    /// Switches the dirty log for tracking outside a migration. Switching it on write-protects every page, also when it is
+    /// on already, so that the next write to each makes an event.
     pub fn set_dirty_log(&self, on: bool) -> Result<(), String> {
         let _session = self.unless_migrating("switch the dirty log")?;
         let log = self.machine.log();
-        if on { log.start() } else { log.stop() }.map_err(|error| error.to_string())
+        let switch = || {
+            if !on {
+                return log.stop();
+            }
+            if log.is_on() { log.harvest() } else { log.start() }?;
+            let pages = PageCount::covering(self.machine.shape().memory_bytes).0;
+            let mut first = 0;
+            while first < pages {
+                let count = (pages - first).min(PROTECT_PAGES);
+                log.protect(PageRun::new(first, count as u32))?;
+                first += count;
+            }
+            Ok(())
+        };
+        switch().map_err(|error| error.to_string())
     }
 
     /// Sends one round of announcements out of every network port, as if from the guest. Returns the frames sent.
@@ -527,15 +553,23 @@ impl Host {
 
     /// Answers a manager. `None` when the machine has ended by its order or, `until_it_runs`, when the VM was let go.
     fn serve(&self, socket: &mut SessionSocket, until_it_runs: bool) -> Option<SessionError> {
+        // While the VM stands, this thread runs in front of other work on its CPU.
+        let mut hurry = None;
         loop {
             let request = match socket.recv::<Request>() {
                 Ok((request, _)) => request,
                 Err(error) => return Some(error),
             };
+            if matches!(request, Request::Pause | Request::RestoreState(_)) {
+                hurry.get_or_insert_with(Hurry::here);
+            }
             let (ends, runs) = (matches!(request, Request::Discard), matches!(request, Request::Resume));
             let reply = self.handle(request).unwrap_or_else(Reply::Failed);
             let done = matches!(reply, Reply::Done);
             let sent = socket.send(&reply, &[]);
+            if runs {
+                hurry = None;
+            }
             if ends && done {
                 self.machine.stop();
                 return None;
@@ -550,7 +584,11 @@ impl Host {
     }
 
     fn session_lost(&self, lost: &SessionError) {
-        let meaning = lock(&self.gate).on_session_lost();
+        let meaning = {
+            let mut gate = lock(&self.gate);
+            gate.note_rollback();
+            gate.on_session_lost()
+        };
         tracing::info!(?meaning, "the manager's session has ended: {lost}");
         match meaning {
             OnLoss::Run => self.run_again(),
@@ -565,7 +603,7 @@ impl Host {
         match request {
             Request::Attach { .. } | Request::Create(_) => Err("the session has begun already".to_owned()),
             Request::StartLog => machine.log().start().map(|()| Reply::Done).map_err(|error| chain(&error)),
-            Request::Harvest => machine.log().harvest().map(|_| Reply::Done).map_err(|error| chain(&error)),
+            Request::Harvest => machine.log().harvest().map(|()| Reply::Done).map_err(|error| chain(&error)),
             Request::Protect(_, run) => machine.log().protect(run).map(|()| Reply::Done).map_err(|error| chain(&error)),
             Request::StopLog => machine.log().stop().map(|()| Reply::Done).map_err(|error| chain(&error)),
             Request::Pause => {

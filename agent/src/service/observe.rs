@@ -145,7 +145,7 @@ pub fn observe(
         pid,
         cpus: process.cpus,
     };
-    let mut observer = Observer::start(counters, MonotonicClock::default(), arm)?;
+    let mut observer = Observer::start(counters, MonotonicClock, arm)?;
     let missing_sources = missing_sources(&observer);
     let mut deadline = Instant::now();
     let mut left = request.count;
@@ -169,9 +169,9 @@ pub fn observe(
         left = left.map(|left| left - 1);
     };
     if ended == Ended::VmGone {
-        drop(observer)
+        drop(observer);
     } else {
-        observer.stop()?
+        observer.stop()?;
     }
     Ok(ended)
 }

@@ -20,7 +20,7 @@ use crate::migrate::target::{Arrived, Host, Reservation, Target, TargetError};
 use crate::migrate::{CancelFlag, ControlMessage, Offer, TargetState};
 use crate::model::id::VmName;
 use crate::model::{DiskSpec, MachineShape, MigrationId, NetSpec, SerialSpec};
-use crate::port::{Clock, ControlChannel, Journal, JournalError, JournalRecord, LinkError, Region, TargetLink};
+use crate::port::{Clock, ControlChannel, Journal, JournalError, LinkError, Region, TargetLink};
 use crate::store::FileJournal;
 
 /// Nothing moving for this long counts as a stalled peer.
@@ -319,15 +319,11 @@ fn answer_query(
     migration: MigrationId,
     control: &dyn ControlChannel<ControlMessage>,
 ) -> Result<(), ReceiveError> {
-    let state = match journal.last(migration)? {
-        Some(JournalRecord::Owner) => TargetState::Owner,
-        Some(JournalRecord::Prepared) => TargetState::Prepared,
-        Some(JournalRecord::NeverOwner) => TargetState::NeverOwner,
+    let last = journal.last(migration)?;
+    let Some(state) = TargetState::recorded(last.as_ref()) else {
         // Unknown here is no "never": the journal may be on another disk. Say nothing rather than a wrong thing.
-        other => {
-            tracing::warn!(%migration, "asked about a migration that ended in {other:?} here");
-            return Ok(());
-        }
+        tracing::warn!(%migration, "asked about a migration that ended in {last:?} here");
+        return Ok(());
     };
     control.send(&ControlMessage::State(state))?;
     Ok(())
