@@ -5,7 +5,7 @@
 use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::marker::PhantomData;
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::AsFd;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -269,6 +269,8 @@ impl<M: Serialize + DeserializeOwned + 'static> SourceLink<M> for TcpSource<M> {
     }
 
     fn redial(&mut self) -> Result<(), LinkError> {
+        // A target that still reads the old connection sees it end, and looks for the new one.
+        let _ = self.control.stream.shutdown(Shutdown::Both);
         self.control = Arc::new(Self::dial_control(&self.address, self.migration, self.stall)?);
         Ok(())
     }

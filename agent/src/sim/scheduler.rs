@@ -180,18 +180,27 @@ impl Scheduler {
     }
 
     /// An operation that takes about `cost` and then has its effect.
-    pub(super) fn operation<R>(
-        &self,
-        label: &'static str,
-        cost: Duration,
-        effect: impl FnOnce(&mut World) -> R,
-    ) -> R {
+    pub(super) fn operation<R>(&self, label: &'static str, cost: Duration, effect: impl FnOnce(&mut World) -> R) -> R {
         let (mut shared, me) = self.begin(label);
         let cost = cost.as_nanos() as u64;
         let until = shared.world.now_ns + cost + shared.world.rng.below(cost / 2 + 1) + shared.pay_debt(me);
         let mut shared = self.give_way(shared, me, Wait::Until(until));
         shared.die_if_killed(me);
         effect(&mut shared.world)
+    }
+
+    /// An order to another process: once sent it may be carried out although its sender dies before the answer.
+    pub(super) fn order<R>(&self, label: &'static str, cost: Duration, effect: impl FnOnce(&mut World) -> R) -> R {
+        let (mut shared, me) = self.begin(label);
+        let cost = cost.as_nanos() as u64;
+        let until = shared.world.now_ns + cost + shared.world.rng.below(cost / 2 + 1) + shared.pay_debt(me);
+        let mut shared = self.give_way(shared, me, Wait::Until(until));
+        if shared.world.over || (shared.world.is_dead(shared.tasks[me].process) && shared.world.rng.one_in(2)) {
+            shared.die_if_killed(me);
+        }
+        let answer = effect(&mut shared.world);
+        shared.die_if_killed(me);
+        answer
     }
 
     /// An operation that must not wait, since its caller holds a lock; its cost is paid at the next one that may.
