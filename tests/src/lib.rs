@@ -5,10 +5,14 @@
 
 pub mod binary;
 pub mod client;
+pub mod hosted;
 pub mod netns;
 pub mod process;
+pub mod scene;
+pub mod serial;
 pub mod tap;
 pub mod topology;
+pub mod wait;
 
 pub use binary::dunlin;
 pub use netns::Netns;

@@ -561,7 +561,10 @@ impl Host {
             }
             Request::Reclaim => done(lock(&self.gate).reclaim()),
             Request::Prepared => done(lock(&self.gate).prepared()),
-            Request::TakeOwnership => done(lock(&self.gate).take_ownership()),
+            Request::TakeOwnership => {
+                let mut gate = lock(&self.gate);
+                if gate.may_run() { Ok(Reply::OwnedAlready) } else { done(gate.take_ownership()) }
+            }
             Request::Announce => Ok(Reply::Frames(self.announce())),
             Request::Discard => done(lock(&self.gate).discard()),
         }
