@@ -81,7 +81,7 @@ pub fn run_cells<C: Copy + Send + Sync + Debug>(cells: Vec<C>, run: impl Fn(C) -
         println!("{:5.1} s  {}", took.as_secs_f64(), result.as_ref().unwrap_or(cell));
     }
     let failed: Vec<_> =
-        told.iter().filter_map(|(_, result, _)| result.as_ref().err().map(|error| format!("{error:?}"))).collect();
+        told.iter().filter_map(|(_, result, _)| result.as_ref().err().map(|error| format!("{error:#}"))).collect();
     assert!(failed.is_empty(), "{} of {} cells failed:\n\n{}", failed.len(), cells.len(), failed.join("\n\n"));
 }
 

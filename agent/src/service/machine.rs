@@ -31,6 +31,10 @@ use crate::store::FileJournal;
 /// How long the process stays after an order has ended the machine, so that the answer reaches its client.
 const ANSWER_TIME: Duration = Duration::from_millis(100);
 
+/// How long the session that brought a VM may take to end when the VM is to move on, and how often that is looked at.
+const ARRIVAL_LIMIT: Duration = Duration::from_secs(2);
+const ARRIVAL_TICK: Duration = Duration::from_millis(1);
+
 /// A machine could not be hosted.
 #[derive(Debug, thiserror::Error)]
 pub enum HostError {
@@ -151,6 +155,8 @@ pub struct Host {
     gate: Mutex<OwnershipGate>,
     /// Held by the one session at a time.
     session: Mutex<()>,
+    /// The session of the manager that brought the VM here.
+    arrival: Mutex<Option<UnixStream>>,
     announcer: Announcer,
     paused_by_operator: AtomicBool,
     /// An order on the control socket has ended the machine: its answer must still get out.
@@ -264,6 +270,7 @@ impl Host {
             machine,
             gate: Mutex::new(gate),
             session: Mutex::new(()),
+            arrival: Mutex::new(None),
             announcer,
             paused_by_operator: AtomicBool::new(false),
             answering: AtomicBool::new(false),
@@ -488,6 +495,7 @@ impl Host {
         if version != SESSION_VERSION {
             return refuse(&mut socket, HostError::Version(version).to_string());
         }
+        self.end_arrival();
         let Ok(_session) = self.session.try_lock() else {
             return refuse(&mut socket, "another migration has the VM".to_owned());
         };
@@ -504,8 +512,25 @@ impl Host {
 
     /// Serves the session that a target's machine was made with, to its end.
     pub fn serve_first_session(&self, socket: SessionSocket) {
-        let _session = lock(&self.session);
+        let session = lock(&self.session);
+        *lock(&self.arrival) = socket.try_clone().ok();
         self.serve(socket);
+        drop(session);
+        *lock(&self.arrival) = None;
+    }
+
+    /// The manager that brought the VM here still announces it for a while. That must not keep the VM from moving on.
+    fn end_arrival(&self) {
+        let Some(stream) = lock(&self.arrival).as_ref().and_then(|stream| stream.try_clone().ok()) else { return };
+        if !self.machine.is_running() {
+            return;
+        }
+        // What it has asked is still answered; then its session ends.
+        let _ = stream.shutdown(std::net::Shutdown::Read);
+        let until = Instant::now() + ARRIVAL_LIMIT;
+        while lock(&self.arrival).is_some() && Instant::now() < until {
+            std::thread::sleep(ARRIVAL_TICK);
+        }
     }
 
     fn serve(&self, mut socket: SessionSocket) {

@@ -40,6 +40,11 @@ impl SessionSocket {
         Self { stream }
     }
 
+    /// Another handle of the socket, to end the session from elsewhere.
+    pub fn try_clone(&self) -> io::Result<UnixStream> {
+        self.stream.try_clone()
+    }
+
     /// Lets every later wait end after `limit`; `None` waits for ever.
     pub fn set_patience(&self, limit: Option<Duration>) -> io::Result<()> {
         self.stream.set_read_timeout(limit)?;
