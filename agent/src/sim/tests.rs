@@ -162,7 +162,7 @@ fn several_faults_break_no_invariant() {
         let mut rng = rng::Rng(seed ^ 0xfa17);
         let mut scenario = Scenario::random(seed);
         let operations = simulate(&scenario).operations;
-        for _ in 0..1 + rng.below(3) {
+        for _ in 0..=rng.below(3) {
             let fault = all_faults()[rng.below(20) as usize];
             let late = operations.saturating_sub(rng.below(80));
             let operation = if rng.one_in(3) { 1 + rng.below(operations) } else { late.max(1) };

@@ -215,6 +215,12 @@ impl World {
         self.events.push((self.now_ns + delay.as_nanos() as u64, event));
     }
 
+    fn heal_after(&mut self, delay: Option<Duration>) {
+        if let Some(delay) = delay {
+            self.after(delay, Event::Heal);
+        }
+    }
+
     /// Lets time pass: the guest runs wherever it runs.
     pub(super) fn advance(&mut self, to_ns: u64) {
         let passed = to_ns.saturating_sub(self.now_ns);
@@ -423,7 +429,7 @@ impl World {
                 Fault::KillMachine(side) => self.kill_machine(side),
                 Fault::Cut { heals_after } => {
                     self.network.cut(self.now_ns);
-                    heals_after.into_iter().for_each(|delay| self.after(delay, Event::Heal));
+                    self.heal_after(heals_after);
                 }
                 Fault::Stall { from_source, from_target, heals_after } => {
                     for (side, stalls) in [(Side::Source, from_source), (Side::Target, from_target)] {
@@ -431,7 +437,7 @@ impl World {
                             self.network.stall(self.now_ns, side);
                         }
                     }
-                    heals_after.into_iter().for_each(|delay| self.after(delay, Event::Heal));
+                    self.heal_after(heals_after);
                 }
                 Fault::DiskFull(side) => self.host(side).disk_full = true,
                 Fault::DieAfterAppend(side) => self.host(side).die_after_append = true,
@@ -486,13 +492,17 @@ impl World {
         if source_gate == Some(Gate::Open) && before != Whereabouts::RunsAtSource {
             self.violation("I4: the source's machine may run, but stands".to_owned());
         }
+        // A prepared VM whose machine is dead has lost its memory: whoever resolves journals that first.
+        if target_gate.is_none() && self.host(Side::Target).journal.last() == Some(&JournalRecord::Prepared) {
+            let _ = self.append(Side::Target, JournalRecord::NeverOwner);
+        }
         match (source_gate, target_gate) {
             // The VM never left: a target that still holds a copy is told to let go.
             (Some(Gate::Open), Some(Gate::Prepared)) => {
                 self.stale_prepared = true;
                 self.resolve(Side::Target, Owner::There);
             }
-            (Some(Gate::Released), Some(Gate::Prepared)) | (None, Some(Gate::Prepared)) => {
+            (Some(Gate::Released) | None, Some(Gate::Prepared)) => {
                 self.resolve(Side::Target, Owner::Here);
             }
             (Some(Gate::Released), None) => {
