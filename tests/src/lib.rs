@@ -8,6 +8,7 @@ pub mod client;
 pub mod hosted;
 pub mod netns;
 pub mod process;
+pub mod proxy;
 pub mod scene;
 pub mod serial;
 pub mod tap;

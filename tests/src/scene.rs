@@ -111,6 +111,14 @@ impl Scene {
         Ok(Self { source, target, vm, receiver: None, migrate: None })
     }
 
+    /// One of the two hosts.
+    pub fn host(&self, host: Host) -> &TestHost {
+        match host {
+            Host::Source => &self.source,
+            Host::Target => &self.target,
+        }
+    }
+
     /// Starts a receiver and a migration to it.
     pub fn start(&mut self, migrate: &[&str], receive: &[&str]) -> Result<()> {
         let address = self.listen(receive)?;
@@ -141,6 +149,25 @@ impl Scene {
         let wanted = ending.map_or(dunlin::model::outcome::exit::REFUSED, Ending::exit_code);
         ensure!(code == Some(i32::from(wanted)), "exit code {code:?} does not fit the report: {ending:?}");
         Ok(ending)
+    }
+
+    /// With one side held at a step: waits until the other has come as far as it can, so that a cell is one case.
+    pub fn await_other_side(&mut self, held: Host, at: Step) -> Result<()> {
+        let target = &self.target;
+        match (held, at) {
+            (Host::Source, Step::Offered) => {
+                wait_for("the target's machine", REST_LIMIT, || target.machine()).map(drop)
+            }
+            (Host::Source, Step::StateMoved) => wait_for("`prepared` at the target", REST_LIMIT, || {
+                (target.journal(None) == Some(JournalRecord::Prepared)).then_some(())
+            }),
+            (Host::Source, Step::Running) => wait_for("the VM at the target", REST_LIMIT, || {
+                target.info().filter(|info| info.state == RunState::Running)
+            })
+            .map(drop),
+            (Host::Target, Step::Running) => self.end_of_migration(MIGRATION_LIMIT).map(drop),
+            _ => Ok(()),
+        }
     }
 
     /// Whether the source's manager has passed a step.

@@ -3,19 +3,14 @@
 //! operator's way out works.
 #![cfg(target_arch = "x86_64")]
 
-use std::time::Duration;
-
 use anyhow::{Context, Result, ensure};
 use dunlin::migrate::outcomes::Failure::{SourceMachineDies, SourceManagerDies, TargetMachineDies, TargetManagerDies};
 use dunlin::migrate::outcomes::{Failure, Window};
-use dunlin::model::Step;
-use dunlin::port::JournalRecord;
-use dunlin::service::machine::RunState;
+use dunlin::model::outcome::exit;
+use dunlin::model::{Ending, Step};
 use dunlin_tests::hosted::HoldPoint;
 use dunlin_tests::scene::{Host, MIGRATION_LIMIT, Scene, run_cells};
-use dunlin_tests::wait::wait_for;
-
-const LIMIT: Duration = Duration::from_secs(20);
+use rustix::process::Signal;
 
 /// The steps at which a manager can be held.
 const STEPS: &[(Host, Step)] = &[
@@ -82,25 +77,6 @@ fn strike(scene: &mut Scene, cell: Cell) -> Result<()> {
     }
 }
 
-/// Waits until the side that is not held has come as far as it can, so that a cell is one case and not several.
-fn let_the_other_side_arrive(scene: &mut Scene, cell: Cell) -> Result<()> {
-    let target = &scene.target;
-    match (cell.held, cell.at) {
-        (Host::Source, Step::Offered) if cell.victim == TargetMachineDies => {
-            wait_for("the target's machine", LIMIT, || target.machine()).map(drop)
-        }
-        (Host::Source, Step::StateMoved) => wait_for("`prepared` at the target", LIMIT, || {
-            (target.journal(None) == Some(JournalRecord::Prepared)).then_some(())
-        }),
-        (Host::Source, Step::Running) => {
-            wait_for("the VM at the target", LIMIT, || target.info().filter(|info| info.state == RunState::Running))
-                .map(drop)
-        }
-        (Host::Target, Step::Running) => scene.end_of_migration(MIGRATION_LIMIT).map(drop),
-        _ => Ok(()),
-    }
-}
-
 fn run(cell: Cell) -> Result<String> {
     let mut scene = Scene::new(&[])?;
     let told = play(&mut scene, cell);
@@ -108,16 +84,13 @@ fn run(cell: Cell) -> Result<String> {
 }
 
 fn play(scene: &mut Scene, cell: Cell) -> Result<String> {
-    let hold = match cell.held {
-        Host::Source => HoldPoint::new(&scene.source, cell.at),
-        Host::Target => HoldPoint::new(&scene.target, cell.at),
-    };
+    let hold = HoldPoint::new(scene.host(cell.held), cell.at);
     match cell.held {
         Host::Source => scene.start(&["--hold-at", &hold.argument()], &[])?,
         Host::Target => scene.start(&[], &["--hold-at", &hold.argument()])?,
     }
     hold.await_held()?;
-    let_the_other_side_arrive(scene, cell)?;
+    scene.await_other_side(cell.held, cell.at)?;
     strike(scene, cell)?;
     let window = scene.window();
     hold.release()?;
@@ -138,6 +111,51 @@ fn play(scene: &mut Scene, cell: Cell) -> Result<String> {
         found.vm,
         found.copy_note()
     ))
+}
+
+/// Ctrl-C at the manager that is held. Up to `prepared` the VM stays at the source, whoever asks; later it moves.
+fn cancel((held, at): (Host, Step)) -> Result<String> {
+    let mut scene = Scene::new(&[])?;
+    let told = play_cancel(&mut scene, held, at);
+    told.with_context(|| format!("Ctrl-C at the {} at {at}\n{}", held.name(), scene.story()))
+}
+
+fn play_cancel(scene: &mut Scene, held: Host, at: Step) -> Result<String> {
+    let hold = HoldPoint::new(scene.host(held), at);
+    let held_at = ["--hold-at", &hold.argument()];
+    match held {
+        Host::Source => scene.start(&held_at, &[])?,
+        Host::Target => scene.start(&[], &held_at)?,
+    }
+    hold.await_held()?;
+    scene.await_other_side(held, at)?;
+    let window = scene.window();
+    match held {
+        Host::Source => scene.migrate.as_ref().context("no migration")?.process.signal(Signal::INT)?,
+        Host::Target => scene.receiver.as_ref().context("no receiver")?.running.process.signal(Signal::INT)?,
+    }
+    hold.release()?;
+    let ending = scene.end_of_migration(MIGRATION_LIMIT)?;
+    let found = scene.check_against_table(Failure::Cancelled, window, ending)?;
+    let in_time = matches!(window, Window::BeforePrepared | Window::Prepared);
+    let wanted = match held {
+        Host::Source if in_time => Ending::Cancelled,
+        Host::Target if window == Window::BeforePrepared => Ending::Failed,
+        _ => Ending::Moved,
+    };
+    ensure!(ending == Some(wanted), "ended {ending:?} instead of {wanted:?}");
+    if held == Host::Target {
+        let code = scene.receiver.as_mut().context("no receiver")?.running.exit_code(MIGRATION_LIMIT)?;
+        let wanted = if wanted == Ending::Moved { exit::DONE } else { exit::CANCELLED };
+        ensure!(code == Some(i32::from(wanted)), "the receiver's exit code is {code:?}");
+    }
+    scene.settle(found, Host::Target)?;
+    Ok(format!("{:>6} at {:<11} Ctrl-C [{window}]: exit {}, {}", held.name(), at.name(), wanted.exit_code(), found.vm))
+}
+
+#[test]
+fn ctrl_c_at_each_step() {
+    run_cells(STEPS.to_vec(), cancel);
 }
 
 #[test]

@@ -80,7 +80,17 @@ impl RemoteMachine {
         let spec = shape.regions().swap_remove(0);
         let dirty = SharedBitmap::open(dirty, spec.pages).map_err(|error| fail(&error))?;
         let region = RamRegion::new(spec, ram).map_err(|error| fail(&error))?;
-        Ok(Self { socket, pidfd, shape, region: Arc::new(region), dirty, migration, journal, asked_to_own: false, may_have_run: false })
+        Ok(Self {
+            socket,
+            pidfd,
+            shape,
+            region: Arc::new(region),
+            dirty,
+            migration,
+            journal,
+            asked_to_own: false,
+            may_have_run: false,
+        })
     }
 
     /// Takes the process that a socketpair was handed to as the machine: credentials of a socketpair name its maker.
