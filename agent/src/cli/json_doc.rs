@@ -93,6 +93,7 @@ fn dirty_rate() -> Value {
         meaning: "",
         is_lower_bound: true,
         source: "",
+        dirty_ring_pushes_per_second: 0.,
         huge_mappings: 0,
         threads: vec![thread],
         exits: BTreeMap::from([("REASON".to_owned(), 1)]),
