@@ -95,6 +95,7 @@ fn dirty_rate() -> Value {
         source: "",
         dirty_ring_pushes_per_second: 0.,
         huge_mappings: 0,
+        dirty_ring_pushes_per_second: 0.,
         threads: vec![thread],
         exits: BTreeMap::from([("REASON".to_owned(), 1)]),
         lost_events: Lost { total: 0, out_of_range: 0, threads_full: 0, exits_full: 0, too_large: 0, unreadable: 0 },
