@@ -6,13 +6,18 @@
 pub mod binary;
 pub mod client;
 pub mod guest;
+pub mod hosted;
 pub mod interrupt;
 pub mod netns;
 pub mod process;
+pub mod proxy;
 pub mod rig;
+pub mod scene;
+pub mod serial;
 pub mod stats;
 pub mod tap;
 pub mod topology;
+pub mod wait;
 pub mod wire;
 
 pub use binary::dunlin;

@@ -147,6 +147,13 @@ impl<M> TcpControl<M> {
         Ok(Self { stream, stall, sent: Mutex::new(0), received: Mutex::new(0), message: PhantomData })
     }
 
+    /// Whether the peer has closed the connection, or the kernel has given it up.
+    fn is_closed(&self) -> bool {
+        let mut fds = [PollFd::from_borrowed_fd(self.stream.as_fd(), PollFlags::RDHUP)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
+    }
+
     fn read(&self, buffer: &mut [u8], doing: &'static str) -> Result<(), LinkError> {
         (&self.stream).read_exact(buffer).map_err(|source| {
             if timed_out(&source) {
@@ -387,9 +394,13 @@ impl<M: Serialize + DeserializeOwned + 'static> TargetLink<M> for TcpTarget<'_, 
         while slots.iter().any(Option::is_none) {
             let doing = "waiting for page streams";
             let left = until.saturating_duration_since(Instant::now());
-            let Some(arrival) = self.listener.accept(left)? else {
+            let Some(arrival) = self.listener.accept(left.min(TICK))? else {
                 if Instant::now() >= until {
                     return Err(LinkError::Stalled { doing, after: timeout });
+                }
+                // A source that has died opens no streams.
+                if self.control.is_closed() {
+                    return Err(io_error(doing)(io::ErrorKind::UnexpectedEof.into()));
                 }
                 continue;
             };

@@ -339,6 +339,9 @@ impl Source<'_> {
 
     /// Stages 4 and 5. Only the journaling of `released` can still be refused.
     fn hand_over(&mut self, progress: &mut Progress, mut target: BlackoutLedger) -> (Ending, String) {
+        if self.cancel.is_set() {
+            return self.roll_back(progress, &SourceError::Cancelled);
+        }
         let asked = self.clock.now();
         if let Err(error) = self.machine.release(self.id, &self.options.peer) {
             return self.roll_back(progress, &error.into());

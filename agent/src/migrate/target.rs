@@ -179,7 +179,8 @@ impl Target<'_> {
         let control = self.link.control();
         let reservation_ns = self.clock.now().saturating_sub(started).as_nanos() as u64;
         control.send(&ControlMessage::Accept(Accept { reservation_ns }))?;
-        let receivers = self.link.accept_bulk(offer.migration_id, offer.streams, GREETING_LIMIT)?;
+        let patience = GREETING_LIMIT.min(self.stall);
+        let receivers = self.link.accept_bulk(offer.migration_id, offer.streams, patience)?;
         self.pass(offer.migration_id, Step::Reserved, "");
         let inflow = Inflow::new(region, control.as_ref(), self.clock, self.stall, receivers.len());
         let clock = self.clock;

@@ -623,7 +623,10 @@ impl Host {
             }
             Request::Reclaim => done(lock(&self.gate).reclaim()),
             Request::Prepared => done(lock(&self.gate).prepared()),
-            Request::TakeOwnership => done(lock(&self.gate).take_ownership()),
+            Request::TakeOwnership => {
+                let mut gate = lock(&self.gate);
+                if gate.may_run() { Ok(Reply::OwnedAlready) } else { done(gate.take_ownership()) }
+            }
             // A VM that has gone on from here must not be announced here.
             Request::Announce if !lock(&self.gate).may_run() => Err("the VM is not here".to_owned()),
             Request::Announce => Ok(Reply::Frames(self.announce())),

@@ -125,6 +125,8 @@ pub fn migrate(request: MigrateRequest, cancel: CancelFlag) -> Result<MigrationR
         cancel,
     }
     .run();
+    // A machine that was killed could not take itself out of the run folder.
+    registry.sweep(&entry.name);
     audit::record(
         &entry.state_dir,
         &Action {

@@ -4,8 +4,8 @@
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,8 +23,6 @@ use crate::model::{DiskSpec, MachineShape, MigrationId, NetSpec, SerialSpec};
 use crate::port::{Clock, ControlChannel, Journal, JournalError, LinkError, Region, TargetLink};
 use crate::store::FileJournal;
 
-/// Nothing moving for this long counts as a stalled peer.
-const STALL: Duration = Duration::from_secs(10);
 /// How often waits look at the cancel flag.
 const TICK: Duration = Duration::from_millis(200);
 /// How long a connected peer may take to say what it wants.
@@ -66,12 +64,16 @@ pub struct ReceiveRequest {
     pub events: Option<PathBuf>,
     /// For tests: stop at a step.
     pub hold: Option<Hold>,
+    /// Nothing moving for this long counts as a stalled peer.
+    pub stall: Duration,
 }
 
 /// Starts machine processes.
 struct LocalHost<'a> {
     request: &'a ReceiveRequest,
     child: Option<Child>,
+    /// What the machine is called here, once one was asked for.
+    name: Option<VmName>,
 }
 
 impl LocalHost<'_> {
@@ -138,6 +140,13 @@ impl LocalHost<'_> {
         Ok((child, ours))
     }
 
+    /// Takes out of the run folder what a machine that was killed could not.
+    fn sweep(&self) {
+        if let Some(name) = &self.name {
+            Registry::new(&self.request.places.run_dir).sweep(name);
+        }
+    }
+
     fn make(&mut self, offer: &Offer) -> Result<RemoteMachine, String> {
         let shape = self.localise(&offer.shape)?;
         let places = &self.request.places;
@@ -149,6 +158,7 @@ impl LocalHost<'_> {
         let (child, stream) = self.spawn().map_err(|error| format!("starting a machine process: {error}"))?;
         let pid = child.id();
         self.child = Some(child);
+        self.name = Some(shape.name.clone());
         let creation = Creation {
             version: SESSION_VERSION,
             migration: offer.migration_id,
@@ -192,6 +202,7 @@ impl Host for LocalHost<'_> {
                     let _ = child.kill();
                     let _ = child.wait();
                 }
+                self.sweep();
                 Err(reason)
             }
         }
@@ -202,6 +213,8 @@ impl Host for LocalHost<'_> {
 pub struct Received {
     /// The migration that brought it.
     pub migration_id: MigrationId,
+    /// What it is called here.
+    pub name: VmName,
     /// Its machine process.
     pub child: Child,
     /// Pages compared under `--verify`.
@@ -241,7 +254,7 @@ fn attempt(
     cancel: &CancelFlag,
 ) -> Result<Option<Received>, ReceiveError> {
     let migration = arrival.migration();
-    let mut link = TcpTarget::<ControlMessage>::new(listener, arrival, STALL)?;
+    let mut link = TcpTarget::<ControlMessage>::new(listener, arrival, request.stall)?;
     let control = link.control();
     let Some(first) = control.recv(GREETING_LIMIT)? else {
         return Err(LinkError::Stalled { doing: "waiting for an offer", after: GREETING_LIMIT }.into());
@@ -252,29 +265,31 @@ fn attempt(
     }
     let observer = EventLog::new(migration, "target", request.events.as_deref(), request.hold.clone(), false)
         .map_err(ReceiveError::Events)?;
-    let mut host = LocalHost { request, child: None };
+    let mut host = LocalHost { request, child: None, name: None };
     let arrived = Target {
         link: &mut link,
         host: &mut host,
         clock: &MonotonicClock,
         observer: &observer,
         cancel: cancel.clone(),
-        stall: STALL,
+        stall: request.stall,
     }
     .run(first);
     let child = host.child.take();
-    match (arrived, child) {
-        (Ok(arrived), Some(child)) => {
+    match (arrived, child.zip(host.name.clone())) {
+        (Ok(arrived), Some((child, name))) => {
             let (migration_id, verified_pages) = (arrived.migration_id, arrived.verified_pages);
             repeat_announcements(arrived, request.schedule);
-            Ok(Some(Received { migration_id, child, verified_pages }))
+            Ok(Some(Received { migration_id, name, child, verified_pages }))
         }
         (Ok(_), None) => unreachable!("a VM arrived without a machine process"),
         (Err(error), child) => {
-            // Whatever machine there was has been told to end, or has died; nothing may stay behind.
-            if let Some(mut child) = child {
+            // Whatever machine there was has been told to end, or has died; nothing may stay behind. One that owns the
+            // VM is no longer ours to end.
+            if let Some((mut child, _)) = child.filter(|_| !matches!(error, TargetError::LostOwned(_))) {
                 end(&mut child);
             }
+            host.sweep();
             Err(error.into())
         }
     }
@@ -329,29 +344,35 @@ fn answer_query(
     Ok(())
 }
 
-/// Serves late questions on `listener` until `stop` says so: a source that lost contact after `released` asks here.
+/// Serves late questions on `listener` while the VM runs: a source that lost contact after `released` asks here. Returns
+/// how the machine ended, or `None` when `cancel` asks this manager to go.
 pub fn answer_questions(
+    request: &ReceiveRequest,
     listener: &Listener,
-    state_dir: &Path,
-    stop: &mut dyn FnMut() -> bool,
-) -> Result<(), ReceiveError> {
-    let journal = FileJournal::open(state_dir)?;
-    while !stop() {
+    received: &mut Received,
+    cancel: &CancelFlag,
+) -> Result<Option<ExitStatus>, ReceiveError> {
+    let journal = FileJournal::open(&request.places.state_dir)?;
+    while !cancel.is_set() {
+        if let Ok(Some(status)) = received.child.try_wait() {
+            // One that was killed could not take itself out of the run folder.
+            Registry::new(&request.places.run_dir).sweep(&received.name);
+            return Ok(Some(status));
+        }
         let Some(arrival) = listener.accept(TICK)? else { continue };
-        let answered =
-            TcpTarget::<ControlMessage>::new(listener, arrival, STALL).map_err(ReceiveError::from).and_then(|link| {
-                match link.control().recv(GREETING_LIMIT)? {
-                    Some(ControlMessage::Query(asked)) => answer_query(&journal, asked, link.control().as_ref()),
-                    Some(ControlMessage::Offer(_)) => {
-                        let busy = "this receiver has its VM already; start another `dunlin vm receive`".to_owned();
-                        Ok(link.control().send(&ControlMessage::Refuse(busy))?)
-                    }
-                    _ => Ok(()),
+        let answered = TcpTarget::<ControlMessage>::new(listener, arrival, request.stall)
+            .map_err(ReceiveError::from)
+            .and_then(|link| match link.control().recv(GREETING_LIMIT)? {
+                Some(ControlMessage::Query(asked)) => answer_query(&journal, asked, link.control().as_ref()),
+                Some(ControlMessage::Offer(_)) => {
+                    let busy = "this receiver has its VM already; start another `dunlin vm receive`".to_owned();
+                    Ok(link.control().send(&ControlMessage::Refuse(busy))?)
                 }
+                _ => Ok(()),
             });
         if let Err(error) = answered {
             tracing::warn!("a late question: {error}");
         }
     }
-    Ok(())
+    Ok(None)
 }

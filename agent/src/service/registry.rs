@@ -88,11 +88,15 @@ pub fn boot_id() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
 }
 
-/// When a process started, in clock ticks since boot; `None` if there is none.
+/// When a process started, in clock ticks since boot; `None` if there is none, or only the exit code of one.
 pub fn start_time_ticks(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The command's name may hold anything, so count from behind its closing bracket: field 22 is the 20th after it.
-    stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()
+    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
+    if matches!(fields.next()?, "Z" | "X") {
+        return None;
+    }
+    fields.nth(18)?.parse().ok()
 }
 
 impl MachineEntry {
@@ -140,6 +144,13 @@ impl Registry {
     /// Takes a VM out.
     pub fn leave(&self, name: &VmName) {
         let _ = fs::remove_dir_all(self.folder(name));
+    }
+
+    /// Takes a VM out whose process has died without doing so itself.
+    pub fn sweep(&self, name: &VmName) {
+        if Self::read(&self.folder(name)).is_some_and(|entry| !entry.is_alive()) {
+            self.leave(name);
+        }
     }
 
     fn read(folder: &Path) -> Option<MachineEntry> {
@@ -209,6 +220,10 @@ mod tests {
         stale.start_time_ticks += 1;
         registry.enter(&stale).unwrap();
         assert!(registry.find(&"b".parse().unwrap()).is_err());
+        registry.sweep(&stale.name);
+        assert!(!registry.folder(&stale.name).exists());
+        registry.sweep(&mine.name);
+        assert!(registry.folder(&mine.name).exists());
         registry.enter(&entry("b", std::process::id())).unwrap();
         registry.leave(&mine.name);
         assert_eq!(registry.list().len(), 1);

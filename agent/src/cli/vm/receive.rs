@@ -1,6 +1,7 @@
 //! `dunlin vm receive`: waits for one VM, then runs it.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
@@ -12,6 +13,7 @@ use crate::link::{Address, Listener};
 use crate::model::id::VmName;
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
+use crate::model::units::parse_duration;
 use crate::model::{DiskSpec, MigrationId, NetSpec, SerialSpec};
 use crate::service::config::Config;
 use crate::service::events::Hold;
@@ -51,6 +53,10 @@ pub(in crate::cli) struct ReceiveArgs {
     /// Console: stdio, none, file=F or socket=F.
     #[arg(long, value_name = "SPEC", default_value = "none")]
     serial: SerialSpec,
+
+    /// Nothing moving for this long counts as a stalled peer.
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
+    stall: Duration,
 
     #[command(flatten)]
     plaintext: Plaintext,
@@ -129,6 +135,7 @@ impl ReceiveArgs {
             schedule: config.announce,
             events: self.events,
             hold: self.hold_at,
+            stall: self.stall,
         };
         let Some(mut received) = receive(&request, &listener, &cancel)? else {
             return Ok(exit::CANCELLED);
@@ -140,12 +147,8 @@ impl ReceiveArgs {
         } else {
             println!("received by migration {migration_id}; it runs in process {pid}");
         }
-        let mut status = None;
-        answer_questions(&listener, &request.places.state_dir, &mut || {
-            status = received.child.try_wait().ok().flatten();
-            status.is_some() || cancel.is_set()
-        })
-        .context("answering late questions")?;
+        let status =
+            answer_questions(&request, &listener, &mut received, &cancel).context("answering late questions")?;
         Ok(match status {
             Some(status) if status.success() => exit::DONE,
             Some(_) => exit::ERROR,

@@ -30,8 +30,10 @@ pub struct RemoteMachine {
     dirty: SharedBitmap,
     migration: MigrationId,
     journal: FileJournal,
-    /// This manager had the machine journal `owner`, and has not ordered it to run since.
-    owned_standing: bool,
+    /// This manager has asked the machine to take the VM: an `owner` in the journal is no operator's any more.
+    asked_to_own: bool,
+    /// The guest may have run since the VM is here.
+    may_have_run: bool,
 }
 
 impl RemoteMachine {
@@ -78,7 +80,17 @@ impl RemoteMachine {
         let spec = shape.regions().swap_remove(0);
         let dirty = SharedBitmap::open(dirty, spec.pages).map_err(|error| fail(&error))?;
         let region = RamRegion::new(spec, ram).map_err(|error| fail(&error))?;
-        Ok(Self { socket, pidfd, shape, region: Arc::new(region), dirty, migration, journal, owned_standing: false })
+        Ok(Self {
+            socket,
+            pidfd,
+            shape,
+            region: Arc::new(region),
+            dirty,
+            migration,
+            journal,
+            asked_to_own: false,
+            may_have_run: false,
+        })
     }
 
     /// Takes the process that a socketpair was handed to as the machine: credentials of a socketpair name its maker.
@@ -169,7 +181,7 @@ impl Vcpus for RemoteMachine {
     }
 
     fn resume(&mut self) -> Result<(), MachineError> {
-        self.owned_standing = false;
+        self.may_have_run = true;
         self.order("resume", &Request::Resume)
     }
 }
@@ -224,8 +236,15 @@ impl Gate for RemoteMachine {
     }
 
     fn take_ownership(&mut self, _migration: MigrationId) -> Result<(), MachineError> {
-        self.owned_standing = true;
-        self.order("take ownership", &Request::TakeOwnership)
+        const ACTION: &str = "take ownership";
+        self.asked_to_own = true;
+        let answer = self.call(ACTION, &Request::TakeOwnership);
+        // Unless it says itself that this order opened its gate, an operator may have been faster, and the guest ran.
+        self.may_have_run |= !matches!(answer, Ok(Reply::Done) | Err(MachineError::Refused { .. }));
+        match answer? {
+            Reply::Done | Reply::OwnedAlready => Ok(()),
+            other => Err(gone(ACTION, format!("unexpected answer {other:?}"))),
+        }
     }
 
     fn never_owner(&mut self, migration: MigrationId) -> Result<(), MachineError> {
@@ -236,8 +255,8 @@ impl Gate for RemoteMachine {
         let last = self.journal.last(migration);
         let refuse = |reason: String| MachineError::Refused { action: ACTION, reason };
         match last.map_err(|error| refuse(error.to_string()))? {
-            Some(JournalRecord::Owner) if !self.owned_standing => {
-                Err(refuse("it owned the VM and may have run it before it died".to_owned()))
+            Some(JournalRecord::Owner) if self.may_have_run => {
+                Err(refuse("it had journaled `owner`, and its guest may have run, before it died".to_owned()))
             }
             Some(JournalRecord::NeverOwner) => Ok(()),
             _ => {
@@ -272,10 +291,13 @@ impl Gate for RemoteMachine {
     }
 
     fn fate(&mut self) -> Fate {
-        let dead = self.is_dead(Duration::ZERO);
         match self.journal.last(self.migration) {
+            Ok(Some(JournalRecord::Owner)) if !self.asked_to_own => {
+                self.may_have_run = true;
+                Fate::Resolved(Owner::Here)
+            }
             Ok(Some(JournalRecord::NeverOwner | JournalRecord::Discarded)) => Fate::Resolved(Owner::There),
-            _ if dead => Fate::Dead,
+            _ if self.is_dead(Duration::ZERO) => Fate::Dead,
             Ok(Some(JournalRecord::Owner)) => Fate::Resolved(Owner::Here),
             _ => Fate::Waiting,
         }

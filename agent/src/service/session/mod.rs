@@ -91,4 +91,6 @@ pub enum Reply {
     Frames(u32),
     /// It could not be done; the machine is as it was.
     Failed(String),
+    /// To `TakeOwnership`: an operator was faster, and the guest may have run since.
+    OwnedAlready,
 }
