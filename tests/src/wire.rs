@@ -12,6 +12,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use dunlin::model::MacAddress;
+use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -37,7 +38,7 @@ pub enum FrameKind {
 /// A frame and when it was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct SeenFrame {
-    /// `CLOCK_MONOTONIC` when the reader had it, a little after it arrived.
+    /// `CLOCK_MONOTONIC` when it arrived, by the kernel's stamp (of the other clock, moved by their difference at reading).
     pub at_monotonic_ns: u64,
     /// What it is.
     pub kind: FrameKind,
@@ -78,6 +79,8 @@ impl WireWatch {
         if bound < 0 {
             return Err(io::Error::last_os_error());
         }
+        // The first question switches stamping on.
+        let _no_stamp_yet = stamp_ns(&socket);
         let (seen, stop) = (Arc::default(), Arc::new(AtomicBool::new(false)));
         let reader = thread::spawn({
             let (seen, stop) = (Arc::clone(&seen), Arc::clone(&stop));
@@ -106,6 +109,24 @@ impl Drop for WireWatch {
     }
 }
 
+/// `SIOCGSTAMPNS`: when the frame that was read last arrived, by `CLOCK_REALTIME`.
+const SIOCGSTAMPNS: libc::c_ulong = 0x8907;
+
+fn stamp_ns(socket: &Socket) -> Option<u64> {
+    let mut stamp = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the call writes one `timespec`, which lives through it.
+    let answer = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCGSTAMPNS, &raw mut stamp) };
+    (answer == 0 && stamp.tv_sec > 0).then(|| stamp.tv_sec as u64 * 1_000_000_000 + stamp.tv_nsec as u64)
+}
+
+/// When the frame that was read last arrived; without a stamp, now.
+fn arrival_ns(socket: &Socket) -> u64 {
+    let now_ns = monotonic_ns();
+    let realtime = clock_gettime(ClockId::Realtime);
+    let realtime_ns = realtime.tv_sec as u64 * 1_000_000_000 + realtime.tv_nsec as u64;
+    stamp_ns(socket).map_or(now_ns, |stamp_ns| now_ns.saturating_sub(realtime_ns.saturating_sub(stamp_ns)))
+}
+
 fn read_loop(socket: &Socket, station: MacAddress, seen: &Mutex<Vec<SeenFrame>>, stop: &AtomicBool) {
     let mut frame = [0u8; 2048];
     while !stop.load(Ordering::Acquire) {
@@ -129,7 +150,7 @@ fn read_loop(socket: &Socket, station: MacAddress, seen: &Mutex<Vec<SeenFrame>>,
                 _ => return,
             }
         };
-        let at_monotonic_ns = monotonic_ns();
+        let at_monotonic_ns = arrival_ns(socket);
         // What the switch itself sends out of the port is not what the station sent in.
         if from.sll_pkttype == libc::PACKET_OUTGOING {
             continue;

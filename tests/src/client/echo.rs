@@ -125,6 +125,12 @@ impl EchoClient {
         lock(&self.state).snapshot()
     }
 
+    /// The gap in which `at_ns` (`CLOCK_MONOTONIC`) lies, if it is among the longest since the last
+    /// [`EchoClient::restart_measurement`].
+    pub fn gap_at(&self, at_ns: u64) -> Option<Gap> {
+        lock(&self.state).gaps.longest().iter().copied().find(|gap| gap.holds(at_ns))
+    }
+
     /// Starts a new measurement of the largest gap, round trip and TSC step on the same connection; a gap that is open
     /// now counts whole into the new one.
     pub fn restart_measurement(&self) {

@@ -28,13 +28,22 @@ impl Gap {
     pub fn length(self) -> Duration {
         Duration::from_nanos(self.length_ns)
     }
+
+    /// Whether `at_ns` lies in it.
+    pub fn holds(self, at_ns: u64) -> bool {
+        (self.from_monotonic_ns..=self.from_monotonic_ns + self.length_ns).contains(&at_ns)
+    }
 }
 
-/// Watches the times of events and keeps the longest gap.
-#[derive(Clone, Copy, Debug, Default)]
+/// So many gaps are kept, the longest.
+const KEPT: usize = 32;
+
+/// Watches the times of events and keeps the longest gaps.
+#[derive(Clone, Debug, Default)]
 pub struct GapMeter {
     last_ns: Option<u64>,
-    largest: Gap,
+    /// Longest first.
+    longest: Vec<Gap>,
 }
 
 impl GapMeter {
@@ -42,8 +51,10 @@ impl GapMeter {
     pub fn event(&mut self, now_ns: u64) {
         if let Some(last_ns) = self.last_ns {
             let length_ns = now_ns.saturating_sub(last_ns);
-            if length_ns > self.largest.length_ns {
-                self.largest = Gap { length_ns, from_monotonic_ns: last_ns };
+            let place = self.longest.partition_point(|gap| gap.length_ns >= length_ns);
+            if place < KEPT {
+                self.longest.truncate(KEPT - 1);
+                self.longest.insert(place, Gap { length_ns, from_monotonic_ns: last_ns });
             }
         }
         self.last_ns = Some(now_ns);
@@ -51,12 +62,17 @@ impl GapMeter {
 
     /// The longest gap between two events since the start or the last [`GapMeter::restart`].
     pub fn largest(&self) -> Gap {
-        self.largest
+        self.longest.first().copied().unwrap_or_default()
     }
 
-    /// Forgets the longest gap. A gap that is open now still counts whole when it ends.
+    /// The longest gaps, longest first.
+    pub fn longest(&self) -> &[Gap] {
+        &self.longest
+    }
+
+    /// Forgets the longest gaps. A gap that is open now still counts whole when it ends.
     pub fn restart(&mut self) {
-        self.largest = Gap::default();
+        self.longest.clear();
     }
 }
 
@@ -72,9 +88,15 @@ mod tests {
             meter.event(at);
         }
         assert_eq!(meter.largest(), Gap { length_ns: 30, from_monotonic_ns: 20 });
+        assert!(meter.largest().holds(35) && !meter.largest().holds(51));
+        assert_eq!(meter.longest().iter().map(|gap| gap.length_ns).collect::<Vec<_>>(), [30, 10, 10]);
         meter.restart();
         meter.event(75);
         meter.event(80);
         assert_eq!(meter.largest(), Gap { length_ns: 15, from_monotonic_ns: 60 });
+        for at in 0..1000u64 {
+            meter.event(at * at);
+        }
+        assert_eq!((meter.longest().len(), meter.largest().length_ns), (KEPT, 998 + 999));
     }
 }

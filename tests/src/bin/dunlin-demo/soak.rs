@@ -48,6 +48,7 @@ struct Costs {
     blackout: Spread,
     guest_gap: Spread,
     client_gap: Spread,
+    client_largest_gap: Spread,
     total: Spread,
     rounds_max: u64,
     relearned_after_announcement: Spread,
@@ -185,7 +186,7 @@ fn moves(arguments: &Arguments, rig: &mut Rig, echo: &EchoClient, verify: bool) 
     let options = HopOptions { strategy: arguments.strategy, verify, more: Vec::new() };
     let mut costs = Costs::default();
     let (mut blackouts, mut guest_gaps, mut client_gaps) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut totals, mut relearned) = (Vec::new(), Vec::new());
+    let (mut totals, mut relearned, mut largest_gaps) = (Vec::new(), Vec::new(), Vec::new());
     for number in 1..=arguments.migrations {
         interrupt::check()?;
         let kind = if verify { "verified" } else { "measured" };
@@ -198,7 +199,10 @@ fn moves(arguments: &Arguments, rig: &mut Rig, echo: &EchoClient, verify: bool) 
         anyhow::ensure!(errors.is_empty(), "{kind} move {number}: the guest counts {}", errors.join(" "));
         anyhow::ensure!(hop.announced_before_running(), "{kind} move {number}: announced late: {:?}", hop.frames);
         let report = &hop.report;
-        let (guest_gap, client_gap) = (guest::max_gap_ns(&counters), echo.report().largest_gap.length_ns);
+        let relearned_at_ns = hop.relearned_at_monotonic_ns.context("the switch did not relearn")?;
+        let largest_gap = echo.report().largest_gap;
+        let client_gap = echo.gap_at(relearned_at_ns).unwrap_or(largest_gap).length_ns;
+        let guest_gap = guest::max_gap_ns(&counters);
         eprintln!(
             "{kind} {number}/{}: {} rounds, total {}, blackout {}, guest {}, client {}, behind {}",
             arguments.migrations,
@@ -212,6 +216,7 @@ fn moves(arguments: &Arguments, rig: &mut Rig, echo: &EchoClient, verify: bool) 
         blackouts.push(report.blackout_ns);
         guest_gaps.push(guest_gap);
         client_gaps.push(client_gap);
+        largest_gaps.push(largest_gap.length_ns);
         totals.push(report.total_ns);
         relearned.push(relearned_after_announcement_ns(&hop).context("the switch did not relearn")?);
         costs.migrations += 1;
@@ -222,6 +227,7 @@ fn moves(arguments: &Arguments, rig: &mut Rig, echo: &EchoClient, verify: bool) 
     costs.blackout = Spread::of(blackouts);
     costs.guest_gap = Spread::of(guest_gaps);
     costs.client_gap = Spread::of(client_gaps);
+    costs.client_largest_gap = Spread::of(largest_gaps);
     costs.total = Spread::of(totals);
     costs.relearned_after_announcement = Spread::of(relearned);
     Ok(costs)
@@ -234,8 +240,9 @@ fn how() -> serde_json::Value {
         "verified_pages": "both ends hash every page while the VM is paused, and compare",
         "blackout": "source's clock, from the order to pause to the target's `running`",
         "guest_gap": "the guest's time stamp counter: vCPU 0 spins, the longest time it did not run, reset before each move",
-        "client_gap": "longest time between two answers on the one TCP connection, a line sent each 2 ms, reset before each move",
-        "relearned_after_announcement": "from the first frame read at the switch's port to the bridge's notification",
+        "client_gap": "time between the two answers on the one TCP connection around the relearning, a line sent each 2 ms",
+        "client_largest_gap": "the longest such time from before the first round to 50 answers after the move",
+        "relearned_after_announcement": "from the kernel's stamp on the first frame at the switch's port to the bridge's notification as it was read",
         "total": "source's clock, from the offer to the target's `running`, reservation included",
         "dropped_pages": "writes that the guest's writer did not catch up on after pauses above 20 ms",
         "pings_unanswered": "echo requests without a reply over the whole run: frames that reached the old place in a blackout",
