@@ -5,10 +5,12 @@
 
 pub mod binary;
 pub mod client;
+pub mod disk;
 pub mod hosted;
 pub mod netns;
 pub mod process;
 pub mod proxy;
+pub mod raw;
 pub mod scene;
 pub mod serial;
 pub mod tap;

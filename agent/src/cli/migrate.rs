@@ -66,6 +66,10 @@ pub(super) struct MigrateArgs {
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
     stall: Duration,
 
+    /// When contact is lost during the handover: how long to dial the target before the VM is left in doubt.
+    #[arg(long, value_name = "TIME", default_value = "20s", value_parser = parse_duration)]
+    doubt: Duration,
+
     /// Allow plain TCP beyond loopback: guest memory travels in the clear.
     #[arg(long)]
     insecure_plaintext: bool,
@@ -93,6 +97,7 @@ impl MigrateArgs {
             streams: self.streams,
             verify: self.verify,
             stall: self.stall,
+            doubt: self.doubt,
             ..SourceOptions::default()
         };
         let request = MigrateRequest {
