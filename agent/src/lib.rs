@@ -18,6 +18,8 @@ pub mod announce;
 pub mod block;
 pub mod cli;
 pub mod foreign;
+#[cfg(any(test, feature = "fuzz"))]
+pub mod fuzz;
 pub mod kvm;
 pub mod link;
 pub mod migrate;

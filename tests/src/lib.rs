@@ -6,18 +6,24 @@
 pub mod binary;
 pub mod client;
 pub mod disk;
+pub mod guest;
 pub mod hosted;
+pub mod interrupt;
 pub mod netns;
 pub mod process;
 pub mod proxy;
 pub mod raw;
+pub mod rig;
 pub mod scene;
 pub mod serial;
+pub mod stats;
 pub mod tap;
 pub mod topology;
 pub mod wait;
+pub mod wire;
 
 pub use binary::dunlin;
 pub use netns::Netns;
 pub use process::OwnProcess;
+pub use rig::{Hop, HopOptions, Rig, VmSpec};
 pub use topology::{Host, Lan, LanConfig};

@@ -191,7 +191,7 @@ const ATTACKS: &[(&str, &str, Attack)] = &[
     }),
     ("more memory than can be", "memory of", |address, offer| {
         offered(address, offer, |offer| {
-            offer.shape.memory_bytes = u64::MAX & !0xfff;
+            offer.shape.memory_bytes = 0u64.wrapping_sub(4096);
             offer.regions = offer.shape.regions();
         })
     }),

@@ -1,8 +1,8 @@
 //! The book's examples are run: what a page prints is what the program prints.
 //!
 //! In each fenced block marked `console`, lines that begin with `$ ` are commands and the lines below them their output
-//! (standard output and error together). `…` matches anything within a line. A page's blocks run in order, in one network
-//! namespace of the page's own.
+//! (standard output and error together). `…` matches anything within a line, and any number of lines where it stands alone. A
+//! page's blocks run in order, in one network namespace and one empty folder of the page's own; `$GUEST` is the test guest.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -41,6 +41,14 @@ fn matches(pattern: &str, line: &str) -> bool {
     (0..=rest.len()).filter(|at| rest.is_char_boundary(*at)).any(|at| matches(after, &rest[at..]))
 }
 
+fn all_match(patterns: &[String], lines: &[&str]) -> bool {
+    let Some((pattern, others)) = patterns.split_first() else { return lines.is_empty() };
+    if pattern == "…" {
+        return (0..=lines.len()).any(|skipped| all_match(others, &lines[skipped..]));
+    }
+    lines.split_first().is_some_and(|(line, rest)| matches(pattern, line) && all_match(others, rest))
+}
+
 fn pages(folder: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).unwrap() {
@@ -60,6 +68,8 @@ fn examples_print_what_the_book_says() {
     let book = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/src");
     let binary = PathBuf::from(dunlin().get_program());
     let path = format!("{}:{}", binary.parent().unwrap().display(), std::env::var("PATH").unwrap_or_default());
+    let guest = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest/target/release/dunlin-guest");
+    assert!(guest.is_file(), "run `cargo build --release` in tests/guest first");
     let mut commands = 0;
     for page in pages(&book) {
         let examples = examples(&fs::read_to_string(&page).unwrap());
@@ -67,15 +77,16 @@ fn examples_print_what_the_book_says() {
             continue;
         }
         let netns = Netns::new("docs").unwrap();
+        let folder = tempfile::tempdir().unwrap();
         for Example { command, expected } in examples {
             let mut shell = Command::new("bash");
-            shell.args(["-c", &format!("{{ {command}\n}} 2>&1")]).env("PATH", &path);
+            shell.args(["-c", &format!("{{ {command}\n}} 2>&1")]).env("PATH", &path).env("GUEST", &guest);
+            shell.current_dir(&folder);
             let output = netns.output(&mut shell).unwrap();
             let text = String::from_utf8(output.stdout).unwrap();
             let lines: Vec<&str> = text.lines().collect();
-            let same = lines.len() == expected.len() && expected.iter().zip(&lines).all(|(e, l)| matches(e, l));
             assert!(
-                same && output.status.success(),
+                all_match(&expected, &lines) && output.status.success(),
                 "{}: `{command}` ({})\nprinted:\n{text}\nthe book says:\n{}",
                 page.display(),
                 output.status,
@@ -105,5 +116,8 @@ fn every_page_is_in_the_summary_and_every_link_leads_somewhere() {
 #[test]
 fn an_ellipsis_matches_anything_within_a_line() {
     assert!(matches("a … c", "a b c") && matches("a…", "a") && matches("…c", "abc") && matches("x  ", "x"));
+    let patterns = ["a".to_owned(), "…".to_owned(), "b…".to_owned()];
+    assert!(all_match(&patterns, &["a", "b"]) && all_match(&patterns, &["a", "x", "y", "bc"]));
+    assert!(!all_match(&patterns, &["a"]) && !all_match(&patterns, &["a", "b", "x"]));
     assert!(!matches("a … c", "a b d") && !matches("a", "ab") && !matches("…b…b", "ab"));
 }

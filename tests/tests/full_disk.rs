@@ -5,6 +5,7 @@
 use anyhow::{Context, Result, ensure};
 use dunlin::migrate::outcomes::Failure::{SourceDiskFull, TargetDiskFull};
 use dunlin::migrate::outcomes::Window;
+use dunlin::model::outcome::exit;
 use dunlin::model::{Ending, Step};
 use dunlin_tests::disk::{SmallDisk, in_own_mounts};
 use dunlin_tests::hosted::{HoldPoint, TestHost};
@@ -15,23 +16,24 @@ struct Cell {
     full: Host,
     /// From which step of that host's manager on; `None` is from the start.
     from: Option<Step>,
-    ends: Ending,
+    /// `None`: it was refused before it began.
+    ends: Option<Ending>,
 }
 
-const fn cell(full: Host, from: Option<Step>, ends: Ending) -> Cell {
+const fn cell(full: Host, from: Option<Step>, ends: Option<Ending>) -> Cell {
     Cell { full, from, ends }
 }
 
 const CELLS: &[Cell] = &[
-    cell(Host::Source, None, Ending::Failed),
-    cell(Host::Source, Some(Step::Prepared), Ending::Failed),
-    cell(Host::Source, Some(Step::Released), Ending::Moved),
-    cell(Host::Source, Some(Step::Running), Ending::Moved),
-    cell(Host::Target, None, Ending::Refused),
-    cell(Host::Target, Some(Step::Reserved), Ending::Failed),
-    cell(Host::Target, Some(Step::StateMoved), Ending::Failed),
-    cell(Host::Target, Some(Step::Prepared), Ending::InDoubt),
-    cell(Host::Target, Some(Step::Owned), Ending::Moved),
+    cell(Host::Source, None, None),
+    cell(Host::Source, Some(Step::Prepared), Some(Ending::Failed)),
+    cell(Host::Source, Some(Step::Released), Some(Ending::Moved)),
+    cell(Host::Source, Some(Step::Running), Some(Ending::Moved)),
+    cell(Host::Target, None, Some(Ending::Refused)),
+    cell(Host::Target, Some(Step::Reserved), Some(Ending::Failed)),
+    cell(Host::Target, Some(Step::StateMoved), Some(Ending::Failed)),
+    cell(Host::Target, Some(Step::Prepared), Some(Ending::InDoubt)),
+    cell(Host::Target, Some(Step::Owned), Some(Ending::Moved)),
 ];
 
 fn run(cell: Cell) -> Result<String> {
@@ -69,13 +71,14 @@ fn play(scene: &mut Scene, disk: &SmallDisk, cell: Cell) -> Result<String> {
         scene.start_to(&address, &[])?;
     }
     let ending = scene.end_of_migration(MIGRATION_LIMIT)?;
-    ensure!(ending == Some(cell.ends), "it ended {ending:?} instead of {:?}", cell.ends);
+    ensure!(ending == cell.ends, "it ended {ending:?} instead of {:?}", cell.ends);
     let failure = if cell.full == Host::Source { SourceDiskFull } else { TargetDiskFull };
     let found = scene.check_against_table(failure, window, ending)?;
     disk.make_room()?;
     scene.settle(found, Host::Target)?;
+    let code = ending.map_or(exit::REFUSED, Ending::exit_code);
     let from = cell.from.map_or("start", Step::name);
-    Ok(format!("{failure} from {from} on [{window}]: exit {}, {}", cell.ends.exit_code(), found.vm))
+    Ok(format!("{failure} from {from} on [{window}]: exit {code}, {}", found.vm))
 }
 
 #[test]

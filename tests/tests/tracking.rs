@@ -1,56 +1,370 @@
-//! The BPF programs, loaded into the running kernel, against VMs whose writes are known to the page.
+//! The BPF programs, loaded into the running kernel, against VMs whose writes are known to the page; and `dunlin
+//! dirty-rate` and `dunlin doctor` as an operator runs them.
 #![cfg(target_arch = "x86_64")]
 
-use std::sync::mpsc;
+use std::io::BufRead;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
 
-use dunlin::model::{DirtyLogKind, PageBitmap, PageCount};
+use dunlin::model::{DirtyLogKind, PageBitmap, PageCount, PageRun};
 use dunlin::port::{EventSample, EventSource};
 use dunlin::probe::{KernelCounters, ProbeOptions};
 use dunlin::trial::tiny_vm::{FIRST_FRAME, TinyVm};
+use serde_json::Value;
 
-const PAGES: PageCount = PageCount(300);
+/// Frames that the programs are told to tell apart: more than any VM here has.
+const FRAMES: PageCount = PageCount(4096);
 
+/// The binary that this workspace built; the runner builds it before the tests.
+fn dunlin() -> Command {
+    let folder = std::env::current_exe().unwrap().parent().and_then(|deps| deps.parent()).unwrap().to_owned();
+    let mut command = Command::new(folder.join("dunlin"));
+    command.stdin(Stdio::null());
+    command
+}
+
+/// The counters of this very process. Tests run side by side, so that each counts its own thread only.
 fn attach(frames: PageCount) -> KernelCounters {
-    KernelCounters::attach(ProbeOptions { pid: std::process::id(), frames, log: false }).unwrap_or_else(|e| {
-        let mut text = e.to_string();
-        let mut source = std::error::Error::source(&e);
-        while let Some(next) = source {
-            text += &format!(": {next}");
-            source = next.source();
-        }
-        panic!("{text}")
+    KernelCounters::attach(ProbeOptions { pid: std::process::id(), frames, log: false }).unwrap_or_else(|error| {
+        let source = std::error::Error::source(&error).map(|source| format!(": {source}")).unwrap_or_default();
+        panic!("{error}{source}")
     })
 }
 
-#[test]
-fn explore() {
-    for kind in [DirtyLogKind::Bitmap, DirtyLogKind::Ring] {
-        let mut counters = attach(PageCount(4096));
-        println!("{:?}", counters.hooks());
-        let mut vm = TinyVm::new(PAGES, kind).unwrap();
-        let mut show = |what: &str| {
-            let mut set = counters.empty_pages();
-            let sample = counters.sample(&mut set).unwrap();
-            println!("{kind:?} {what}: unique {} {:?}", set.count(), sample);
-            println!("{:?}", set.runs(1000).collect::<Vec<_>>());
-        };
-        show("new");
-        vm.write_pages(PAGES).unwrap();
-        show("first");
-        vm.write_pages(PAGES).unwrap();
-        show("second");
-        vm.set_logging(true).unwrap();
-        vm.write_pages(PageCount(100)).unwrap();
-        show("logged 100");
-        if kind == DirtyLogKind::Bitmap {
-            vm.fetch_log().unwrap();
-            vm.write_pages(PageCount(77)).unwrap();
-            show("logged 77");
-        }
-        vm.set_logging(false).unwrap();
-        vm.write_pages(PageCount(77)).unwrap();
-        show("off 77");
-        vm.write_pages(PageCount(77)).unwrap();
-        show("off 77");
+/// What one thread of this process did between two looks, and the pages that turned writable.
+struct Watch {
+    counters: KernelCounters,
+    thread: u32,
+    before: EventSample,
+}
+
+impl Watch {
+    fn new(frames: PageCount) -> Self {
+        let thread = rustix::thread::gettid().as_raw_nonzero().get() as u32;
+        let mut watch = Self { counters: attach(frames), thread, before: EventSample::default() };
+        watch.look();
+        watch
     }
+
+    fn look(&mut self) -> Seen {
+        let mut pages = self.counters.empty_pages();
+        let now = self.counters.sample(&mut pages).unwrap();
+        let of = |sample: &EventSample| sample.threads.get(&self.thread).cloned().unwrap_or_default();
+        let (before, after) = (of(&self.before), of(&now));
+        let seen = Seen {
+            pages,
+            events: after.pages_made_writable - before.pages_made_writable,
+            pushes: after.dirty_ring_pushes - before.dirty_ring_pushes,
+            mmio: after.exits.get("mmio").unwrap_or(&0) - before.exits.get("mmio").unwrap_or(&0),
+            lost: now.lost.since(&self.before.lost).total(),
+        };
+        self.before = now;
+        seen
+    }
+}
+
+struct Seen {
+    pages: PageBitmap,
+    events: u64,
+    pushes: u64,
+    mmio: u64,
+    lost: u64,
+}
+
+impl Seen {
+    fn runs(&self) -> Vec<PageRun> {
+        self.pages.runs(u32::MAX).collect()
+    }
+}
+
+/// Each test here counts a whole process, so it needs one to itself: nextest gives it, `cargo test` does not.
+static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
+fn alone() -> std::sync::MutexGuard<'static, ()> {
+    ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+#[test]
+fn with_a_log_every_pass_shows_exactly_the_pages_that_it_wrote() {
+    let _alone = alone();
+    for kind in [DirtyLogKind::Bitmap, DirtyLogKind::Ring] {
+        let mut vm = TinyVm::new(PageCount(300), kind).unwrap();
+        vm.write_pages(PageCount(300)).unwrap();
+        let mut watch = Watch::new(FRAMES);
+        for pages in [100, 1, 300, 77] {
+            // Off and on again: every page is write-protected anew.
+            vm.set_logging(false).unwrap();
+            vm.set_logging(true).unwrap();
+            vm.write_pages(PageCount(pages)).unwrap();
+            let seen = watch.look();
+            assert_eq!(seen.runs(), [PageRun::new(FIRST_FRAME, pages as u32)], "{kind:?}");
+            assert_eq!((seen.events, seen.lost, seen.mmio), (pages, 0, 1), "{kind:?}");
+            assert_eq!(seen.pushes > 0, kind == DirtyLogKind::Ring);
+            assert!(seen.pushes == 0 || seen.pushes >= pages);
+            // A second pass over the same pages finds them writable: nothing is seen without protection.
+            vm.write_pages(PageCount(pages)).unwrap();
+            assert_eq!(watch.look().events, 0, "{kind:?}");
+        }
+    }
+}
+
+#[test]
+fn fetching_the_bitmap_arms_again() {
+    let _alone = alone();
+    let mut vm = TinyVm::new(PageCount(128), DirtyLogKind::Bitmap).unwrap();
+    vm.set_logging(true).unwrap();
+    vm.write_pages(PageCount(128)).unwrap();
+    let mut watch = Watch::new(FRAMES);
+    for pages in [128, 5] {
+        vm.fetch_log().unwrap();
+        vm.write_pages(PageCount(pages)).unwrap();
+        let seen = watch.look();
+        assert_eq!(seen.pages.count(), PageCount(pages));
+        // The kernel's own log says the same.
+        let logged: u32 = vm.fetch_log().unwrap().iter().map(|word| word.count_ones()).sum();
+        assert_eq!(u64::from(logged), pages);
+        vm.write_pages(PageCount(pages)).unwrap();
+        watch.look();
+    }
+}
+
+#[test]
+fn without_a_log_a_page_is_seen_once_and_never_again() {
+    let _alone = alone();
+    let mut watch = Watch::new(FRAMES);
+    let mut vm = TinyVm::new(PageCount(300), DirtyLogKind::Bitmap).unwrap();
+    vm.write_pages(PageCount(300)).unwrap();
+    let first = watch.look();
+    // At least what was written: a page that only holds the running code may be mapped writable too.
+    assert!(first.runs().contains(&PageRun::new(FIRST_FRAME, 300)), "{:?}", first.runs());
+    for _ in 0..3 {
+        vm.write_pages(PageCount(300)).unwrap();
+        let again = watch.look();
+        assert_eq!((again.events, again.pages.count(), again.mmio), (0, PageCount(0), 1));
+    }
+}
+
+#[test]
+fn pages_beyond_the_tracked_range_are_counted_as_lost() {
+    let _alone = alone();
+    let mut vm = TinyVm::new(PageCount(300), DirtyLogKind::Bitmap).unwrap();
+    vm.write_pages(PageCount(300)).unwrap();
+    vm.set_logging(true).unwrap();
+    let mut watch = Watch::new(PageCount(128));
+    vm.write_pages(PageCount(300)).unwrap();
+    let seen = watch.look();
+    let inside = 128 - FIRST_FRAME;
+    assert_eq!((seen.events, seen.pages.count().0, seen.lost), (300, inside, 300 - inside));
+}
+
+#[test]
+fn another_process_is_not_counted() {
+    let _alone = alone();
+    let mut counters = KernelCounters::attach(ProbeOptions { pid: 1, frames: FRAMES, log: false }).unwrap();
+    let mut vm = TinyVm::new(PageCount(64), DirtyLogKind::Bitmap).unwrap();
+    vm.write_pages(PageCount(64)).unwrap();
+    let mut pages = counters.empty_pages();
+    let sample = counters.sample(&mut pages).unwrap();
+    assert!(sample.threads.is_empty() && pages.is_empty() && sample.lost.total() == 0);
+}
+
+/// A VM of this process that, told a number of pages, writes them with its log armed, and answers.
+struct Writer {
+    order: Sender<u64>,
+    done: Receiver<()>,
+    thread: JoinHandle<()>,
+}
+
+impl Writer {
+    fn start() -> Self {
+        let (order, orders) = channel::<u64>();
+        let (answer, done) = channel();
+        let thread = std::thread::spawn(move || {
+            let mut vm = TinyVm::new(PageCount(512), DirtyLogKind::Bitmap).unwrap();
+            vm.write_pages(PageCount(512)).unwrap();
+            answer.send(()).unwrap();
+            for pages in orders {
+                vm.set_logging(false).unwrap();
+                vm.set_logging(true).unwrap();
+                vm.write_pages(PageCount(pages)).unwrap();
+                answer.send(()).unwrap();
+            }
+        });
+        done.recv().unwrap();
+        Self { order, done, thread }
+    }
+
+    fn write(&self, pages: u64) {
+        self.order.send(pages).unwrap();
+        self.done.recv().unwrap();
+    }
+
+    fn stop(self) {
+        drop(self.order);
+        self.thread.join().unwrap();
+    }
+}
+
+/// `dunlin dirty-rate` on this process, its reports as they come.
+fn dirty_rate(arguments: &[&str]) -> (Child, impl Iterator<Item = Value> + use<>) {
+    let mut child = dunlin()
+        .args(["dirty-rate", &format!("pid:{}", std::process::id()), "--json"])
+        .args(arguments)
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("`cargo build` makes the binary");
+    let lines = std::io::BufReader::new(child.stdout.take().unwrap()).lines();
+    (child, lines.map(|line| serde_json::from_str(&line.unwrap()).unwrap()))
+}
+
+#[test]
+fn the_command_shows_a_foreign_vms_pages_and_what_they_mean() {
+    let _alone = alone();
+    let writer = Writer::start();
+    let (mut child, mut reports) = dirty_rate(&["--interval", "300ms", "--count", "8"]);
+    // The first report says that it is attached; what is written from now on falls into later intervals.
+    let first = reports.next().unwrap();
+    assert_eq!(first["schema"], "dunlin.dirty-rate/v1");
+    assert_eq!(first["vm"]["pid"], std::process::id());
+    writer.write(200);
+    let rest: Vec<Value> = reports.collect();
+    let sum = |field: &str| rest.iter().map(|report| report[field].as_u64().unwrap()).sum::<u64>();
+    assert_eq!(sum("unique_pages"), 200, "{rest:?}");
+    let pages: f64 = rest
+        .iter()
+        .map(|report| report["pages_per_second"].as_f64().unwrap() * report["interval_ns"].as_f64().unwrap() / 1e9)
+        .sum();
+    assert!((pages - 200.0).abs() < 0.01, "{pages}");
+    // A bitmap log that someone else armed cannot be seen from outside, so the regime is the cautious one.
+    assert!(rest.iter().all(|report| report["regime"] == "passive" && report["is_lower_bound"] == true));
+    assert!(rest.iter().all(|report| report["lost_events"]["total"] == 0));
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    writer.stop();
+}
+
+#[test]
+fn ctrl_c_ends_the_command_in_good_order() {
+    let _alone = alone();
+    let writer = Writer::start();
+    let (mut child, mut reports) = dirty_rate(&["--interval", "50ms"]);
+    reports.next().unwrap();
+    let pid = rustix::process::Pid::from_raw(child.id() as i32).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    writer.stop();
+}
+
+/// A VM that `dunlin vm run` runs, with the test guest in it; gone on drop.
+struct Hosted {
+    child: dunlin_tests::OwnProcess,
+    folder: tempfile::TempDir,
+}
+
+impl Hosted {
+    fn start(kind: &str, cmdline: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let kernel = concat!(env!("CARGO_MANIFEST_DIR"), "/guest/target/release/dunlin-guest");
+        let serial = folder.path().join("serial");
+        let child = dunlin()
+            .args(["vm", "run", "--name", "tracked", "--kernel", kernel, "--memory", "128MiB", "--cpus", "1"])
+            .args(["--dirty-log", kind, "--cmdline", cmdline, "--serial", &format!("file={}", serial.display())])
+            .arg("--run-dir")
+            .arg(folder.path().join("run"))
+            .arg("--state-dir")
+            .arg(folder.path().join("state"))
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let hosted = Self { child: dunlin_tests::OwnProcess::new(child), folder };
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while !std::fs::read_to_string(&serial).unwrap_or_default().contains("\nREADY ") {
+            assert!(
+                std::time::Instant::now() < deadline,
+                "the guest did not come up; build it with `cargo xtask test`"
+            );
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        hosted
+    }
+
+    fn dirty_rate(&self, arguments: &[&str]) -> Vec<Value> {
+        let output = dunlin()
+            .args(["dirty-rate", "tracked", "--json", "--run-dir"])
+            .arg(self.folder.path().join("run"))
+            .args(arguments)
+            .stderr(Stdio::inherit())
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(0));
+        output.stdout.lines().map(|line| serde_json::from_str(&line.unwrap()).unwrap()).collect()
+    }
+}
+
+#[test]
+fn a_hosted_vm_is_armed_and_let_go_again() {
+    for kind in ["bitmap", "ring"] {
+        // 2048 pages, each written about ten times a second.
+        let mut vm = Hosted::start(kind, "dunlin.cpus=1 dunlin.wl0=ws:8M,rate:20000");
+        let armed = vm.dirty_rate(&["--arm", "--interval", "500ms", "--count", "3"]);
+        for report in &armed[1..] {
+            let unique = report["unique_pages"].as_u64().unwrap();
+            assert!((2048..2048 + 128).contains(&unique), "{kind}: {report:#}");
+            assert_eq!((&report["regime"], &report["is_lower_bound"]), (&"armed".into(), &false.into()));
+            assert_eq!(report["threads"][0]["name"], "vcpu0");
+            assert_eq!(report["lost_events"]["total"], 0);
+        }
+        // The first passive interval may still hold pages that were protected when the log went off.
+        let passive = vm.dirty_rate(&["--interval", "300ms", "--count", "3"]);
+        assert_eq!(passive[2]["unique_pages"], 0, "{kind}: the log is still on: {:#}", passive[2]);
+        assert_eq!(
+            (&passive[2]["regime"], &passive[2]["dirty_ring_pushes_per_second"]),
+            (&"passive".into(), &0.0.into())
+        );
+        vm.child.signal(rustix::process::Signal::TERM).unwrap();
+        assert!(vm.child.wait_for(std::time::Duration::from_secs(20)).unwrap().is_some());
+    }
+}
+
+#[test]
+fn what_is_no_vm_is_refused_with_a_way_on() {
+    for (vm, words) in [
+        ("pid:1", "holds no VM"),
+        ("pid:4194304", "no process"),
+        ("nobody", "vm list"),
+        ("uuid:00000000-0000-4000-8000-000000000000", "vm list"),
+    ] {
+        let run_dir = tempfile::tempdir().unwrap();
+        let output = dunlin().args(["dirty-rate", vm, "--run-dir"]).arg(run_dir.path()).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(1) && text.contains(words), "{vm}: {text}");
+    }
+    let output = dunlin().args(["dirty-rate", "pid:1", "--interval", "1us"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+}
+
+#[test]
+fn doctor_finds_on_this_host_what_the_other_tests_use() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = dunlin()
+        .args(["doctor", "--json", "--run-dir"])
+        .arg(folder.path())
+        .arg("--state-dir")
+        .arg(folder.path())
+        .output()
+        .unwrap();
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["schema"], "dunlin.doctor/v1");
+    let result = |name: &str| {
+        let checks = report["checks"].as_array().unwrap();
+        checks.iter().find(|check| check["name"] == name).unwrap_or_else(|| panic!("no check {name}"))["result"].clone()
+    };
+    for name in ["kvm", "kvm-guest", "memory-file", "run-dir", "netns", "tap", "raw-socket", "bpf-map", "bpf-programs"]
+    {
+        assert_eq!(result(name), "works", "{name}: {report:#}");
+    }
+    assert_eq!(output.status.success(), report["ready"] == true);
+    let broken = dunlin().args(["doctor", "--state-dir", "/proc/none"]).output().unwrap();
+    assert_eq!(broken.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&broken.stdout).contains("NOT READY"));
 }

@@ -1,17 +1,17 @@
 //! `dunlin dirty-rate`.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
 
+use super::places::RunDir;
 use crate::model::VmRef;
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
 use crate::model::units::{display_bytes, display_duration, parse_duration, parse_size_bytes};
+use crate::service::config::Config;
 use crate::service::interrupt::Interrupt;
 use crate::service::observe::{DirtyRateReport, Ended, ObserveRequest, observe};
-use crate::service::registry::DEFAULT_RUN_DIR;
 
 /// Watch how a VM writes its memory, from outside it
 ///
@@ -47,9 +47,8 @@ pub(super) struct DirtyRateArgs {
     #[arg(long)]
     probe_log: bool,
 
-    /// Where the VMs of this host are listed.
-    #[arg(long, value_name = "DIR", default_value = DEFAULT_RUN_DIR)]
-    run_dir: PathBuf,
+    #[command(flatten)]
+    run_dir: RunDir,
 }
 
 /// Intervals shorter than this measure mostly themselves.
@@ -57,13 +56,14 @@ const SHORTEST: Duration = Duration::from_millis(10);
 
 impl DirtyRateArgs {
     /// Runs the command.
-    pub(super) fn run(self, json: bool) -> anyhow::Result<u8> {
+    pub(super) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
         let DirtyRateArgs { vm, interval, count, arm, max_address, probe_log, run_dir } = self;
         if interval < SHORTEST {
             eprintln!("dunlin: --interval must be at least {}", display_duration(SHORTEST));
             return Ok(exit::USAGE);
         }
         let interrupt = Interrupt::install()?;
+        let run_dir = run_dir.path(config);
         let request = ObserveRequest { run_dir, vm, interval, count, max_address_bytes: max_address, arm, probe_log };
         let mut first = true;
         let ended = observe(&request, &interrupt, |report| {

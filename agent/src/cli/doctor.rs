@@ -1,13 +1,12 @@
 //! `dunlin doctor`.
 
-use std::path::PathBuf;
-
 use clap::Args;
 
+use super::places::{RunDir, StateDir};
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
+use crate::service::config::Config;
 use crate::service::doctor::{DoctorReport, Paths, ResultKind, Tier, examine};
-use crate::service::registry::{DEFAULT_RUN_DIR, DEFAULT_STATE_DIR};
 
 /// Find out what this host can do, by really trying each thing
 ///
@@ -16,20 +15,18 @@ use crate::service::registry::{DEFAULT_RUN_DIR, DEFAULT_STATE_DIR};
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  dunlin doctor\n  dunlin doctor --json")]
 pub(super) struct DoctorArgs {
-    /// Where the VMs of this host are listed.
-    #[arg(long, value_name = "DIR", default_value = DEFAULT_RUN_DIR)]
-    run_dir: PathBuf,
+    #[command(flatten)]
+    run_dir: RunDir,
 
-    /// Where the journal is.
-    #[arg(long, value_name = "DIR", default_value = DEFAULT_STATE_DIR)]
-    state_dir: PathBuf,
+    #[command(flatten)]
+    state_dir: StateDir,
 }
 
 impl DoctorArgs {
     /// Runs the command.
-    pub(super) fn run(self, json: bool) -> anyhow::Result<u8> {
+    pub(super) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
         let DoctorArgs { run_dir, state_dir } = self;
-        let report = examine(&Paths { run_dir, state_dir });
+        let report = examine(&Paths { run_dir: run_dir.path(config), state_dir: state_dir.path(config) });
         if json {
             println!("{}", serde_json::to_string(&report.tagged())?);
         } else {

@@ -9,8 +9,11 @@ pub mod console;
 pub mod container;
 mod control;
 pub mod dirty;
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) mod fuzz;
 #[cfg(test)]
 mod guest_tests;
+mod hurry;
 pub mod machine;
 #[cfg(test)]
 mod machine_tests;
@@ -26,4 +29,5 @@ mod vm;
 pub mod x86;
 
 pub use control::MachineExit;
+pub use hurry::Hurry;
 pub use machine::{HostedError, Hosting, Machine};

@@ -21,6 +21,8 @@ use crate::port::{BulkItem, BulkReceiver, BulkSender, BytesView, ControlChannel,
 
 /// How long dialling and greeting may take.
 const GREETING_LIMIT: Duration = Duration::from_secs(5);
+/// How long a peer that dialled us may take to greet.
+const ANSWER_LIMIT: Duration = Duration::from_secs(1);
 /// How often a waiting page stream asks whether to go on.
 const TICK: Duration = Duration::from_millis(250);
 /// Runs up to this size are copied and gathered; longer ones go out of guest memory directly.
@@ -213,10 +215,7 @@ impl<M: Serialize + DeserializeOwned> ControlChannel<M> for TcpControl<M> {
         if crc32fast::hash(&payload) != crc {
             return Err(WireError::Checksum("control message").into());
         }
-        match postcard::from_bytes(&payload) {
-            Ok(message) => Ok(Some(message)),
-            Err(error) => Err(LinkError::Protocol(format!("a message that does not decode: {error}"))),
-        }
+        Ok(Some(wire::decode_message(&payload)?))
     }
 }
 
@@ -340,9 +339,10 @@ impl Listener {
         }
     }
 
+    /// Greets a peer that has dialled. It is given one second: others wait behind it.
     fn answer(mut stream: TcpStream) -> Result<Arrival, LinkError> {
         stream.set_nonblocking(false).map_err(io_error("greeting"))?;
-        set_up(&stream, GREETING_LIMIT, GREETING_LIMIT).map_err(io_error("greeting"))?;
+        set_up(&stream, ANSWER_LIMIT, ANSWER_LIMIT).map_err(io_error("greeting"))?;
         let mut bytes = [0; HELLO_BYTES];
         stream.read_exact(&mut bytes).map_err(io_error("greeting"))?;
         let hello = Hello::decode(&bytes);

@@ -4,6 +4,7 @@
 //! flipped, lost, doubled or replayed header is an error and never a write to the wrong page. Pure: bytes in, values out;
 //! the fuzz targets call this module.
 
+use serde::de::DeserializeOwned;
 use uuid::Uuid;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -63,6 +64,12 @@ pub enum WireError {
     /// A kind that this version does not know.
     #[error("unknown {0}")]
     Kind(&'static str),
+    /// A payload that is no message.
+    #[error("a message that does not decode: {0}")]
+    Message(postcard::Error),
+    /// A payload that is more than a message.
+    #[error("{0} bytes behind the end of a message")]
+    Trailing(usize),
 }
 
 /// What a connection is for.
@@ -226,6 +233,18 @@ pub fn decode_control(bytes: &[u8; CONTROL_HEADER_BYTES], wanted: u32) -> Result
     Ok((raw.length.get() as usize, raw.payload_crc.get()))
 }
 
+/// Reads the payload of a control message, which must be a whole message and nothing else.
+///
+/// # Errors
+/// Bytes that are none, or more.
+pub fn decode_message<M: DeserializeOwned>(payload: &[u8]) -> Result<M, WireError> {
+    match postcard::take_from_bytes(payload) {
+        Ok((message, [])) => Ok(message),
+        Ok((_, rest)) => Err(WireError::Trailing(rest.len())),
+        Err(error) => Err(WireError::Message(error)),
+    }
+}
+
 /// A frame of a page stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BulkFrame {
@@ -353,6 +372,13 @@ mod tests {
         let crc = header_crc(&header);
         header[16..].copy_from_slice(crc.as_bytes());
         assert!(matches!(decode_control(&header, 0), Err(WireError::Limit { .. })));
+    }
+
+    #[test]
+    fn a_message_is_all_of_its_payload() {
+        assert_eq!(decode_message::<(u8, bool)>(&[7, 1]), Ok((7, true)));
+        assert_eq!(decode_message::<(u8, bool)>(&[7, 1, 0]), Err(WireError::Trailing(1)));
+        assert!(matches!(decode_message::<(u8, bool)>(&[7]), Err(WireError::Message(_))));
     }
 
     #[test]

@@ -21,6 +21,8 @@ use crate::port::{BulkSender, Clock, ControlChannel, Fate, LinkError, Machine, M
 
 /// How many times the stall limit a target may take to set memory and devices aside: much memory takes its time.
 const RESERVATION_STALLS: u32 = 6;
+/// How long the paused VM waits for its target's `prepared`, hashing apart: restoring takes milliseconds.
+const PAUSED_STALL: Duration = Duration::from_secs(3);
 /// How often waits look at the cancel flag.
 const TICK: Duration = Duration::from_millis(100);
 /// How long a target may take to say that it has let go, before it is dialled again.
@@ -311,7 +313,7 @@ impl Source<'_> {
         let handed = Handed { state, round, digest: tally.digest, chunk_hashes };
         control.send(&ControlMessage::Handed(Box::new(handed)))?;
         self.pass(progress, Step::StateMoved, &format!("{} pages in the last round", tally.pages));
-        let patience = self.options.stall + self.hashing_time();
+        let patience = self.options.stall.min(PAUSED_STALL) + self.hashing_time();
         let ledger = loop {
             match self.expect(control, patience, "the target's `prepared`")? {
                 ControlMessage::RoundReceived(received) if received == round => {}

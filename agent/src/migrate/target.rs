@@ -390,7 +390,7 @@ fn unexpected(message: &ControlMessage, wanted: &'static str) -> TargetError {
 }
 
 /// Checks what an offer says of itself, before anything is allocated for it.
-fn check_offer(offer: &Offer) -> Result<(), String> {
+pub(crate) fn check_offer(offer: &Offer) -> Result<(), String> {
     offer.shape.check().map_err(|error| error.to_string())?;
     if offer.regions != offer.shape.regions() {
         return Err("the offered regions are not those of the offered machine".to_owned());

@@ -38,6 +38,14 @@ impl Schema for Entry<'_> {
     const SCHEMA: &'static str = "dunlin.audit/v1";
 }
 
+/// An entry with every member: for the test of the documentation.
+#[cfg(test)]
+pub(crate) fn sample() -> serde_json::Value {
+    let [who, before, after, result] = [const { String::new() }; 4];
+    let action = Action { who, what: "", vm_id: VmId::random(), before, after, result };
+    serde_json::to_value(Entry { unix_ms: 0, action: &action }.tagged()).unwrap()
+}
+
 /// Who this process acts for.
 pub fn me() -> String {
     format!("uid={} pid={}", rustix::process::getuid().as_raw(), std::process::id())

@@ -2,6 +2,7 @@
 //!
 //! Also holds a manager at a step, for the tests that kill it there.
 
+use std::cell::RefCell;
 use std::fs::{self, File};
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
+use crate::kvm::Hurry;
 use crate::migrate::Observer;
 use crate::model::schema::Schema;
 use crate::model::{MigrationId, RoundReport, Step};
@@ -37,6 +39,16 @@ struct Line<'a> {
 
 impl Schema for Line<'_> {
     const SCHEMA: &'static str = "dunlin.event/v1";
+}
+
+/// One line of each kind, with every member: for the test of the documentation.
+#[cfg(test)]
+pub(crate) fn samples() -> Vec<serde_json::Value> {
+    let round = RoundReport::default();
+    let (step, migration_id) = (Step::Connected, MigrationId::random());
+    let events = [Event::Step { step, stage: step.stage(), detail: "" }, Event::Round(&round)];
+    let lines = events.map(|event| Line { unix_ms: 0, elapsed_ns: 0, migration_id, side: "source", event });
+    lines.iter().map(|line| serde_json::to_value(line.tagged()).unwrap()).collect()
 }
 
 /// Hold at a step until a file appears: `STEP=PATH`. On arrival `PATH.held` is made; the manager goes on when `PATH`
@@ -68,6 +80,11 @@ impl Hold {
             std::thread::sleep(HOLD_TICK);
         }
     }
+}
+
+thread_local! {
+    /// Held by a manager's own thread from the pause to the guest's running: its work is the blackout.
+    static HURRY: RefCell<Option<Hurry>> = const { RefCell::new(None) };
 }
 
 /// The event log.
@@ -120,8 +137,22 @@ impl EventLog {
     }
 }
 
+impl Drop for EventLog {
+    fn drop(&mut self) {
+        drop(HURRY.take());
+    }
+}
+
 impl Observer for EventLog {
     fn step(&self, step: Step, detail: &str) {
+        match step {
+            // The source's first step with the VM standing, the target's first with all of it here.
+            Step::Paused | Step::StateMoved => HURRY.with_borrow_mut(|hurry| {
+                hurry.get_or_insert_with(Hurry::here);
+            }),
+            Step::Running | Step::Discarded => drop(HURRY.take()),
+            _ => {}
+        }
         self.write(Event::Step { step, stage: step.stage(), detail });
         if let Some(bar) = &self.bar {
             bar.set_prefix(step.name());

@@ -18,22 +18,26 @@ use super::registry::{MachineEntry, Registry, RegistryError, boot_id, start_time
 use super::session::{Creation, Reply, Request, SESSION_VERSION, SessionError, SessionSocket};
 use crate::announce::{AddressError, Announcer, Schedule};
 use crate::block::raw::RawDisk;
+use crate::kvm::Hurry;
 use crate::kvm::bus::{Device, DeviceError};
 use crate::kvm::machine::{BootConfig, HostedError, Hosting, Machine};
 use crate::kvm::memory::Memory;
 use crate::kvm::virtio::{VirtioBlk, VirtioNet};
 use crate::model::schema::Schema;
-use crate::model::{DirtyLogKind, DiskSpec, MachineShape, MigrationId, NetSpec, Owner, SerialSpec, Station, VmId};
+use crate::model::{
+    DirtyLogKind, DiskSpec, MachineShape, MigrationId, NetSpec, Owner, PageCount, PageRun, SerialSpec, Station, VmId,
+};
 use crate::net::tap::Tap;
 use crate::port::{JournalError, JournalRecord};
 use crate::store::FileJournal;
 
+/// Journals of settled migrations are kept so long for late questions.
+const JOURNAL_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
+/// Pages that are write-protected by one call while tracking: 4 GiB.
+const PROTECT_PAGES: u64 = 1 << 20;
+
 /// How long the process stays after an order has ended the machine, so that the answer reaches its client.
 const ANSWER_TIME: Duration = Duration::from_millis(100);
-
-/// How long the session that brought a VM may take to end when the VM is to move on, and how often that is looked at.
-const ARRIVAL_LIMIT: Duration = Duration::from_secs(2);
-const ARRIVAL_TICK: Duration = Duration::from_millis(1);
 
 /// A machine could not be hosted.
 #[derive(Debug, thiserror::Error)]
@@ -131,6 +135,7 @@ pub struct VmInfo {
     /// How long this process has held the machine.
     pub uptime_ns: u64,
     /// The migration that has the machine, or had it last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub migration_id: Option<MigrationId>,
     /// What this host's KVM lists and refuses.
     pub kvm_shortcomings: Vec<String>,
@@ -155,8 +160,6 @@ pub struct Host {
     gate: Mutex<OwnershipGate>,
     /// Held by the one session at a time.
     session: Mutex<()>,
-    /// The session of the manager that brought the VM here.
-    arrival: Mutex<Option<UnixStream>>,
     announcer: Announcer,
     paused_by_operator: AtomicBool,
     /// An order on the control socket has ended the machine: its answer must still get out.
@@ -207,6 +210,9 @@ impl Host {
     /// What could not be made; nothing stays behind.
     pub fn boot(config: BootConfig, serial: SerialSpec, places: &Places) -> Result<Arc<Self>, HostError> {
         let journal = FileJournal::open(&places.state_dir)?;
+        if let Err(error) = journal.prune(JOURNAL_AGE) {
+            tracing::warn!("old journals were not removed: {error}");
+        }
         check_undoubted(&journal, config.vm_id)?;
         let gate = OwnershipGate::open(config.vm_id, Box::new(journal));
         let (nets, disks) = (config.nets.clone(), config.disks.clone());
@@ -270,7 +276,6 @@ impl Host {
             machine,
             gate: Mutex::new(gate),
             session: Mutex::new(()),
-            arrival: Mutex::new(None),
             announcer,
             paused_by_operator: AtomicBool::new(false),
             answering: AtomicBool::new(false),
@@ -430,11 +435,26 @@ impl Host {
         }
     }
 
-    /// Switches the dirty log for tracking outside a migration.
+    /// Switches the dirty log for tracking outside a migration. Switching it on write-protects every page, also when it is
+    /// on already, so that the next write to each makes an event.
     pub fn set_dirty_log(&self, on: bool) -> Result<(), String> {
         let _session = self.unless_migrating("switch the dirty log")?;
         let log = self.machine.log();
-        if on { log.start() } else { log.stop() }.map_err(|error| error.to_string())
+        let switch = || {
+            if !on {
+                return log.stop();
+            }
+            if log.is_on() { log.harvest() } else { log.start() }?;
+            let pages = PageCount::covering(self.machine.shape().memory_bytes).0;
+            let mut first = 0;
+            while first < pages {
+                let count = (pages - first).min(PROTECT_PAGES);
+                log.protect(PageRun::new(first, count as u32))?;
+                first += count;
+            }
+            Ok(())
+        };
+        switch().map_err(|error| error.to_string())
     }
 
     /// Sends one round of announcements out of every network port, as if from the guest. Returns the frames sent.
@@ -495,7 +515,6 @@ impl Host {
         if version != SESSION_VERSION {
             return refuse(&mut socket, HostError::Version(version).to_string());
         }
-        self.end_arrival();
         let Ok(_session) = self.session.try_lock() else {
             return refuse(&mut socket, "another migration has the VM".to_owned());
         };
@@ -505,53 +524,71 @@ impl Host {
         if let Err(error) = lock(&self.gate).attach(migration) {
             return refuse(&mut socket, chain(&error));
         }
-        if self.welcome(&mut socket).is_ok() {
-            self.serve(socket);
+        if self.welcome(&mut socket).is_ok()
+            && let Some(lost) = self.serve(&mut socket, false)
+        {
+            self.session_lost(&lost);
         }
     }
 
-    /// Serves the session that a target's machine was made with, to its end.
-    pub fn serve_first_session(&self, socket: SessionSocket) {
-        let session = lock(&self.session);
-        *lock(&self.arrival) = socket.try_clone().ok();
-        self.serve(socket);
-        drop(session);
-        *lock(&self.arrival) = None;
-    }
-
-    /// The manager that brought the VM here still announces it for a while. That must not keep the VM from moving on.
-    fn end_arrival(&self) {
-        let Some(stream) = lock(&self.arrival).as_ref().and_then(|stream| stream.try_clone().ok()) else { return };
-        if !self.machine.is_running() {
-            return;
+    /// Serves the session that a target's machine was made with, to its end. Once the VM runs here the migration has it no
+    /// more: its manager may still ask for announcements, and nothing else.
+    pub fn serve_first_session(&self, mut socket: SessionSocket) {
+        {
+            let _session = lock(&self.session);
+            if let Some(lost) = self.serve(&mut socket, true) {
+                return self.session_lost(&lost);
+            }
         }
-        // What it has asked is still answered; then its session ends.
-        let _ = stream.shutdown(std::net::Shutdown::Read);
-        let until = Instant::now() + ARRIVAL_LIMIT;
-        while lock(&self.arrival).is_some() && Instant::now() < until {
-            std::thread::sleep(ARRIVAL_TICK);
+        while let Ok((request, _)) = socket.recv::<Request>() {
+            let reply = match request {
+                Request::Announce => self.handle(Request::Announce).unwrap_or_else(Reply::Failed),
+                _ => Reply::Failed("the migration has ended: the VM runs here".to_owned()),
+            };
+            if socket.send(&reply, &[]).is_err() {
+                break;
+            }
         }
     }
 
-    fn serve(&self, mut socket: SessionSocket) {
-        let lost = loop {
+    /// Answers a manager. `None` when the machine has ended by its order or, `until_it_runs`, when the VM was let go.
+    fn serve(&self, socket: &mut SessionSocket, until_it_runs: bool) -> Option<SessionError> {
+        // While the VM stands, this thread runs in front of other work on its CPU.
+        let mut hurry = None;
+        loop {
             let request = match socket.recv::<Request>() {
                 Ok((request, _)) => request,
-                Err(error) => break error,
+                Err(error) => return Some(error),
             };
-            let ends = matches!(request, Request::Discard);
+            if matches!(request, Request::Pause | Request::RestoreState(_)) {
+                hurry.get_or_insert_with(Hurry::here);
+            }
+            let (ends, runs) = (matches!(request, Request::Discard), matches!(request, Request::Resume));
             let reply = self.handle(request).unwrap_or_else(Reply::Failed);
-            let done = ends && matches!(reply, Reply::Done);
+            let done = matches!(reply, Reply::Done);
             let sent = socket.send(&reply, &[]);
-            if done {
+            if runs {
+                hurry = None;
+            }
+            if ends && done {
                 self.machine.stop();
-                return;
+                return None;
             }
             if let Err(error) = sent {
-                break error;
+                return Some(error);
             }
+            if until_it_runs && runs && done {
+                return None;
+            }
+        }
+    }
+
+    fn session_lost(&self, lost: &SessionError) {
+        let meaning = {
+            let mut gate = lock(&self.gate);
+            gate.note_rollback();
+            gate.on_session_lost()
         };
-        let meaning = lock(&self.gate).on_session_lost();
         tracing::info!(?meaning, "the manager's session has ended: {lost}");
         match meaning {
             OnLoss::Run => self.run_again(),
@@ -566,7 +603,7 @@ impl Host {
         match request {
             Request::Attach { .. } | Request::Create(_) => Err("the session has begun already".to_owned()),
             Request::StartLog => machine.log().start().map(|()| Reply::Done).map_err(|error| chain(&error)),
-            Request::Harvest => machine.log().harvest().map(|_| Reply::Done).map_err(|error| chain(&error)),
+            Request::Harvest => machine.log().harvest().map(|()| Reply::Done).map_err(|error| chain(&error)),
             Request::Protect(_, run) => machine.log().protect(run).map(|()| Reply::Done).map_err(|error| chain(&error)),
             Request::StopLog => machine.log().stop().map(|()| Reply::Done).map_err(|error| chain(&error)),
             Request::Pause => {
@@ -590,6 +627,8 @@ impl Host {
                 let mut gate = lock(&self.gate);
                 if gate.may_run() { Ok(Reply::OwnedAlready) } else { done(gate.take_ownership()) }
             }
+            // A VM that has gone on from here must not be announced here.
+            Request::Announce if !lock(&self.gate).may_run() => Err("the VM is not here".to_owned()),
             Request::Announce => Ok(Reply::Frames(self.announce())),
             Request::Discard => done(lock(&self.gate).discard()),
         }

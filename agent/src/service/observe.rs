@@ -60,6 +60,7 @@ pub struct Observed {
     /// Its name: of a hosted VM its own, else its process's.
     pub name: String,
     /// Its identity, where it is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub vm_id: Option<VmId>,
     /// Its process.
     pub pid: u32,
@@ -144,7 +145,7 @@ pub fn observe(
         pid,
         cpus: process.cpus,
     };
-    let mut observer = Observer::start(counters, MonotonicClock::default(), arm)?;
+    let mut observer = Observer::start(counters, MonotonicClock, arm)?;
     let missing_sources = missing_sources(&observer);
     let mut deadline = Instant::now();
     let mut left = request.count;
@@ -168,9 +169,9 @@ pub fn observe(
         left = left.map(|left| left - 1);
     };
     if ended == Ended::VmGone {
-        drop(observer)
+        drop(observer);
     } else {
-        observer.stop()?
+        observer.stop()?;
     }
     Ok(ended)
 }

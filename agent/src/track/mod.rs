@@ -7,5 +7,5 @@ mod rate;
 mod regime;
 
 pub use observer::{ObserveError, Observer};
-pub use rate::{DirtyRate, ThreadRate, rate_between};
+pub use rate::{DirtyRate, Lost, ThreadRate, rate_between};
 pub use regime::Regime;

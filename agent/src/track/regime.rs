@@ -24,10 +24,12 @@ impl Regime {
                  never again, however often it is written; a page that was only read or executed may count too"
             }
             Self::Armed => {
-                "every page was write-protected at the start of the interval: the unique pages are those written in it"
+                "every page was write-protected at the start of the interval: the unique pages are those that the guest wrote in \
+                 it; pages that only devices or KVM itself wrote are not among them"
             }
             Self::Logged => {
-                "a dirty ring is switched on by someone else (a migration?): a page counts once between two of its harvests"
+                "someone else has a dirty ring switched on (a migration?): a page counts once between two of its harvests; pages \
+                 that only devices or KVM itself wrote are not among the unique ones"
             }
         }
     }

@@ -7,7 +7,7 @@ use anyhow::Context;
 use clap::Args;
 use serde::Serialize;
 
-use super::super::places::{RunDir, StateDir};
+use super::super::places::{Plaintext, RunDir, StateDir};
 use super::super::signals::cancel_on_signals;
 use crate::link::{Address, Listener};
 use crate::model::id::VmName;
@@ -15,6 +15,7 @@ use crate::model::outcome::exit;
 use crate::model::schema::Schema;
 use crate::model::units::parse_duration;
 use crate::model::{DiskSpec, MigrationId, NetSpec, SerialSpec};
+use crate::service::config::Config;
 use crate::service::events::Hold;
 use crate::service::machine::Places;
 use crate::service::migration::check_plaintext;
@@ -53,13 +54,12 @@ pub(in crate::cli) struct ReceiveArgs {
     #[arg(long, value_name = "SPEC", default_value = "none")]
     serial: SerialSpec,
 
-    /// Nothing moving for this long counts as a stalled peer.
-    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
-    stall: Duration,
+    /// Nothing moving for this long counts as a stalled peer [default: 10s].
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    stall: Option<Duration>,
 
-    /// Allow plain TCP beyond loopback: guest memory travels in the clear.
-    #[arg(long)]
-    insecure_plaintext: bool,
+    #[command(flatten)]
+    plaintext: Plaintext,
 
     /// Append every step to this file, one JSON object a line.
     #[arg(long, value_name = "FILE")]
@@ -98,9 +98,17 @@ impl Schema for Came {
     const SCHEMA: &'static str = "dunlin.received/v1";
 }
 
+/// Objects with every member: for the test of the documentation.
+#[cfg(test)]
+pub(in crate::cli) fn samples() -> [serde_json::Value; 2] {
+    let came = Came { migration_id: MigrationId::random(), pid: 1, verified_pages: 0 };
+    let listening = Listening { address: String::new() };
+    [serde_json::to_value(listening.tagged()).unwrap(), serde_json::to_value(came.tagged()).unwrap()]
+}
+
 impl ReceiveArgs {
-    pub(in crate::cli) fn run(self, json: bool) -> anyhow::Result<u8> {
-        if let Err(error) = check_plaintext(&self.listen, self.insecure_plaintext) {
+    pub(in crate::cli) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
+        if let Err(error) = check_plaintext(&self.listen, self.plaintext.is_allowed(config)) {
             eprintln!("dunlin: refused: {error}");
             return Ok(exit::REFUSED);
         }
@@ -123,10 +131,11 @@ impl ReceiveArgs {
             nets: self.nets,
             disks: self.disks,
             serial: self.serial,
-            places: Places { run_dir: self.run_dir.run_dir, state_dir: self.state_dir.state_dir },
+            places: Places { run_dir: self.run_dir.path(config), state_dir: self.state_dir.path(config) },
+            schedule: config.announce,
             events: self.events,
             hold: self.hold_at,
-            stall: self.stall,
+            stall: self.stall.unwrap_or(config.migrate.stall),
         };
         let Some(mut received) = receive(&request, &listener, &cancel)? else {
             return Ok(exit::CANCELLED);

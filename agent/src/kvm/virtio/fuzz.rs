@@ -15,6 +15,7 @@ use super::blk::BlkBackend;
 use super::driver::{Descriptor, Driver};
 use super::mmio::{Backend, Transport, register};
 use super::net::NetBackend;
+use super::state::{DeviceState, QueueState};
 use crate::block::raw::RawDisk;
 use crate::kvm::bus::MmioDevice;
 use crate::kvm::memory::{GuestRam, HIGH_RAM_START, HOLE_START, Memory, MemoryOptions};
@@ -55,6 +56,22 @@ pub fn drive(target: Target, input: &[u8]) {
         }
         Target::Disk => attack(&memory, BlkBackend::new(0, scratch_disk()), input, &|_| ()),
     }
+}
+
+/// Reads `bytes` as a device's saved state.
+///
+/// # Panics
+/// If a state that was taken is not written as it was read.
+pub fn read_state(bytes: &[u8]) {
+    if let Ok(state) = DeviceState::decode(bytes) {
+        assert_eq!(DeviceState::decode(&state.encode()), Ok(state), "a state changed by being written");
+    }
+}
+
+/// A state as a device saves it.
+pub fn sample_state() -> Vec<u8> {
+    let queues = vec![QueueState { size: 256, ready: true, descriptors: 0x1000, ..QueueState::default() }; 2];
+    DeviceState { device_id: 1, config: vec![2, 0, 0, 0, 0, 1], status: 15, queues, ..DeviceState::default() }.encode()
 }
 
 fn scratch_disk() -> RawDisk {

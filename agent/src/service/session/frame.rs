@@ -40,11 +40,6 @@ impl SessionSocket {
         Self { stream }
     }
 
-    /// Another handle of the socket, to end the session from elsewhere.
-    pub fn try_clone(&self) -> io::Result<UnixStream> {
-        self.stream.try_clone()
-    }
-
     /// Lets every later wait end after `limit`; `None` waits for ever.
     pub fn set_patience(&self, limit: Option<Duration>) -> io::Result<()> {
         self.stream.set_read_timeout(limit)?;
@@ -113,8 +108,11 @@ impl SessionSocket {
         if (&self.stream).take(length as u64).read_to_end(&mut payload)? != length {
             return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
         }
-        let message = postcard::from_bytes(&payload).map_err(|error| SessionError::Protocol(error.to_string()))?;
-        Ok((message, fds))
+        match postcard::take_from_bytes(&payload) {
+            Ok((message, [])) => Ok((message, fds)),
+            Ok((_, rest)) => Err(SessionError::Protocol(format!("{} bytes behind the end of a message", rest.len()))),
+            Err(error) => Err(SessionError::Protocol(error.to_string())),
+        }
     }
 }
 

@@ -1,0 +1,230 @@
+//! The documentation against the program: each schema has a section in `docs/json.md` whose table names exactly the members
+//! that are written, and the book's outcome table is the program's.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::vm;
+use crate::model::schema::Schema;
+use crate::model::{
+    AnnounceReport, AnnounceRound, BlackoutLedger, BlackoutPhase, Ending, MigrationId, MigrationReport, Owner,
+    RoundReport, Stage, Station, VmId,
+};
+use crate::service::control::Outcome;
+use crate::service::doctor::{DoctorReport, Finding, ResultKind, Tier};
+use crate::service::machine::{RunState, VmInfo};
+use crate::service::observe::{DirtyRateReport, MissingSource, Observed};
+use crate::service::registry::MachineEntry;
+use crate::service::{audit, events};
+use crate::track::{DirtyRate, Lost, Regime, ThreadRate};
+
+fn tagged(object: &impl Schema) -> Value {
+    serde_json::to_value(object.tagged()).unwrap()
+}
+
+fn migration() -> Value {
+    let mut blackout = BlackoutLedger::default();
+    blackout.add(BlackoutPhase::Pause, std::time::Duration::ZERO);
+    tagged(&MigrationReport {
+        migration_id: MigrationId::random(),
+        vm_id: VmId::random(),
+        vm_name: "a".parse().unwrap(),
+        strategy: String::new(),
+        ending: Ending::Moved,
+        owner: Owner::There,
+        stage: Stage::Activation,
+        reason: String::new(),
+        memory_bytes: 0,
+        streams: 0,
+        rounds: vec![RoundReport::default()],
+        wire_bytes: 0,
+        state_bytes: 0,
+        total_ns: 0,
+        downtime_target_ns: 0,
+        blackout_ns: 0,
+        blackout,
+        rtt_ns: 0,
+        verified_pages: 0,
+    })
+}
+
+fn machines() -> [Value; 2] {
+    let info = VmInfo {
+        name: String::new(),
+        vm_id: VmId::random(),
+        pid: 1,
+        state: RunState::Running,
+        memory_bytes: 0,
+        cpus: 1,
+        vcpu_thread_ids: vec![1],
+        dirty_log: crate::model::DirtyLogKind::Ring,
+        dirty_log_on: false,
+        nets: vec!["tap=t,mac=02:00:00:00:00:01,ip=10.0.0.1".parse().unwrap()],
+        disks: vec!["path=/d".parse().unwrap()],
+        uptime_ns: 0,
+        migration_id: Some(MigrationId::random()),
+        kvm_shortcomings: vec![String::new()],
+    };
+    let entry = MachineEntry {
+        name: "a".parse().unwrap(),
+        vm_id: VmId::random(),
+        pid: 1,
+        start_time_ticks: 0,
+        boot_id: String::new(),
+        memory_bytes: 0,
+        cpus: 1,
+        state_dir: "/".into(),
+    };
+    [tagged(&info), tagged(&entry)]
+}
+
+fn dirty_rate() -> Value {
+    let thread =
+        ThreadRate { thread_id: 1, name: Some(String::new()), pages_per_second: 0., share: 0., exits_per_second: 0. };
+    let rate = DirtyRate {
+        interval_ns: 0,
+        pages_per_second: 0.,
+        bytes_per_second: 0.,
+        unique_pages: 0,
+        unique_bytes: 0,
+        regime: Regime::Passive,
+        meaning: "",
+        is_lower_bound: true,
+        source: "",
+        huge_mappings: 0,
+        dirty_ring_pushes_per_second: 0.,
+        threads: vec![thread],
+        exits: BTreeMap::from([("REASON".to_owned(), 1)]),
+        lost_events: Lost { total: 0, out_of_range: 0, threads_full: 0, exits_full: 0, too_large: 0, unreadable: 0 },
+    };
+    let [name, gives, reason] = [const { String::new() }; 3];
+    let vm = Observed { name: String::new(), vm_id: Some(VmId::random()), pid: 1, cpus: 1 };
+    tagged(&DirtyRateReport { vm, rate, missing_sources: vec![MissingSource { name, gives, reason }] })
+}
+
+fn announcements() -> [Value; 2] {
+    let error = Some(String::new());
+    let round = AnnounceRound { round: 0, after_first_ns: 0, frames_sent: 0, frames_failed: 0, error };
+    let station = Station { mac: "02:00:00:00:00:01".parse().unwrap(), ips: vec!["10.0.0.1".parse().unwrap()] };
+    let report = AnnounceReport {
+        interface: String::new(),
+        sent_on: String::new(),
+        stations: vec![station],
+        rounds_planned: 0,
+        rounds_done: 0,
+        frames_sent: 0,
+        frames_failed: 0,
+        cancelled: false,
+    };
+    [tagged(&round), tagged(&report)]
+}
+
+fn doctor() -> Value {
+    let [name, why, detail, kernel] = [const { String::new() }; 4];
+    let (tier, result, remedy) = (Tier::Required, ResultKind::Works, Some(String::new()));
+    tagged(&DoctorReport { ready: true, kernel, checks: vec![Finding { name, tier, why, result, detail, remedy }] })
+}
+
+/// An object of every schema, with every member that it can have.
+fn samples() -> Vec<Value> {
+    let mut all = vec![migration(), dirty_rate(), doctor(), audit::sample(), vm::run::sample()];
+    all.extend(machines());
+    all.extend(announcements());
+    all.extend(vm::receive::samples());
+    all.extend(events::samples());
+    all.extend(crate::store::fuzz_seeds().iter().map(|line| serde_json::from_slice::<Value>(line).unwrap()));
+    all.push(tagged(&Outcome { error: String::new() }));
+    all.push(vm::orders::console_line(b""));
+    all
+}
+
+/// The members of `value` as the documentation writes them: `rounds[].pages`, `blackout.phases[].phase`.
+fn members(value: &Value, prefix: &str, into: &mut BTreeSet<String>) {
+    match value {
+        Value::Object(fields) => {
+            for (name, field) in fields {
+                let path = if prefix.is_empty() { name.clone() } else { format!("{prefix}.{name}") };
+                if path != "schema" {
+                    into.insert(path.clone());
+                }
+                members(field, &path, into);
+            }
+        }
+        Value::Array(items) => items.iter().for_each(|item| members(item, &format!("{prefix}[]"), into)),
+        _ => {}
+    }
+}
+
+/// What the documentation's sections say, by schema.
+fn documented() -> BTreeMap<String, BTreeSet<String>> {
+    let mut sections = BTreeMap::new();
+    let mut current: Option<String> = None;
+    for line in include_str!("../../../docs/json.md").lines() {
+        if line.starts_with('#') {
+            current = line.split('`').nth(1).map(str::to_owned);
+            if let Some(schema) = &current {
+                assert!(sections.insert(schema.clone(), BTreeSet::new()).is_none(), "{schema} is there twice");
+            }
+        } else if let (Some(schema), Some(row)) = (&current, line.strip_prefix("| `")) {
+            let (member, _) = row.split_once('`').unwrap();
+            let fresh = sections.get_mut(schema).unwrap().insert(member.to_owned());
+            assert!(fresh, "{schema} has `{member}` twice");
+        }
+    }
+    sections
+}
+
+#[test]
+fn the_documentation_names_exactly_the_members_that_are_written() {
+    let mut written: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for sample in samples() {
+        let schema = sample["schema"].as_str().expect("an object without a schema").to_owned();
+        members(&sample, "", written.entry(schema).or_default());
+    }
+    let documented = documented();
+    assert_eq!(documented.keys().collect::<Vec<_>>(), written.keys().collect::<Vec<_>>());
+    for (schema, members) in &written {
+        assert_eq!(&documented[schema], members, "{schema}: documented, written");
+    }
+}
+
+#[test]
+fn no_schema_is_forgotten() {
+    fn sources(folder: &Path, found: &mut BTreeSet<String>) {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                sources(&path, found);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let text = std::fs::read_to_string(&path).unwrap();
+                for rest in text.split("\"dunlin.").skip(1) {
+                    let name = rest.split('"').next().unwrap();
+                    if name.ends_with("/v1") && !name.contains("KIND") {
+                        found.insert(format!("dunlin.{name}"));
+                    }
+                }
+            }
+        }
+    }
+    let mut found = BTreeSet::new();
+    sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut found);
+    assert_eq!(found, documented().into_keys().collect());
+}
+
+/// `DUNLIN_UPDATE_DOCS=1` writes the table instead of comparing it.
+#[test]
+fn the_books_outcome_table_is_the_programs() {
+    const MARK: &str = "<!-- the outcome table: DUNLIN_UPDATE_DOCS=1 cargo test -p dunlin --lib json_doc -->\n";
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/src/concepts/outcomes.md");
+    let page = std::fs::read_to_string(&path).unwrap();
+    let parts: Vec<&str> = page.split(MARK).collect();
+    assert_eq!(parts.len(), 3, "{} has the mark before and behind the table", path.display());
+    let table = crate::migrate::outcomes::markdown();
+    if std::env::var_os("DUNLIN_UPDATE_DOCS").is_some() {
+        std::fs::write(&path, [parts[0], &table, parts[2]].join(MARK)).unwrap();
+    } else {
+        assert_eq!(parts[1], table, "run the command in the mark");
+    }
+}
