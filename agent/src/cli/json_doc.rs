@@ -93,8 +93,8 @@ fn dirty_rate() -> Value {
         meaning: "",
         is_lower_bound: true,
         source: "",
-        huge_mappings: 0,
         dirty_ring_pushes_per_second: 0.,
+        huge_mappings: 0,
         threads: vec![thread],
         exits: BTreeMap::from([("REASON".to_owned(), 1)]),
         lost_events: Lost { total: 0, out_of_range: 0, threads_full: 0, exits_full: 0, too_large: 0, unreadable: 0 },
@@ -136,7 +136,7 @@ fn samples() -> Vec<Value> {
     all.extend(events::samples());
     all.extend(crate::store::fuzz_seeds().iter().map(|line| serde_json::from_slice::<Value>(line).unwrap()));
     all.push(tagged(&Outcome { error: String::new() }));
-    all.push(vm::orders::console_line(b""));
+    all.push(serde_json::from_str(&vm::orders::console_line(b"")).unwrap());
     all
 }
 

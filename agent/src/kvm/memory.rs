@@ -16,7 +16,7 @@ use vm_memory::{
 };
 
 use crate::model::{PAGE_SIZE, PageCount, PageIndex};
-use crate::shm::{SharedBitmap, memory_file};
+use crate::shm::{SharedBitmap, ram_file};
 
 /// Where the hole below 4 GiB starts: low RAM ends here, devices and interrupt controllers lie above.
 pub const HOLE_START: u64 = 0xc000_0000;
@@ -131,7 +131,7 @@ impl Memory {
         }
         let failed = |action| move |source| MemoryError::Io { action, source };
         let pages = PageCount::covering(bytes);
-        let file: Arc<File> = Arc::new(memory_file("dunlin-ram", bytes).map_err(failed("memory file"))?.into());
+        let file: Arc<File> = Arc::new(ram_file(bytes).map_err(failed("memory file"))?.into());
         let dirty = Arc::new(SharedBitmap::new(pages).map_err(failed("dirty bitmap"))?);
         let mut ranges = Vec::new();
         let mut regions = Vec::new();

@@ -134,7 +134,9 @@ impl Round<'_> {
         for run in self.due.runs_within(window.first.0, window.end(), u32::MAX) {
             tally.pages += u64::from(run.count);
             let mut at = run.first.0;
-            for data in self.region.data_within(run) {
+            // From the second round on what is due was written: only the first one meets holes worth asking for.
+            let parts = if self.number == 1 { self.region.data_within(run) } else { vec![run] };
+            for data in parts {
                 self.send_zeros(at, data.first.0, stream, tally)?;
                 self.send_data(data, stream, tally)?;
                 at = data.end();

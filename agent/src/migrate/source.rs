@@ -90,6 +90,8 @@ struct Progress {
     ledger: BlackoutLedger,
     blackout: Duration,
     verified_pages: u64,
+    /// When the target said `running`.
+    ended_at: Option<Duration>,
     /// Whether the target may have journaled `prepared`.
     handed: bool,
 }
@@ -109,6 +111,7 @@ impl Source<'_> {
             ledger: BlackoutLedger::default(),
             blackout: Duration::ZERO,
             verified_pages: 0,
+            ended_at: None,
             handed: false,
         };
         self.pass(&mut progress, Step::Connected, &self.options.peer);
@@ -117,7 +120,7 @@ impl Source<'_> {
             Err(error) => self.roll_back(&mut progress, &error),
         };
         let reason = if reason.is_empty() { std::mem::take(&mut progress.gave_up) } else { reason };
-        let total = self.clock.now().saturating_sub(started);
+        let total = progress.ended_at.unwrap_or_else(|| self.clock.now()).saturating_sub(started);
         MigrationReport {
             migration_id: self.id,
             vm_id: self.shape.vm_id,
@@ -412,6 +415,7 @@ impl Source<'_> {
 
     fn moved(&mut self, progress: &mut Progress, target: &BlackoutLedger) -> (Ending, String) {
         let now = self.clock.now();
+        progress.ended_at = Some(now);
         progress.blackout = now.saturating_sub(progress.paused_at.unwrap_or(now));
         progress.ledger.close(target, progress.blackout.as_nanos() as u64);
         self.pass(progress, Step::Running, "");

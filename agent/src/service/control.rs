@@ -89,8 +89,8 @@ async fn order(caller: Caller, work: impl FnOnce(&str) -> Result<(), String> + S
     answer(done.unwrap_or_else(|error| Err(error.to_string())))
 }
 
-async fn info(State(host): State<Arc<Host>>) -> Json<serde_json::Value> {
-    Json(serde_json::to_value(host.info().tagged()).unwrap_or_default())
+async fn info(State(host): State<Arc<Host>>) -> Response {
+    Json(host.info().tagged()).into_response()
 }
 
 async fn console(State(host): State<Arc<Host>>) -> Vec<u8> {

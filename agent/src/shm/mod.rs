@@ -8,6 +8,6 @@ mod ram;
 mod vectored;
 
 pub use bitmap::SharedBitmap;
-pub use memfd::{Mapping, memory_file};
+pub use memfd::{Mapping, memory_file, ram_file};
 pub use ram::RamRegion;
 pub use vectored::{Sink, Source};

@@ -120,8 +120,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     } else {
         let cores = std::thread::available_parallelism().map_or(0, usize::from);
         println!(
-            "{}\nWe and the peers took turns; {cores} cores, load average {load} at the start.\n{definitions}",
-            measure::table(&rows)
+            "{}\nWe and the peers took turns; {cores} cores, load average {load} at the start; huge pages: private memory \
+             {}, shared memory {}.\n{definitions}",
+            measure::table(&rows),
+            huge_pages("enabled"),
+            huge_pages("shmem_enabled")
         );
     }
     Ok(())
@@ -149,4 +152,11 @@ fn build(dunlin: Option<&Path>) -> Result<(PathBuf, PathBuf)> {
 fn load_average() -> String {
     let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     text.split(' ').next().unwrap_or("unknown").to_owned()
+}
+
+/// The chosen word of a setting of transparent huge pages.
+fn huge_pages(setting: &str) -> String {
+    let text = fs::read_to_string(Path::new("/sys/kernel/mm/transparent_hugepage").join(setting)).unwrap_or_default();
+    let chosen = text.split_once('[').and_then(|(_, rest)| rest.split_once(']'));
+    chosen.map_or("unknown", |(word, _)| word).to_owned()
 }

@@ -33,6 +33,8 @@ pub(super) enum Mode {
     PreCopy,
     /// Two streams for pages.
     Multifd,
+    /// The same with RAM in a shared memory file, as ours is, instead of private memory.
+    MultifdShared,
     /// One stream; all vCPUs are throttled until the rounds shrink.
     AutoConverge,
 }
@@ -43,6 +45,7 @@ impl Mode {
         match self {
             Self::PreCopy => "qemu",
             Self::Multifd => "qemu-multifd",
+            Self::MultifdShared => "qemu-multifd-memfd",
             Self::AutoConverge => "qemu-auto-converge",
         }
     }
@@ -50,7 +53,7 @@ impl Mode {
     fn capability(self) -> Option<&'static str> {
         match self {
             Self::PreCopy => None,
-            Self::Multifd => Some("multifd"),
+            Self::Multifd | Self::MultifdShared => Some("multifd"),
             Self::AutoConverge => Some("auto-converge"),
         }
     }
@@ -109,9 +112,9 @@ impl Qemu {
     ) -> Result<Option<Migration>> {
         let _ = fs::remove_dir_all(&self.folder);
         fs::create_dir_all(&self.folder).with_context(|| format!("{} could not be made", self.folder.display()))?;
-        let mut source = self.start("source", rate, false)?;
+        let mut source = self.start("source", mode, rate, false)?;
         let tsc_hz = source.console.wait_ready(&mut source.process)?;
-        let mut target = self.start("target", rate, true)?;
+        let mut target = self.start("target", mode, rate, true)?;
         if let Some(capability) = mode.capability() {
             let capabilities = json!({ "capabilities": [{ "capability": capability, "state": true }] });
             source.qmp.order("migrate-set-capabilities", capabilities.clone())?;
@@ -145,7 +148,7 @@ impl Qemu {
         }))
     }
 
-    fn start(&self, name: &str, rate: Rate, incoming: bool) -> Result<Side> {
+    fn start(&self, name: &str, mode: Mode, rate: Rate, incoming: bool) -> Result<Side> {
         let console = Console(self.folder.join(format!("{name}.log")));
         let socket = self.folder.join(format!("{name}.qmp"));
         let mut command = Command::new(&self.program);
@@ -162,6 +165,10 @@ impl Qemu {
             .arg("-qmp")
             .arg(format!("unix:{},server=on,wait=off", socket.display()))
             .stdout(Stdio::null());
+        if mode == Mode::MultifdShared {
+            command.args(["-machine", "memory-backend=ram", "-object"]);
+            command.arg(format!("memory-backend-memfd,id=ram,size={MEMORY_MIB}M,share=on"));
+        }
         if incoming {
             command.args(["-incoming", "defer"]);
         }

@@ -1,10 +1,12 @@
 //! `dunlin vm list|info|pause|resume|stop|console`: what its control sockets offer.
 
+use std::borrow::Cow;
 use std::io::{Read, Write};
 use std::path::Path;
 use std::time::Duration;
 
 use clap::Args;
+use serde::Serialize;
 
 use super::super::places::RunDir;
 use crate::model::VmRef;
@@ -217,9 +219,19 @@ impl ConsoleArgs {
     }
 }
 
+/// A piece of console output.
+#[derive(Serialize)]
+struct Piece<'a> {
+    output: Cow<'a, str>,
+}
+
+impl Schema for Piece<'_> {
+    const SCHEMA: &'static str = "dunlin.console/v1";
+}
+
 /// A piece of console output as JSON.
-pub(in crate::cli) fn console_line(output: &[u8]) -> serde_json::Value {
-    serde_json::json!({"schema": "dunlin.console/v1", "output": String::from_utf8_lossy(output)})
+pub(in crate::cli) fn console_line(output: &[u8]) -> String {
+    serde_json::to_string(&Piece { output: String::from_utf8_lossy(output) }.tagged()).unwrap_or_default()
 }
 
 /// What `now` holds beyond `before`, both being the tail of one growing output.
