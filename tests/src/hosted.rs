@@ -136,6 +136,14 @@ impl TestHost {
         Ok(vm)
     }
 
+    /// Starts a receiver at an address of the caller's choice, and returns at once.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start_receiver(&self, address: &str) -> Result<Running> {
+        self.start("receive", &["vm", "receive", "--json", "--listen", address], true)
+    }
+
     /// Starts a receiver, and waits until it listens.
     ///
     /// # Errors

@@ -5,12 +5,14 @@
 
 pub mod binary;
 pub mod client;
+pub mod disk;
 pub mod guest;
 pub mod hosted;
 pub mod interrupt;
 pub mod netns;
 pub mod process;
 pub mod proxy;
+pub mod raw;
 pub mod rig;
 pub mod scene;
 pub mod serial;

@@ -67,6 +67,10 @@ pub(super) struct MigrateArgs {
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     stall: Option<Duration>,
 
+    /// When contact is lost during the handover: how long to dial the target before the VM is left in doubt.
+    #[arg(long, value_name = "TIME", default_value = "20s", value_parser = parse_duration)]
+    doubt: Duration,
+
     #[command(flatten)]
     plaintext: Plaintext,
 
@@ -94,6 +98,7 @@ impl MigrateArgs {
             streams: self.streams.unwrap_or(configured.streams),
             verify: self.verify,
             stall: self.stall.unwrap_or(configured.stall),
+            doubt: self.doubt,
             ..SourceOptions::default()
         };
         let request = MigrateRequest {

@@ -59,6 +59,9 @@ pub struct SourceOptions {
     pub verify: bool,
     /// Nothing moving for this long counts as a stalled peer.
     pub stall: Duration,
+    /// For how long a target is dialled that may hold the VM: in doubt before the question is left to an operator, and
+    /// after a rollback until it has let its copy go.
+    pub doubt: Duration,
     /// The target's address, kept in the journal for reconnecting.
     pub peer: String,
 }
@@ -74,6 +77,7 @@ impl Default for SourceOptions {
             streams: 2,
             verify: false,
             stall: Duration::from_secs(10),
+            doubt: Duration::from_secs(20),
             peer: String::new(),
         }
     }

@@ -169,7 +169,7 @@ pub const OUTCOMES: &[Outcome] = &[
     row(LinkStallHeals, Released, &[MOVED], false, NOTHING),
     row(LinkStallHeals, Owned, &[MOVED], false, NOTHING),
     row(LinkStallHeals, Done, &[MOVED], false, NOTHING),
-    row(SourceDiskFull, BeforePrepared, &[FAILED], false, TRY_AGAIN),
+    row(SourceDiskFull, BeforePrepared, &[FAILED, NOT_STARTED], false, TRY_AGAIN),
     row(SourceDiskFull, Prepared, &[FAILED, MOVED], false, "Make room on the source. Where the VM runs is certain."),
     row(SourceDiskFull, Released, &[MOVED], false, FREE_SOURCE),
     row(SourceDiskFull, Owned, &[MOVED], false, FREE_SOURCE),

@@ -19,16 +19,12 @@ use crate::model::{
 };
 use crate::port::{BulkSender, Clock, ControlChannel, Fate, LinkError, Machine, MachineError, Region, SourceLink};
 
-/// How long a target may take to set memory and devices aside.
-const RESERVATION_LIMIT: Duration = Duration::from_secs(60);
+/// How many times the stall limit a target may take to set memory and devices aside: much memory takes its time.
+const RESERVATION_STALLS: u32 = 6;
 /// How long the paused VM waits for its target's `prepared`, hashing apart: restoring takes milliseconds.
 const PAUSED_STALL: Duration = Duration::from_secs(3);
 /// How often waits look at the cancel flag.
 const TICK: Duration = Duration::from_millis(100);
-/// How long a source in doubt dials its target before it leaves the question to its operator.
-const DOUBT_LIMIT: Duration = Duration::from_secs(20);
-/// How long a source that rolled back tries to make a target let go that may be prepared. Longer than one dialling.
-const ROLLBACK_NOTICE_LIMIT: Duration = Duration::from_secs(15);
 /// How long a target may take to say that it has let go, before it is dialled again.
 const LETTING_GO_LIMIT: Duration = Duration::from_secs(2);
 
@@ -182,7 +178,7 @@ impl Source<'_> {
         };
         control.send(&ControlMessage::Offer(Box::new(offer)))?;
         self.pass(progress, Step::Offered, "");
-        let accept = match self.expect(control, RESERVATION_LIMIT, "the target's reservation")? {
+        let accept = match self.expect(control, self.options.stall * RESERVATION_STALLS, "the target's reservation")? {
             ControlMessage::Accept(accept) => accept,
             ControlMessage::Refuse(reason) => return Err(SourceError::Refused(reason)),
             other => return Err(unexpected(&other, "accept")),
@@ -371,7 +367,7 @@ impl Source<'_> {
     /// Contact was lost after `released`: dial again and ask, for a bounded time.
     fn settle(&mut self, progress: &mut Progress, target: &BlackoutLedger, why: &str) -> (Ending, String) {
         tracing::warn!(vm = %self.shape.name, migration = %self.id, "in doubt after `released`: {why}");
-        let until = self.clock.now() + DOUBT_LIMIT;
+        let until = self.clock.now() + self.options.doubt;
         while self.clock.now() < until {
             match self.ask_target() {
                 Ok(TargetState::Owner) => {
@@ -522,7 +518,7 @@ impl Source<'_> {
         if !progress.handed {
             return true;
         }
-        let until = self.clock.now() + ROLLBACK_NOTICE_LIMIT;
+        let until = self.clock.now() + self.options.doubt;
         loop {
             if told && self.has_let_go() {
                 return true;

@@ -521,7 +521,8 @@ impl<'a> Inflow<'a> {
             self.clock.wait(&self.changed, seen, TICK);
         };
         self.check()?;
-        if complete == round {
+        // Rounds are counted from 1: before the first has ended there is nothing that a state could follow.
+        if complete == round && round > 0 {
             Ok(())
         } else {
             Err(LinkError::Protocol(format!("the state follows round {round}, but round {complete} is the last"))

@@ -113,6 +113,11 @@ impl Tap {
         Ok(tap)
     }
 
+    /// Whether an interface of that name exists in this process's network namespace.
+    pub fn exists(name: &str) -> bool {
+        index_of(name).is_some()
+    }
+
     /// The interface's name.
     pub fn name(&self) -> &str {
         &self.name

@@ -178,12 +178,12 @@ fn devices(nets: &[NetSpec], disks: &[DiskSpec], memory: &Memory) -> Result<Vec<
     let mut devices: Vec<Arc<dyn Device>> = Vec::new();
     for (index, net) in nets.iter().enumerate() {
         let failed = |problem: String| DeviceError::Worker { device: format!("net{index}"), problem };
-        let tap = Tap::open(&net.tap).map_err(|error| failed(error.to_string()))?;
+        let tap = Tap::open(&net.tap).map_err(|error| failed(chain(&error)))?;
         devices.push(Arc::new(VirtioNet::new(index, memory.ram().clone(), tap, net.mac)?));
     }
     for (index, disk) in disks.iter().enumerate() {
         let failed = |problem: String| DeviceError::Worker { device: format!("disk{index}"), problem };
-        let raw = RawDisk::open(disk).map_err(|error| failed(error.to_string()))?;
+        let raw = RawDisk::open(disk).map_err(|error| failed(chain(&error)))?;
         devices.push(Arc::new(VirtioBlk::new(index, memory.ram().clone(), raw)?));
     }
     Ok(devices)

@@ -20,6 +20,7 @@ use crate::migrate::target::{Arrived, Host, Reservation, Target, TargetError};
 use crate::migrate::{CancelFlag, ControlMessage, Offer, TargetState};
 use crate::model::id::VmName;
 use crate::model::{DiskSpec, MachineShape, MigrationId, NetSpec, SerialSpec};
+use crate::net::tap::Tap;
 use crate::port::{Clock, ControlChannel, Journal, JournalError, LinkError, Region, TargetLink};
 use crate::store::FileJournal;
 
@@ -154,6 +155,10 @@ impl LocalHost<'_> {
             return Err(format!("a VM named `{}` runs here already (pid {})", taken.name, taken.pid));
         }
         check_memory(shape.memory_bytes)?;
+        // One that was made for the VM would lead nowhere, and a peer must not make interfaces here.
+        if let Some(net) = shape.nets.iter().find(|net| !Tap::exists(&net.tap)) {
+            return Err(format!("there is no tap `{}` here; make it, or name another with --net", net.tap));
+        }
         let journal = FileJournal::open(&places.state_dir).map_err(|error| error.to_string())?;
         let (child, stream) = self.spawn().map_err(|error| format!("starting a machine process: {error}"))?;
         let pid = child.id();

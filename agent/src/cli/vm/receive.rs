@@ -54,9 +54,9 @@ pub(in crate::cli) struct ReceiveArgs {
     #[arg(long, value_name = "SPEC", default_value = "none")]
     serial: SerialSpec,
 
-    /// Nothing moving for this long counts as a stalled peer.
-    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
-    stall: Duration,
+    /// Nothing moving for this long counts as a stalled peer [default: 10s].
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    stall: Option<Duration>,
 
     #[command(flatten)]
     plaintext: Plaintext,
@@ -135,7 +135,7 @@ impl ReceiveArgs {
             schedule: config.announce,
             events: self.events,
             hold: self.hold_at,
-            stall: self.stall,
+            stall: self.stall.unwrap_or(config.migrate.stall),
         };
         let Some(mut received) = receive(&request, &listener, &cancel)? else {
             return Ok(exit::CANCELLED);
