@@ -356,7 +356,9 @@ mod tests {
             }
             let mutated = (any::<Index>(), prop::collection::vec(change(), 0..6)).prop_map(move |(seed, changes)| {
                 let mut input = seeds.get(seed.index(seeds.len().max(1))).cloned().unwrap_or_default();
-                changes.iter().for_each(|change| apply(&mut input, change));
+                for change in &changes {
+                    apply(&mut input, change);
+                }
                 input
             });
             let inputs = prop_oneof![4 => mutated, 1 => prop::collection::vec(any::<u8>(), 0..300)];

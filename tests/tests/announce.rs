@@ -57,7 +57,7 @@ impl FramePort for MachineTap {
 fn announce_once(port: &mut dyn FramePort) -> Duration {
     let announcer = Announcer::new(&[guest()], Schedule::default()).unwrap();
     let began = Duration::from_nanos(monotonic_ns());
-    let first = announcer.first_round(port, &MonotonicClock::default());
+    let first = announcer.first_round(port, &MonotonicClock);
     assert_eq!((first.round.frames_failed, first.round.error), (0, None));
     began
 }
@@ -304,7 +304,7 @@ fn the_schedule_holds_on_a_real_clock() {
     let netns = Netns::new("clock").unwrap();
     let mut port = netns.enter(|| PnetPort::open("lo").unwrap());
     let announcer = Announcer::new(&[guest()], Schedule::default()).unwrap();
-    let clock = MonotonicClock::default();
+    let clock = MonotonicClock;
     let first = announcer.first_round(&mut port, &clock);
     let mut times_ms = Vec::new();
     let never = AtomicBool::new(false);
