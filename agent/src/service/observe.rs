@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::arm::ControlSocketArm;
 use super::clock::MonotonicClock;
 use super::interrupt::Interrupt;
+use super::machine::TRACKING_TIME;
 use super::registry::{MachineEntry, Registry, RegistryError};
 use crate::foreign::{KvmProcess, ProcessError};
 use crate::model::schema::Schema;
@@ -107,6 +108,11 @@ pub enum ObserveVmError {
     /// The VM could not be let go.
     #[error(transparent)]
     Disarm(#[from] ArmError),
+    /// The write protection would end before the interval does.
+    #[error(
+        "with --arm an interval may last {0:?} at most: the VM ends its write protection by itself if nobody asks again"
+    )]
+    TooLong(Duration),
     /// Only hosted VMs can be write-protected.
     #[error("process {0} is no VM that dunlin runs, so its pages cannot be write-protected; leave --arm out")]
     NotHosted(u32),
@@ -127,6 +133,9 @@ pub fn observe(
         Found::Process(pid) => (pid, None),
     };
     let process = KvmProcess::open(pid)?;
+    if request.arm && request.interval > TRACKING_TIME / 2 {
+        return Err(ObserveVmError::TooLong(TRACKING_TIME / 2));
+    }
     let arm = match (request.arm, &hosted) {
         (false, _) => None,
         (true, Some(entry)) => {
@@ -144,7 +153,7 @@ pub fn observe(
         pid,
         cpus: process.cpus,
     };
-    let mut observer = Observer::start(counters, MonotonicClock::default(), arm)?;
+    let mut observer = Observer::start(counters, MonotonicClock, arm)?;
     let missing_sources = missing_sources(&observer);
     let mut deadline = Instant::now();
     let mut left = request.count;
@@ -167,10 +176,8 @@ pub fn observe(
         each(&DirtyRateReport { vm: vm.clone(), rate, missing_sources: missing_sources.clone() });
         left = left.map(|left| left - 1);
     };
-    if ended == Ended::VmGone {
-        drop(observer)
-    } else {
-        observer.stop()?
+    if ended != Ended::VmGone {
+        observer.stop()?;
     }
     Ok(ended)
 }
