@@ -5,12 +5,18 @@
 
 pub mod binary;
 pub mod client;
+pub mod guest;
+pub mod interrupt;
 pub mod netns;
 pub mod process;
+pub mod rig;
+pub mod stats;
 pub mod tap;
 pub mod topology;
+pub mod wire;
 
 pub use binary::dunlin;
 pub use netns::Netns;
 pub use process::OwnProcess;
+pub use rig::{Hop, HopOptions, Rig, VmSpec};
 pub use topology::{Host, Lan, LanConfig};

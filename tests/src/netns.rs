@@ -19,6 +19,7 @@ use std::thread;
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use tempfile::TempDir;
 
 use crate::process::OwnProcess;
 
@@ -46,9 +47,7 @@ impl Netns {
                 eprintln!("netns: orphans could not be swept: {error:#}");
             }
         });
-        let pid = std::process::id();
-        let start = start_time_ticks(pid).context("own start time")?;
-        let name = format!("{PREFIX}-{pid}-{start}-{}-{label}", SEQUENCE.fetch_add(1, Ordering::Relaxed));
+        let name = format!("{}{label}", own_prefix()?);
         ip(["netns", "add", &name])?;
         // From here the namespace must go away on every path.
         let handle = match File::open(format!("{DIRECTORY}/{name}")) {
@@ -128,6 +127,15 @@ impl Netns {
         ip(["-n", &self.name].into_iter().chain(arguments.split_whitespace()))
     }
 
+    /// The pids of the processes inside the namespace.
+    ///
+    /// # Errors
+    /// What `ip` said.
+    pub fn inmates(&self) -> Result<Vec<u32>> {
+        let text = ip(["netns", "pids", &self.name])?;
+        text.split_whitespace().map(|pid| pid.parse().with_context(|| format!("pid `{pid}`"))).collect()
+    }
+
     /// Several `ip` commands inside the namespace, in one process; stops at the first that fails.
     ///
     /// # Errors
@@ -158,6 +166,27 @@ impl Drop for Netns {
     fn drop(&mut self) {
         delete(&self.name);
     }
+}
+
+/// The beginning of a name that tells its maker.
+fn own_prefix() -> Result<String> {
+    let pid = std::process::id();
+    let start = start_time_ticks(pid).context("own start time")?;
+    Ok(format!("{PREFIX}-{pid}-{start}-{}-", SEQUENCE.fetch_add(1, Ordering::Relaxed)))
+}
+
+/// A folder of this test process; dropping it deletes it. What dead processes left is deleted first.
+///
+/// # Errors
+/// No room for it.
+pub fn own_folder() -> Result<TempDir> {
+    for entry in fs::read_dir(std::env::temp_dir())?.flatten() {
+        let Some((pid, start)) = entry.file_name().to_str().and_then(maker) else { continue };
+        if start_time_ticks(pid) != Some(start) {
+            let _another_sweeper_was_faster = fs::remove_dir_all(entry.path());
+        }
+    }
+    tempfile::Builder::new().prefix(&own_prefix()?).tempdir().context("make a folder for temporary files")
 }
 
 /// Deletes the namespaces whose maker is dead, and kills what still runs in them. Returns their names.

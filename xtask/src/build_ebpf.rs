@@ -25,6 +25,12 @@ const REMEDY: &str = "run `cargo xtask setup`, which installs what is missing, a
 
 /// Runs the verb.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    println!("{}", build(arguments)?);
+    Ok(())
+}
+
+/// Builds the object, if its sources have changed; returns what there is to say.
+pub(crate) fn build(arguments: &Arguments) -> Result<String> {
     let compiler = Compiler::find().ok_or_else(|| anyhow!("no Rust compiler for {TARGET}: {REMEDY}"))?;
     let linker = linker().ok_or_else(|| anyhow!("no bpf-linker of the pinned version: {REMEDY}"))?;
     let llvm = compiler
@@ -61,8 +67,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         bail!("{} has no type information: bpf-linker did not honour --btf; {REMEDY}", built.display());
     }
     install(&bytes, &bpf_object())?;
-    println!("{} ({} KiB, {profile})", relative(&bpf_object()).display(), bytes.len().div_ceil(1024));
-    Ok(())
+    Ok(format!("{} ({} KiB, {profile})", relative(&bpf_object()).display(), bytes.len().div_ceil(1024)))
 }
 
 /// A folder in which `library` is the only one: bpf-linker loads whichever LLVM it meets first.

@@ -1,6 +1,8 @@
 //! Build and test tasks; see `cargo xtask --help`. One file a verb; each calls the verbs that it needs.
 
+mod bench;
 mod build_ebpf;
+mod demo;
 mod run;
 mod setup;
 mod summary;
@@ -26,15 +28,30 @@ enum Verb {
     Setup(setup::Arguments),
     /// Compile the BPF programs to target/bpf/dunlin.bpf.o.
     BuildEbpf(build_ebpf::Arguments),
+    /// Move a VM between two network namespaces and show what happens (needs root and /dev/kvm).
+    #[command(disable_help_flag = true)]
+    Demo(demo::Arguments),
+    /// Move a VM back and forth many times and count every error (needs root and /dev/kvm).
+    #[command(disable_help_flag = true)]
+    Soak(demo::Arguments),
     /// Build everything, check formatting and lints, run all tests.
     Test(test::Arguments),
+    /// Measure Dunlin beside its peers in the same run; prints a table, or JSON.
+    Bench(bench::Arguments),
+    /// The receiving end of a bench's raw TCP peer.
+    #[command(name = bench::RECEIVER_VERB, hide = true)]
+    RawTcpReceiver,
 }
 
 fn main() -> ExitCode {
     let done = match Cli::parse().verb {
         Verb::Setup(arguments) => setup::run(&arguments).map(|()| true),
         Verb::BuildEbpf(arguments) => build_ebpf::run(&arguments).map(|()| true),
+        Verb::Demo(arguments) => demo::run("demo", &arguments),
+        Verb::Soak(arguments) => demo::run("soak", &arguments),
         Verb::Test(arguments) => test::run(&arguments),
+        Verb::Bench(arguments) => bench::run(&arguments).map(|()| true),
+        Verb::RawTcpReceiver => bench::receiver().map(|()| true),
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,

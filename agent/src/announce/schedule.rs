@@ -57,6 +57,21 @@ impl Schedule {
         Ok(Self { initial, step, max, rounds })
     }
 
+    /// The gap after the first round.
+    pub const fn initial(&self) -> Duration {
+        self.initial
+    }
+
+    /// By how much each gap is longer than the one before.
+    pub const fn step(&self) -> Duration {
+        self.step
+    }
+
+    /// The longest gap.
+    pub const fn max(&self) -> Duration {
+        self.max
+    }
+
     /// Rounds, the first included.
     pub const fn rounds(&self) -> u32 {
         self.rounds

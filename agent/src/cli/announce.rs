@@ -15,6 +15,7 @@ use crate::model::schema::Schema;
 use crate::model::units::{display_duration, parse_duration};
 use crate::model::{AnnounceRound, MacAddress, Station};
 use crate::service::announce::{AnnounceOrder, announce};
+use crate::service::config::Config;
 
 /// Announce where a VM's addresses are now, so that switches and neighbours relearn them.
 ///
@@ -45,21 +46,21 @@ pub(super) struct AnnounceArgs {
     #[arg(long = "ip", value_name = "A")]
     ips: Vec<IpAddr>,
 
-    /// Number of rounds, 1 to 1000.
-    #[arg(long, value_name = "N", default_value_t = 5)]
-    rounds: u32,
+    /// Number of rounds, 1 to 1000 [default: 5].
+    #[arg(long, value_name = "N")]
+    rounds: Option<u32>,
 
-    /// Gap after the first round.
-    #[arg(long, value_name = "TIME", default_value = "50ms", value_parser = parse_duration)]
-    initial: Duration,
+    /// Gap after the first round [default: 50ms].
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    initial: Option<Duration>,
 
-    /// How much each gap is longer than the one before.
-    #[arg(long, value_name = "TIME", default_value = "100ms", value_parser = parse_duration)]
-    step: Duration,
+    /// How much each gap is longer than the one before [default: 100ms].
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    step: Option<Duration>,
 
-    /// Longest gap.
-    #[arg(long, value_name = "TIME", default_value = "550ms", value_parser = parse_duration)]
-    max: Duration,
+    /// Longest gap [default: 550ms].
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    max: Option<Duration>,
 }
 
 impl AnnounceArgs {
@@ -67,8 +68,14 @@ impl AnnounceArgs {
     ///
     /// # Errors
     /// Signals cannot be caught, or output cannot be written.
-    pub(super) fn run(self, json: bool) -> anyhow::Result<u8> {
-        let schedule = match Schedule::new(self.initial, self.step, self.max, self.rounds) {
+    pub(super) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
+        let configured = &config.announce;
+        let schedule = match Schedule::new(
+            self.initial.unwrap_or(configured.initial()),
+            self.step.unwrap_or(configured.step()),
+            self.max.unwrap_or(configured.max()),
+            self.rounds.unwrap_or(configured.rounds()),
+        ) {
             Ok(schedule) => schedule,
             Err(error) => {
                 eprintln!("dunlin announce: {error}");

@@ -9,6 +9,7 @@ use crate::model::VmRef;
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
 use crate::model::units::{display_bytes, display_duration, parse_duration, parse_size_bytes};
+use crate::service::config::Config;
 use crate::service::interrupt::Interrupt;
 use crate::service::observe::{DirtyRateReport, Ended, ObserveRequest, observe};
 
@@ -47,7 +48,7 @@ pub(super) struct DirtyRateArgs {
     probe_log: bool,
 
     #[command(flatten)]
-    run: RunDir,
+    run_dir: RunDir,
 }
 
 /// Intervals shorter than this measure mostly themselves.
@@ -55,22 +56,15 @@ const SHORTEST: Duration = Duration::from_millis(10);
 
 impl DirtyRateArgs {
     /// Runs the command.
-    pub(super) fn run(self, json: bool) -> anyhow::Result<u8> {
-        let DirtyRateArgs { vm, interval, count, arm, max_address, probe_log, run } = self;
+    pub(super) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
+        let DirtyRateArgs { vm, interval, count, arm, max_address, probe_log, run_dir } = self;
         if interval < SHORTEST {
             eprintln!("dunlin: --interval must be at least {}", display_duration(SHORTEST));
             return Ok(exit::USAGE);
         }
         let interrupt = Interrupt::install()?;
-        let request = ObserveRequest {
-            run_dir: run.run_dir,
-            vm,
-            interval,
-            count,
-            max_address_bytes: max_address,
-            arm,
-            probe_log,
-        };
+        let run_dir = run_dir.path(config);
+        let request = ObserveRequest { run_dir, vm, interval, count, max_address_bytes: max_address, arm, probe_log };
         let mut first = true;
         let ended = observe(&request, &interrupt, |report| {
             if json {
@@ -129,12 +123,6 @@ fn text(report: &DirtyRateReport, first: bool) -> String {
     if !rate.exits.is_empty() {
         let exits: Vec<String> = rate.exits.iter().map(|(reason, count)| format!("{reason} {count}")).collect();
         line(format_args!("  exits: {}", exits.join(", ")));
-    }
-    if rate.dirty_ring_pushes_per_second > 0.0 {
-        line(format_args!(
-            "  dirty ring: {:.0} pushes/s (the same page again each time that KVM itself writes it)",
-            rate.dirty_ring_pushes_per_second
-        ));
     }
     let lost = &rate.lost_events;
     let detail = [

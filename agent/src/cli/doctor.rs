@@ -5,6 +5,7 @@ use clap::Args;
 use super::places::{RunDir, StateDir};
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
+use crate::service::config::Config;
 use crate::service::doctor::{DoctorReport, Paths, ResultKind, Tier, examine};
 
 /// Find out what this host can do, by really trying each thing
@@ -15,17 +16,17 @@ use crate::service::doctor::{DoctorReport, Paths, ResultKind, Tier, examine};
 #[command(after_help = "Example:\n  dunlin doctor\n  dunlin doctor --json")]
 pub(super) struct DoctorArgs {
     #[command(flatten)]
-    run: RunDir,
+    run_dir: RunDir,
 
     #[command(flatten)]
-    state: StateDir,
+    state_dir: StateDir,
 }
 
 impl DoctorArgs {
     /// Runs the command.
-    pub(super) fn run(self, json: bool) -> anyhow::Result<u8> {
-        let Self { run, state } = self;
-        let report = examine(&Paths { run_dir: run.run_dir, state_dir: state.state_dir });
+    pub(super) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
+        let DoctorArgs { run_dir, state_dir } = self;
+        let report = examine(&Paths { run_dir: run_dir.path(config), state_dir: state_dir.path(config) });
         if json {
             println!("{}", serde_json::to_string(&report.tagged())?);
         } else {

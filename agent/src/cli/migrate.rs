@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::places::RunDir;
+use super::places::{Plaintext, RunDir};
 use super::signals::cancel_on_signals;
 use crate::link::Address;
 use crate::migrate::{SourceOptions, Strategy};
@@ -13,6 +13,7 @@ use crate::model::outcome::exit;
 use crate::model::schema::Schema;
 use crate::model::units::{display_bytes, display_duration, parse_duration};
 use crate::model::{BytesPerSecond, Ending, MigrationReport, VmRef};
+use crate::service::config::Config;
 use crate::service::events::Hold;
 use crate::service::migration::{BeginError, MigrateRequest, migrate};
 
@@ -46,29 +47,28 @@ pub(super) struct MigrateArgs {
     #[arg(long, value_name = "RATE")]
     bandwidth: Option<BytesPerSecond>,
 
-    /// The blackout to stay below, fixed costs included.
-    #[arg(long, value_name = "TIME", default_value = "30ms", value_parser = parse_duration)]
-    downtime: Duration,
+    /// The blackout to stay below, fixed costs included [default: 30ms].
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    downtime: Option<Duration>,
 
-    /// Page streams, each a TCP connection and a thread.
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
-    streams: u16,
+    /// Page streams, 1 to 64, each a TCP connection and a thread [default: 2].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    streams: Option<u16>,
 
-    /// Give up pre-copy after so many rounds and stop the VM for the rest.
-    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=1000))]
-    max_rounds: u32,
+    /// Give up pre-copy after so many rounds, 1 to 1000, and stop the VM for the rest [default: 30].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    max_rounds: Option<u32>,
 
     /// Hash all memory at both ends while the VM is paused, and compare. The blackout is then not worth quoting.
     #[arg(long)]
     verify: bool,
 
-    /// Nothing moving for this long counts as a stalled peer.
-    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
-    stall: Duration,
+    /// Nothing moving for this long counts as a stalled peer [default: 10s].
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    stall: Option<Duration>,
 
-    /// Allow plain TCP beyond loopback: guest memory travels in the clear.
-    #[arg(long)]
-    insecure_plaintext: bool,
+    #[command(flatten)]
+    plaintext: Plaintext,
 
     /// Append every step and round to this file, one JSON object a line.
     #[arg(long, value_name = "FILE")]
@@ -83,24 +83,25 @@ pub(super) struct MigrateArgs {
 }
 
 impl MigrateArgs {
-    pub(super) fn run(self, json: bool) -> anyhow::Result<u8> {
+    pub(super) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
         let cancel = cancel_on_signals()?;
+        let configured = &config.migrate;
         let options = SourceOptions {
             strategy: self.strategy,
-            bandwidth: self.bandwidth,
-            downtime: self.downtime,
-            max_rounds: self.max_rounds,
-            streams: self.streams,
+            bandwidth: self.bandwidth.or(configured.bandwidth),
+            downtime: self.downtime.unwrap_or(configured.downtime),
+            max_rounds: self.max_rounds.unwrap_or(configured.max_rounds),
+            streams: self.streams.unwrap_or(configured.streams),
             verify: self.verify,
-            stall: self.stall,
+            stall: self.stall.unwrap_or(configured.stall),
             ..SourceOptions::default()
         };
         let request = MigrateRequest {
             vm: self.vm,
             to: self.to,
             options,
-            run_dir: self.run_dir.run_dir,
-            insecure_plaintext: self.insecure_plaintext,
+            run_dir: self.run_dir.path(config),
+            insecure_plaintext: self.plaintext.is_allowed(config),
             events: self.events,
             show_progress: !json,
             hold: self.hold_at,

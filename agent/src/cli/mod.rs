@@ -9,7 +9,12 @@ mod resolve;
 mod signals;
 mod vm;
 
+use std::path::PathBuf;
+
 use clap::{Parser, Subcommand};
+
+use crate::model::outcome::exit;
+use crate::service::config::{self, Config};
 
 /// Watches how KVM guests write memory, tames the writers, moves a running VM, and proves that the network followed.
 #[derive(Debug, Parser)]
@@ -18,6 +23,10 @@ pub struct Cli {
     /// Print one JSON object a line instead of text.
     #[arg(long, global = true)]
     pub json: bool,
+
+    /// Read this configuration file, which must exist [default: /etc/dunlin/dunlin.toml, if there is one].
+    #[arg(long, global = true, value_name = "FILE")]
+    pub config: Option<PathBuf>,
 
     #[command(subcommand)]
     command: Command,
@@ -40,13 +49,25 @@ impl Cli {
     /// # Errors
     /// What went wrong, with context; the caller prints it and exits with code 1.
     pub fn run(self) -> anyhow::Result<u8> {
+        let json = self.json;
+        // A process that a receiver starts is told everything by it.
+        let config = match &self.command {
+            Command::Vm(command) if command.is_told_everything() => Config::default(),
+            _ => match config::load(self.config.as_deref()) {
+                Ok(config) => config,
+                Err(error) => {
+                    eprintln!("dunlin: {error}");
+                    return Ok(exit::USAGE);
+                }
+            },
+        };
         match self.command {
-            Command::Announce(arguments) => arguments.run(self.json),
-            Command::Migrate(arguments) => arguments.run(self.json),
-            Command::Resolve(arguments) => arguments.run(self.json),
-            Command::Vm(command) => command.run(self.json),
-            Command::DirtyRate(arguments) => arguments.run(self.json),
-            Command::Doctor(arguments) => arguments.run(self.json),
+            Command::Announce(arguments) => arguments.run(json, &config),
+            Command::Migrate(arguments) => arguments.run(json, &config),
+            Command::Resolve(arguments) => arguments.run(json, &config),
+            Command::Vm(command) => command.run(json, &config),
+            Command::DirtyRate(arguments) => arguments.run(json, &config),
+            Command::Doctor(arguments) => arguments.run(json, &config),
         }
     }
 }

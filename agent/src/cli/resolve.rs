@@ -7,6 +7,7 @@ use super::places::{RunDir, StateDir};
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
 use crate::model::{Owner, VmRef};
+use crate::service::config::Config;
 use crate::service::control::{Outcome, give_order};
 use crate::service::registry::Registry;
 use crate::service::resolve::resolve_without_machine;
@@ -46,19 +47,19 @@ pub(super) struct ResolveArgs {
 }
 
 impl ResolveArgs {
-    pub(super) fn run(self, json: bool) -> anyhow::Result<u8> {
+    pub(super) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
         let (owner, word) = match self.owner {
             Side::Here => (Owner::Here, "here"),
             Side::There => (Owner::There, "there"),
         };
-        let registry = Registry::new(&self.run_dir.run_dir);
+        let (registry, state_dir) = (Registry::new(self.run_dir.path(config)), self.state_dir.path(config));
         let result = match (registry.find(&self.vm), &self.vm) {
             (Ok(entry), _) => {
                 let socket = registry.socket(&entry.name, "control");
                 give_order(&socket, &format!("/v1/resolve?owner={word}"), &[]).map_err(|error| error.to_string())
             }
-            (Err(_), VmRef::Uuid(id)) => resolve_without_machine(&self.state_dir.state_dir, *id, owner)
-                .with_context(|| format!("journals in {}", self.state_dir.state_dir.display()))?,
+            (Err(_), VmRef::Uuid(id)) => resolve_without_machine(&state_dir, *id, owner)
+                .with_context(|| format!("journals in {}", state_dir.display()))?,
             (Err(error), _) => Err(error.to_string()),
         };
         let error = result.err().unwrap_or_default();

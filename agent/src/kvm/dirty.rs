@@ -19,6 +19,9 @@
 //!
 //! Ring: entries are collected, then `KVM_RESET_DIRTY_RINGS` protects their pages, and only then are they marked: who sees a
 //! mark finds the page protected. So `protect` has nothing to do. A full ring makes its vCPU exit and drain it.
+//! KVM looks whether a ring is nearly full only when it enters guest code; a vCPU whose code it emulates can write more pages
+//! between two looks than the ring keeps in reserve, and KVM then writes over the oldest entries. A ring found full to the
+//! last entry therefore counts as overrun: the log is armed anew and all of memory is marked.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -41,6 +44,9 @@ use crate::shm::SharedBitmap;
 
 /// The most entries of a ring that Dunlin asks for; KVM may allow fewer.
 const RING_ENTRIES: usize = 65536;
+
+/// How often KVM is asked to reset what signals kept it from resetting.
+const MAX_RESETS: u32 = 1000;
 
 /// The flags of a ring entry (`KVM_DIRTY_GFN_F_*`).
 const ENTRY_DIRTY: u32 = 1;
@@ -170,11 +176,9 @@ impl DirtyLogger {
             Kind::Bitmap { unprotected, .. } => unprotected.iter_mut().for_each(|words| words.fill(u64::MAX)),
             Kind::Rings { rings, pending } => {
                 // Entries of the time before: with the log just on they are pages that round 1 sends, else nobody's.
-                for ring in rings {
-                    ring.collect(|_, _| {});
-                }
+                let collected = rings.iter_mut().map(|ring| ring.collect(|_, _| {}).entries).sum();
                 pending.clear();
-                sys::reset_dirty_rings(&self.vm)?;
+                self.reset_rings(collected)?;
             }
         }
         Ok(())
@@ -213,22 +217,57 @@ impl DirtyLogger {
 
     /// Collects the entries of the rings `which`, has their pages protected, and marks them.
     fn drain(&self, rings: &mut [Ring], which: std::ops::Range<usize>, pending: &mut Vec<u64>) -> Result<(), KvmError> {
+        let (mut entries, mut overrun) = (0, false);
         for index in which {
-            let before = pending.len();
-            rings[index].collect(|slot, offset| {
+            let collected = rings[index].collect(|slot, offset| {
                 if let Some(range) = self.ranges.iter().find(|range| range.slot == slot)
                     && offset < range.pages.0
                 {
                     pending.push(range.first_page.0 + offset);
                 }
             });
-            self.vcpu_pages[index].fetch_add((pending.len() - before) as u64, Ordering::Relaxed);
+            self.vcpu_pages[index].fetch_add(collected.entries, Ordering::Relaxed);
+            entries += collected.entries;
+            if collected.overrun {
+                tracing::warn!("the dirty ring of vCPU {index} overran; all of memory counts as written");
+                overrun = true;
+            }
         }
-        if !pending.is_empty() {
-            // Marked even if KVM fails: then the caller gives up, but no page has been forgotten.
-            let protected = sys::reset_dirty_rings(&self.vm);
-            pending.drain(..).for_each(|page| self.shared.set(page));
-            protected?;
+        if entries == 0 {
+            return Ok(());
+        }
+        let mut armed = self.reset_rings(entries);
+        if overrun {
+            armed = armed.and_then(|()| self.arm_anew());
+        }
+        // Marked even if KVM fails: then the caller gives up, but no page has been forgotten.
+        pending.drain(..).for_each(|page| self.shared.set(page));
+        if overrun {
+            self.shared.set_run(0, self.shared.pages().0);
+        }
+        armed
+    }
+
+    /// Has KVM protect the pages of the `entries` that were handed back. A signal makes it stop early, and it does not say
+    /// so; what it has not done, it does when it is asked again.
+    fn reset_rings(&self, entries: u64) -> Result<(), KvmError> {
+        let mut done = 0;
+        for _ in 0..MAX_RESETS {
+            done += sys::reset_dirty_rings(&self.vm)?;
+            if done >= entries {
+                return Ok(());
+            }
+        }
+        let source = io::Error::other(format!("{done} of {entries} entries were reset"));
+        Err(KvmError { action: "KVM_RESET_DIRTY_RINGS", source })
+    }
+
+    /// Has KVM protect every page: those too whose entries were written over.
+    fn arm_anew(&self) -> Result<(), KvmError> {
+        for flags in [0, KVM_MEM_LOG_DIRTY_PAGES] {
+            for range in &self.ranges {
+                set_slot(&self.vm, range, flags)?;
+            }
         }
         Ok(())
     }
@@ -304,6 +343,15 @@ struct Ring {
     count: usize,
     /// The next entry to look at.
     next: usize,
+    /// After an overrun KVM goes on somewhere behind `next`.
+    lost_place: bool,
+}
+
+/// What one look at a ring brought.
+struct Collected {
+    entries: u64,
+    /// Every entry was in use: KVM may have written over some.
+    overrun: bool,
 }
 
 // SAFETY: the mapping is owned by the ring and used by one thread at a time (`&mut self`).
@@ -328,29 +376,64 @@ impl Ring {
         .map_err(KvmError::of("mapping a dirty ring"))?;
         let entries = NonNull::new(start.cast())
             .ok_or(KvmError { action: "mapping a dirty ring", source: io::ErrorKind::AddrNotAvailable.into() })?;
-        Ok(Self { entries, count: bytes / size_of::<kvm_dirty_gfn>(), next: 0 })
+        Ok(Self { entries, count: bytes / size_of::<kvm_dirty_gfn>(), next: 0, lost_place: false })
+    }
+
+    /// Entry `index`, counted round and round.
+    fn entry(&self, index: usize) -> NonNull<kvm_dirty_gfn> {
+        // SAFETY: the index is below `count`, and the mapping holds `count` entries for as long as `self` lives.
+        unsafe { self.entries.add(index % self.count) }
+    }
+
+    /// The flags of entry `index`.
+    fn flags(&self, index: usize) -> &AtomicU32 {
+        // SAFETY: an aligned u32 of the mapping that kernel and user space access atomically, alive as long as `self`.
+        unsafe { AtomicU32::from_ptr(&raw mut (*self.entry(index).as_ptr()).flags) }
+    }
+
+    /// Whether entry `index` is new. Acquire: slot and offset were written before the flag.
+    fn is_new(&self, index: usize) -> bool {
+        self.flags(index).load(Ordering::Acquire) & (ENTRY_DIRTY | ENTRY_HARVESTED) == ENTRY_DIRTY
     }
 
     /// Hands (slot, page within the slot) of every new entry to `take`, and the entries back to KVM, which protects their
     /// pages and uses them again after the next reset.
-    fn collect(&mut self, mut take: impl FnMut(u32, u64)) {
+    fn collect(&mut self, mut take: impl FnMut(u32, u64)) -> Collected {
+        if self.lost_place {
+            self.find_place();
+        }
         // At most one turn: a vCPU that goes on writing must not keep us here.
-        for _ in 0..self.count {
-            // SAFETY: `next` is below `count`, and the mapping holds `count` entries for as long as `self` lives.
-            let entry = unsafe { self.entries.add(self.next) };
-            // SAFETY: `flags` is an aligned u32 of the entry that kernel and user space access atomically.
-            let flags = unsafe { AtomicU32::from_ptr(&raw mut (*entry.as_ptr()).flags) };
-            // Acquire: slot and offset were written before the flag.
-            if flags.load(Ordering::Acquire) & (ENTRY_DIRTY | ENTRY_HARVESTED) != ENTRY_DIRTY {
-                return;
+        for entries in 0..self.count as u64 {
+            if !self.is_new(self.next) {
+                return Collected { entries, overrun: false };
             }
-            // SAFETY: the kernel does not write an entry that is dirty and not yet handed back.
-            let (slot, offset) = unsafe { ((*entry.as_ptr()).slot, (*entry.as_ptr()).offset) };
+            let entry = self.entry(self.next).as_ptr();
+            // SAFETY: the kernel does not write an entry that is new and not yet handed back, unless the ring overruns; then
+            // either content is a page.
+            let (slot, offset) =
+                unsafe { ((&raw const (*entry).slot).read_volatile(), (&raw const (*entry).offset).read_volatile()) };
             take(slot, offset);
             // Release: the entry was read before it is handed back.
-            flags.store(ENTRY_HARVESTED, Ordering::Release);
+            self.flags(self.next).store(ENTRY_HARVESTED, Ordering::Release);
             self.next = (self.next + 1) % self.count;
         }
+        self.lost_place = true;
+        Collected { entries: self.count as u64, overrun: true }
+    }
+
+    /// After an overrun by k entries KVM's next entry lies k behind ours, and its reset waits at ours. The k between are
+    /// handed back as if they had been harvested: their pages are then protected once more.
+    fn find_place(&mut self) {
+        let Some(mut place) = (0..self.count).find(|&ahead| self.is_new(self.next + ahead)) else { return };
+        // KVM writes entries in order: one that was still old when we passed it may be new by now.
+        while place > 0 && self.is_new(self.next + place - 1) {
+            place -= 1;
+        }
+        for between in 0..place {
+            self.flags(self.next + between).store(ENTRY_HARVESTED, Ordering::Release);
+        }
+        self.next = (self.next + place) % self.count;
+        self.lost_place = false;
     }
 }
 
@@ -363,11 +446,12 @@ impl Drop for Ring {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
     use crate::kvm::Machine;
-    use crate::kvm::testing::{PAGES, boot, kvm_or_skip, wait_for, writer, written};
+    use crate::kvm::machine::BootConfig;
+    use crate::kvm::testing::{
+        PAGES, boot, config, hosting, kvm_or_skip, printer, scatterer, wait_for, writer, written,
+    };
     use crate::model::PageBitmap;
 
     const FIRST: u64 = PAGES as u64 / 4096;
@@ -466,11 +550,12 @@ mod tests {
         assert_eq!(harvest(&machine), (FIRST..FIRST + 70).collect::<Vec<_>>());
     }
 
-    /// Copies pages as a migration does, while the guest writes: in the end the copy must be equal.
+    /// Copies pages as a migration does, while the guest writes: whenever it stands, the copy must be equal once the last
+    /// harvest is in. The guest writes at random, so that some write hits a page between any two steps of its copying.
     #[test]
     fn no_write_is_lost_between_harvest_protect_and_read() {
         both(|kind| {
-            let machine = boot(writer(300), 1, kind);
+            let machine = boot(scatterer(), 1, kind);
             let pages = machine.memory().pages();
             let mut copy = vec![0u8; pages.bytes() as usize];
             let read = |copy: &mut Vec<u8>, page: u64| {
@@ -479,59 +564,68 @@ mod tests {
                 let target = &mut copy[start..start + PAGE_SIZE];
                 vm_memory::Bytes::read_slice(machine.memory().ram().as_ref(), target, address).unwrap();
             };
-            machine.resume().unwrap();
-            wait_for("the first round", || written(&machine, 299) > 0);
-            machine.log().start().unwrap();
-            for first in (0..pages.0).step_by(512) {
-                machine.log().protect(PageRun::new(first, 512)).unwrap();
-                (first..first + 512).for_each(|page| read(&mut copy, page));
-            }
-            let mut rounds = 0;
-            let started = written(&machine, 0);
-            while written(&machine, 0) < started + 60_000 && rounds < 100_000 {
+            let round = |copy: &mut Vec<u8>| {
                 let mut due = PageBitmap::new(pages);
                 machine.log().harvest().unwrap();
                 machine.memory().dirty().take(&mut due);
                 for run in due.runs(64) {
                     machine.log().protect(run).unwrap();
-                    run.indices().for_each(|page| read(&mut copy, page));
+                    run.indices().for_each(|page| read(copy, page));
                 }
-                rounds += 1;
+            };
+            machine.log().start().unwrap();
+            machine.resume().unwrap();
+            for first in (0..pages.0).step_by(512) {
+                machine.log().protect(PageRun::new(first, 512)).unwrap();
+                (first..first + 512).for_each(|page| read(&mut copy, page));
             }
-            machine.pause().unwrap();
-            for page in harvest(&machine) {
-                read(&mut copy, page);
+            for check in 0..60 {
+                (0..40).for_each(|_| round(&mut copy));
+                machine.pause().unwrap();
+                round(&mut copy);
+                let mut truth = vec![0u8; copy.len()];
+                (0..pages.0).for_each(|page| read(&mut truth, page));
+                let page = |bytes: &[u8], page: usize| bytes[page * PAGE_SIZE..][..PAGE_SIZE].to_vec();
+                let lost: Vec<_> = (0..pages.0 as usize).filter(|&at| page(&copy, at) != page(&truth, at)).collect();
+                assert!(lost.is_empty(), "{kind:?}: pages {lost:?} were lost at check {check}");
+                machine.resume().unwrap();
             }
-            let mut truth = vec![0u8; copy.len()];
-            (0..pages.0).for_each(|page| read(&mut truth, page));
-            assert!(rounds > 3);
-            let differs: Vec<usize> = (0..pages.0 as usize)
-                .filter(|page| copy[page * 4096..][..4096] != truth[page * 4096..][..4096])
-                .collect();
-            assert!(differs.is_empty(), "{kind:?}: pages {differs:?} were lost in {rounds} rounds");
         });
     }
 
+    /// More pages than the ring has entries, and nobody harvests: the vCPU must leave guest code and drain its ring.
     #[test]
     fn a_full_ring_is_drained_by_its_vcpu_and_nothing_is_lost() {
         if !kvm_or_skip("a_full_ring_is_drained_by_its_vcpu_and_nothing_is_lost") {
             return;
         }
-        let machine = boot(writer(2000), 1, DirtyLogKind::Ring);
+        let pages = RING_ENTRIES as u32 + 5000;
+        let config = BootConfig { memory_bytes: 512 << 20, ..config(writer(pages), 1, DirtyLogKind::Ring) };
+        let machine = Machine::boot(config, &hosting(), Box::new(|_| Ok(Vec::new()))).unwrap();
         machine.log().start().unwrap();
         machine.resume().unwrap();
-        // Nobody harvests, so each page is logged once and then again only after the ring's exit resets it; with a ring of
-        // 65536 entries it takes a harvest in between to fill it.
-        let mut seen = PageBitmap::new(machine.memory().pages());
-        let start = std::time::Instant::now();
-        while start.elapsed() < Duration::from_millis(500) {
-            machine.log().ring_full(0).unwrap();
-            machine.memory().dirty().take(&mut seen);
-        }
-        wait_for("a round", || written(&machine, 1999) > 0);
+        wait_for("the last page", || written(&machine, pages - 1) > 0);
+        assert!(machine.log().vcpu_pages()[0].0 > 0, "nobody but the vCPU itself can have drained the ring");
         machine.pause().unwrap();
+        let mut found = PageBitmap::new(machine.memory().pages());
         machine.log().harvest().unwrap();
-        machine.memory().dirty().take(&mut seen);
-        assert_eq!(seen.runs_within(FIRST, FIRST + 2000, u32::MAX).next(), Some(PageRun::new(FIRST, 2000)));
+        machine.memory().dirty().take(&mut found);
+        let mut lost = PageBitmap::new(machine.memory().pages());
+        (FIRST..FIRST + u64::from(pages)).filter(|page| !found.contains(*page)).for_each(|page| lost.insert(page));
+        let lost: Vec<_> = lost.runs(u32::MAX).collect();
+        assert!(lost.is_empty(), "lost {lost:?}; first {} last {}", written(&machine, 0), written(&machine, pages - 1));
+    }
+
+    #[test]
+    fn a_reset_by_the_guest_marks_all_of_memory() {
+        both(|kind| {
+            // mov al, 0xfe; out 0x64, al
+            let machine = boot(printer(b"x", &[0xb0, 0xfe, 0xe6, 0x64]), 1, kind);
+            machine.log().start().unwrap();
+            machine.resume().unwrap();
+            wait_for("a reset", || machine.console().history().len() > 1);
+            machine.pause().unwrap();
+            assert_eq!(harvest(&machine).len() as u64, machine.memory().pages().0, "{kind:?}");
+        });
     }
 }

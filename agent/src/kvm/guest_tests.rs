@@ -6,9 +6,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::boot::BootImage;
-use super::machine::{BootConfig, Machine};
+use super::bus::Device;
+use super::hurry::Hurry;
+use super::machine::{BootConfig, DeviceMaker, Machine};
+use super::memory::Memory;
 use super::testing::{config, hosting, kvm_or_skip, wait_for};
-use crate::model::{DirtyLogKind, PAGE_SIZE, PageBitmap, PageRun};
+use super::virtio::VirtioBlk;
+use crate::block::raw::RawDisk;
+use crate::model::{DirtyLogKind, DiskSpec, PAGE_SIZE, PageBitmap, PageRun};
 
 /// The guest's ELF, if it has been built. On a build machine it must have been.
 pub(super) fn guest(test: &str) -> Option<PathBuf> {
@@ -76,42 +81,65 @@ fn harvest(machine: &Machine) -> PageBitmap {
     due
 }
 
+/// One move as a migration does it: the log on, everything once, two rounds, then the rest and the state of the paused
+/// machine.
+fn pre_copy(machine: &Machine, target: &Machine) {
+    machine.log().start().unwrap();
+    copy(machine, target, &PageBitmap::full(machine.memory().pages()));
+    for _ in 0..2 {
+        copy(machine, target, &harvest(machine));
+    }
+    machine.pause().unwrap();
+    copy(machine, target, &harvest(machine));
+    target.restore_state(&machine.save_state().unwrap()).unwrap();
+}
+
 #[test]
-fn the_guest_moves_while_it_writes_and_loses_nothing() {
-    let Some(path) = guest("the_guest_moves_while_it_writes_and_loses_nothing") else { return };
+fn the_guest_moves_while_it_writes_memory_and_disk_and_loses_nothing() {
+    let Some(path) = guest("the_guest_moves_while_it_writes_memory_and_disk_and_loses_nothing") else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let disk = DiskSpec { path: directory.path().join("disk"), readonly: false };
+    std::fs::File::create(&disk.path).unwrap().set_len(8 << 20).unwrap();
     for kind in [DirtyLogKind::Bitmap, DirtyLogKind::Ring] {
-        let cmdline = "dunlin.heartbeat=5ms dunlin.wl=ws:8M,rate:10000,pattern:random,share:10";
-        let mut machine = boot_guest(&path, 64 << 20, 2, kind, cmdline);
+        let devices = || -> Box<DeviceMaker<'_>> {
+            Box::new(|memory: &Memory| {
+                let disk = RawDisk::open(&disk).unwrap();
+                Ok(vec![Arc::new(VirtioBlk::new(0, memory.ram().clone(), disk)?) as Arc<dyn Device>])
+            })
+        };
+        let cmdline =
+            "dunlin.heartbeat=5ms dunlin.wl=ws:8M,rate:10000,pattern:random,share:10 dunlin.blk=rate:500,span:4M";
+        let image = BootImage::read(&path, cmdline).unwrap();
+        let config = BootConfig { memory_bytes: 64 << 20, ..config(image, 2, kind) };
+        let mut machine = Machine::boot(config, &hosting(), devices()).unwrap();
         machine.resume().unwrap();
-        wait_for("READY", || console(&machine).contains("\nREADY "));
+        wait_for("READY", || console(&machine).contains(" block=true "));
         for hop in 0..10 {
-            let target = Machine::incoming(
-                machine.shape().clone(),
-                machine.image().cloned(),
-                &hosting(),
-                Box::new(|_| Ok(Vec::new())),
-            )
-            .unwrap();
-            machine.log().start().unwrap();
-            copy(&machine, &target, &PageBitmap::full(machine.memory().pages()));
-            for _ in 0..2 {
-                copy(&machine, &target, &harvest(&machine));
-            }
-            machine.pause().unwrap();
-            copy(&machine, &target, &harvest(&machine));
-            let state = machine.save_state().unwrap();
-            target.restore_state(&state).unwrap();
+            let (shape, image) = (machine.shape().clone(), machine.image().cloned());
+            let target = Machine::incoming(shape, image, &hosting(), devices()).unwrap();
+            pre_copy(&machine, &target);
             target.resume().unwrap();
             machine = target;
             wait_for("heartbeats after the move", || console(&machine).matches("HB ").count() > 5);
             assert_eq!(machine.exit(), None, "hop {hop}, {kind:?}: {}", console(&machine));
         }
         wait_for("a status line", || status(&machine, "pages_written").is_some());
-        for field in ["page_mismatches", "ipi_lost", "ipi_doubled", "timer_stalls", "address_space_mismatches"] {
+        for field in [
+            "page_mismatches",
+            "ipi_lost",
+            "ipi_doubled",
+            "timer_stalls",
+            "address_space_mismatches",
+            "irq_lost",
+            "block_mismatches",
+            "block_errors",
+        ] {
             assert_eq!(status(&machine, field), Some(0), "{kind:?} {field}: {}", console(&machine));
         }
         assert!(status(&machine, "pages_written").is_some_and(|pages| pages > 1000));
     }
+    let written = std::fs::read(&disk.path).unwrap();
+    assert!(written.iter().any(|&byte| byte != 0), "the guest wrote to its disk");
 }
 
 /// Samples by what was measured.
@@ -141,7 +169,7 @@ fn measure_the_steps_of_a_switch() {
         machine.resume().unwrap();
         wait_for("READY", || console(&machine).contains("\nREADY "));
         let mut times = Times::default();
-        for _ in 0..6 {
+        for _ in 0..15 {
             let target = Machine::incoming(
                 machine.shape().clone(),
                 machine.image().cloned(),
@@ -169,6 +197,8 @@ fn measure_the_steps_of_a_switch() {
                 });
                 copy(&machine, &target, &due);
             }
+            // As whoever leads a blackout does.
+            let hurry = Hurry::here();
             times.of("6 pause", &mut || _ = machine.pause().unwrap());
             let mut due = PageBitmap::new(machine.memory().pages());
             times.of("7 last harvest", &mut || due = harvest(&machine));
@@ -177,6 +207,7 @@ fn measure_the_steps_of_a_switch() {
             times.of("8 save", &mut || state = machine.save_state().unwrap());
             times.of("9 restore", &mut || target.restore_state(&state).unwrap());
             times.of("a resume", &mut || target.resume().unwrap());
+            drop(hurry);
             times.of("b log stop", &mut || machine.log().stop().unwrap());
             times.note("c state bytes (as µs)", Duration::from_micros(state.len() as u64));
             machine = target;
@@ -185,6 +216,7 @@ fn measure_the_steps_of_a_switch() {
         }
         for _ in 0..300 {
             std::thread::sleep(Duration::from_millis(7));
+            let _hurry = Hurry::here();
             times.of("d pause alone", &mut || _ = machine.pause().unwrap());
             times.of("e resume alone", &mut || machine.resume().unwrap());
         }

@@ -19,6 +19,7 @@ use super::console::{Console, ConsoleError};
 use super::container::{self, Section, StateError};
 use super::control::{Kick, MachineExit, RunControl};
 use super::dirty::DirtyLogger;
+use super::hurry::Hurry;
 use super::memory::{Memory, MemoryError, MemoryOptions};
 use super::ports::{Ports, SERIAL_IRQ};
 use super::serial::Serial;
@@ -69,6 +70,14 @@ pub enum HostedError {
     /// The shape breaks a limit.
     #[error(transparent)]
     Shape(#[from] ShapeError),
+    /// More vCPUs than this host's KVM has room for.
+    #[error("{asked} vCPUs are more than the {possible} that this host can run")]
+    Cpus {
+        /// What was asked for.
+        asked: u32,
+        /// What KVM allows, with the 8-bit APIC ids that guests are given.
+        possible: u32,
+    },
     /// This host cannot show the VM its CPU.
     #[error(transparent)]
     Cpuid(#[from] CpuidError),
@@ -208,6 +217,7 @@ impl Machine {
         let vm = kvm.create_vm().map_err(KvmError::of("KVM_CREATE_VM"))?;
         vm.create_irq_chip().map_err(KvmError::of("KVM_CREATE_IRQCHIP"))?;
         super::dirty::prepare(&vm, shape.dirty_log)?;
+        check_cpus(&kvm, shape.cpus)?;
         let vcpu = vm.create_vcpu(0).map_err(KvmError::of("KVM_CREATE_VCPU"))?;
         let host_khz = vcpu.get_tsc_khz().map_err(KvmError::of("KVM_GET_TSC_KHZ"))?;
         scaling(shape.tsc_khz, host_khz, vm.check_extension(Cap::TscControl))?;
@@ -219,6 +229,7 @@ impl Machine {
         shape.check()?;
         let memory = Memory::new(shape.memory_bytes, hosting.memory)?;
         let vm = Vm::new(&memory, shape.dirty_log)?;
+        check_cpus(&vm.kvm, shape.cpus)?;
         let mut bus = MmioBus::default();
         for device in devices(&memory)? {
             bus.attach(device)?;
@@ -413,9 +424,12 @@ impl Machine {
         Err(HostedError::Ended(self.exit().unwrap_or(MachineExit::Stopped)))
     }
 
-    /// Stops all vCPUs with nothing pending, then drains and mutes all devices. Idempotent.
+    /// Stops all vCPUs with nothing pending, then drains and mutes all devices. Idempotent. Who goes on with a blackout keeps a
+    /// [`Hurry`] of its own, from before the pause to behind the resume: on a busy host the thread is set aside for
+    /// milliseconds as soon as it is an ordinary one again.
     pub fn pause(&self) -> Result<Duration, HostedError> {
         let start = Instant::now();
+        let _hurry = Hurry::here();
         let mut phase = self.phase();
         self.pause_in(&mut phase)?;
         Ok(start.elapsed())
@@ -548,6 +562,12 @@ fn keep(around: &Surroundings, machine: &Weak<Machine>) {
         }
         return;
     }
+}
+
+/// Refuses more vCPUs than KVM makes; ids of 255 and above would need another LAPIC format.
+fn check_cpus(kvm: &kvm_ioctls::Kvm, asked: u32) -> Result<(), HostedError> {
+    let possible = (kvm.get_max_vcpus() as u32).min(254);
+    if asked <= possible { Ok(()) } else { Err(HostedError::Cpus { asked, possible }) }
 }
 
 /// Whether a guest counter of `vm_khz` must be scaled on this host.

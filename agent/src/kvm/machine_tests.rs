@@ -144,6 +144,8 @@ fn a_host_that_lacks_a_feature_or_the_frequency_refuses() {
     let mut shape = machine.shape().clone();
     shape.cpus = 0;
     assert!(matches!(Machine::check(&shape), Err(HostedError::Shape(_))));
+    shape.cpus = 1000;
+    assert!(matches!(Machine::check(&shape), Err(HostedError::Cpus { asked: 1000, .. })));
 }
 
 fn incoming(source: &Machine) -> Arc<Machine> {

@@ -11,6 +11,7 @@ mod control;
 pub mod dirty;
 #[cfg(test)]
 mod guest_tests;
+mod hurry;
 pub mod machine;
 #[cfg(test)]
 mod machine_tests;
@@ -26,4 +27,5 @@ mod vm;
 pub mod x86;
 
 pub use control::MachineExit;
+pub use hurry::Hurry;
 pub use machine::{HostedError, Hosting, Machine};

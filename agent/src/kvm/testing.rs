@@ -69,6 +69,21 @@ pub(crate) fn writer(pages: u32) -> BootImage {
         .image()
 }
 
+/// Writes a random number (EAX) into the first word of one of 256 pages from [`PAGES`], picked at random, for ever.
+pub(crate) fn scatterer() -> BootImage {
+    let code = Code::default();
+    let again = code.here();
+    code.with(&[0x69, 0xc0], 1_664_525) // imul eax, eax, ...
+        .with(&[0x05], 1_013_904_223) // add eax, ...
+        .bytes(&[0x89, 0xc6, 0xc1, 0xee, 0x10]) // mov esi, eax; shr esi, 16
+        .with(&[0x81, 0xe6], 0xff) // and esi, 255
+        .bytes(&[0xc1, 0xe6, 0x0c]) // shl esi, 12
+        .with(&[0x81, 0xc6], PAGES) // add esi, PAGES
+        .bytes(&[0x89, 0x06]) // mov [esi], eax
+        .back(0xeb, again) // jmp
+        .image()
+}
+
 /// Prints `text` with one string instruction, then does what `then` says.
 pub(crate) fn printer(text: &[u8], then: &[u8]) -> BootImage {
     // mov esi, text; mov ecx, length; mov dx, 0x3f8; rep outsb; then; hlt; jmp to the hlt

@@ -13,6 +13,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use super::bus::MmioBus;
 use super::control::{Kick, MachineExit, RunControl};
 use super::dirty::DirtyLogger;
+use super::hurry;
 use super::ports::{PortAction, Ports};
 use super::sys::KvmError;
 
@@ -69,27 +70,10 @@ impl Vcpu {
         self.thread.load(Ordering::Acquire)
     }
 
-    /// Puts the thread in front of all that share its CPU, so that on a busy host a pause does not wait for the thread's next
-    /// turn. A host that does not allow it is merely slower.
-    fn hurry(&self, thread: i32) {
-        // SAFETY: asks for the policy of a thread by number; no pointer.
-        let policy = unsafe { libc::sched_getscheduler(thread) };
-        if policy == libc::SCHED_OTHER && set_policy(thread, libc::SCHED_FIFO, 1) {
-            self.hurried.store(true, Ordering::SeqCst);
-        }
-    }
-
     fn immediate_exit(&self) -> &AtomicU8 {
         // SAFETY: see the impl of Send; AtomicU8 has the layout of u8, and the kernel only reads the byte.
         unsafe { self.immediate_exit.as_ref() }
     }
-}
-
-/// Sets the scheduling policy of one thread; whether it worked.
-fn set_policy(thread: i32, policy: i32, priority: i32) -> bool {
-    let parameters = libc::sched_param { sched_priority: priority };
-    // SAFETY: the parameters outlive the call.
-    unsafe { libc::sched_setscheduler(thread, policy, &raw const parameters) == 0 }
 }
 
 impl Kick for Vcpu {
@@ -98,7 +82,10 @@ impl Kick for Vcpu {
         self.immediate_exit().store(1, Ordering::SeqCst);
         let thread = self.thread_id();
         if thread != 0 {
-            self.hurry(thread);
+            // On a busy host a pause does not wait for the thread's next turn.
+            if hurry::put_in_front(thread) {
+                self.hurried.store(true, Ordering::SeqCst);
+            }
             // SAFETY: sends a signal whose handler does nothing to a thread of this process; a number that has ended is
             // refused by the kernel, and one that was reused meanwhile only sees an interrupted call.
             unsafe {
@@ -109,7 +96,7 @@ impl Kick for Vcpu {
 
     fn clear(&self) {
         if self.hurried.swap(false, Ordering::SeqCst) {
-            set_policy(self.thread_id(), libc::SCHED_OTHER, 0);
+            hurry::put_back(self.thread_id());
         }
         self.immediate_exit().store(0, Ordering::SeqCst);
     }

@@ -5,7 +5,7 @@
 use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::marker::PhantomData;
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::AsFd;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,6 +21,8 @@ use crate::port::{BulkItem, BulkReceiver, BulkSender, BytesView, ControlChannel,
 
 /// How long dialling and greeting may take.
 const GREETING_LIMIT: Duration = Duration::from_secs(5);
+/// How long a peer that dialled us may take to greet.
+const ANSWER_LIMIT: Duration = Duration::from_secs(1);
 /// How often a waiting page stream asks whether to go on.
 const TICK: Duration = Duration::from_millis(250);
 /// Runs up to this size are copied and gathered; longer ones go out of guest memory directly.
@@ -269,6 +271,8 @@ impl<M: Serialize + DeserializeOwned + 'static> SourceLink<M> for TcpSource<M> {
     }
 
     fn redial(&mut self) -> Result<(), LinkError> {
+        // A target that still reads the old connection sees it end, and looks for the new one.
+        let _ = self.control.stream.shutdown(Shutdown::Both);
         self.control = Arc::new(Self::dial_control(&self.address, self.migration, self.stall)?);
         Ok(())
     }
@@ -331,9 +335,10 @@ impl Listener {
         }
     }
 
+    /// Greets a peer that has dialled. It is given one second: others wait behind it.
     fn answer(mut stream: TcpStream) -> Result<Arrival, LinkError> {
         stream.set_nonblocking(false).map_err(io_error("greeting"))?;
-        set_up(&stream, GREETING_LIMIT, GREETING_LIMIT).map_err(io_error("greeting"))?;
+        set_up(&stream, ANSWER_LIMIT, ANSWER_LIMIT).map_err(io_error("greeting"))?;
         let mut bytes = [0; HELLO_BYTES];
         stream.read_exact(&mut bytes).map_err(io_error("greeting"))?;
         let hello = Hello::decode(&bytes);

@@ -21,7 +21,8 @@ impl TargetState {
             JournalRecord::Prepared => Some(Self::Prepared),
             JournalRecord::Owner => Some(Self::Owner),
             JournalRecord::NeverOwner => Some(Self::NeverOwner),
-            JournalRecord::Reserved
+            JournalRecord::Offered
+            | JournalRecord::Reserved
             | JournalRecord::Released { .. }
             | JournalRecord::Discarded
             | JournalRecord::Aborted => None,

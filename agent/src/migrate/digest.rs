@@ -4,25 +4,23 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
-use crate::model::{PAGE_SIZE, PageRun};
+use crate::model::PageRun;
 use crate::port::{BytesView, Region};
 
 /// Pages in one chunk of a whole-memory hash (2 MiB).
 const CHUNK_PAGES: u32 = 512;
 
-/// Copies bytes that nobody writes any more (the VM is paused) into `buffer`, word by word.
-fn copy_out(bytes: BytesView<'_>, buffer: &mut [u8]) {
-    for (target, byte) in buffer.iter_mut().zip(bytes) {
-        *target = byte.load(Ordering::Relaxed);
-    }
+/// The bytes of a VM that stands, as plain bytes.
+fn settled(bytes: BytesView<'_>) -> &[u8] {
+    // SAFETY: the view is valid for its length and stays borrowed. Hashes are only taken while the VM stands, or at a
+    // target that has not run it, so nobody writes these bytes meanwhile.
+    unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len()) }
 }
 
 /// The digest of one page at its place: XXH3 seeded with the page's index, so that a page at the wrong place counts as
 /// wrong. Digests of a round are summed (wrapping), which makes the order of arrival irrelevant.
 pub fn page_digest(page: u64, bytes: BytesView<'_>) -> u64 {
-    let mut buffer = [0; PAGE_SIZE];
-    copy_out(bytes, &mut buffer);
-    xxh3_64_with_seed(&buffer, page)
+    xxh3_64_with_seed(settled(bytes), page)
 }
 
 /// The digest of a page that travels as a mark: its place alone. Both ends know that its content is zero.
@@ -44,14 +42,11 @@ pub fn zero_page(bytes: BytesView<'_>) -> bool {
 /// A hash of every 2 MiB of every region, in order: `--verify`.
 pub fn chunk_hashes(regions: &[&dyn Region]) -> Vec<u64> {
     let mut hashes = Vec::new();
-    let mut buffer = vec![0; CHUNK_PAGES as usize * PAGE_SIZE];
     for region in regions {
         let pages = region.spec().pages.0;
         for first in (0..pages).step_by(CHUNK_PAGES as usize) {
             let run = PageRun::new(first, CHUNK_PAGES.min((pages - first) as u32));
-            let chunk = &mut buffer[..run.byte_len()];
-            copy_out(region.bytes(run), chunk);
-            hashes.push(xxh3_64(chunk));
+            hashes.push(xxh3_64(settled(region.bytes(run))));
         }
     }
     hashes
@@ -62,6 +57,7 @@ mod tests {
     use std::sync::atomic::AtomicU8;
 
     use super::*;
+    use crate::model::PAGE_SIZE;
 
     fn page(fill: impl Fn(usize) -> u8) -> Vec<AtomicU8> {
         (0..PAGE_SIZE).map(|index| AtomicU8::new(fill(index))).collect()

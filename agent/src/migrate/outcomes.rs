@@ -61,3 +61,216 @@ pub enum Whereabouts {
     /// Its only machine has died: a VM crash like any other.
     Crashed,
 }
+
+/// One row: a failure that strikes in a window, and everything that may be true when both managers have ended.
+#[derive(Clone, Copy, Debug)]
+pub struct Outcome {
+    /// What fails.
+    pub failure: Failure,
+    /// How far the handover has come as it strikes.
+    pub when: Window,
+    /// How the source's manager says that it ended (`None`: it died or never reached the target), and where the VM is.
+    pub ends: &'static [(Option<Ending>, Whereabouts)],
+    /// Whether the target may be left with a prepared copy of a VM that goes on at the source.
+    pub copy_may_wait: bool,
+    /// What the operator sees and does.
+    pub operator: &'static str,
+}
+
+const REFUSED: (Option<Ending>, Whereabouts) = (Some(Ending::Refused), Whereabouts::RunsAtSource);
+const FAILED: (Option<Ending>, Whereabouts) = (Some(Ending::Failed), Whereabouts::RunsAtSource);
+const CANCELLED: (Option<Ending>, Whereabouts) = (Some(Ending::Cancelled), Whereabouts::RunsAtSource);
+const NOT_STARTED: (Option<Ending>, Whereabouts) = (None, Whereabouts::RunsAtSource);
+const MOVED: (Option<Ending>, Whereabouts) = (Some(Ending::Moved), Whereabouts::RunsAtTarget);
+const MOVED_THEN_CRASHED: (Option<Ending>, Whereabouts) = (Some(Ending::Moved), Whereabouts::Crashed);
+const LOST: (Option<Ending>, Whereabouts) = (Some(Ending::Lost), Whereabouts::Crashed);
+const WAITS: (Option<Ending>, Whereabouts) = (Some(Ending::InDoubt), Whereabouts::Waits);
+const UNHEARD: (Option<Ending>, Whereabouts) = (Some(Ending::InDoubt), Whereabouts::RunsAtTarget);
+const UNMANAGED_AT_SOURCE: (Option<Ending>, Whereabouts) = (None, Whereabouts::RunsAtSource);
+const UNMANAGED_AT_TARGET: (Option<Ending>, Whereabouts) = (None, Whereabouts::RunsAtTarget);
+const UNMANAGED_WAITS: (Option<Ending>, Whereabouts) = (None, Whereabouts::Waits);
+
+const fn row(
+    failure: Failure,
+    when: Window,
+    ends: &'static [(Option<Ending>, Whereabouts)],
+    copy_may_wait: bool,
+    operator: &'static str,
+) -> Outcome {
+    Outcome { failure, when, ends, copy_may_wait, operator }
+}
+
+const TRY_AGAIN: &str = "The VM runs at the source; nothing is left at the target. Try again.";
+const LET_COPY_GO: &str = "The VM runs at the source. A copy that waits at the target must not run: \
+                           `dunlin resolve N --owner there` on the target lets it go.";
+const RESOLVE: &str = "In doubt: look at the target. If it holds the VM, `dunlin resolve N --owner here` on it and \
+                       `--owner there` on the source; if its journal says never-owner, `--owner here` on the source.";
+const FREE_SOURCE: &str = "The VM runs at the target. What stands at the source is let go by `dunlin resolve N --owner \
+                           there` on the source.";
+const NOTHING: &str = "Nothing: the VM runs at the target.";
+
+use Failure::{
+    Cancelled, LinkCut, LinkCutHeals, LinkStallHeals, LinkStalls, SourceDiskFull, SourceMachineDies, SourceManagerDies,
+    TargetDiskFull, TargetMachineDies, TargetManagerDies,
+};
+use Window::{BeforePrepared, Done, Owned, Prepared, Released};
+
+/// The table. Every pair of failure and window has exactly one row.
+pub const OUTCOMES: &[Outcome] = &[
+    row(SourceManagerDies, BeforePrepared, &[UNMANAGED_AT_SOURCE], true, LET_COPY_GO),
+    row(SourceManagerDies, Prepared, &[UNMANAGED_AT_SOURCE, UNMANAGED_WAITS], true, RESOLVE),
+    row(SourceManagerDies, Released, &[UNMANAGED_WAITS, UNMANAGED_AT_TARGET], false, RESOLVE),
+    row(SourceManagerDies, Owned, &[UNMANAGED_AT_TARGET], false, FREE_SOURCE),
+    row(SourceManagerDies, Done, &[UNMANAGED_AT_TARGET, MOVED], false, FREE_SOURCE),
+    row(
+        SourceMachineDies,
+        BeforePrepared,
+        &[LOST, MOVED],
+        false,
+        "A VM crash like any other, unless the state had been handed over: then the target completes it.",
+    ),
+    row(SourceMachineDies, Prepared, &[MOVED], false, NOTHING),
+    row(SourceMachineDies, Released, &[MOVED], false, NOTHING),
+    row(SourceMachineDies, Owned, &[MOVED], false, NOTHING),
+    row(SourceMachineDies, Done, &[MOVED], false, NOTHING),
+    row(TargetManagerDies, BeforePrepared, &[FAILED, NOT_STARTED], true, LET_COPY_GO),
+    row(TargetManagerDies, Prepared, &[FAILED, WAITS], true, RESOLVE),
+    row(TargetManagerDies, Released, &[WAITS, UNHEARD], false, RESOLVE),
+    row(TargetManagerDies, Owned, &[MOVED, UNHEARD], false, FREE_SOURCE),
+    row(TargetManagerDies, Done, &[MOVED], false, NOTHING),
+    row(TargetMachineDies, BeforePrepared, &[FAILED], false, TRY_AGAIN),
+    row(TargetMachineDies, Prepared, &[FAILED], false, TRY_AGAIN),
+    row(TargetMachineDies, Released, &[FAILED], false, TRY_AGAIN),
+    row(
+        TargetMachineDies,
+        Owned,
+        &[FAILED, MOVED_THEN_CRASHED],
+        false,
+        "If the guest had not run there yet it runs at the source again; else a VM crash at the target.",
+    ),
+    row(TargetMachineDies, Done, &[MOVED_THEN_CRASHED], false, "A VM crash at the target like any other."),
+    row(LinkCut, BeforePrepared, &[FAILED, NOT_STARTED], true, LET_COPY_GO),
+    row(LinkCut, Prepared, &[FAILED, WAITS], true, RESOLVE),
+    row(LinkCut, Released, &[WAITS, UNHEARD], false, RESOLVE),
+    row(LinkCut, Owned, &[MOVED, UNHEARD], false, FREE_SOURCE),
+    row(LinkCut, Done, &[MOVED], false, NOTHING),
+    row(LinkCutHeals, BeforePrepared, &[FAILED, NOT_STARTED], false, TRY_AGAIN),
+    row(LinkCutHeals, Prepared, &[FAILED, MOVED], false, "Nothing: the managers settle it by themselves."),
+    row(LinkCutHeals, Released, &[MOVED], false, NOTHING),
+    row(LinkCutHeals, Owned, &[MOVED], false, NOTHING),
+    row(LinkCutHeals, Done, &[MOVED], false, NOTHING),
+    row(LinkStalls, BeforePrepared, &[FAILED, NOT_STARTED, WAITS], true, RESOLVE),
+    row(LinkStalls, Prepared, &[FAILED, WAITS, UNHEARD], true, RESOLVE),
+    row(LinkStalls, Released, &[WAITS, UNHEARD, MOVED], false, RESOLVE),
+    row(LinkStalls, Owned, &[MOVED, UNHEARD], false, FREE_SOURCE),
+    row(LinkStalls, Done, &[MOVED], false, NOTHING),
+    row(LinkStallHeals, BeforePrepared, &[FAILED, NOT_STARTED, MOVED], false, TRY_AGAIN),
+    row(LinkStallHeals, Prepared, &[FAILED, MOVED], false, "Nothing: the managers settle it by themselves."),
+    row(LinkStallHeals, Released, &[MOVED], false, NOTHING),
+    row(LinkStallHeals, Owned, &[MOVED], false, NOTHING),
+    row(LinkStallHeals, Done, &[MOVED], false, NOTHING),
+    row(SourceDiskFull, BeforePrepared, &[FAILED], false, TRY_AGAIN),
+    row(SourceDiskFull, Prepared, &[FAILED, MOVED], false, "Make room on the source. Where the VM runs is certain."),
+    row(SourceDiskFull, Released, &[MOVED], false, FREE_SOURCE),
+    row(SourceDiskFull, Owned, &[MOVED], false, FREE_SOURCE),
+    row(SourceDiskFull, Done, &[MOVED], false, FREE_SOURCE),
+    row(TargetDiskFull, BeforePrepared, &[REFUSED, FAILED], false, TRY_AGAIN),
+    row(
+        TargetDiskFull,
+        Prepared,
+        &[WAITS],
+        false,
+        "The target can neither take nor give back the VM: make room there, then `dunlin resolve N --owner here` on it.",
+    ),
+    row(
+        TargetDiskFull,
+        Released,
+        &[WAITS, MOVED],
+        false,
+        "The target can neither take nor give back the VM: make room there, then `dunlin resolve N --owner here` on it.",
+    ),
+    row(TargetDiskFull, Owned, &[MOVED], false, NOTHING),
+    row(TargetDiskFull, Done, &[MOVED], false, NOTHING),
+    row(Cancelled, BeforePrepared, &[CANCELLED, FAILED, MOVED], false, "The report says whether it came in time."),
+    row(Cancelled, Prepared, &[CANCELLED, MOVED], false, "The report says whether it came in time."),
+    row(Cancelled, Released, &[MOVED], false, "It came too late: the VM runs at the target."),
+    row(Cancelled, Owned, &[MOVED], false, "It came too late: the VM runs at the target."),
+    row(Cancelled, Done, &[MOVED], false, "It came too late: the VM runs at the target."),
+];
+
+/// The row for a failure that strikes in a window.
+pub fn outcome(failure: Failure, when: Window) -> Option<&'static Outcome> {
+    OUTCOMES.iter().find(|row| row.failure == failure && row.when == when)
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::SourceManagerDies => "the source's manager dies",
+            Self::SourceMachineDies => "the source's machine dies",
+            Self::TargetManagerDies => "the target's manager dies",
+            Self::TargetMachineDies => "the target's machine dies",
+            Self::LinkCut => "the link is cut for good",
+            Self::LinkCutHeals => "the link is cut and soon works again",
+            Self::LinkStalls => "the link stalls for good",
+            Self::LinkStallHeals => "the link stalls for a while",
+            Self::SourceDiskFull => "the source's disk is full",
+            Self::TargetDiskFull => "the target's disk is full",
+            Self::Cancelled => "an operator cancels",
+        })
+    }
+}
+
+impl fmt::Display for Window {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::BeforePrepared => "before `prepared`",
+            Self::Prepared => "from `prepared` on",
+            Self::Released => "from `released` on",
+            Self::Owned => "from `owner` on",
+            Self::Done => "after `running`",
+        })
+    }
+}
+
+impl fmt::Display for Whereabouts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::RunsAtSource => "runs at the source",
+            Self::RunsAtTarget => "runs at the target",
+            Self::Waits => "complete, runs nowhere",
+            Self::Crashed => "crashed",
+        })
+    }
+}
+
+/// The table in Markdown, for the documentation.
+pub fn markdown() -> String {
+    let mut text =
+        "| failure | when | `dunlin migrate` exits with | the VM | operator |\n|---|---|---|---|---|\n".to_owned();
+    for row in OUTCOMES {
+        let exit = |ending: Option<Ending>| ending.map_or("-".to_owned(), |ending| ending.exit_code().to_string());
+        let ends: Vec<_> = row.ends.iter().map(|&(ending, vm)| (exit(ending), vm.to_string())).collect();
+        let exits: Vec<_> = ends.iter().map(|(exit, _)| exit.as_str()).collect();
+        let places: Vec<_> = ends.iter().map(|(_, place)| place.as_str()).collect();
+        let (exits, places) = (exits.join(" or "), places.join(" or "));
+        text += &format!("| {} | {} | {exits} | {places} | {} |\n", row.failure, row.when, row.operator);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn every_failure_has_one_row_in_every_window() {
+        let pairs: BTreeSet<_> = OUTCOMES.iter().map(|row| (row.failure, row.when)).collect();
+        assert_eq!(pairs.len(), OUTCOMES.len(), "a row is there twice");
+        let failures: BTreeSet<_> = OUTCOMES.iter().map(|row| row.failure).collect();
+        assert_eq!(pairs.len(), failures.len() * 5, "a window is missing");
+        assert_eq!(markdown().lines().count(), OUTCOMES.len() + 2);
+    }
+}

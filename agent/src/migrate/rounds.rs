@@ -66,7 +66,14 @@ impl Round<'_> {
     ) -> Result<Tally, SourceError> {
         let next_window = AtomicU64::new(0);
         let sent = AtomicU64::new(0);
-        let send = |stream: &mut Box<dyn BulkSender>| self.send_share(&next_window, &sent, machine, stream.as_mut());
+        let send = |stream: &mut Box<dyn BulkSender>| {
+            let share = self.send_share(&next_window, &sent, machine, stream.as_mut());
+            if share.is_err() {
+                // The round has failed: the others need not send what is left of it.
+                next_window.store(self.due.len().0, Ordering::Relaxed);
+            }
+            share
+        };
         let mut shares: Vec<Result<Tally, SourceError>> = streams.iter().map(|_| Ok(Tally::default())).collect();
         let send = &send;
         {
@@ -97,6 +104,9 @@ impl Round<'_> {
         let mut tally = Tally { wire_bytes: stream.start_round(self.number, self.last)?, ..Tally::default() };
         loop {
             let first = next_window.fetch_add(WINDOW_PAGES, Ordering::Relaxed);
+            if self.cancel.is_set() {
+                return Err(SourceError::Cancelled);
+            }
             if first >= all_pages {
                 break;
             }

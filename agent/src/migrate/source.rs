@@ -21,12 +21,16 @@ use crate::port::{BulkSender, Clock, ControlChannel, Fate, LinkError, Machine, M
 
 /// How long a target may take to set memory and devices aside.
 const RESERVATION_LIMIT: Duration = Duration::from_secs(60);
+/// How long the paused VM waits for its target's `prepared`, hashing apart: restoring takes milliseconds.
+const PAUSED_STALL: Duration = Duration::from_secs(3);
 /// How often waits look at the cancel flag.
 const TICK: Duration = Duration::from_millis(100);
 /// How long a source in doubt dials its target before it leaves the question to its operator.
 const DOUBT_LIMIT: Duration = Duration::from_secs(20);
-/// How long a source that rolled back tries to tell a target that may be prepared.
-const ROLLBACK_NOTICE_LIMIT: Duration = Duration::from_secs(3);
+/// How long a source that rolled back tries to make a target let go that may be prepared. Longer than one dialling.
+const ROLLBACK_NOTICE_LIMIT: Duration = Duration::from_secs(15);
+/// How long a target may take to say that it has let go, before it is dialled again.
+const LETTING_GO_LIMIT: Duration = Duration::from_secs(2);
 
 /// Why a migration did not go on.
 #[derive(Debug, thiserror::Error)]
@@ -256,7 +260,8 @@ impl Source<'_> {
             cancel: &cancel,
             longest_run: longest_run(self.options.bandwidth),
         };
-        let tally = round.send(&Mutex::new(&mut *self.machine), streams)?;
+        let sent = round.send(&Mutex::new(&mut *self.machine), streams);
+        let tally = sent.map_err(|error| peers_reason(control, error))?;
         if !last {
             match self.expect(control, self.options.stall, "the end of a round")? {
                 ControlMessage::RoundReceived(received) if received == number => {}
@@ -312,7 +317,7 @@ impl Source<'_> {
         let handed = Handed { state, round, digest: tally.digest, chunk_hashes };
         control.send(&ControlMessage::Handed(Box::new(handed)))?;
         self.pass(progress, Step::StateMoved, &format!("{} pages in the last round", tally.pages));
-        let patience = self.options.stall + self.hashing_time();
+        let patience = self.options.stall.min(PAUSED_STALL) + self.hashing_time();
         let ledger = loop {
             match self.expect(control, patience, "the target's `prepared`")? {
                 ControlMessage::RoundReceived(received) if received == round => {}
@@ -363,7 +368,12 @@ impl Source<'_> {
         let until = self.clock.now() + DOUBT_LIMIT;
         while self.clock.now() < until {
             match self.ask_target() {
-                Ok(TargetState::Owner) => return self.moved(progress, target),
+                Ok(TargetState::Owner) => {
+                    let (ending, reason) = self.moved(progress, target);
+                    let found =
+                        format!("contact was lost after `released` ({why}); the target says that it has the VM");
+                    return (ending, if reason.is_empty() { found } else { format!("{found}; {reason}") });
+                }
                 Ok(TargetState::NeverOwner) => return self.take_back(progress),
                 // Committed again on the new channel, answer pending: ask again.
                 Ok(TargetState::Prepared) => {}
@@ -417,8 +427,16 @@ impl Source<'_> {
 
     /// The target has journaled `never-owner`: the VM is the source's again.
     fn take_back(&mut self, progress: &mut Progress) -> (Ending, String) {
-        let resumed =
-            self.machine.reclaim(self.id).and_then(|()| self.machine.stop_log()).and_then(|()| self.machine.resume());
+        let resumed = self.machine.reclaim(self.id).and_then(|()| {
+            if let Err(error) = self.machine.stop_log() {
+                tracing::warn!(migration = %self.id, "the dirty log could not be switched off: {error}");
+            }
+            // The target may have announced the VM before it lost it.
+            if let Err(error) = self.machine.announce() {
+                tracing::warn!(migration = %self.id, "the announcement of the old place failed: {error}");
+            }
+            self.machine.resume()
+        });
         progress.blackout = self.clock.now().saturating_sub(progress.paused_at.unwrap_or_default());
         let reason = "the target lost the VM after it was released and journaled that it never owned it";
         match resumed {
@@ -429,50 +447,100 @@ impl Source<'_> {
 
     /// Undoes everything before `released`.
     fn roll_back(&mut self, progress: &mut Progress, error: &SourceError) -> (Ending, String) {
+        if progress.handed && self.machine.fate() == Fate::Dead {
+            return self.leave_to_target(progress, error);
+        }
         tracing::warn!(vm = %self.shape.name, migration = %self.id, step = %progress.step, "rolled back: {error}");
-        let resumed = self.machine.stop_log().and_then(|()| self.machine.resume());
+        // A log that cannot be switched off must not keep the VM from running.
+        let log = self.machine.stop_log();
+        let resumed = self.machine.resume();
         if let Some(paused_at) = progress.paused_at {
             progress.blackout = self.clock.now().saturating_sub(paused_at);
         }
-        self.tell_of_rollback(progress, error);
-        let reason = format!("at {}: {error}", progress.step);
+        let mut reason = format!("at {}: {error}", progress.step);
+        if !self.tell_of_rollback(progress, error) {
+            reason += &format!(
+                "; the target could not be told and may hold a prepared copy, which must not run: `dunlin resolve {} \
+                 --owner there` on it lets it go",
+                self.shape.name
+            );
+        }
         match (resumed, error) {
             (Err(lost), _) if self.machine.fate() == Fate::Dead => {
-                (Ending::Lost, format!("{reason}; the machine has died: {lost}"))
+                return (Ending::Lost, format!("{reason}; the machine has died: {lost}"));
             }
-            (Err(stuck), _) => (Ending::Failed, format!("{reason}; resuming failed: {stuck}; try `dunlin vm resume`")),
-            (Ok(()), SourceError::Cancelled) => (Ending::Cancelled, reason),
-            (Ok(()), SourceError::Refused(_)) => (Ending::Refused, reason),
-            (Ok(()), _) => (Ending::Failed, reason),
+            (Err(stuck), _) => {
+                return (Ending::Failed, format!("{reason}; resuming failed: {stuck}; try `dunlin vm resume`"));
+            }
+            _ => {}
+        }
+        if let Err(stuck) = log {
+            reason += &format!("; the dirty log could not be switched off: {stuck}");
+        }
+        match error {
+            SourceError::Cancelled => (Ending::Cancelled, reason),
+            SourceError::Refused(_) => (Ending::Refused, reason),
+            _ => (Ending::Failed, reason),
         }
     }
 
-    /// Tells the target that the attempt is over. One that may be prepared is dialled again: it would wait for ever.
-    fn tell_of_rollback(&mut self, progress: &Progress, error: &SourceError) {
+    /// The machine died after everything was handed over: there is nothing here to roll back to, and the target may hold
+    /// the only copy. A dead machine cannot run, so the VM is released in its place.
+    fn leave_to_target(&mut self, progress: &mut Progress, error: &SourceError) -> (Ending, String) {
+        let why = format!("the machine died, and then: {error}");
+        match self.machine.release(self.id, &self.options.peer) {
+            Ok(()) => {
+                self.pass(progress, Step::Released, "in the dead machine's place");
+                self.settle(progress, &BlackoutLedger::default(), &why)
+            }
+            Err(refused) => (
+                Ending::InDoubt,
+                format!(
+                    "{why}; `released` could not be journaled: {refused}. If the target holds a prepared copy it is \
+                     the only one: `dunlin resolve {} --owner here` on it lets it run",
+                    self.shape.name
+                ),
+            ),
+        }
+    }
+
+    /// Tells the target that the attempt is over. One that may be prepared would wait for ever, so it is told until it
+    /// says that it has let go; `false` if that could not be had.
+    fn tell_of_rollback(&mut self, progress: &Progress, error: &SourceError) -> bool {
         if matches!(error, SourceError::Refused(_) | SourceError::PeerCancelled(_)) {
-            return;
+            return true;
         }
         let cancel = ControlMessage::Cancel(error.to_string());
-        let told = self.link.control().send(&cancel).is_ok();
-        let lost = matches!(error, SourceError::Link(_));
-        if !progress.handed || (told && !lost) {
-            return;
+        let mut told = self.link.control().send(&cancel).is_ok();
+        if !progress.handed {
+            return true;
         }
         let until = self.clock.now() + ROLLBACK_NOTICE_LIMIT;
-        while self.clock.now() < until {
-            if self.link.redial().is_ok()
-                && self.link.control().send(&ControlMessage::Query(self.id)).is_ok()
-                && self.link.control().send(&cancel).is_ok()
-            {
-                return;
+        loop {
+            if told && self.has_let_go() {
+                return true;
+            }
+            if self.clock.now() >= until {
+                return false;
             }
             self.clock.sleep(TICK);
+            told = self.link.redial().is_ok()
+                && self.link.control().send(&ControlMessage::Query(self.id)).is_ok()
+                && self.link.control().send(&cancel).is_ok();
         }
-        tracing::warn!(
-            migration = %self.id,
-            "the target could not be told; if it is prepared, run `dunlin resolve {} --owner there` on it",
-            self.shape.name
-        );
+    }
+
+    /// Waits for the target's word that it can never run the VM.
+    fn has_let_go(&mut self) -> bool {
+        let deadline = self.clock.now() + LETTING_GO_LIMIT;
+        loop {
+            match self.expect_quietly(deadline) {
+                Ok(ControlMessage::State(TargetState::NeverOwner) | ControlMessage::Cancel(_)) => return true,
+                // What it said before it read the news.
+                Ok(_) => {}
+                Err(_) => return false,
+            }
+        }
     }
 
     /// Waits for the peer's next message; obeys cancelling.
@@ -509,6 +577,20 @@ impl Source<'_> {
                 }
                 None => {}
             }
+        }
+    }
+}
+
+/// A peer that gives up says why and closes its streams: its words explain a broken stream better than the kernel's.
+fn peers_reason(control: &dyn ControlChannel<ControlMessage>, error: SourceError) -> SourceError {
+    if !matches!(error, SourceError::Link(_)) {
+        return error;
+    }
+    loop {
+        match control.recv(TICK) {
+            Ok(Some(ControlMessage::Cancel(reason))) => return SourceError::PeerCancelled(reason),
+            Ok(Some(_)) => {}
+            Ok(None) | Err(_) => return error,
         }
     }
 }

@@ -22,6 +22,8 @@ use crate::port::{
 const GREETING_LIMIT: Duration = Duration::from_secs(30);
 /// How often waits look around.
 const TICK: Duration = Duration::from_millis(100);
+/// After so long without a word from the source, a new connection of its is looked for beside the old one.
+const SILENCE: Duration = Duration::from_secs(1);
 /// The most page streams of one migration.
 const MAX_STREAMS: u16 = 64;
 /// Runs at least this long are worth taking their memory in one go: half of a huge page.
@@ -151,8 +153,12 @@ impl Target<'_> {
                 return Err(error);
             }
         };
-        self.await_verdict(&offer, machine.as_mut())?;
-        self.activate(&offer, machine.as_mut(), &mut ledger)?;
+        loop {
+            self.await_verdict(&offer, machine.as_mut())?;
+            if self.activate(&offer, machine.as_mut(), &mut ledger)? {
+                break;
+            }
+        }
         Ok(Arrived { migration_id: offer.migration_id, vm_id: offer.shape.vm_id, machine, ledger, verified_pages })
     }
 
@@ -183,7 +189,7 @@ impl Target<'_> {
             Box::new(move || inflow.take_stream(receiver.as_mut())) as Job<'_>
         };
         let lead = || {
-            received = Some(self.receive(control.as_ref(), &inflow));
+            received = Some(self.receive(control.as_ref(), &inflow, machine));
             inflow.stop();
         };
         clock.run_beside(receivers.into_iter().map(take).collect(), Box::new(lead));
@@ -203,6 +209,9 @@ impl Target<'_> {
             compare_hashes(&handed.chunk_hashes, &chunk_hashes(&[region]))?;
             verified_pages = region.spec().pages.0;
         }
+        if self.cancel.is_set() {
+            return Err(TargetError::Cancelled);
+        }
         let journaling = self.clock.now();
         machine.prepared(offer.migration_id)?;
         ledger.add(BlackoutPhase::JournalPrepared, self.clock.now().saturating_sub(journaling));
@@ -220,12 +229,18 @@ impl Target<'_> {
         &mut self,
         control: &dyn ControlChannel<ControlMessage>,
         inflow: &Inflow<'_>,
+        machine: &mut dyn Machine,
     ) -> Result<(Box<Handed>, Duration), TargetError> {
         loop {
             if self.cancel.is_set() {
                 return Err(TargetError::Cancelled);
             }
             inflow.check()?;
+            // Better known while the VM still runs than when its state has come.
+            if machine.fate() == Fate::Dead {
+                let reason = "its process has ended".to_owned();
+                return Err(MachineError::Gone { action: "wait for the VM", reason }.into());
+            }
             match control.recv(TICK)? {
                 Some(ControlMessage::Ping(number)) => {
                     inflow.touch();
@@ -246,6 +261,7 @@ impl Target<'_> {
     fn await_verdict(&mut self, offer: &Offer, machine: &mut dyn Machine) -> Result<(), TargetError> {
         let id = offer.migration_id;
         let mut reachable = true;
+        let mut heard_at = self.clock.now();
         loop {
             match machine.fate() {
                 Fate::Waiting => {}
@@ -259,19 +275,37 @@ impl Target<'_> {
             }
             if !reachable {
                 reachable = self.link.reaccept(TICK);
+                heard_at = self.clock.now();
                 continue;
             }
-            match self.link.control().recv(TICK) {
+            let message = self.link.control().recv(TICK);
+            if matches!(message, Ok(Some(_))) {
+                heard_at = self.clock.now();
+            }
+            match message {
                 Ok(Some(ControlMessage::Commit)) => return Ok(()),
                 Ok(Some(ControlMessage::Query(asked))) if asked == id => {
                     reachable = self.link.control().send(&ControlMessage::State(TargetState::Prepared)).is_ok();
                 }
-                Ok(Some(ControlMessage::Cancel(reason))) => {
-                    machine.discard(id)?;
-                    return Err(TargetError::PeerCancelled(reason));
-                }
+                Ok(Some(ControlMessage::Cancel(reason))) => match machine.discard(id) {
+                    Ok(()) => {
+                        // The source asks until it hears this.
+                        let _ = self.link.control().send(&ControlMessage::State(TargetState::NeverOwner));
+                        return Err(TargetError::PeerCancelled(reason));
+                    }
+                    Err(error) => {
+                        tracing::warn!(migration = %id, "the source wants the VM back ({reason}), but: {error}");
+                        let _ = self.link.control().send(&ControlMessage::State(TargetState::Prepared));
+                    }
+                },
                 Ok(Some(other)) => {
                     tracing::warn!(migration = %id, got = other.name(), "ignored while prepared");
+                }
+                // A connection may be dead without a sign of it: a source that dials anew takes its place.
+                Ok(None) if self.clock.now().saturating_sub(heard_at) >= SILENCE => {
+                    if self.link.reaccept(Duration::ZERO) {
+                        heard_at = self.clock.now();
+                    }
                 }
                 Ok(None) => {}
                 Err(error) => {
@@ -285,13 +319,13 @@ impl Target<'_> {
         }
     }
 
-    /// Stage 5.
+    /// Stage 5. `false` if the right to run could neither be journaled nor given back: the VM is still prepared.
     fn activate(
         &mut self,
         offer: &Offer,
         machine: &mut dyn Machine,
         ledger: &mut BlackoutLedger,
-    ) -> Result<(), TargetError> {
+    ) -> Result<bool, TargetError> {
         let id = offer.migration_id;
         let mut last = self.clock.now();
         let mut lap = |clock: &dyn Clock| {
@@ -300,7 +334,7 @@ impl Target<'_> {
             phase
         };
         if let Err(error) = machine.take_ownership(id) {
-            return Err(self.ownership_failed(id, machine, &error));
+            return self.ownership_failed(id, machine, &error);
         }
         ledger.add(BlackoutPhase::JournalOwner, lap(self.clock));
         self.pass(id, Step::Owned, "");
@@ -309,6 +343,11 @@ impl Target<'_> {
             Err(error) => tracing::warn!(migration = %id, "the first announcement failed: {error}"),
         }
         ledger.add(BlackoutPhase::Announce, lap(self.clock));
+        // Up to here it certainly never ran: one that died meanwhile is the source's again.
+        if machine.fate() == Fate::Dead {
+            let error = MachineError::Gone { action: "resume", reason: "its process has ended".to_owned() };
+            return self.ownership_failed(id, machine, &error);
+        }
         machine.resume().map_err(|error| TargetError::LostOwned(error.to_string()))?;
         ledger.add(BlackoutPhase::Resume, lap(self.clock));
         // If this is lost the source asks again, and the journal answers.
@@ -316,20 +355,31 @@ impl Target<'_> {
             tracing::warn!(migration = %id, "`running` could not be sent: {error}");
         }
         self.pass(id, Step::Running, "");
-        Ok(())
+        Ok(true)
     }
 
-    /// The machine did not take the VM. If it is dead without having journaled `owner`, the source may have it back.
-    fn ownership_failed(&mut self, id: MigrationId, machine: &mut dyn Machine, error: &MachineError) -> TargetError {
-        let given_back = match machine.fate() {
-            Fate::Dead => machine.never_owner(id).is_ok(),
-            _ => machine.discard(id).is_ok(),
-        };
-        if given_back {
-            let _ = self.link.control().send(&ControlMessage::State(TargetState::NeverOwner));
-            TargetError::LostPrepared
-        } else {
-            TargetError::LostOwned(error.to_string())
+    /// The machine did not take the VM, or died before it was let run: the source may have it back. If that cannot be
+    /// journaled either (the disk is full), a living machine goes on waiting; the source asks again.
+    fn ownership_failed(
+        &mut self,
+        id: MigrationId,
+        machine: &mut dyn Machine,
+        error: &MachineError,
+    ) -> Result<bool, TargetError> {
+        let dead = machine.fate() == Fate::Dead;
+        let given_back = if dead { machine.never_owner(id) } else { machine.discard(id) };
+        match given_back {
+            Ok(()) => {
+                let _ = self.link.control().send(&ControlMessage::State(TargetState::NeverOwner));
+                Err(TargetError::LostPrepared)
+            }
+            Err(_) if dead => Err(TargetError::LostOwned(error.to_string())),
+            Err(refused) => {
+                tracing::warn!(migration = %id, "the VM can neither be taken ({error}) nor given back ({refused})");
+                let _ = self.link.control().send(&ControlMessage::State(TargetState::Prepared));
+                self.clock.sleep(TICK);
+                Ok(false)
+            }
         }
     }
 }

@@ -10,6 +10,8 @@ use crate::model::{MigrationId, VmId};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "record")]
 pub enum JournalRecord {
+    /// Source: a manager has begun to move the VM away; it runs here.
+    Offered,
     /// Target: resources are set aside; nothing is owed.
     Reserved,
     /// Target: it holds a complete VM and may complete the migration on the source's `commit`.

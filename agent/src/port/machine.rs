@@ -98,13 +98,16 @@ pub trait Gate: Send {
     fn take_ownership(&mut self, migration: MigrationId) -> Result<(), MachineError>;
 
     /// Target: writes down that this VM never ran here and never will. Only for a machine that is dead or was discarded.
+    /// It may follow `owner`, if the machine died before [`Vcpus::resume`] was ordered; never after that.
     fn never_owner(&mut self, migration: MigrationId) -> Result<(), MachineError>;
 
-    /// Sends one round of announcements through the machine's own network ports; returns the number of frames.
+    /// Sends one round of announcements through the machine's own network ports; returns the number of frames. Also at a
+    /// source that takes the VM back: the target may have announced it.
     fn announce(&mut self) -> Result<u32, MachineError>;
 
     /// Source: the VM runs elsewhere; journals `discarded`, and the machine process ends.
     /// Target before `owner`: journals `never-owner`, and the machine process ends.
+    /// If the record cannot be written the machine refuses and stays as it is.
     fn discard(&mut self, migration: MigrationId) -> Result<(), MachineError>;
 
     /// What has become of the machine.

@@ -81,7 +81,7 @@ pub fn announce(
         report.frames_failed += round.frames_failed;
         on_round(round);
     };
-    let clock = MonotonicClock::default();
+    let clock = MonotonicClock;
     let first = announcer.first_round(&mut port, &clock);
     count(&first.round);
     let cancelled = announcer.repeat(&first, &mut port, &clock, cancel, &mut count);

@@ -202,6 +202,7 @@ pub struct Finding {
     /// How well it works, or why it does not.
     pub detail: String,
     /// What to do, where it does not.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub remedy: Option<String>,
 }
 

@@ -2,6 +2,7 @@
 //!
 //! Also holds a manager at a step, for the tests that kill it there.
 
+use std::cell::RefCell;
 use std::fs::{self, File};
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
+use crate::kvm::Hurry;
 use crate::migrate::Observer;
 use crate::model::schema::Schema;
 use crate::model::{MigrationId, RoundReport, Step};
@@ -70,6 +72,11 @@ impl Hold {
     }
 }
 
+thread_local! {
+    /// Held by a manager's own thread from the pause to the guest's running: its work is the blackout.
+    static HURRY: RefCell<Option<Hurry>> = const { RefCell::new(None) };
+}
+
 /// The event log.
 pub struct EventLog {
     migration: MigrationId,
@@ -120,8 +127,22 @@ impl EventLog {
     }
 }
 
+impl Drop for EventLog {
+    fn drop(&mut self) {
+        drop(HURRY.take());
+    }
+}
+
 impl Observer for EventLog {
     fn step(&self, step: Step, detail: &str) {
+        match step {
+            // The source's first step with the VM standing, the target's first with all of it here.
+            Step::Paused | Step::StateMoved => HURRY.with_borrow_mut(|hurry| {
+                hurry.get_or_insert_with(Hurry::here);
+            }),
+            Step::Running | Step::Discarded => drop(HURRY.take()),
+            _ => {}
+        }
         self.write(Event::Step { step, stage: step.stage(), detail });
         if let Some(bar) = &self.bar {
             bar.set_prefix(step.name());

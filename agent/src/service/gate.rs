@@ -109,8 +109,21 @@ impl OwnershipGate {
         if self.state != GateState::Open {
             return Err(GateError::State { order: "migrate", state: self.state });
         }
+        // Makes the file, too, and finds out about a full disk while nothing depends on it.
+        self.journal.append(migration, self.vm, JournalRecord::Offered)?;
         self.migration = Some(migration);
         Ok(())
+    }
+
+    /// Source: the manager's session has ended and the VM still is ours. Nothing depends on the record being written: it
+    /// only tells an operator that this attempt is over.
+    pub fn note_rollback(&mut self) {
+        if let (GateState::Open, Some(migration)) = (self.state, self.migration)
+            && matches!(self.journal.last(migration), Ok(Some(JournalRecord::Offered)))
+            && let Err(error) = self.journal.append(migration, self.vm, JournalRecord::Aborted)
+        {
+            tracing::warn!("the rollback could not be journaled: {error}");
+        }
     }
 
     /// Source: the point of no return.
@@ -197,6 +210,16 @@ mod tests {
     }
 
     #[test]
+    fn a_manager_that_goes_leaves_an_aborted_attempt() {
+        let (_folder, journal) = journal();
+        let id = MigrationId::random();
+        let mut gate = OwnershipGate::open(VmId::random(), Box::new(journal.clone()));
+        gate.attach(id).unwrap();
+        gate.note_rollback();
+        assert_eq!(journal.last(id).unwrap(), Some(JournalRecord::Aborted));
+    }
+
+    #[test]
     fn a_target_runs_only_after_it_was_prepared_and_told() {
         let (_folder, journal) = journal();
         let id = MigrationId::random();
@@ -240,7 +263,8 @@ mod tests {
     #[test]
     fn what_is_not_on_disk_has_not_happened() {
         let mut gate = OwnershipGate::open(VmId::random(), Box::new(Full));
-        gate.attach(MigrationId::random()).unwrap();
+        assert!(gate.attach(MigrationId::random()).is_err());
+        gate.migration = Some(MigrationId::random());
         assert!(gate.release(String::new()).is_err());
         assert!(gate.may_run());
         assert!(OwnershipGate::receiving(VmId::random(), MigrationId::random(), Box::new(Full)).is_err());

@@ -19,6 +19,7 @@ use super::registry::{MachineEntry, Registry, RegistryError, boot_id, start_time
 use super::session::{Creation, Reply, Request, SESSION_VERSION, SessionError, SessionSocket};
 use crate::announce::{AddressError, Announcer, Schedule};
 use crate::block::raw::RawDisk;
+use crate::kvm::Hurry;
 use crate::kvm::bus::{Device, DeviceError};
 use crate::kvm::machine::{BootConfig, HostedError, Hosting, Machine};
 use crate::kvm::memory::Memory;
@@ -34,6 +35,9 @@ use crate::store::FileJournal;
 
 /// How long the dirty log stays on for tracking unless asked for again.
 pub const TRACKING_TIME: Duration = Duration::from_secs(30);
+
+/// Journals of settled migrations are kept so long for late questions.
+const JOURNAL_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// Pages that are write-protected by one call while tracking: 4 GiB.
 const PROTECT_PAGES: u64 = 1 << 20;
@@ -213,6 +217,9 @@ impl Host {
     /// What could not be made; nothing stays behind.
     pub fn boot(config: BootConfig, serial: SerialSpec, places: &Places) -> Result<Arc<Self>, HostError> {
         let journal = FileJournal::open(&places.state_dir)?;
+        if let Err(error) = journal.prune(JOURNAL_AGE) {
+            tracing::warn!("old journals were not removed: {error}");
+        }
         check_undoubted(&journal, config.vm_id)?;
         let gate = OwnershipGate::open(config.vm_id, Box::new(journal));
         let (nets, disks) = (config.nets.clone(), config.disks.clone());
@@ -556,15 +563,24 @@ impl Host {
     }
 
     fn serve(&self, mut socket: SessionSocket) {
+        // While the VM stands, this thread runs in front of other work on its CPU.
+        let mut hurry = None;
         let lost = loop {
             let request = match socket.recv::<Request>() {
                 Ok((request, _)) => request,
                 Err(error) => break error,
             };
+            if matches!(request, Request::Pause | Request::RestoreState(_)) {
+                hurry = Some(Hurry::here());
+            }
+            let resumes = matches!(request, Request::Resume);
             let ends = matches!(request, Request::Discard);
             let reply = self.handle(request).unwrap_or_else(Reply::Failed);
             let done = ends && matches!(reply, Reply::Done);
             let sent = socket.send(&reply, &[]);
+            if resumes {
+                hurry = None;
+            }
             if done {
                 self.machine.stop();
                 return;
@@ -573,7 +589,12 @@ impl Host {
                 break error;
             }
         };
-        let meaning = lock(&self.gate).on_session_lost();
+        drop(hurry);
+        let meaning = {
+            let mut gate = lock(&self.gate);
+            gate.note_rollback();
+            gate.on_session_lost()
+        };
         tracing::info!(?meaning, "the manager's session has ended: {lost}");
         match meaning {
             OnLoss::Run => self.run_again(),
@@ -588,7 +609,7 @@ impl Host {
         match request {
             Request::Attach { .. } | Request::Create(_) => Err("the session has begun already".to_owned()),
             Request::StartLog => machine.log().start().map(|()| Reply::Done).map_err(|error| chain(&error)),
-            Request::Harvest => machine.log().harvest().map(|_| Reply::Done).map_err(|error| chain(&error)),
+            Request::Harvest => machine.log().harvest().map(|()| Reply::Done).map_err(|error| chain(&error)),
             Request::Protect(_, run) => machine.log().protect(run).map(|()| Reply::Done).map_err(|error| chain(&error)),
             Request::StopLog => machine.log().stop().map(|()| Reply::Done).map_err(|error| chain(&error)),
             Request::Pause => {

@@ -61,6 +61,7 @@ pub struct Observed {
     /// Its name: of a hosted VM its own, else its process's.
     pub name: String,
     /// Its identity, where it is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub vm_id: Option<VmId>,
     /// Its process.
     pub pid: u32,
@@ -204,4 +205,44 @@ fn missing_sources(observer: &Observer<KernelCounters, MonotonicClock>) -> Vec<M
         Some(MissingSource { name: hook.name.clone(), gives: hook.gives.clone(), reason })
     });
     missing.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::port::{EventSample, ThreadEvents};
+
+    #[test]
+    fn the_reports_form_is_kept() {
+        let exits = [("mmio".to_owned(), 4)].into();
+        let thread = ThreadEvents { pages_made_writable: 2, dirty_ring_pushes: 3, huge_mappings: 0, exits };
+        let after = EventSample { threads: [(7, thread)].into(), ..EventSample::default() };
+        let rate = track::rate_between(&EventSample::default(), &after, Duration::from_millis(500), PageCount(2), true);
+        let vm = Observed { name: "a".to_owned(), vm_id: None, pid: 5, cpus: 1 };
+        let report = DirtyRateReport { vm, rate, missing_sources: Vec::new() };
+        let mut golden = json!({
+            "schema": "dunlin.dirty-rate/v1",
+            "vm": {"name": "a", "pid": 5, "cpus": 1},
+            "interval_ns": 500_000_000,
+            "pages_per_second": 4.0,
+            "bytes_per_second": 16384.0,
+            "unique_pages": 2,
+            "unique_bytes": 8192,
+            "regime": "armed",
+            "is_lower_bound": false,
+            "source": "kvm_mmu_set_spte, fast_page_fault",
+            "dirty_ring_pushes_per_second": 6.0,
+            "huge_mappings": 0,
+            "threads": [{"thread_id": 7, "pages_per_second": 4.0, "share": 1.0, "exits_per_second": 8.0}],
+            "exits": {"mmio": 4},
+            "lost_events": {
+                "total": 0, "out_of_range": 0, "threads_full": 0, "exits_full": 0, "too_large": 0, "unreadable": 0
+            },
+            "missing_sources": [],
+        });
+        golden["meaning"] = report.rate.meaning.into();
+        assert_eq!(serde_json::to_value(report.tagged()).unwrap(), golden);
+    }
 }

@@ -20,7 +20,7 @@ use crate::migrate::target::{Arrived, Host, Reservation, Target, TargetError};
 use crate::migrate::{CancelFlag, ControlMessage, Offer, TargetState};
 use crate::model::id::VmName;
 use crate::model::{DiskSpec, MachineShape, MigrationId, NetSpec, SerialSpec};
-use crate::port::{Clock, ControlChannel, Journal, JournalError, JournalRecord, LinkError, Region, TargetLink};
+use crate::port::{Clock, ControlChannel, Journal, JournalError, LinkError, Region, TargetLink};
 use crate::store::FileJournal;
 
 /// Nothing moving for this long counts as a stalled peer.
@@ -60,6 +60,8 @@ pub struct ReceiveRequest {
     pub serial: SerialSpec,
     /// Where things are.
     pub places: Places,
+    /// When announcements are repeated.
+    pub schedule: Schedule,
     /// Where events go.
     pub events: Option<PathBuf>,
     /// For tests: stop at a step.
@@ -264,7 +266,7 @@ fn attempt(
     match (arrived, child) {
         (Ok(arrived), Some(child)) => {
             let (migration_id, verified_pages) = (arrived.migration_id, arrived.verified_pages);
-            repeat_announcements(arrived);
+            repeat_announcements(arrived, request.schedule);
             Ok(Some(Received { migration_id, child, verified_pages }))
         }
         (Ok(_), None) => unreachable!("a VM arrived without a machine process"),
@@ -292,13 +294,13 @@ fn end(child: &mut Child) {
 }
 
 /// The rounds of announcements that follow the first one, which left before the guest ran.
-fn repeat_announcements(arrived: Arrived) {
+fn repeat_announcements(arrived: Arrived, schedule: Schedule) {
     let mut machine = arrived.machine;
     let migration = arrived.migration_id;
     let repeat = move || {
         let clock = MonotonicClock;
         let began = clock.now();
-        for instant in Schedule::default().instants().skip(1) {
+        for instant in schedule.instants().skip(1) {
             clock.sleep((began + instant).saturating_sub(clock.now()));
             if let Err(error) = machine.announce() {
                 tracing::debug!(%migration, "announcing ended: {error}");
@@ -317,15 +319,11 @@ fn answer_query(
     migration: MigrationId,
     control: &dyn ControlChannel<ControlMessage>,
 ) -> Result<(), ReceiveError> {
-    let state = match journal.last(migration)? {
-        Some(JournalRecord::Owner) => TargetState::Owner,
-        Some(JournalRecord::Prepared) => TargetState::Prepared,
-        Some(JournalRecord::NeverOwner) => TargetState::NeverOwner,
+    let last = journal.last(migration)?;
+    let Some(state) = TargetState::recorded(last.as_ref()) else {
         // Unknown here is no "never": the journal may be on another disk. Say nothing rather than a wrong thing.
-        other => {
-            tracing::warn!(%migration, "asked about a migration that ended in {other:?} here");
-            return Ok(());
-        }
+        tracing::warn!(%migration, "asked about a migration that ended in {last:?} here");
+        return Ok(());
     };
     control.send(&ControlMessage::State(state))?;
     Ok(())

@@ -125,7 +125,7 @@ impl Registry {
     pub fn enter(&self, entry: &MachineEntry) -> Result<PathBuf, RegistryError> {
         let folder = self.folder(&entry.name);
         let failed = |source| RegistryError::Io { path: folder.display().to_string(), source };
-        if let Some(other) = self.read(&folder).filter(MachineEntry::is_alive) {
+        if let Some(other) = Self::read(&folder).filter(MachineEntry::is_alive) {
             return Err(RegistryError::Taken { name: other.name, pid: other.pid });
         }
         let _ = fs::remove_dir_all(&folder);
@@ -142,7 +142,7 @@ impl Registry {
         let _ = fs::remove_dir_all(self.folder(name));
     }
 
-    fn read(&self, folder: &Path) -> Option<MachineEntry> {
+    fn read(folder: &Path) -> Option<MachineEntry> {
         let text = fs::read_to_string(folder.join("machine.json")).ok()?;
         match serde_json::from_str(&text) {
             Ok(entry) => Some(entry),
@@ -157,7 +157,7 @@ impl Registry {
     pub fn list(&self) -> Vec<MachineEntry> {
         let folders = fs::read_dir(&self.run_dir).into_iter().flatten().flatten();
         let mut entries: Vec<_> =
-            folders.filter_map(|folder| self.read(&folder.path())).filter(MachineEntry::is_alive).collect();
+            folders.filter_map(|folder| Self::read(&folder.path())).filter(MachineEntry::is_alive).collect();
         entries.sort_by(|a, b| a.name.cmp(&b.name));
         entries
     }

@@ -20,6 +20,13 @@ pub fn resolve_without_machine(state_dir: &Path, vm: VmId, owner: Owner) -> Resu
             continue;
         }
         let record = match (owner, &last) {
+            // A prepared copy died with its process: it can never run here, and the source may have its VM back.
+            (Owner::Here, JournalRecord::Prepared) => {
+                return Ok(Err(format!(
+                    "the prepared copy of VM {vm} died with its process, so it cannot be owned here; run this with \
+                     --owner there, and `dunlin resolve --owner here` at the source"
+                )));
+            }
             // The process is dead and its memory with it: owning it here means that it may be booted here again.
             (Owner::Here, _) => JournalRecord::Owner,
             (_, JournalRecord::Prepared) => JournalRecord::NeverOwner,

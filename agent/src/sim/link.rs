@@ -80,10 +80,11 @@ impl ControlChannel<ControlMessage> for SimControl {
         let sim = &self.end.sim;
         let deadline_ns = sim.with(|world| deadline(world, timeout));
         let wait = Wait::Readable { pipe: self.reads, deadline_ns };
-        let found = sim.wait_for("recv", &wait, deadline_ns, |world| match world.network.read(world.now_ns, self.reads) {
-            Found::Nothing => None,
-            found => Some(found),
-        });
+        let found =
+            sim.wait_for("recv", &wait, deadline_ns, |world| match world.network.read(world.now_ns, self.reads) {
+                Found::Nothing => None,
+                found => Some(found),
+            });
         match found {
             None | Some(Found::Nothing) => Ok(None),
             Some(Found::Payload(Payload::Message(message))) => Ok(Some(*message)),
@@ -159,6 +160,12 @@ impl SourceLink<ControlMessage> for SimSourceLink {
     }
 
     fn redial(&mut self) -> Result<(), LinkError> {
+        let (reads, writes) = (self.control.reads, self.control.writes);
+        self.sim.with(|world| {
+            let now = world.now_ns;
+            world.network.close_reader(now, reads);
+            world.network.close_writer(now, writes);
+        });
         self.control = Self::dial_control(&self.sim)?;
         Ok(())
     }

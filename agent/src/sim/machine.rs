@@ -52,9 +52,13 @@ impl SimMachine {
         effect: impl FnOnce(&mut World, Side) -> Result<R, MachineError>,
     ) -> Result<R, MachineError> {
         let side = self.side;
-        self.sim.operation(action, cost, |world| {
-            if world.vm(side).is_none() { Err(gone(action)) } else { effect(world, side) }
-        })
+        self.sim.operation(
+            action,
+            cost,
+            |world| {
+                if world.vm(side).is_none() { Err(gone(action)) } else { effect(world, side) }
+            },
+        )
     }
 
     fn on_vm<R>(
@@ -140,7 +144,7 @@ impl GatePort for SimMachine {
     fn release(&mut self, _migration: MigrationId, peer: &str) -> Result<(), MachineError> {
         let side = self.side;
         let record = JournalRecord::Released { peer: peer.to_owned() };
-        self.sim.operation("release", FSYNC, |world| match world.append(side, record) {
+        self.sim.order("release", FSYNC, |world| match world.append(side, record) {
             Ok(()) => {
                 if let Some(vm) = world.vm(side) {
                     vm.gate = Gate::Released;
@@ -187,8 +191,12 @@ impl GatePort for SimMachine {
             if world.vm(side).is_some() {
                 return Err(refused("journal `never-owner`", "the machine lives"));
             }
+            let has_run = world.has_run(side);
             match world.host(side).journal.last() {
-                Some(JournalRecord::Owner) => Err(refused("journal `never-owner`", "it has owned the VM")),
+                Some(JournalRecord::Owner) if has_run => {
+                    world.violation("I1: `never-owner` is asked for of a VM that has run there".to_owned());
+                    Err(refused("journal `never-owner`", "it has run the VM"))
+                }
                 Some(JournalRecord::NeverOwner) => Ok(()),
                 _ => world.append(side, JournalRecord::NeverOwner).map_err(not_journaled("journal `never-owner`")),
             }

@@ -18,4 +18,4 @@ mod tests;
 mod world;
 
 pub use run::{Run, simulate};
-pub use scenario::{Fault, GuestModel, NetworkModel, Scenario, Side, Trigger};
+pub use scenario::{Fault, GuestModel, NetworkModel, Sabotage, Scenario, Side, Trigger};

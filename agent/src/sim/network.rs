@@ -218,7 +218,8 @@ impl Network {
         if self.readable_at(id) > now {
             return Found::Nothing;
         }
-        let held_back = self.pipes[id].parcels.front().is_some_and(|p| self.held_back(self.pipes[id].from, p.arrives_ns));
+        let held_back =
+            self.pipes[id].parcels.front().is_some_and(|p| self.held_back(self.pipes[id].from, p.arrives_ns));
         let pipe = &mut self.pipes[id];
         match pipe.parcels.front() {
             Some(parcel) if parcel.arrives_ns <= now && !held_back => {

@@ -1,6 +1,6 @@
 //! One simulated run: builds the two hosts, lets both managers work, and looks at what is left.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use uuid::Uuid;
@@ -41,7 +41,7 @@ pub struct Run {
     pub stale_prepared: bool,
     /// Broken invariants. Empty, or there is a bug.
     pub violations: Vec<String>,
-    /// Port operations of both sides.
+    /// Port operations of both sides until the source's manager had ended.
     pub operations: u64,
     /// Identifies the order of all events.
     pub trace_hash: u64,
@@ -167,31 +167,34 @@ fn target_main(sim: &Arc<Scheduler>, scenario: &Scenario) -> Result<(), String> 
     ended.map(drop).map_err(|error| error.to_string())
 }
 
+fn unpoisoned<T>(slot: &Mutex<T>) -> MutexGuard<'_, T> {
+    slot.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Runs `scenario` to its end.
 ///
 /// # Panics
 /// If the code under test panics.
 pub fn simulate(scenario: &Scenario) -> Run {
     let sim = Arc::new(Scheduler::new(scenario));
-    let report = Mutex::new(None);
+    let source = Mutex::new((None, 0));
     let target = Mutex::new(None);
-    let keep = |slot: &Mutex<_>, value| *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(value);
     sim.run(vec![
         (
             Side::Source,
             Box::new(|| {
-                if let Some(ended) = source_main(&sim, scenario) {
-                    *report.lock().unwrap_or_else(PoisonError::into_inner) = Some(ended);
-                }
+                let ended = source_main(&sim, scenario);
+                *unpoisoned(&source) = (ended, sim.operations());
             }),
         ),
-        (Side::Target, Box::new(|| keep(&target, target_main(&sim, scenario)))),
+        (Side::Target, Box::new(|| *unpoisoned(&target) = Some(target_main(&sim, scenario)))),
     ]);
     let left = sim.with(|world| world.check_end());
-    let (operations, trace_hash, trace) = (sim.operations(), sim.trace_hash(), sim.trace_text(60));
+    let (trace_hash, trace) = (sim.trace_hash(), sim.trace_text(60));
+    let (report, operations) = std::mem::take(&mut *unpoisoned(&source));
     sim.with(|world| Run {
-        report: report.lock().unwrap_or_else(PoisonError::into_inner).take(),
-        target: target.lock().unwrap_or_else(PoisonError::into_inner).take(),
+        report,
+        target: unpoisoned(&target).take(),
         struck: std::mem::take(&mut world.struck),
         found: world.before_operator.unwrap_or(left),
         left,

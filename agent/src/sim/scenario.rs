@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::rng::Rng;
 use crate::migrate::Strategy;
+use crate::migrate::outcomes::Failure;
 use crate::model::{BytesPerSecond, Step};
 
 /// One of the two hosts.
@@ -63,6 +64,26 @@ pub enum Fault {
     Cancel(Side),
 }
 
+impl Fault {
+    /// The failure of the outcome table that it is. `None` for what the table does not speak of.
+    pub const fn failure(self) -> Option<Failure> {
+        Some(match self {
+            Self::KillManager(Side::Source) => Failure::SourceManagerDies,
+            Self::KillManager(Side::Target) => Failure::TargetManagerDies,
+            Self::KillMachine(Side::Source) => Failure::SourceMachineDies,
+            Self::KillMachine(Side::Target) => Failure::TargetMachineDies,
+            Self::Cut { heals_after: None } => Failure::LinkCut,
+            Self::Cut { .. } => Failure::LinkCutHeals,
+            Self::Stall { heals_after: None, .. } => Failure::LinkStalls,
+            Self::Stall { .. } => Failure::LinkStallHeals,
+            Self::DiskFull(Side::Source) => Failure::SourceDiskFull,
+            Self::DiskFull(Side::Target) => Failure::TargetDiskFull,
+            Self::Cancel(_) => Failure::Cancelled,
+            Self::DieAfterAppend(_) | Self::FlipPageBit => return None,
+        })
+    }
+}
+
 /// When it goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trigger {
@@ -70,6 +91,17 @@ pub enum Trigger {
     Step(Side, Step),
     /// Before the n-th port operation of the whole run, counted from 1.
     Operation(u64),
+}
+
+/// How a simulated machine is broken on purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sabotage {
+    /// Every other write is not logged.
+    ForgetsWrites,
+    /// Its gate does not hold: it resumes without a manager even after `released`.
+    ResumesAfterReleased,
+    /// It goes on to log after its manager has gone.
+    KeepsLogging,
 }
 
 /// How the guest writes.
@@ -119,8 +151,8 @@ pub struct Scenario {
     pub stall: Duration,
     /// What strikes.
     pub faults: Vec<(Trigger, Fault)>,
-    /// Break the simulated machine on purpose: one logged page in so many is forgotten. Proves that the checks bite.
-    pub forget_one_dirty_page_in: Option<u64>,
+    /// A machine that is broken on purpose. Proves that the checks bite.
+    pub sabotage: Option<Sabotage>,
 }
 
 impl Scenario {
@@ -144,7 +176,7 @@ impl Scenario {
             network: NetworkModel { bandwidth: BytesPerSecond(100 << 20), latency: Duration::from_micros(100) },
             stall: Duration::from_secs(2),
             faults: Vec::new(),
-            forget_one_dirty_page_in: None,
+            sabotage: None,
         }
     }
 

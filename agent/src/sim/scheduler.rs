@@ -131,7 +131,7 @@ impl Scheduler {
     fn be(&self, id: TaskId, work: Job<'_>, at_end: impl FnOnce()) {
         CURRENT.set(Some(id));
         let result = catch_unwind(AssertUnwindSafe(|| {
-            drop(self.await_turn(self.lock(), id));
+            drop(Self::await_turn(self.lock(), id));
             work();
         }));
         at_end();
@@ -150,7 +150,7 @@ impl Scheduler {
         shared.dispatch();
     }
 
-    fn await_turn<'a>(&'a self, mut shared: MutexGuard<'a, Shared>, me: TaskId) -> MutexGuard<'a, Shared> {
+    fn await_turn(mut shared: MutexGuard<'_, Shared>, me: TaskId) -> MutexGuard<'_, Shared> {
         let turn = Arc::clone(&shared.tasks[me].turn);
         while shared.current != Some(me) {
             shared = turn.wait(shared).unwrap_or_else(PoisonError::into_inner);
@@ -159,10 +159,10 @@ impl Scheduler {
     }
 
     /// Gives the turn away until `wait` is over.
-    fn give_way<'a>(&'a self, mut shared: MutexGuard<'a, Shared>, me: TaskId, wait: Wait) -> MutexGuard<'a, Shared> {
+    fn give_way(mut shared: MutexGuard<'_, Shared>, me: TaskId, wait: Wait) -> MutexGuard<'_, Shared> {
         shared.tasks[me].wait = wait;
         shared.dispatch();
-        self.await_turn(shared, me)
+        Self::await_turn(shared, me)
     }
 
     /// Books an operation; faults strike here.
@@ -180,18 +180,27 @@ impl Scheduler {
     }
 
     /// An operation that takes about `cost` and then has its effect.
-    pub(super) fn operation<R>(
-        &self,
-        label: &'static str,
-        cost: Duration,
-        effect: impl FnOnce(&mut World) -> R,
-    ) -> R {
+    pub(super) fn operation<R>(&self, label: &'static str, cost: Duration, effect: impl FnOnce(&mut World) -> R) -> R {
         let (mut shared, me) = self.begin(label);
         let cost = cost.as_nanos() as u64;
         let until = shared.world.now_ns + cost + shared.world.rng.below(cost / 2 + 1) + shared.pay_debt(me);
-        let mut shared = self.give_way(shared, me, Wait::Until(until));
+        let mut shared = Self::give_way(shared, me, Wait::Until(until));
         shared.die_if_killed(me);
         effect(&mut shared.world)
+    }
+
+    /// An order to another process: once sent it may be carried out although its sender dies before the answer.
+    pub(super) fn order<R>(&self, label: &'static str, cost: Duration, effect: impl FnOnce(&mut World) -> R) -> R {
+        let (mut shared, me) = self.begin(label);
+        let cost = cost.as_nanos() as u64;
+        let until = shared.world.now_ns + cost + shared.world.rng.below(cost / 2 + 1) + shared.pay_debt(me);
+        let mut shared = Self::give_way(shared, me, Wait::Until(until));
+        if shared.world.over || (shared.world.is_dead(shared.tasks[me].process) && shared.world.rng.one_in(2)) {
+            shared.die_if_killed(me);
+        }
+        let answer = effect(&mut shared.world);
+        shared.die_if_killed(me);
+        answer
     }
 
     /// An operation that must not wait, since its caller holds a lock; its cost is paid at the next one that may.
@@ -218,7 +227,7 @@ impl Scheduler {
         let debt = shared.pay_debt(me);
         if debt > 0 {
             let until = Wait::Until(shared.world.now_ns + debt);
-            shared = self.give_way(shared, me, until);
+            shared = Self::give_way(shared, me, until);
         }
         loop {
             shared.die_if_killed(me);
@@ -228,7 +237,7 @@ impl Scheduler {
             if shared.world.now_ns >= deadline_ns {
                 return None;
             }
-            shared = self.give_way(shared, me, wait.clone());
+            shared = Self::give_way(shared, me, wait.clone());
         }
     }
 }
@@ -357,7 +366,7 @@ impl Clock for Scheduler {
                 scope.spawn(move || self.be(first + index, job, || ()));
             }
             let led = catch_unwind(AssertUnwindSafe(lead));
-            drop(self.give_way(self.lock(), me, Wait::Children));
+            drop(Self::give_way(self.lock(), me, Wait::Children));
             if let Err(panic) = led {
                 resume_unwind(panic);
             }

@@ -1,15 +1,199 @@
-//! Whole migrations under every seed, strategy and fault.
+//! Whole migrations under every seed, strategy and fault. `DUNLIN_SIM_SCALE=n` runs n times as many.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
 
 use super::*;
-use crate::migrate::outcomes::Whereabouts;
-use crate::model::Ending;
+use crate::migrate::outcomes::{Failure, OUTCOMES, Whereabouts, Window, outcome};
+use crate::model::{Ending, Step};
+
+fn scale() -> u64 {
+    std::env::var("DUNLIN_SIM_SCALE").ok().and_then(|text| text.parse().ok()).unwrap_or(1)
+}
+
+/// Every fault, in all its forms.
+fn all_faults() -> Vec<Fault> {
+    let heals = |milliseconds| Some(Duration::from_millis(milliseconds));
+    let stall = |from_source, from_target, heals_after| Fault::Stall { from_source, from_target, heals_after };
+    vec![
+        Fault::KillManager(Side::Source),
+        Fault::KillMachine(Side::Source),
+        Fault::KillManager(Side::Target),
+        Fault::KillMachine(Side::Target),
+        Fault::Cut { heals_after: None },
+        Fault::Cut { heals_after: heals(50) },
+        Fault::Cut { heals_after: heals(2500) },
+        stall(true, true, None),
+        stall(true, false, None),
+        stall(false, true, None),
+        stall(true, true, heals(500)),
+        stall(true, true, heals(4000)),
+        stall(true, false, heals(4000)),
+        stall(false, true, heals(4000)),
+        Fault::DiskFull(Side::Source),
+        Fault::DiskFull(Side::Target),
+        Fault::DieAfterAppend(Side::Source),
+        Fault::DieAfterAppend(Side::Target),
+        Fault::Cancel(Side::Source),
+        Fault::Cancel(Side::Target),
+    ]
+}
+
+/// The steps that each side passes in a migration that goes well.
+fn all_steps() -> Vec<(Side, Step)> {
+    use Step::*;
+    let source = [Connected, Offered, Reserved, Round, Paused, StateMoved, Prepared, Released, Running, Discarded];
+    let target = [Offered, Reserved, StateMoved, Prepared, Owned, Announced, Running];
+    source.into_iter().map(|step| (Side::Source, step)).chain(target.map(|step| (Side::Target, step))).collect()
+}
+
+fn assert_unbroken(run: &Run, scenario: &Scenario) {
+    assert!(run.violations.is_empty(), "{:#?}\n{scenario:?}\n{run:#?}\n{}", run.violations, run.trace);
+}
+
+/// Compares a run with one fault with its row of the outcome table.
+fn assert_in_table(run: &Run, scenario: &Scenario) -> Option<(Failure, Window)> {
+    assert_unbroken(run, scenario);
+    let &[(fault, window)] = &run.struck[..] else { return None };
+    let failure = fault.failure()?;
+    let row = outcome(failure, window).expect("the table is complete");
+    let end = (run.ending(), run.found);
+    let told = format!("{scenario:?}\n{run:#?}\n{}", run.trace);
+    assert!(row.ends.contains(&end), "{failure}, {window}: {end:?} is not in the table\n{told}");
+    assert!(row.copy_may_wait || !run.stale_prepared, "{failure}, {window}: a prepared copy was left\n{told}");
+    // What waits goes on with nothing lost once it is resolved.
+    let crashed = run.found == Whereabouts::Crashed;
+    assert!(
+        crashed || matches!(run.left, Whereabouts::RunsAtSource | Whereabouts::RunsAtTarget),
+        "{failure}, {window}: the VM is {} in the end\n{told}",
+        run.left
+    );
+    Some((failure, window))
+}
 
 #[test]
 fn plain_migrations_move_the_vm() {
-    for seed in 0..200 {
-        let run = simulate(&Scenario::random(seed));
-        assert!(run.violations.is_empty(), "seed {seed}: {:#?}\n{}", run.violations, run.trace);
+    for seed in 0..200 * scale() {
+        let scenario = Scenario::random(seed);
+        let run = simulate(&scenario);
+        assert_unbroken(&run, &scenario);
         assert_eq!(run.ending(), Some(Ending::Moved), "seed {seed}: {run:#?}");
         assert_eq!(run.left, Whereabouts::RunsAtTarget, "seed {seed}");
+    }
+}
+
+#[test]
+fn one_seed_is_one_order_of_events() {
+    let mut hashes = BTreeSet::new();
+    for seed in 0..10 {
+        let fault = all_faults()[seed as usize];
+        let scenario = Scenario::random(seed).with(Trigger::Operation(100 + 40 * seed), fault);
+        let (first, second) = (simulate(&scenario), simulate(&scenario));
+        assert_eq!(first.trace_hash, second.trace_hash, "seed {seed}");
+        assert_eq!(first.report, second.report, "seed {seed}");
+        hashes.insert(first.trace_hash);
+    }
+    assert_eq!(hashes.len(), 10, "other seeds must give other orders");
+}
+
+#[test]
+fn broken_machines_are_found_out() {
+    let finds = |sabotage, invariant: &str, trigger, fault| {
+        (0..20)
+            .filter(|&seed| {
+                let mut scenario = Scenario::new(seed).with(trigger, fault);
+                scenario.sabotage = Some(sabotage);
+                scenario.guest.writes_per_second = 100_000;
+                simulate(&scenario).violations.iter().any(|violation| violation.contains(invariant))
+            })
+            .count()
+    };
+    let never = (Trigger::Operation(u64::MAX), Fault::FlipPageBit);
+    let forgets = finds(Sabotage::ForgetsWrites, "I3", never.0, never.1);
+    assert!(forgets >= 10, "only {forgets} of 20 machines that lose writes were found out");
+    let killed = (Trigger::Step(Side::Source, Step::Released), Fault::KillManager(Side::Source));
+    let resumes = finds(Sabotage::ResumesAfterReleased, "I", killed.0, killed.1);
+    assert!(resumes >= 10, "only {resumes} of 20 machines with a broken gate were found out");
+    let killed = (Trigger::Step(Side::Source, Step::Paused), Fault::KillManager(Side::Source));
+    assert_eq!(finds(Sabotage::KeepsLogging, "I4", killed.0, killed.1), 20);
+}
+
+#[test]
+fn faults_at_every_step_end_as_the_table_says() {
+    let mut reached = BTreeSet::new();
+    for (side, step) in all_steps() {
+        for fault in all_faults() {
+            for seed in 0..scale() {
+                let seed = seed * 1000 + step as u64 * 20 + side as u64;
+                let mut scenario = Scenario::new(seed).with(Trigger::Step(side, step), fault);
+                scenario.streams = 1 + (seed % 3) as u16;
+                reached.extend(assert_in_table(&simulate(&scenario), &scenario));
+            }
+        }
+    }
+    for row in OUTCOMES {
+        assert!(reached.contains(&(row.failure, row.when)), "{}, {}: no run came here", row.failure, row.when);
+    }
+}
+
+#[test]
+fn faults_before_every_operation_end_as_the_table_says() {
+    let faults = all_faults();
+    for seed in 0..scale() {
+        let scenario = Scenario::new(seed + 7);
+        let operations = simulate(&scenario).operations;
+        for operation in 1..=operations {
+            // The handover is short: every fault at each of its operations. Before it they take turns.
+            let every = operation + 70 > operations;
+            let turn = (operation + seed) as usize % faults.len();
+            for (index, &fault) in faults.iter().enumerate() {
+                if every || index == turn {
+                    let scenario = scenario.clone().with(Trigger::Operation(operation), fault);
+                    assert_in_table(&simulate(&scenario), &scenario);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn several_faults_break_no_invariant() {
+    for seed in 0..300 * scale() {
+        let mut rng = rng::Rng(seed ^ 0xfa17);
+        let mut scenario = Scenario::random(seed);
+        let operations = simulate(&scenario).operations;
+        for _ in 0..=rng.below(3) {
+            let fault = all_faults()[rng.below(20) as usize];
+            let late = operations.saturating_sub(rng.below(80));
+            let operation = if rng.one_in(3) { 1 + rng.below(operations) } else { late.max(1) };
+            scenario = scenario.with(Trigger::Operation(operation), fault);
+        }
+        let run = simulate(&scenario);
+        assert_unbroken(&run, &scenario);
+        let machine_died =
+            run.struck.iter().any(|(fault, _)| matches!(fault, Fault::KillMachine(_) | Fault::DieAfterAppend(_)));
+        assert!(machine_died || run.left != Whereabouts::Crashed, "seed {seed}: {run:#?}");
+    }
+}
+
+#[test]
+fn a_flipped_bit_is_found_by_digest_or_verify() {
+    for seed in 0..20 {
+        let mut scenario = Scenario::new(seed).with(Trigger::Step(Side::Source, Step::Round), Fault::FlipPageBit);
+        scenario.verify = true;
+        // A page that is written again heals by itself: keep the guest from it.
+        scenario.guest.writes_per_second = 0;
+        let run = simulate(&scenario);
+        assert_unbroken(&run, &scenario);
+        assert_eq!(
+            (run.ending(), run.left),
+            (Some(Ending::Failed), Whereabouts::RunsAtSource),
+            "seed {seed}: {run:#?}"
+        );
+        let mut scenario = Scenario::new(seed).with(Trigger::Step(Side::Source, Step::Paused), Fault::FlipPageBit);
+        scenario.strategy = crate::migrate::Strategy::StopAndCopy;
+        let run = simulate(&scenario);
+        assert_unbroken(&run, &scenario);
+        assert_eq!(run.ending(), Some(Ending::Failed), "seed {seed}: {run:#?}");
     }
 }

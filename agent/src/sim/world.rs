@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::memory::{SimDirtyLog, SimRegion};
 use super::network::{NEVER, Network};
 use super::rng::{Rng, mix};
-use super::scenario::{Fault, Scenario, Side, Trigger};
+use super::scenario::{Fault, Sabotage, Scenario, Side, Trigger};
 use crate::migrate::outcomes::{Whereabouts, Window};
 use crate::model::{Owner, PageCount, Step};
 use crate::port::JournalRecord;
@@ -81,6 +81,8 @@ pub(super) struct Vm {
     pub(super) resolved: Option<Owner>,
     /// A manager is connected.
     pub(super) session: bool,
+    /// It has run the guest at some time.
+    has_run: bool,
 }
 
 /// How a manager stands.
@@ -198,7 +200,7 @@ impl World {
         self.hosts[side.index()].journal.iter().any(same)
     }
 
-    fn violation(&mut self, text: String) {
+    pub(super) fn violation(&mut self, text: String) {
         self.violations.push(format!("{:.6} s: {text}", self.now_ns as f64 / 1e9));
     }
 
@@ -211,6 +213,12 @@ impl World {
 
     fn after(&mut self, delay: Duration, event: Event) {
         self.events.push((self.now_ns + delay.as_nanos() as u64, event));
+    }
+
+    fn heal_after(&mut self, delay: Option<Duration>) {
+        if let Some(delay) = delay {
+            self.after(delay, Event::Heal);
+        }
     }
 
     /// Lets time pass: the guest runs wherever it runs.
@@ -242,7 +250,7 @@ impl World {
             let stamp = if cpu.rng.one_in(8) { 0 } else { mix(cpu.sequence) | 1 };
             host.region.stamp(guest.places[index], stamp);
             guest.stamps[index] = stamp;
-            let forgotten = self.scenario.forget_one_dirty_page_in.is_some_and(|n| self.rng.one_in(n));
+            let forgotten = self.scenario.sabotage == Some(Sabotage::ForgetsWrites) && self.rng.one_in(2);
             if !forgotten {
                 vm.log.note(guest.places[index]);
             }
@@ -316,12 +324,16 @@ impl World {
 
     /// What the machine host does when its manager is gone.
     fn session_lost(&mut self, side: Side) {
+        let sabotage = self.scenario.sabotage;
         let Some(vm) = self.vm(side) else { return };
         match vm.gate {
             Gate::Open => {
-                vm.log.stop();
+                if sabotage != Some(Sabotage::KeepsLogging) {
+                    vm.log.stop();
+                }
                 self.start_running(side);
             }
+            Gate::Released if sabotage == Some(Sabotage::ResumesAfterReleased) => self.start_running(side),
             Gate::Owner => self.start_running(side),
             Gate::Reserved => {
                 self.kill_machine(side);
@@ -357,7 +369,13 @@ impl World {
         self.check_guest(side);
         if let Some(vm) = self.vm(side) {
             vm.running = true;
+            vm.has_run = true;
         }
+    }
+
+    /// Whether the machine there has ever run the guest.
+    pub(super) fn has_run(&self, side: Side) -> bool {
+        self.hosts[side.index()].vm.as_ref().is_some_and(|vm| vm.has_run)
     }
 
     /// I3: memory and CPU are what the guest left, byte for byte.
@@ -401,6 +419,9 @@ impl World {
     fn strike(&mut self, is_now: impl Fn(&Trigger) -> bool) {
         while let Some(index) = self.scenario.faults.iter().position(|(trigger, _)| is_now(trigger)) {
             let (_, fault) = self.scenario.faults.remove(index);
+            if matches!(fault, Fault::KillMachine(side) if self.vm(side).is_none()) {
+                continue;
+            }
             let window = self.window();
             self.struck.push((fault, window));
             match fault {
@@ -408,7 +429,7 @@ impl World {
                 Fault::KillMachine(side) => self.kill_machine(side),
                 Fault::Cut { heals_after } => {
                     self.network.cut(self.now_ns);
-                    heals_after.into_iter().for_each(|delay| self.after(delay, Event::Heal));
+                    self.heal_after(heals_after);
                 }
                 Fault::Stall { from_source, from_target, heals_after } => {
                     for (side, stalls) in [(Side::Source, from_source), (Side::Target, from_target)] {
@@ -416,7 +437,7 @@ impl World {
                             self.network.stall(self.now_ns, side);
                         }
                     }
-                    heals_after.into_iter().for_each(|delay| self.after(delay, Event::Heal));
+                    self.heal_after(heals_after);
                 }
                 Fault::DiskFull(side) => self.host(side).disk_full = true,
                 Fault::DieAfterAppend(side) => self.host(side).die_after_append = true,
@@ -452,7 +473,7 @@ impl World {
         if self.runs(Side::Target) {
             return Whereabouts::RunsAtTarget;
         }
-        let owned = self.has(Side::Target, &JournalRecord::Owner);
+        let owned = self.hosts[1].journal.last() == Some(&JournalRecord::Owner);
         let at_source = self.vm(Side::Source).is_some();
         let at_target = self.vm(Side::Target).is_some_and(|vm| matches!(vm.gate, Gate::Prepared | Gate::Owner));
         if at_target || (at_source && !owned) { Whereabouts::Waits } else { Whereabouts::Crashed }
@@ -471,17 +492,21 @@ impl World {
         if source_gate == Some(Gate::Open) && before != Whereabouts::RunsAtSource {
             self.violation("I4: the source's machine may run, but stands".to_owned());
         }
+        // A prepared VM whose machine is dead has lost its memory: whoever resolves journals that first.
+        if target_gate.is_none() && self.host(Side::Target).journal.last() == Some(&JournalRecord::Prepared) {
+            let _ = self.append(Side::Target, JournalRecord::NeverOwner);
+        }
         match (source_gate, target_gate) {
             // The VM never left: a target that still holds a copy is told to let go.
             (Some(Gate::Open), Some(Gate::Prepared)) => {
                 self.stale_prepared = true;
                 self.resolve(Side::Target, Owner::There);
             }
-            (Some(Gate::Released), Some(Gate::Prepared)) | (None, Some(Gate::Prepared)) => {
+            (Some(Gate::Released) | None, Some(Gate::Prepared)) => {
                 self.resolve(Side::Target, Owner::Here);
             }
             (Some(Gate::Released), None) => {
-                if self.has(Side::Target, &JournalRecord::Owner) {
+                if self.host(Side::Target).journal.last() == Some(&JournalRecord::Owner) {
                     self.resolve(Side::Source, Owner::There);
                 } else {
                     self.resolve(Side::Source, Owner::Here);
@@ -564,6 +589,7 @@ impl Vm {
             cpu: None,
             resolved: None,
             session: true,
+            has_run: false,
         }
     }
 }

@@ -1,12 +1,15 @@
 //! The journal as files: one a migration, one JSON line a record, each line with its checksum.
 //!
-//! `append` returns after fsync of file and folder. A torn last line (power lost while it was written) was never
-//! acknowledged and is skipped; a damaged line before it is an error.
+//! A new file is filled with empty lines and brought to disk as a whole, so that a record written later changes no size
+//! and allocates nothing: it cannot meet a full disk, and its fsync is one write. `append` returns after that fsync. A torn
+//! last line (power lost while it was written) was never acknowledged and is skipped, and the next record takes its place;
+//! a damaged line before it is an error.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
@@ -15,6 +18,8 @@ use crate::port::{Journal, JournalError, JournalRecord};
 
 /// The longest line that is read: records are a few hundred bytes.
 const MAX_LINE_BYTES: usize = 64 << 10;
+/// Room for the records of one migration: each side writes at most four of about 300 bytes.
+const ROOM_BYTES: usize = 4096;
 
 /// The journals in one state folder.
 #[derive(Clone, Debug)]
@@ -60,35 +65,76 @@ impl FileJournal {
             let id = name.to_str().and_then(|name| name.strip_suffix(".journal")).and_then(|id| id.parse().ok());
             let Some(id) = id.map(MigrationId) else { continue };
             match self.lines(id) {
-                Ok(lines) => all.extend(lines.into_iter().next_back().map(|line| (id, line.vm_id, line.record))),
+                Ok((lines, _)) => all.extend(lines.into_iter().next_back().map(|line| (id, line.vm_id, line.record))),
                 Err(error) => tracing::warn!("{error}"),
             }
         }
         Ok(all)
     }
 
-    fn lines(&self, migration: MigrationId) -> Result<Vec<Line>, JournalError> {
+    /// The records of a migration, and the offset behind the last of them.
+    fn lines(&self, migration: MigrationId) -> Result<(Vec<Line>, usize), JournalError> {
         let path = self.path(migration);
-        let file = match File::open(&path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((Vec::new(), 0)),
             Err(error) => return Err(io_failed(&path, "reading", error)),
         };
         let mut lines = Vec::new();
+        let (mut at, mut behind) = (0, 0);
         let mut damage = None;
-        for (number, text) in BufReader::new(file).split(b'\n').enumerate() {
-            let text = text.map_err(|error| io_failed(&path, "reading", error))?;
-            if let Some(damage) = damage.take() {
-                // Something follows the damaged line, so it was acknowledged once.
-                return Err(damage);
+        for (number, text) in bytes.split(|&byte| byte == b'\n').enumerate() {
+            let next = at + text.len() + 1;
+            if !text.is_empty() {
+                if let Some(damage) = damage.take() {
+                    // Something follows the damaged line, so it was acknowledged once.
+                    return Err(damage);
+                }
+                match decode(text) {
+                    Ok(line) if line.migration_id == migration => {
+                        lines.push(line);
+                        behind = next;
+                    }
+                    Ok(_) => damage = Some(damaged(&path, number, "it names another migration")),
+                    Err(problem) => damage = Some(damaged(&path, number, &problem)),
+                }
             }
-            match decode(&text) {
-                Ok(line) if line.migration_id == migration => lines.push(line),
-                Ok(_) => damage = Some(damaged(&path, number, "it names another migration")),
-                Err(problem) => damage = Some(damaged(&path, number, &problem)),
+            at = next;
+        }
+        Ok((lines, behind))
+    }
+
+    /// Opens the file of a migration; a new one is filled and on disk when this returns, or is not there.
+    fn file(&self, path: &Path) -> Result<File, JournalError> {
+        match OpenOptions::new().write(true).open(path) {
+            Ok(file) => return Ok(file),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(io_failed(path, "opening", error)),
+        }
+        let made = OpenOptions::new().write(true).create_new(true).open(path).and_then(|mut file| {
+            file.write_all(&[b'\n'; ROOM_BYTES])?;
+            file.sync_all()?;
+            File::open(&self.folder)?.sync_all()?;
+            Ok(file)
+        });
+        made.map_err(|error| {
+            let _ = fs::remove_file(path);
+            io_failed(path, "making the file", error)
+        })
+    }
+
+    /// Removes journals that have said nothing new for `age` and that no question can be about any more.
+    pub fn prune(&self, age: Duration) -> Result<(), JournalError> {
+        for (migration, _, last) in self.all()? {
+            let path = self.path(migration);
+            let old = fs::metadata(&path)
+                .and_then(|meta| meta.modified())
+                .is_ok_and(|at| at.elapsed().is_ok_and(|a| a > age));
+            if old && !matches!(last, JournalRecord::Released { .. } | JournalRecord::Prepared) {
+                fs::remove_file(&path).map_err(|error| io_failed(&path, "removing", error))?;
             }
         }
-        Ok(lines)
+        Ok(())
     }
 }
 
@@ -100,14 +146,10 @@ fn damaged(path: &Path, number: usize, problem: &str) -> JournalError {
     JournalError::Damaged { path: path.display().to_string(), line: number + 1, problem: problem.to_owned() }
 }
 
-/// Cuts an unfinished last line off, so that the next record does not grow onto it. Returns the length that is left.
-fn cut_torn_line(path: &Path, file: &File) -> io::Result<u64> {
-    let bytes = fs::read(path)?;
-    let whole = bytes.iter().rposition(|&byte| byte == b'\n').map_or(0, |last| last + 1);
-    if whole < bytes.len() {
-        file.set_len(whole as u64)?;
-    }
-    Ok(whole as u64)
+/// Empties what a torn write may have left behind the last record.
+fn clear_from(file: &File, behind: usize) -> io::Result<()> {
+    let length = file.metadata()?.len() as usize;
+    file.write_all_at(&vec![b'\n'; length.saturating_sub(behind)], behind as u64)
 }
 
 fn encode(line: &Line) -> Result<String, serde_json::Error> {
@@ -141,28 +183,21 @@ impl Journal for FileJournal {
             record,
         };
         let text = encode(&line).map_err(|error| io_failed(&path, "encoding", io::Error::other(error)))?;
-        let is_new = !path.exists();
-        let mut file = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(&path)
-            .map_err(|error| io_failed(&path, "opening", error))?;
-        let before = cut_torn_line(&path, &file).map_err(|error| io_failed(&path, "opening", error))?;
-        let written = file.write_all(text.as_bytes()).and_then(|()| file.sync_data());
-        if let Err(error) = written {
+        let file = self.file(&path)?;
+        let (_, behind) = self.lines(migration)?;
+        let written = clear_from(&file, behind).and_then(|()| {
+            file.write_all_at(text.as_bytes(), behind as u64)?;
+            file.sync_data()
+        });
+        written.map_err(|error| {
             // What may have reached the file must not be read as acknowledged later.
-            let _ = file.set_len(before).and_then(|()| file.sync_data());
-            return Err(io_failed(&path, "writing", error));
-        }
-        if is_new {
-            let synced = File::open(&self.folder).and_then(|folder| folder.sync_all());
-            synced.map_err(|error| io_failed(&self.folder, "writing", error))?;
-        }
-        Ok(())
+            let _ = clear_from(&file, behind).and_then(|()| file.sync_data());
+            io_failed(&path, "writing", error)
+        })
     }
 
     fn last(&self, migration: MigrationId) -> Result<Option<JournalRecord>, JournalError> {
-        Ok(self.lines(migration)?.pop().map(|line| line.record))
+        Ok(self.lines(migration)?.0.pop().map(|line| line.record))
     }
 }
 
@@ -194,8 +229,9 @@ mod tests {
         journal.append(id, vm, JournalRecord::Reserved).unwrap();
         journal.append(id, vm, JournalRecord::Owner).unwrap();
         let path = journal.path(id);
-        let length = fs::metadata(&path).unwrap().len();
-        OpenOptions::new().write(true).open(&path).unwrap().set_len(length - 5).unwrap();
+        let (_, behind) = journal.lines(id).unwrap();
+        let file = OpenOptions::new().write(true).open(&path).unwrap();
+        file.write_all_at(&[b'\n'; 40], behind as u64 - 40).unwrap();
         assert_eq!(journal.last(id).unwrap(), Some(JournalRecord::Reserved));
         journal.append(id, vm, JournalRecord::NeverOwner).unwrap();
         assert_eq!(journal.last(id).unwrap(), Some(JournalRecord::NeverOwner));
@@ -211,6 +247,22 @@ mod tests {
         bytes[20] ^= 1;
         fs::write(&path, bytes).unwrap();
         assert!(matches!(journal.last(id), Err(JournalError::Damaged { line: 1, .. })));
+    }
+
+    #[test]
+    fn records_need_no_new_space() {
+        let (_folder, mut journal, id, vm) = journal();
+        journal.append(id, vm, JournalRecord::Offered).unwrap();
+        let size = fs::metadata(journal.path(id)).unwrap().len();
+        for record in
+            [JournalRecord::Released { peer: "x".repeat(300) }, JournalRecord::Owner, JournalRecord::Discarded]
+        {
+            journal.append(id, vm, record).unwrap();
+        }
+        assert_eq!(fs::metadata(journal.path(id)).unwrap().len(), size);
+        assert_eq!(journal.last(id).unwrap(), Some(JournalRecord::Discarded));
+        journal.prune(Duration::ZERO).unwrap();
+        assert_eq!(journal.all().unwrap(), []);
     }
 
     #[test]

@@ -28,7 +28,10 @@ pub struct Observer<S: EventSource, C: Clock> {
 
 impl<S: EventSource, C: Clock> std::fmt::Debug for Observer<S, C> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Observer").field("armed", &self.arm.is_some()).field("since", &self.before.0).finish_non_exhaustive()
+        f.debug_struct("Observer")
+            .field("armed", &self.arm.is_some())
+            .field("since", &self.before.0)
+            .finish_non_exhaustive()
     }
 }
 

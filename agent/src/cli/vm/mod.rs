@@ -6,6 +6,8 @@ mod run;
 
 use clap::Subcommand;
 
+use crate::service::config::Config;
+
 /// Run, list, look at and steer the VMs that Dunlin hosts itself.
 #[derive(Debug, Subcommand)]
 pub(super) enum VmCommand {
@@ -20,16 +22,21 @@ pub(super) enum VmCommand {
 }
 
 impl VmCommand {
-    pub(super) fn run(self, json: bool) -> anyhow::Result<u8> {
+    /// Whether the process that started this one says where everything is.
+    pub(super) fn is_told_everything(&self) -> bool {
+        matches!(self, Self::Run(arguments) if arguments.is_incoming())
+    }
+
+    pub(super) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
         match self {
-            Self::Run(arguments) => arguments.run(json),
-            Self::Receive(arguments) => arguments.run(json),
-            Self::List(arguments) => arguments.run(json),
-            Self::Info(arguments) => arguments.run(json),
-            Self::Pause(arguments) => arguments.run(json),
-            Self::Resume(arguments) => arguments.run(json),
-            Self::Stop(arguments) => arguments.run(json),
-            Self::Console(arguments) => arguments.run(json),
+            Self::Run(arguments) => arguments.run(json, config),
+            Self::Receive(arguments) => arguments.run(json, config),
+            Self::List(arguments) => arguments.run(json, config),
+            Self::Info(arguments) => arguments.run(json, config),
+            Self::Pause(arguments) => arguments.run(json, config),
+            Self::Resume(arguments) => arguments.run(json, config),
+            Self::Stop(arguments) => arguments.run(json, config),
+            Self::Console(arguments) => arguments.run(json, config),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! `dunlin vm list|info|pause|resume|stop|console`: what its control sockets offer.
 
 use std::io::{Read, Write};
+use std::path::Path;
 use std::time::Duration;
 
 use clap::Args;
@@ -10,6 +11,7 @@ use crate::model::VmRef;
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
 use crate::model::units::{display_bytes, display_duration};
+use crate::service::config::Config;
 use crate::service::control::{Outcome, ask_console, ask_info, give_order};
 use crate::service::machine::VmInfo;
 use crate::service::registry::Registry;
@@ -30,8 +32,8 @@ fn state(info: &VmInfo) -> String {
 }
 
 impl ListArgs {
-    pub(in crate::cli) fn run(self, json: bool) -> anyhow::Result<u8> {
-        let registry = Registry::new(&self.run_dir.run_dir);
+    pub(in crate::cli) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
+        let registry = Registry::new(self.run_dir.path(config));
         let entries = registry.list();
         if !json {
             println!("{:<20} {:<9} {:>8} {:>5} {:>11}  UUID", "NAME", "STATE", "PID", "CPUS", "MEMORY");
@@ -66,8 +68,8 @@ pub(in crate::cli) struct InfoArgs {
 }
 
 impl InfoArgs {
-    pub(in crate::cli) fn run(self, json: bool) -> anyhow::Result<u8> {
-        let registry = Registry::new(&self.run_dir.run_dir);
+    pub(in crate::cli) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
+        let registry = Registry::new(self.run_dir.path(config));
         let info = ask_info(&registry.socket(&registry.find(&self.vm)?.name, "observe"))?;
         if json {
             println!("{}", serde_json::to_string(&info.tagged())?);
@@ -98,8 +100,8 @@ impl InfoArgs {
 }
 
 /// Gives an order to a VM's control socket and says how it went.
-fn order(vm: &VmRef, run_dir: RunDir, target: &str, done: &str, json: bool) -> anyhow::Result<u8> {
-    let registry = Registry::new(&run_dir.run_dir);
+fn order(vm: &VmRef, run_dir: &Path, target: &str, done: &str, json: bool) -> anyhow::Result<u8> {
+    let registry = Registry::new(run_dir);
     let result = registry.find(vm).map_err(|error| error.to_string()).and_then(|entry| {
         give_order(&registry.socket(&entry.name, "control"), target, &[]).map_err(|error| error.to_string())
     });
@@ -126,8 +128,8 @@ pub(in crate::cli) struct PauseArgs {
 }
 
 impl PauseArgs {
-    pub(in crate::cli) fn run(self, json: bool) -> anyhow::Result<u8> {
-        order(&self.vm, self.run_dir, "/v1/pause", "paused", json)
+    pub(in crate::cli) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
+        order(&self.vm, &self.run_dir.path(config), "/v1/pause", "paused", json)
     }
 }
 
@@ -142,8 +144,8 @@ pub(in crate::cli) struct ResumeArgs {
 }
 
 impl ResumeArgs {
-    pub(in crate::cli) fn run(self, json: bool) -> anyhow::Result<u8> {
-        order(&self.vm, self.run_dir, "/v1/resume", "runs", json)
+    pub(in crate::cli) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
+        order(&self.vm, &self.run_dir.path(config), "/v1/resume", "runs", json)
     }
 }
 
@@ -158,8 +160,8 @@ pub(in crate::cli) struct StopArgs {
 }
 
 impl StopArgs {
-    pub(in crate::cli) fn run(self, json: bool) -> anyhow::Result<u8> {
-        order(&self.vm, self.run_dir, "/v1/stop", "stopped", json)
+    pub(in crate::cli) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
+        order(&self.vm, &self.run_dir.path(config), "/v1/stop", "stopped", json)
     }
 }
 
@@ -177,8 +179,8 @@ pub(in crate::cli) struct ConsoleArgs {
 }
 
 impl ConsoleArgs {
-    pub(in crate::cli) fn run(self, json: bool) -> anyhow::Result<u8> {
-        let registry = Registry::new(&self.run_dir.run_dir);
+    pub(in crate::cli) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
+        let registry = Registry::new(self.run_dir.path(config));
         let name = registry.find(&self.vm)?.name;
         let (observe, act) = (registry.socket(&name, "observe"), registry.socket(&name, "control"));
         let mut shown = ask_console(&observe)?;

@@ -6,13 +6,14 @@ use anyhow::Context;
 use clap::Args;
 use serde::Serialize;
 
-use super::super::places::{RunDir, StateDir};
+use super::super::places::{Plaintext, RunDir, StateDir};
 use super::super::signals::cancel_on_signals;
 use crate::link::{Address, Listener};
 use crate::model::id::VmName;
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
 use crate::model::{DiskSpec, MigrationId, NetSpec, SerialSpec};
+use crate::service::config::Config;
 use crate::service::events::Hold;
 use crate::service::machine::Places;
 use crate::service::migration::check_plaintext;
@@ -51,9 +52,8 @@ pub(in crate::cli) struct ReceiveArgs {
     #[arg(long, value_name = "SPEC", default_value = "none")]
     serial: SerialSpec,
 
-    /// Allow plain TCP beyond loopback: guest memory travels in the clear.
-    #[arg(long)]
-    insecure_plaintext: bool,
+    #[command(flatten)]
+    plaintext: Plaintext,
 
     /// Append every step to this file, one JSON object a line.
     #[arg(long, value_name = "FILE")]
@@ -93,8 +93,8 @@ impl Schema for Came {
 }
 
 impl ReceiveArgs {
-    pub(in crate::cli) fn run(self, json: bool) -> anyhow::Result<u8> {
-        if let Err(error) = check_plaintext(&self.listen, self.insecure_plaintext) {
+    pub(in crate::cli) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
+        if let Err(error) = check_plaintext(&self.listen, self.plaintext.is_allowed(config)) {
             eprintln!("dunlin: refused: {error}");
             return Ok(exit::REFUSED);
         }
@@ -117,7 +117,8 @@ impl ReceiveArgs {
             nets: self.nets,
             disks: self.disks,
             serial: self.serial,
-            places: Places { run_dir: self.run_dir.run_dir, state_dir: self.state_dir.state_dir },
+            places: Places { run_dir: self.run_dir.path(config), state_dir: self.state_dir.path(config) },
+            schedule: config.announce,
             events: self.events,
             hold: self.hold_at,
         };

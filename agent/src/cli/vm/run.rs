@@ -20,6 +20,7 @@ use crate::model::outcome::exit;
 use crate::model::schema::Schema;
 use crate::model::units::parse_size_bytes;
 use crate::model::{DirtyLogKind, DiskSpec, NetSpec, SerialSpec, VmId};
+use crate::service::config::Config;
 use crate::service::control;
 use crate::service::machine::{Host, HostError, Places, session_from_fd};
 
@@ -104,12 +105,16 @@ impl Schema for EndReport {
 }
 
 impl RunArgs {
-    pub(in crate::cli) fn run(self, json: bool) -> anyhow::Result<u8> {
+    pub(in crate::cli) fn is_incoming(&self) -> bool {
+        self.incoming_fd.is_some()
+    }
+
+    pub(in crate::cli) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
         let cancel = cancel_on_signals()?;
         let boots = self.incoming_fd.is_none();
         let host = match self.incoming_fd {
             Some(number) => incoming(number)?,
-            None => match self.boot() {
+            None => match self.boot(config) {
                 Ok(host) => host,
                 Err(error @ (HostError::InDoubt { .. } | HostError::Registry(_))) => {
                     eprintln!("dunlin: refused: {error}");
@@ -125,7 +130,7 @@ impl RunArgs {
         Ok(watch(&host, &cancel, json))
     }
 
-    fn boot(self) -> Result<Arc<Host>, HostError> {
+    fn boot(self, defaults: &Config) -> Result<Arc<Host>, HostError> {
         let (Some(name), Some(kernel)) = (self.name, self.kernel) else {
             unreachable!("clap requires both without --incoming-fd")
         };
@@ -140,7 +145,7 @@ impl RunArgs {
             disks: self.disks,
             image,
         };
-        let places = Places { run_dir: self.run_dir.run_dir, state_dir: self.state_dir.state_dir };
+        let places = Places { run_dir: self.run_dir.path(defaults), state_dir: self.state_dir.path(defaults) };
         Host::boot(config, self.serial, &places)
     }
 }

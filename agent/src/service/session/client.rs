@@ -30,6 +30,8 @@ pub struct RemoteMachine {
     dirty: SharedBitmap,
     migration: MigrationId,
     journal: FileJournal,
+    /// This manager had the machine journal `owner`, and has not ordered it to run since.
+    owned_standing: bool,
 }
 
 impl RemoteMachine {
@@ -76,7 +78,7 @@ impl RemoteMachine {
         let spec = shape.regions().swap_remove(0);
         let dirty = SharedBitmap::open(dirty, spec.pages).map_err(|error| fail(&error))?;
         let region = RamRegion::new(spec, ram).map_err(|error| fail(&error))?;
-        Ok(Self { socket, pidfd, shape, region: Arc::new(region), dirty, migration, journal })
+        Ok(Self { socket, pidfd, shape, region: Arc::new(region), dirty, migration, journal, owned_standing: false })
     }
 
     /// Takes the process that a socketpair was handed to as the machine: credentials of a socketpair name its maker.
@@ -167,6 +169,7 @@ impl Vcpus for RemoteMachine {
     }
 
     fn resume(&mut self) -> Result<(), MachineError> {
+        self.owned_standing = false;
         self.order("resume", &Request::Resume)
     }
 }
@@ -221,6 +224,7 @@ impl Gate for RemoteMachine {
     }
 
     fn take_ownership(&mut self, _migration: MigrationId) -> Result<(), MachineError> {
+        self.owned_standing = true;
         self.order("take ownership", &Request::TakeOwnership)
     }
 
@@ -232,7 +236,9 @@ impl Gate for RemoteMachine {
         let last = self.journal.last(migration);
         let refuse = |reason: String| MachineError::Refused { action: ACTION, reason };
         match last.map_err(|error| refuse(error.to_string()))? {
-            Some(JournalRecord::Owner) => Err(refuse("it had journaled `owner` before it died".to_owned())),
+            Some(JournalRecord::Owner) if !self.owned_standing => {
+                Err(refuse("it owned the VM and may have run it before it died".to_owned()))
+            }
             Some(JournalRecord::NeverOwner) => Ok(()),
             _ => {
                 let vm = self.vm();
@@ -266,10 +272,11 @@ impl Gate for RemoteMachine {
     }
 
     fn fate(&mut self) -> Fate {
+        let dead = self.is_dead(Duration::ZERO);
         match self.journal.last(self.migration) {
-            Ok(Some(JournalRecord::Owner)) => Fate::Resolved(Owner::Here),
             Ok(Some(JournalRecord::NeverOwner | JournalRecord::Discarded)) => Fate::Resolved(Owner::There),
-            _ if self.is_dead(Duration::ZERO) => Fate::Dead,
+            _ if dead => Fate::Dead,
+            Ok(Some(JournalRecord::Owner)) => Fate::Resolved(Owner::Here),
             _ => Fate::Waiting,
         }
     }

@@ -1,0 +1,346 @@
+//! The configuration file: what an operator sets once for a host, `/etc/dunlin/dunlin.toml` unless `--config` names another.
+//!
+//! Owns the file's keys and their defaults. The command line beats the file, the file beats the defaults. What is not
+//! understood is refused with file and line: a key that is silently ignored is a limit that does not hold.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::de::{Deserializer, Error as _, Unexpected};
+use serde::{Deserialize, de};
+use toml::Spanned;
+
+use super::registry::{DEFAULT_RUN_DIR, DEFAULT_STATE_DIR};
+use crate::announce::Schedule;
+use crate::migrate::SourceOptions;
+use crate::model::BytesPerSecond;
+use crate::model::units::parse_duration;
+
+/// Where the file is unless told otherwise. It need not exist.
+pub const DEFAULT_FILE: &str = "/etc/dunlin/dunlin.toml";
+/// The version of the file's form that this build reads.
+const VERSION: i64 = 1;
+/// A longer file is no configuration.
+const MAX_BYTES: u64 = 1 << 20;
+
+/// The configuration, complete: the file's values, and the defaults where it has none.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// Folder with one entry and the sockets of each VM.
+    pub run_dir: PathBuf,
+    /// Folder with journals and the audit log.
+    pub state_dir: PathBuf,
+    /// Of `dunlin migrate`, and as far as it has them of `dunlin vm receive`.
+    pub migrate: MigrateConfig,
+    /// When announcements are repeated.
+    pub announce: Schedule,
+}
+
+/// The table `[migrate]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MigrateConfig {
+    /// Page streams.
+    pub streams: u16,
+    /// The blackout to stay below.
+    pub downtime: Duration,
+    /// The most that all page streams together may send.
+    pub bandwidth: Option<BytesPerSecond>,
+    /// Pre-copy gives up after so many rounds.
+    pub max_rounds: u32,
+    /// Nothing moving for this long counts as a stalled peer.
+    pub stall: Duration,
+    /// Plain TCP beyond loopback is fine.
+    pub insecure_plaintext: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            run_dir: DEFAULT_RUN_DIR.into(),
+            state_dir: DEFAULT_STATE_DIR.into(),
+            migrate: MigrateConfig::default(),
+            announce: Schedule::default(),
+        }
+    }
+}
+
+impl Default for MigrateConfig {
+    fn default() -> Self {
+        let SourceOptions { streams, downtime, bandwidth, max_rounds, stall, .. } = SourceOptions::default();
+        Self { streams, downtime, bandwidth, max_rounds, stall, insecure_plaintext: false }
+    }
+}
+
+/// A file that cannot be followed.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// It cannot be read.
+    #[error("configuration {}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// It cannot be understood.
+    #[error("configuration {}, line {line}: {problem}", path.display())]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// Counted from 1.
+        line: usize,
+        /// What is wrong there.
+        problem: String,
+    },
+}
+
+/// The whole file; every key but `version` may be absent.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    #[serde(rename = "version")]
+    _version: i64,
+    run_dir: Option<Absolute>,
+    state_dir: Option<Absolute>,
+    #[serde(default)]
+    migrate: MigrateTable,
+    announce: Option<Spanned<AnnounceTable>>,
+}
+
+/// Looked at first: a file of another version may have other keys.
+#[derive(Deserialize)]
+struct Version {
+    version: Option<Spanned<i64>>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MigrateTable {
+    streams: Option<Whole<1, 64>>,
+    downtime: Option<Time>,
+    bandwidth: Option<Rate>,
+    max_rounds: Option<Whole<1, 1000>>,
+    stall: Option<Time>,
+    insecure_plaintext: Option<bool>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AnnounceTable {
+    initial: Option<Time>,
+    step: Option<Time>,
+    max: Option<Time>,
+    rounds: Option<Whole<1, 1000>>,
+}
+
+/// A path that means the same in every working folder.
+struct Absolute(PathBuf);
+/// A time as people write it: `30ms`.
+struct Time(Duration);
+/// A rate as people write it: `1Gbit`.
+struct Rate(BytesPerSecond);
+/// A number between limits.
+struct Whole<const LEAST: i64, const MOST: i64>(i64);
+
+impl<'de> Deserialize<'de> for Absolute {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let path = PathBuf::deserialize(deserializer)?;
+        if path.is_absolute() {
+            Ok(Self(path))
+        } else {
+            Err(D::Error::custom(format!("`{}` must begin with `/`", path.display())))
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Time {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        parse_duration(&String::deserialize(deserializer)?).map(Self).map_err(de::Error::custom)
+    }
+}
+
+impl<'de> Deserialize<'de> for Rate {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map(Self).map_err(de::Error::custom)
+    }
+}
+
+impl<'de, const LEAST: i64, const MOST: i64> Deserialize<'de> for Whole<LEAST, MOST> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let number = i64::deserialize(deserializer)?;
+        if (LEAST..=MOST).contains(&number) {
+            return Ok(Self(number));
+        }
+        let range = format!("a number from {LEAST} to {MOST}");
+        Err(D::Error::invalid_value(Unexpected::Signed(number), &range.as_str()))
+    }
+}
+
+/// What is wrong, and at which byte it begins.
+struct Problem {
+    at: usize,
+    what: String,
+}
+
+impl From<toml::de::Error> for Problem {
+    fn from(error: toml::de::Error) -> Self {
+        Self { at: error.span().map_or(0, |span| span.start), what: error.message().to_owned() }
+    }
+}
+
+fn read(text: &str) -> Result<Config, Problem> {
+    let Version { version } = toml::from_str(text)?;
+    let Some(version) = version else {
+        return Err(Problem { at: 0, what: format!("it has no version; begin it with `version = {VERSION}`") });
+    };
+    if *version.get_ref() != VERSION {
+        let what = format!("it has version {}; this build reads version {VERSION}", version.get_ref());
+        return Err(Problem { at: version.span().start, what });
+    }
+    let file: File = toml::from_str(text)?;
+    let (defaults, schedule) = (Config::default(), Schedule::default());
+    let MigrateConfig { streams, downtime, bandwidth, max_rounds, stall, insecure_plaintext } = defaults.migrate;
+    let announce = match file.announce {
+        None => schedule,
+        Some(table) => {
+            let at = table.span().start;
+            let AnnounceTable { initial, step, max, rounds } = table.into_inner();
+            Schedule::new(
+                initial.map_or(schedule.initial(), |time| time.0),
+                step.map_or(schedule.step(), |time| time.0),
+                max.map_or(schedule.max(), |time| time.0),
+                rounds.map_or(schedule.rounds(), |number| number.0 as u32),
+            )
+            .map_err(|error| Problem { at, what: format!("announce: {error}") })?
+        }
+    };
+    Ok(Config {
+        run_dir: file.run_dir.map_or(defaults.run_dir, |path| path.0),
+        state_dir: file.state_dir.map_or(defaults.state_dir, |path| path.0),
+        migrate: MigrateConfig {
+            streams: file.migrate.streams.map_or(streams, |number| number.0 as u16),
+            downtime: file.migrate.downtime.map_or(downtime, |time| time.0),
+            bandwidth: file.migrate.bandwidth.map(|rate| rate.0).or(bandwidth),
+            max_rounds: file.migrate.max_rounds.map_or(max_rounds, |number| number.0 as u32),
+            stall: file.migrate.stall.map_or(stall, |time| time.0),
+            insecure_plaintext: file.migrate.insecure_plaintext.unwrap_or(insecure_plaintext),
+        },
+        announce,
+    })
+}
+
+/// Reads a configuration's text; `path` is only named in errors.
+///
+/// # Errors
+/// What is not understood, with its line.
+pub fn parse(path: &Path, text: &str) -> Result<Config, ConfigError> {
+    read(text).map_err(|Problem { at, what }| {
+        let before = text.as_bytes().iter().take(at);
+        let line = 1 + before.filter(|&&byte| byte == b'\n').count();
+        ConfigError::Content { path: path.to_owned(), line, problem: what.trim().replace('\n', "; ") }
+    })
+}
+
+/// Reads the file that the operator named, or [`DEFAULT_FILE`] if there is one.
+///
+/// # Errors
+/// A named file that is not there, one that cannot be read, or that cannot be understood.
+pub fn load(named: Option<&Path>) -> Result<Config, ConfigError> {
+    use io::Read;
+    let path = named.unwrap_or(Path::new(DEFAULT_FILE));
+    let failed = |source| ConfigError::Io { path: path.to_owned(), source };
+    let file = match std::fs::File::open(path) {
+        Err(error) if named.is_none() && error.kind() == io::ErrorKind::NotFound => return Ok(Config::default()),
+        opened => opened.map_err(failed)?,
+    };
+    let mut text = String::new();
+    file.take(MAX_BYTES + 1).read_to_string(&mut text).map_err(failed)?;
+    if text.len() as u64 > MAX_BYTES {
+        return Err(failed(io::Error::other(format!("it is longer than {MAX_BYTES} bytes"))));
+    }
+    parse(path, &text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(text: &str) -> Result<Config, String> {
+        parse(Path::new("dunlin.toml"), text).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_file_beats_the_defaults_key_by_key() {
+        assert_eq!(parsed("version = 1").unwrap(), Config::default());
+        let text =
+            "version = 1\nrun_dir = '/run/d'\n[migrate]\nstreams = 4\nbandwidth = '1Gbit'\n[announce]\nrounds = 9";
+        let config = parsed(text).unwrap();
+        assert_eq!(config.run_dir, Path::new("/run/d"));
+        assert_eq!(config.state_dir, Config::default().state_dir);
+        assert_eq!((config.migrate.streams, config.migrate.bandwidth), (4, Some(BytesPerSecond(125_000_000))));
+        assert_eq!(config.migrate.downtime, MigrateConfig::default().downtime);
+        assert_eq!((config.announce.rounds(), config.announce.initial()), (9, Duration::from_millis(50)));
+    }
+
+    #[test]
+    fn the_book_shows_every_key_with_its_default() {
+        let page = include_str!("../../../docs/src/configuration.md");
+        let example = page.split("```toml\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+        assert_eq!(parsed(example).unwrap(), Config::default());
+        let keys = [
+            "run_dir",
+            "state_dir",
+            "streams",
+            "downtime",
+            "bandwidth",
+            "max_rounds",
+            "stall",
+            "insecure_plaintext",
+            "initial",
+            "step",
+            "max",
+            "rounds",
+        ];
+        for key in keys {
+            let shown = example.lines().any(|line| line.trim_start_matches("# ").starts_with(&format!("{key} =")));
+            assert!(shown, "the book's example has no `{key}`");
+        }
+    }
+
+    #[test]
+    fn what_is_not_understood_is_refused_with_its_line() {
+        for (text, line, word) in [
+            ("", 1, "no version"),
+            ("\n\nversion = 2\nnew_key = 1", 3, "version 2"),
+            ("version = 1\nrundir = '/x'", 2, "unknown field `rundir`"),
+            ("version = 1\nrun_dir = 'x'", 2, "must begin with `/`"),
+            ("version = 1\n[migrate]\n\nstreams = 65", 4, "from 1 to 64"),
+            ("version = 1\n[migrate]\ndowntime = '30'", 3, "no duration"),
+            ("version = 1\n[migrate]\ndowntime = 30", 3, "expected a string"),
+            ("version = 1\n[migrate]\nbandwidth = '1Gb'", 3, "no bandwidth"),
+            ("version = 1\n[announce]\nround = 1", 3, "unknown field `round`"),
+            ("version = 1\n\n[announce]\nmax = '200s'", 3, "longer than 100 s"),
+            ("version = 1\nversion = 1", 2, "duplicate"),
+            ("version = 1\n[migrate", 2, ""),
+        ] {
+            let error = parsed(text).unwrap_err();
+            assert!(
+                error.contains(&format!("dunlin.toml, line {line}: ")) && error.contains(word),
+                "{text:?}: {error}"
+            );
+            assert!(!error.contains('\n'), "{error}");
+        }
+    }
+
+    #[test]
+    fn only_a_named_file_must_exist() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("dunlin.toml");
+        assert!(matches!(load(Some(&path)), Err(ConfigError::Io { .. })));
+        std::fs::write(&path, "version = 1\nstate_dir = '/s'\n").unwrap();
+        assert_eq!(load(Some(&path)).unwrap().state_dir, Path::new("/s"));
+        std::fs::write(&path, [0xff]).unwrap();
+        assert!(matches!(load(Some(&path)), Err(ConfigError::Io { .. })));
+    }
+}

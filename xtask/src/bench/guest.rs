@@ -1,0 +1,108 @@
+//! The test guest under load, the same under every VMM: its command line, and what its serial console says.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use super::interrupt;
+use super::process::OwnChild;
+
+/// Guest RAM.
+pub(super) const MEMORY_MIB: u64 = 512;
+/// vCPUs: 0 beats on the console, 1 writes memory.
+pub(super) const CPUS: u32 = 2;
+/// Time between two heartbeats.
+pub(super) const HEARTBEAT_MS: f64 = 1.0;
+/// The writer's working set, filled with random data.
+const WORKING_SET_MIB: u64 = 256;
+/// How long booting and filling may take.
+const READY_LIMIT: Duration = Duration::from_secs(60);
+
+/// How fast the writer writes, for the command line: pages per second, or `max`.
+pub(super) type Rate = &'static str;
+
+/// The guest's command line.
+pub(super) fn cmdline(rate: Rate) -> String {
+    format!(
+        "dunlin.cpus={CPUS} dunlin.heartbeat=1ms dunlin.wl0=ws:64K,rate:0 \
+         dunlin.wl1=ws:{WORKING_SET_MIB}M,rate:{rate},fill:random"
+    )
+}
+
+/// A serial console that is written to a file.
+#[derive(Clone, Debug)]
+pub(super) struct Console(pub(super) PathBuf);
+
+impl Console {
+    /// Its bytes so far; none if there is no file yet.
+    pub(super) fn bytes(&self) -> Vec<u8> {
+        fs::read(&self.0).unwrap_or_default()
+    }
+
+    /// Its length so far.
+    pub(super) fn len(&self) -> usize {
+        fs::metadata(&self.0).map_or(0, |meta| meta.len() as usize)
+    }
+
+    /// Waits until the guest runs its load, and returns the frequency of its time stamp counter.
+    pub(super) fn wait_ready(&self, vmm: &mut OwnChild) -> Result<u64> {
+        interrupt::wait_for(READY_LIMIT, "the guest's READY line", || {
+            vmm.check_alive()?;
+            Ok(field(&self.bytes(), "READY ", "tsc_hz=").last().copied())
+        })
+    }
+}
+
+/// Where the guest stood at a STAT line.
+#[derive(Clone, Copy, Debug)]
+struct Stat {
+    uptime_ns: u64,
+    pages_written: u64,
+}
+
+/// Pages written per second, between the first and the last STAT line within `bytes`.
+pub(super) fn pages_per_second(bytes: &[u8]) -> Option<f64> {
+    let uptime = field(bytes, "STAT ", "uptime_ns=");
+    let written = field(bytes, "STAT ", "pages_written=");
+    let stats = uptime.iter().zip(&written).map(|(&uptime_ns, &pages_written)| Stat { uptime_ns, pages_written });
+    let stats: Vec<Stat> = stats.collect();
+    let (first, last) = (stats.first()?, stats.last()?);
+    let elapsed_ns = last.uptime_ns.checked_sub(first.uptime_ns).filter(|&ns| ns > 0)?;
+    Some((last.pages_written - first.pages_written) as f64 * 1e9 / elapsed_ns as f64)
+}
+
+/// How many page mismatches the guest has found.
+pub(super) fn mismatches(bytes: &[u8]) -> Option<u64> {
+    field(bytes, "STAT ", "page_mismatches=").last().copied()
+}
+
+/// A number in every whole line that begins with `line`.
+fn field(bytes: &[u8], line: &str, name: &str) -> Vec<u64> {
+    let whole = bytes.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
+    let text = String::from_utf8_lossy(&bytes[..whole]);
+    let lines = text.lines().filter(|text| text.starts_with(line));
+    lines.filter_map(|text| text.split(' ').find_map(|word| word.strip_prefix(name)?.parse().ok())).collect()
+}
+
+/// The guest's ELF, once built.
+pub(super) fn kernel(root: &Path) -> Result<PathBuf> {
+    let path = root.join("tests/guest/target/release/dunlin-guest");
+    fs::metadata(&path).with_context(|| format!("{} was not built", path.display()))?;
+    Ok(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_read_and_a_cut_one_is_left_out() {
+        let text = b"READY version=1 tsc_hz=2000 net=0\nSTAT uptime_ns=1000000000 pages_written=5 page_mismatches=0 x=1\n\
+                     HB 1 2\nSTAT uptime_ns=3000000000 pages_written=25 page_mismatches=0\nSTAT uptime_ns=4000000000 pages_wr";
+        assert_eq!(field(text, "READY ", "tsc_hz="), [2000]);
+        assert_eq!(pages_per_second(text), Some(10.0));
+        assert_eq!(mismatches(text), Some(0));
+    }
+}

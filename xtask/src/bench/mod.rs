@@ -1,0 +1,152 @@
+//! Benches: what Dunlin does beside what others do, in the same run on the same host.
+//!
+//! Each bench is a file that yields rows (`measure`). Everything that a bench starts ends with it, also on Ctrl-C.
+
+mod guest;
+mod heartbeat;
+mod interrupt;
+mod measure;
+mod migrate;
+mod ours;
+mod process;
+mod qemu;
+mod qmp;
+mod raw_tcp;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::{Args, ValueEnum};
+
+pub(crate) use raw_tcp::{RECEIVER_VERB, receiver};
+
+use crate::run;
+use crate::workspace::root;
+use ours::Places;
+use process::Sweeper;
+
+/// Runs of each case unless told otherwise.
+const RUNS: usize = 5;
+const QUICK_RUNS: usize = 3;
+/// How long a peer may take to converge.
+const CAP: Duration = Duration::from_secs(20);
+const QUICK_CAP: Duration = Duration::from_secs(5);
+/// `--quick` starts no run that would probably end later than this.
+const QUICK_BUDGET: Duration = Duration::from_secs(100);
+
+/// Options of `cargo xtask bench`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cargo xtask bench migrate
+  cargo xtask bench migrate --quick
+  cargo xtask bench migrate --case idle --case unthrottled --runs 9 --json")]
+pub(crate) struct Arguments {
+    /// Which bench.
+    name: Name,
+
+    /// Fewer cases and runs; ends within two minutes, building not counted.
+    #[arg(long)]
+    quick: bool,
+
+    /// Print one JSON object a line on standard output instead of a table.
+    #[arg(long)]
+    json: bool,
+
+    /// Runs of each case.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    runs: Option<u32>,
+
+    /// Seconds after which a peer counts as not converging.
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=3600))]
+    cap: Option<u32>,
+
+    /// Measure this binary instead of building one.
+    #[arg(long, value_name = "FILE")]
+    dunlin: Option<PathBuf>,
+
+    /// Only this case; may be given several times.
+    #[arg(long = "case", value_name = "NAME")]
+    cases: Vec<String>,
+}
+
+/// The benches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Name {
+    /// One live migration over loopback, beside raw TCP and QEMU.
+    Migrate,
+}
+
+/// How much is to be measured.
+#[derive(Debug)]
+struct Effort {
+    quick: bool,
+    runs: usize,
+    cases: Vec<String>,
+    /// How long a peer may take to converge.
+    cap: Duration,
+    /// In what time to be done.
+    budget: Option<Duration>,
+}
+
+/// Runs the verb.
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    let effort = Effort {
+        quick: arguments.quick,
+        runs: arguments.runs.map_or(if arguments.quick { QUICK_RUNS } else { RUNS }, |runs| runs as usize),
+        cases: arguments.cases.clone(),
+        cap: arguments
+            .cap
+            .map_or(if arguments.quick { QUICK_CAP } else { CAP }, |seconds| Duration::from_secs(seconds.into())),
+        budget: arguments.quick.then_some(QUICK_BUDGET),
+    };
+    let (dunlin, kernel) = build(arguments.dunlin.as_deref())?;
+    interrupt::install()?;
+    let load = load_average();
+    // Declared in this order, so that on any way out processes end before their folders go.
+    let scratch = tempfile::Builder::new().prefix("dunlin-bench-").tempdir().context("a folder for sockets")?;
+    let disk = root().join("target");
+    let state = tempfile::Builder::new().prefix("bench-state-").tempdir_in(&disk).context("a folder for journals")?;
+    let _sweeper = Sweeper::new()?;
+    let places = Places { dunlin, kernel, scratch: scratch.path().to_owned(), state: state.path().to_owned() };
+    let (rows, definitions) = match arguments.name {
+        Name::Migrate => (migrate::run(&places, &effort)?, migrate::DEFINITIONS),
+    };
+    if arguments.json {
+        print!("{}", measure::json(&rows));
+    } else {
+        let cores = std::thread::available_parallelism().map_or(0, usize::from);
+        println!(
+            "{}\nWe and the peers took turns; {cores} cores, load average {load} at the start.\n{definitions}",
+            measure::table(&rows)
+        );
+    }
+    Ok(())
+}
+
+/// Builds what is measured, and says so first. Returns where `dunlin` and the guest are.
+fn build(dunlin: Option<&Path>) -> Result<(PathBuf, PathBuf)> {
+    let cargo = |arguments: &[&str], folder: &Path| {
+        // Cargo speaks on standard error; what else it prints must not mix with JSON.
+        run::run(Command::new("cargo").args(arguments).current_dir(folder).stdout(Stdio::null()))
+    };
+    let dunlin = match dunlin {
+        Some(path) => fs::canonicalize(path).with_context(|| format!("{} is missing", path.display()))?,
+        None => {
+            eprintln!("building dunlin (release)");
+            cargo(&["build", "--release", "--package", "dunlin"], root())?;
+            root().join("target/release/dunlin")
+        }
+    };
+    eprintln!("building the test guest (release)");
+    cargo(&["build", "--release"], &root().join("tests/guest"))?;
+    Ok((dunlin, guest::kernel(root())?))
+}
+
+fn load_average() -> String {
+    let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ').next().unwrap_or("unknown").to_owned()
+}
