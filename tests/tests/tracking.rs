@@ -3,7 +3,7 @@
 #![cfg(target_arch = "x86_64")]
 
 use std::io::BufRead;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
@@ -11,18 +11,11 @@ use dunlin::model::{DirtyLogKind, PageBitmap, PageCount, PageRun};
 use dunlin::port::{EventSample, EventSource};
 use dunlin::probe::{KernelCounters, ProbeOptions};
 use dunlin::trial::tiny_vm::{FIRST_FRAME, TinyVm};
+use dunlin_tests::dunlin;
 use serde_json::Value;
 
 /// Frames that the programs are told to tell apart: more than any VM here has.
 const FRAMES: PageCount = PageCount(4096);
-
-/// The binary that this workspace built; the runner builds it before the tests.
-fn dunlin() -> Command {
-    let folder = std::env::current_exe().unwrap().parent().and_then(|deps| deps.parent()).unwrap().to_owned();
-    let mut command = Command::new(folder.join("dunlin"));
-    command.stdin(Stdio::null());
-    command
-}
 
 /// The counters of this very process. Tests run side by side, so that each counts its own thread only.
 fn attach(frames: PageCount) -> KernelCounters {
@@ -213,7 +206,7 @@ fn dirty_rate(arguments: &[&str]) -> (Child, impl Iterator<Item = Value> + use<>
         .args(arguments)
         .stdout(Stdio::piped())
         .spawn()
-        .expect("`cargo build` makes the binary");
+        .unwrap();
     let lines = std::io::BufReader::new(child.stdout.take().unwrap()).lines();
     (child, lines.map(|line| serde_json::from_str(&line.unwrap()).unwrap()))
 }

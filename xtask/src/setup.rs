@@ -20,10 +20,14 @@ pub(crate) struct Arguments {
 const COMPILER_PACKAGES: [&str; 3] = ["rustc-web", "cargo-web", "libstd-rust-web-dev-bpf"];
 
 /// Programs that the tests run: program, Debian package, why.
-const TEST_TOOLS: [(&str, &str, &str); 3] = [
+const TEST_TOOLS: [(&str, &str, &str); 7] = [
     ("qemu-system-x86_64", "qemu-system-x86", "the test guest boots under QEMU too, and QEMU is the peer of benches"),
     ("ip", "iproute2", "network namespaces of the tests"),
-    ("tcpdump", "tcpdump", "an independent reader of announced frames"),
+    ("bridge", "iproute2", "forwarding tables of the tests' bridges"),
+    ("ping", "iputils-ping", "packets of the tests' clients"),
+    ("setpriv", "util-linux", "tests of what may be done without root"),
+    ("tcpdump", "tcpdump", "looking into a test's network"),
+    ("tshark", "tshark", "an independent reader of announced frames"),
 ];
 
 /// One thing that is missing, and the way to get it.

@@ -14,6 +14,7 @@ use serde::Serialize;
 
 use super::audit::{self, Action};
 use super::gate::{GateError, GateState, OnLoss, OwnershipGate};
+use super::lease::Lease;
 use super::registry::{MachineEntry, Registry, RegistryError, boot_id, start_time_ticks};
 use super::session::{Creation, Reply, Request, SESSION_VERSION, SessionError, SessionSocket};
 use crate::announce::{AddressError, Announcer, Schedule};
@@ -22,6 +23,7 @@ use crate::kvm::Hurry;
 use crate::kvm::bus::{Device, DeviceError};
 use crate::kvm::machine::{BootConfig, HostedError, Hosting, Machine};
 use crate::kvm::memory::Memory;
+use crate::kvm::sys::KvmError;
 use crate::kvm::virtio::{VirtioBlk, VirtioNet};
 use crate::model::schema::Schema;
 use crate::model::{
@@ -31,8 +33,12 @@ use crate::net::tap::Tap;
 use crate::port::{JournalError, JournalRecord};
 use crate::store::FileJournal;
 
+/// How long the dirty log stays on for tracking unless asked for again.
+pub const TRACKING_TIME: Duration = Duration::from_secs(30);
+
 /// Journals of settled migrations are kept so long for late questions.
 const JOURNAL_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
+
 /// Pages that are write-protected by one call while tracking: 4 GiB.
 const PROTECT_PAGES: u64 = 1 << 20;
 
@@ -162,6 +168,8 @@ pub struct Host {
     session: Mutex<()>,
     announcer: Announcer,
     paused_by_operator: AtomicBool,
+    /// Who tracks has the dirty log switched on.
+    tracking: Arc<Lease>,
     /// An order on the control socket has ended the machine: its answer must still get out.
     answering: AtomicBool,
     registry: Registry,
@@ -278,6 +286,7 @@ impl Host {
             session: Mutex::new(()),
             announcer,
             paused_by_operator: AtomicBool::new(false),
+            tracking: Arc::default(),
             answering: AtomicBool::new(false),
             registry,
             state_dir: places.state_dir.clone(),
@@ -436,25 +445,44 @@ impl Host {
     }
 
     /// Switches the dirty log for tracking outside a migration. Switching it on write-protects every page, also when it is
-    /// on already, so that the next write to each makes an event.
-    pub fn set_dirty_log(&self, on: bool) -> Result<(), String> {
+    /// on already, so that the next write to each makes an event. It goes off by itself [`TRACKING_TIME`] after the last
+    /// such order: whoever tracks may be killed.
+    pub fn set_dirty_log(self: &Arc<Self>, on: bool) -> Result<(), String> {
         let _session = self.unless_migrating("switch the dirty log")?;
+        if on {
+            let host = Arc::clone(self);
+            self.tracking.grant(TRACKING_TIME, move || host.end_tracking()).map_err(|error| error.to_string())?;
+            self.protect_all()
+        } else {
+            self.tracking.give_up();
+            self.machine.log().stop()
+        }
+        .map_err(|error| error.to_string())
+    }
+
+    fn protect_all(&self) -> Result<(), KvmError> {
         let log = self.machine.log();
-        let switch = || {
-            if !on {
-                return log.stop();
-            }
-            if log.is_on() { log.harvest() } else { log.start() }?;
-            let pages = PageCount::covering(self.machine.shape().memory_bytes).0;
-            let mut first = 0;
-            while first < pages {
-                let count = (pages - first).min(PROTECT_PAGES);
-                log.protect(PageRun::new(first, count as u32))?;
-                first += count;
-            }
-            Ok(())
-        };
-        switch().map_err(|error| error.to_string())
+        if log.is_on() { log.harvest() } else { log.start() }?;
+        let pages = PageCount::covering(self.machine.shape().memory_bytes).0;
+        let mut first = 0;
+        while first < pages {
+            let count = (pages - first).min(PROTECT_PAGES);
+            log.protect(PageRun::new(first, count as u32))?;
+            first += count;
+        }
+        Ok(())
+    }
+
+    /// Nobody has asked for the log any more. A migration that has the VM by now has the log too, and sees to it.
+    fn end_tracking(&self) {
+        let Ok(_session) = self.unless_migrating("end tracking") else { return };
+        if self.tracking.is_held() {
+            return;
+        }
+        tracing::warn!("the dirty log was left on by tracking; switching it off");
+        if let Err(error) = self.machine.log().stop() {
+            tracing::error!("the dirty log: {error}");
+        }
     }
 
     /// Sends one round of announcements out of every network port, as if from the guest. Returns the frames sent.

@@ -19,6 +19,7 @@ pub mod doctor;
 pub mod events;
 pub mod gate;
 pub mod interrupt;
+pub mod lease;
 pub mod machine;
 pub mod migration;
 pub mod observe;

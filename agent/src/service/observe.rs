@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::arm::ControlSocketArm;
 use super::clock::MonotonicClock;
 use super::interrupt::Interrupt;
+use super::machine::TRACKING_TIME;
 use super::registry::{MachineEntry, Registry, RegistryError};
 use crate::foreign::{KvmProcess, ProcessError};
 use crate::model::schema::Schema;
@@ -108,6 +109,11 @@ pub enum ObserveVmError {
     /// The VM could not be let go.
     #[error(transparent)]
     Disarm(#[from] ArmError),
+    /// The write protection would end before the interval does.
+    #[error(
+        "with --arm an interval may last {0:?} at most: the VM ends its write protection by itself if nobody asks again"
+    )]
+    TooLong(Duration),
     /// Only hosted VMs can be write-protected.
     #[error("process {0} is no VM that dunlin runs, so its pages cannot be write-protected; leave --arm out")]
     NotHosted(u32),
@@ -128,6 +134,9 @@ pub fn observe(
         Found::Process(pid) => (pid, None),
     };
     let process = KvmProcess::open(pid)?;
+    if request.arm && request.interval > TRACKING_TIME / 2 {
+        return Err(ObserveVmError::TooLong(TRACKING_TIME / 2));
+    }
     let arm = match (request.arm, &hosted) {
         (false, _) => None,
         (true, Some(entry)) => {
@@ -168,9 +177,7 @@ pub fn observe(
         each(&DirtyRateReport { vm: vm.clone(), rate, missing_sources: missing_sources.clone() });
         left = left.map(|left| left - 1);
     };
-    if ended == Ended::VmGone {
-        drop(observer);
-    } else {
+    if ended != Ended::VmGone {
         observer.stop()?;
     }
     Ok(ended)
@@ -198,4 +205,44 @@ fn missing_sources(observer: &Observer<KernelCounters, MonotonicClock>) -> Vec<M
         Some(MissingSource { name: hook.name.clone(), gives: hook.gives.clone(), reason })
     });
     missing.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::port::{EventSample, ThreadEvents};
+
+    #[test]
+    fn the_reports_form_is_kept() {
+        let exits = [("mmio".to_owned(), 4)].into();
+        let thread = ThreadEvents { pages_made_writable: 2, dirty_ring_pushes: 3, huge_mappings: 0, exits };
+        let after = EventSample { threads: [(7, thread)].into(), ..EventSample::default() };
+        let rate = track::rate_between(&EventSample::default(), &after, Duration::from_millis(500), PageCount(2), true);
+        let vm = Observed { name: "a".to_owned(), vm_id: None, pid: 5, cpus: 1 };
+        let report = DirtyRateReport { vm, rate, missing_sources: Vec::new() };
+        let mut golden = json!({
+            "schema": "dunlin.dirty-rate/v1",
+            "vm": {"name": "a", "pid": 5, "cpus": 1},
+            "interval_ns": 500_000_000,
+            "pages_per_second": 4.0,
+            "bytes_per_second": 16384.0,
+            "unique_pages": 2,
+            "unique_bytes": 8192,
+            "regime": "armed",
+            "is_lower_bound": false,
+            "source": "kvm_mmu_set_spte, fast_page_fault",
+            "dirty_ring_pushes_per_second": 6.0,
+            "huge_mappings": 0,
+            "threads": [{"thread_id": 7, "pages_per_second": 4.0, "share": 1.0, "exits_per_second": 8.0}],
+            "exits": {"mmio": 4},
+            "lost_events": {
+                "total": 0, "out_of_range": 0, "threads_full": 0, "exits_full": 0, "too_large": 0, "unreadable": 0
+            },
+            "missing_sources": [],
+        });
+        golden["meaning"] = report.rate.meaning.into();
+        assert_eq!(serde_json::to_value(report.tagged()).unwrap(), golden);
+    }
 }

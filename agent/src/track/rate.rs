@@ -57,7 +57,7 @@ pub struct DirtyRate {
 pub struct ThreadRate {
     /// Thread id: a vCPU's thread, or one that acts for the VM.
     pub thread_id: u32,
-    /// The thread's name, where it has one.
+    /// The thread's name, unless it has ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
     /// Its pages per second.
