@@ -162,7 +162,9 @@ fn play(teller: &Teller) -> Result<Report> {
 
     let forwarding_before = table(&rig)?;
     teller.say(format!("The switch's forwarding table before the move (the guest is {}):", Rig::mac()));
-    forwarding_before.iter().for_each(|line| teller.say(format!("  {line}")));
+    for line in &forwarding_before {
+        teller.say(format!("  {line}"));
+    }
 
     teller.say("Pre-copy moves the VM from host-a to host-b while it writes.");
     rig.get("/reset-gap")?;
@@ -176,7 +178,9 @@ fn play(teller: &Teller) -> Result<Report> {
     let heartbeat_gap_ns = rig.heartbeat_gap_of_last_hop_ns()?;
     let forwarding_after = table(&rig)?;
     teller.say("The switch's forwarding table after the move:");
-    forwarding_after.iter().for_each(|line| teller.say(format!("  {line}")));
+    for line in &forwarding_after {
+        teller.say(format!("  {line}"));
+    }
 
     let behind = |lines: &[String], port: &str| {
         let mac = Rig::mac().to_string();
