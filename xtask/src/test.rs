@@ -61,6 +61,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<bool> {
     if fine && totals.passed == 0 {
         bail!("the test runner succeeded without running a test");
     }
+    if !fine && totals.failed == 0 {
+        // No totals: they would say that nothing failed.
+        bail!("the test runner itself failed, so not all tests have run; its words are above");
+    }
     println!("{totals}");
     Ok(fine)
 }
