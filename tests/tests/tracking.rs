@@ -248,6 +248,17 @@ fn ctrl_c_ends_the_command_in_good_order() {
     writer.stop();
 }
 
+#[test]
+fn a_reader_that_goes_ends_the_command_too() {
+    let _alone = alone();
+    let writer = Writer::start();
+    let (mut child, mut reports) = dirty_rate(&["--interval", "20ms"]);
+    reports.next().unwrap();
+    drop(reports);
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    writer.stop();
+}
+
 /// A VM that `dunlin vm run` runs, with the test guest in it; gone on drop.
 struct Hosted {
     child: dunlin_tests::OwnProcess,

@@ -11,14 +11,22 @@ pub(crate) struct Totals {
     pub(crate) skipped: u64,
 }
 
+/// A test runner, by how it sums up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Runner {
+    /// `Summary [...]`, once. It passes on what a failed test printed, libtest's summary of that one test among it.
+    Nextest,
+    /// `test result: ...`, once a binary.
+    Libtest,
+}
+
 impl Totals {
-    /// Takes in one line of output, if it is a summary: nextest's `Summary [...]`, or libtest's `test result:`.
-    pub(crate) fn read(&mut self, line: &str) {
+    /// Takes in one line of a runner's output, if it is a summary.
+    pub(crate) fn read(&mut self, runner: Runner, line: &str) {
         let line = line.trim();
-        let counts = if line.starts_with("Summary [") {
-            line.split_once(']').map(|(_, rest)| rest)
-        } else {
-            line.strip_prefix("test result:")
+        let counts = match runner {
+            Runner::Nextest => line.strip_prefix("Summary [").and_then(|rest| Some(rest.split_once(']')?.1)),
+            Runner::Libtest => line.strip_prefix("test result:"),
         };
         for part in counts.unwrap_or_default().split([',', ';', ':', '.']) {
             let mut words = part.split_whitespace();
@@ -45,15 +53,17 @@ mod tests {
 
     #[test]
     fn both_runners_are_understood() {
+        let libtest =
+            "test result: FAILED. 3 passed; 1 failed; 4 ignored; 0 measured; 9 filtered out; finished in 0.24s";
+        let nextest = "     Summary [   0.249s] 9 tests run: 5 passed (1 slow), 1 failed, 1 timed out, 2 skipped";
+        let partial = "     Summary [ 170.1s] 1/2 tests run: 1 passed, 0 skipped";
         let mut totals = Totals::default();
-        for line in [
-            "     Summary [   0.249s] 7 tests run: 5 passed (1 slow), 1 failed, 1 timed out, 2 skipped",
-            "test result: ok. 3 passed; 1 failed; 4 ignored; 0 measured; 9 filtered out; finished in 0.24s",
-            "test the_summary ... ok",
-            "     Summary [ 170.1s] 1/2 tests run: 1 passed, 0 skipped",
-        ] {
-            totals.read(line);
+        for line in [nextest, libtest, partial, "test the_summary ... ok"] {
+            totals.read(Runner::Nextest, line);
         }
+        assert_eq!(totals, Totals { passed: 6, failed: 2, skipped: 2 });
+        totals.read(Runner::Libtest, libtest);
+        totals.read(Runner::Libtest, nextest);
         assert_eq!(totals, Totals { passed: 9, failed: 3, skipped: 6 });
         assert_eq!(totals.to_string(), "9 passed, 3 failed, 6 skipped");
     }

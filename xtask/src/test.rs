@@ -11,7 +11,7 @@ use clap::Args;
 use crate::build_ebpf;
 use crate::run;
 use crate::setup;
-use crate::summary::Totals;
+use crate::summary::{Runner, Totals};
 use crate::workspace::root;
 
 /// Options of `cargo xtask test`.
@@ -47,17 +47,18 @@ pub(crate) fn run(arguments: &Arguments) -> Result<bool> {
     if has_guest && guest.join("src/lib.rs").is_file() {
         let mut command = Command::new("cargo");
         command.args(["test", "--lib"]).current_dir(&guest);
-        fine &= run::watched(&mut command, |line| totals.read(line))?;
+        fine &= run::watched(&mut command, |line| totals.read(Runner::Libtest, line))?;
     }
-    let mut command = Command::new("cargo");
-    if run::output("cargo", &["nextest", "--version"]).is_some() {
-        // Without --no-fail-fast the summary would not count what did not run.
-        command.args(["nextest", "run", "--workspace", "--no-fail-fast"]);
+    let (runner, words): (_, &[&str]) = if run::output("cargo", &["nextest", "--version"]).is_some() {
+        (Runner::Nextest, &["nextest", "run"])
     } else {
-        command.args(["test", "--workspace", "--no-fail-fast"]);
-    }
+        (Runner::Libtest, &["test"])
+    };
+    let mut command = Command::new("cargo");
+    // Without --no-fail-fast the summary would not count what did not run.
+    command.args(words).args(["--workspace", "--no-fail-fast"]);
     command.args(&arguments.runner).current_dir(root());
-    fine &= run::watched(&mut command, |line| totals.read(line))?;
+    fine &= run::watched(&mut command, |line| totals.read(runner, line))?;
     if fine && totals.passed == 0 {
         bail!("the test runner succeeded without running a test");
     }

@@ -1,5 +1,6 @@
 //! `dunlin dirty-rate`.
 
+use std::io::Write as _;
 use std::time::Duration;
 
 use clap::Args;
@@ -66,18 +67,18 @@ impl DirtyRateArgs {
         let run_dir = run_dir.path(config);
         let request = ObserveRequest { run_dir, vm, interval, count, max_address_bytes: max_address, arm, probe_log };
         let mut first = true;
+        let mut out = std::io::stdout().lock();
         let ended = observe(&request, &interrupt, |report| {
-            if json {
-                match serde_json::to_string(&report.tagged()) {
-                    Ok(line) => println!("{line}"),
-                    Err(error) => eprintln!("dunlin: {error}"),
-                }
+            let text = if json {
+                serde_json::to_string(&report.tagged())? + "\n"
             } else {
-                print!("{}", text(report, std::mem::take(&mut first)));
-            }
+                text(report, std::mem::take(&mut first))
+            };
+            out.write_all(text.as_bytes())?;
+            out.flush()
         })?;
         match ended {
-            Ended::Counted | Ended::Interrupted => Ok(exit::DONE),
+            Ended::Counted | Ended::Interrupted | Ended::NobodyReads => Ok(exit::DONE),
             Ended::VmGone => {
                 eprintln!("dunlin: {} has ended", request.vm);
                 Ok(exit::ERROR)

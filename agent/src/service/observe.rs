@@ -1,5 +1,6 @@
 //! Observing how one VM writes its memory: joins the registry, `/proc`, the BPF counters and the policy of rates.
 
+use std::io;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -89,6 +90,8 @@ pub enum Ended {
     Interrupted,
     /// The VM's process ended.
     VmGone,
+    /// Whoever read the reports has closed the pipe.
+    NobodyReads,
 }
 
 /// Why there is nothing to report.
@@ -106,6 +109,9 @@ pub enum ObserveVmError {
     /// The observation broke off.
     #[error(transparent)]
     Track(#[from] track::ObserveError),
+    /// A report could not be printed.
+    #[error("a report could not be printed")]
+    Print(#[from] io::Error),
     /// The VM could not be let go.
     #[error(transparent)]
     Disarm(#[from] ArmError),
@@ -126,7 +132,7 @@ pub enum ObserveVmError {
 pub fn observe(
     request: &ObserveRequest,
     interrupt: &Interrupt,
-    mut each: impl FnMut(&DirtyRateReport),
+    mut each: impl FnMut(&DirtyRateReport) -> io::Result<()>,
 ) -> Result<Ended, ObserveVmError> {
     let registry = Registry::new(&request.run_dir);
     let (pid, hosted) = match find(&registry, &request.vm)? {
@@ -174,7 +180,14 @@ pub fn observe(
         for thread in &mut rate.threads {
             thread.name = process.thread_name(thread.thread_id);
         }
-        each(&DirtyRateReport { vm: vm.clone(), rate, missing_sources: missing_sources.clone() });
+        let printed = each(&DirtyRateReport { vm: vm.clone(), rate, missing_sources: missing_sources.clone() });
+        if let Err(error) = printed {
+            break if error.kind() == io::ErrorKind::BrokenPipe {
+                Ended::NobodyReads
+            } else {
+                return Err(error.into());
+            };
+        }
         left = left.map(|left| left - 1);
     };
     if ended != Ended::VmGone {
