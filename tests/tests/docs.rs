@@ -63,6 +63,19 @@ fn pages(folder: &Path) -> Vec<PathBuf> {
     found
 }
 
+/// Ends what a page started and did not end, also when it failed half-way: everything in its own namespace.
+struct Leftovers<'a>(&'a Netns);
+
+impl Drop for Leftovers<'_> {
+    fn drop(&mut self) {
+        for pid in self.0.inmates().unwrap_or_default() {
+            if let Some(pid) = rustix::process::Pid::from_raw(pid as i32) {
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            }
+        }
+    }
+}
+
 #[test]
 fn examples_print_what_the_book_says() {
     let book = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/src");
@@ -78,6 +91,7 @@ fn examples_print_what_the_book_says() {
         }
         let netns = Netns::new("docs").unwrap();
         let folder = tempfile::tempdir().unwrap();
+        let _rest = Leftovers(&netns);
         for Example { command, expected } in examples {
             let mut shell = Command::new("bash");
             shell.args(["-c", &format!("{{ {command}\n}} 2>&1")]).env("PATH", &path).env("GUEST", &guest);

@@ -130,7 +130,7 @@ fn stop_and_copy_with_the_ring_and_one_vcpu() {
 /// `--bandwidth` holds within a tenth, as a whole over both streams.
 #[test]
 fn the_bandwidth_limit_is_honoured() {
-    let spec = VmSpec { cpus: 1, guest: "dunlin.wl=ws:96M,rate:0,fill:random".to_owned(), ..VmSpec::default() };
+    let spec = VmSpec { cpus: 1, guest: "dunlin.wl=ws:96M,rate:200,fill:random".to_owned(), ..VmSpec::default() };
     let options = HopOptions { more: vec!["--bandwidth".to_owned(), "400Mbit".to_owned()], ..HopOptions::default() };
     let hop = one_move(spec, options);
     let first = &hop.report.rounds[0];
