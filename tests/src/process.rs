@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::process::{Child, ExitStatus};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
@@ -37,8 +37,9 @@ impl OwnProcess {
     /// Sends a signal, such as `Signal::INT` for Ctrl-C.
     ///
     /// # Errors
-    /// The process is gone.
+    /// The process is gone. Once it was waited for, its number may be another process's: that one is spared.
     pub fn signal(&self, signal: Signal) -> Result<()> {
+        ensure!(!self.reaped, "process {} has ended", self.id());
         kill_process(self.pid()?, signal).with_context(|| format!("signal {signal:?} to {}", self.id()))
     }
 

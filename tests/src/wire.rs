@@ -14,7 +14,7 @@ use std::time::Duration;
 use dunlin::model::MacAddress;
 use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Socket, Type};
 
 use crate::client::gap::monotonic_ns;
 
@@ -65,7 +65,8 @@ impl WireWatch {
             return Err(io::Error::last_os_error());
         }
         let every_protocol = (libc::ETH_P_ALL as u16).to_be();
-        let socket = Socket::new(Domain::PACKET, Type::RAW, Some(Protocol::from(i32::from(every_protocol))))?;
+        // With a protocol from the start it would hear every interface until it is bound.
+        let socket = Socket::new(Domain::PACKET, Type::RAW, None)?;
         socket.set_read_timeout(Some(SLICE))?;
         // SAFETY: all-zero bytes are a valid `sockaddr_ll`, a plain C struct.
         let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };

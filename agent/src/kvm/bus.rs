@@ -58,6 +58,20 @@ pub trait MmioDevice: Send + Sync {
     fn write(&self, offset: u64, data: &[u8]);
 }
 
+/// An edge-triggered interrupt line.
+pub trait IrqLine: Send + Sync {
+    /// Raises the interrupt; when it returns, the interrupt controllers have it.
+    fn pulse(&self);
+}
+
+/// A line that a test listens to.
+#[cfg(test)]
+impl IrqLine for EventFd {
+    fn pulse(&self) {
+        self.write(1).expect("the counter of a non-blocking event is never full");
+    }
+}
+
 /// A store that wakes a device's worker with no exit to user space (a queue notification): the guest writes the
 /// 32-bit `value` at `offset` of the window, and KVM signals `event`.
 #[derive(Clone, Copy, Debug)]
@@ -104,8 +118,8 @@ pub trait Device: MmioDevice {
     /// The stores that KVM turns into signals.
     fn io_events(&self) -> Vec<IoEvent<'_>>;
 
-    /// Signalled by the device to raise its interrupt (edge); KVM listens.
-    fn irq(&self) -> &EventFd;
+    /// Gives the device its interrupt line, once, before it is resumed.
+    fn connect_irq(&self, line: Arc<dyn IrqLine>);
 }
 
 /// The devices by address. Fixed once the machine is built, so dispatch takes no lock.
@@ -174,7 +188,6 @@ mod tests {
 
     /// A device that keeps what it is told.
     struct Probe {
-        irq: EventFd,
         written: Mutex<Vec<(u64, Vec<u8>)>>,
     }
 
@@ -217,14 +230,12 @@ mod tests {
             Vec::new()
         }
 
-        fn irq(&self) -> &EventFd {
-            &self.irq
-        }
+        fn connect_irq(&self, _: Arc<dyn IrqLine>) {}
     }
 
     #[test]
     fn loads_and_stores_find_their_window() {
-        let probe = || Arc::new(Probe { irq: EventFd::new(0).unwrap(), written: Mutex::default() });
+        let probe = || Arc::new(Probe { written: Mutex::default() });
         let mut bus = MmioBus::default();
         let second = probe();
         bus.attach(probe()).unwrap();

@@ -9,7 +9,7 @@ use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::bus::MmioBus;
+use super::bus::{IrqLine, MmioBus};
 use super::dirty;
 use super::memory::Memory;
 use super::sys::KvmError;
@@ -19,6 +19,24 @@ use crate::model::DirtyLogKind;
 const TSS_ADDRESS: usize = 0xfffb_d000;
 /// One page for its identity map.
 const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
+
+/// A pin of the in-kernel interrupt controllers.
+///
+/// Not an irqfd: for a pin of the I/O APIC the kernel delivers that from a work queue, whose threads a busy host may keep
+/// waiting for seconds, and a VM that is saved meanwhile leaves the interrupt behind.
+struct Line {
+    vm: Arc<VmFd>,
+    irq: u32,
+}
+
+impl IrqLine for Line {
+    fn pulse(&self) {
+        for level in [true, false] {
+            // It fails only for a pin that does not exist, and the bus gives out none of those.
+            let _ = self.vm.set_irq_line(self.irq, level);
+        }
+    }
+}
 
 /// A VM without vCPUs.
 pub(crate) struct Vm {
@@ -53,7 +71,7 @@ impl Vm {
     /// Connects interrupts and notifications of all devices of `bus`.
     pub(crate) fn connect_bus(&self, bus: &MmioBus) -> Result<(), KvmError> {
         for (index, device) in bus.devices().iter().enumerate() {
-            self.connect_irq(device.irq(), MmioBus::irq(index))?;
+            device.connect_irq(Arc::new(Line { vm: self.fd.clone(), irq: MmioBus::irq(index) }));
             for event in device.io_events() {
                 let address = IoEventAddress::Mmio(MmioBus::address(index) + event.offset);
                 self.fd.register_ioevent(event.event, &address, event.value).map_err(KvmError::of("KVM_IOEVENTFD"))?;

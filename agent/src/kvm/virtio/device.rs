@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::mmio::{Backend, Served, Transport, register};
 use super::worker::{Job, Worker, WorkerGone};
-use crate::kvm::bus::{Device, DeviceError, IoEvent, MmioDevice};
+use crate::kvm::bus::{Device, DeviceError, IoEvent, IrqLine, MmioDevice};
 use crate::kvm::memory::GuestRam;
 
 /// A device with its worker. Made standing.
@@ -123,7 +123,7 @@ impl<B: Backend> Device for VirtioDevice<B> {
         self.transport.notifications().iter().enumerate().map(notification).collect()
     }
 
-    fn irq(&self) -> &EventFd {
-        self.transport.interrupt().event()
+    fn connect_irq(&self, line: Arc<dyn IrqLine>) {
+        self.transport.interrupt().connect(line);
     }
 }

@@ -3,40 +3,28 @@
 //! Owns what was raised and not yet acknowledged, and `DEVICE_NEEDS_RESET`, which a worker sets while the registers
 //! belong to the vCPUs. Atomics only: neither side waits for the other.
 
-use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use crate::kvm::bus::IrqLine;
 
 /// A used buffer was added (`InterruptStatus` bit 0).
 pub(super) const USED_BUFFER: u32 = 1;
 /// The configuration changed, or the device needs a reset (`InterruptStatus` bit 1).
 pub(super) const CONFIGURATION: u32 = 2;
 
-/// One interrupt line.
-#[derive(Debug)]
+/// One interrupt line. At rest when made; until it is connected, nobody hears it.
+#[derive(Default)]
 pub(super) struct Interrupt {
     status: AtomicU32,
     needs_reset: AtomicBool,
-    event: EventFd,
+    line: OnceLock<Arc<dyn IrqLine>>,
 }
 
 impl Interrupt {
-    /// A line at rest.
-    ///
-    /// # Errors
-    /// No file descriptor is left.
-    pub(super) fn new() -> io::Result<Self> {
-        Ok(Self {
-            status: AtomicU32::new(0),
-            needs_reset: AtomicBool::new(false),
-            event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
-        })
-    }
-
-    /// What KVM listens to.
-    pub(super) fn event(&self) -> &EventFd {
-        &self.event
+    /// Connects it to the interrupt controllers. Only the first connection counts.
+    pub(super) fn connect(&self, line: Arc<dyn IrqLine>) {
+        let _connected_already = self.line.set(line);
     }
 
     /// Raised and not yet acknowledged.
@@ -82,7 +70,8 @@ impl Interrupt {
     }
 
     fn signal(&self) {
-        // It fails only when the counter is full, and then a signal is pending anyway.
-        let _ = self.event.write(1);
+        if let Some(line) = self.line.get() {
+            line.pulse();
+        }
     }
 }
