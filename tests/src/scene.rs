@@ -60,6 +60,27 @@ impl Found {
     }
 }
 
+/// The steps at which a manager can be held.
+pub const STEPS: &[(Host, Step)] = &[
+    (Host::Source, Step::Connected),
+    (Host::Source, Step::Offered),
+    (Host::Source, Step::Reserved),
+    (Host::Source, Step::Round),
+    (Host::Source, Step::Paused),
+    (Host::Source, Step::StateMoved),
+    (Host::Source, Step::Prepared),
+    (Host::Source, Step::Released),
+    (Host::Source, Step::Running),
+    (Host::Source, Step::Discarded),
+    (Host::Target, Step::Offered),
+    (Host::Target, Step::Reserved),
+    (Host::Target, Step::StateMoved),
+    (Host::Target, Step::Prepared),
+    (Host::Target, Step::Owned),
+    (Host::Target, Step::Announced),
+    (Host::Target, Step::Running),
+];
+
 /// Runs all cells, a few at a time; prints what each found, and fails with all failures.
 pub fn run_cells<C: Copy + Send + Sync + Debug>(cells: Vec<C>, run: impl Fn(C) -> Result<String> + Sync) {
     let (next, told) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
@@ -85,6 +106,16 @@ pub fn run_cells<C: Copy + Send + Sync + Debug>(cells: Vec<C>, run: impl Fn(C) -
     let failed: Vec<_> =
         told.iter().filter_map(|(_, result, _)| result.as_ref().err().map(|error| format!("{error:#}"))).collect();
     assert!(failed.is_empty(), "{} of {} cells failed:\n\n{}", failed.len(), cells.len(), failed.join("\n\n"));
+}
+
+/// Plays one cell in a scene of its own; a failure tells the cell and what the scene's programs said.
+///
+/// # Errors
+/// What `play` found wrong.
+pub fn in_scene<C: Copy + Debug>(cell: C, play: impl Fn(&mut Scene, C) -> Result<String>) -> Result<String> {
+    let mut scene = Scene::new(&[])?;
+    let told = play(&mut scene, cell);
+    told.with_context(|| format!("{cell:?}\n{}", scene.story()))
 }
 
 /// Two hosts, a VM on the first, a receiver on the second, and the migration between them.

@@ -9,29 +9,8 @@ use dunlin::migrate::outcomes::{Failure, Window};
 use dunlin::model::outcome::exit;
 use dunlin::model::{Ending, Step};
 use dunlin_tests::hosted::HoldPoint;
-use dunlin_tests::scene::{Host, MIGRATION_LIMIT, Scene, run_cells};
+use dunlin_tests::scene::{Host, MIGRATION_LIMIT, STEPS, Scene, in_scene, run_cells};
 use rustix::process::Signal;
-
-/// The steps at which a manager can be held.
-const STEPS: &[(Host, Step)] = &[
-    (Host::Source, Step::Connected),
-    (Host::Source, Step::Offered),
-    (Host::Source, Step::Reserved),
-    (Host::Source, Step::Round),
-    (Host::Source, Step::Paused),
-    (Host::Source, Step::StateMoved),
-    (Host::Source, Step::Prepared),
-    (Host::Source, Step::Released),
-    (Host::Source, Step::Running),
-    (Host::Source, Step::Discarded),
-    (Host::Target, Step::Offered),
-    (Host::Target, Step::Reserved),
-    (Host::Target, Step::StateMoved),
-    (Host::Target, Step::Prepared),
-    (Host::Target, Step::Owned),
-    (Host::Target, Step::Announced),
-    (Host::Target, Step::Running),
-];
 
 /// One cell of the matrix.
 #[derive(Clone, Copy, Debug)]
@@ -75,12 +54,6 @@ fn strike(scene: &mut Scene, cell: Cell) -> Result<()> {
         TargetManagerDies => scene.receiver.as_mut().context("no receiver")?.running.kill(),
         _ => scene.target.kill_machine(),
     }
-}
-
-fn run(cell: Cell) -> Result<String> {
-    let mut scene = Scene::new(&[])?;
-    let told = play(&mut scene, cell);
-    told.with_context(|| format!("{cell:?}\n{}", scene.story()))
 }
 
 fn play(scene: &mut Scene, cell: Cell) -> Result<String> {
@@ -160,20 +133,20 @@ fn ctrl_c_at_each_step() {
 
 #[test]
 fn the_sources_manager_is_killed_at_each_step() {
-    run_cells(cells(SourceManagerDies), run);
+    run_cells(cells(SourceManagerDies), |cell| in_scene(cell, play));
 }
 
 #[test]
 fn the_sources_machine_is_killed_at_each_step() {
-    run_cells(cells(SourceMachineDies), run);
+    run_cells(cells(SourceMachineDies), |cell| in_scene(cell, play));
 }
 
 #[test]
 fn the_targets_manager_is_killed_at_each_step() {
-    run_cells(cells(TargetManagerDies), run);
+    run_cells(cells(TargetManagerDies), |cell| in_scene(cell, play));
 }
 
 #[test]
 fn the_targets_machine_is_killed_at_each_step() {
-    run_cells(cells(TargetMachineDies), run);
+    run_cells(cells(TargetMachineDies), |cell| in_scene(cell, play));
 }

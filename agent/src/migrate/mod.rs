@@ -8,6 +8,7 @@
 mod answer;
 mod converge;
 mod digest;
+mod lap;
 mod message;
 mod observe;
 mod options;

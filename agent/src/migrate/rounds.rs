@@ -118,11 +118,9 @@ impl Round<'_> {
                 let mut machine = machine.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
                 machine.protect(self.region.spec().id, window)?;
             }
+            let before = tally.pages;
             self.send_window(window, stream, &mut tally)?;
-            let sent = sent.fetch_add(
-                self.due.runs_within(first, window.end(), u32::MAX).map(|run| u64::from(run.count)).sum(),
-                Ordering::Relaxed,
-            );
+            let sent = sent.fetch_add(tally.pages - before, Ordering::Relaxed);
             self.observer.progress(self.number, sent, due_pages);
         }
         tally.wire_bytes += stream.end_round(self.number)?;
@@ -133,10 +131,13 @@ impl Round<'_> {
     fn send_window(&self, window: PageRun, stream: &mut dyn BulkSender, tally: &mut Tally) -> Result<(), SourceError> {
         for run in self.due.runs_within(window.first.0, window.end(), u32::MAX) {
             tally.pages += u64::from(run.count);
-            let mut at = run.first.0;
             // From the second round on what is due was written: only the first one meets holes worth asking for.
-            let parts = if self.number == 1 { self.region.data_within(run) } else { vec![run] };
-            for data in parts {
+            if self.number > 1 {
+                self.send_data(run, stream, tally)?;
+                continue;
+            }
+            let mut at = run.first.0;
+            for data in self.region.data_within(run) {
                 self.send_zeros(at, data.first.0, stream, tally)?;
                 self.send_data(data, stream, tally)?;
                 at = data.end();

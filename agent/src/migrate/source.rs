@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::converge::{Convergence, Verdict};
 use super::digest::chunk_hashes;
+use super::lap::Lap;
 use super::message::{ControlMessage, Handed, Offer, TargetState};
 use super::observe::{CancelFlag, Observer};
 use super::options::{SourceOptions, Strategy};
@@ -298,7 +299,7 @@ impl Source<'_> {
         let paused_at = self.clock.now();
         progress.paused_at = Some(paused_at);
         self.machine.pause()?;
-        let mut lap = Lap { clock: self.clock, last: paused_at };
+        let mut lap = Lap::since(self.clock, paused_at);
         progress.ledger.add(BlackoutPhase::Pause, lap.next());
         self.pass(progress, Step::Paused, "");
         if self.options.strategy == Strategy::PreCopy {
@@ -600,19 +601,4 @@ fn peers_reason(control: &dyn ControlChannel<ControlMessage>, error: SourceError
 
 fn unexpected(message: &ControlMessage, wanted: &'static str) -> SourceError {
     SourceError::Unexpected { got: message.name(), wanted }
-}
-
-/// Measures phase after phase.
-struct Lap<'a> {
-    clock: &'a dyn Clock,
-    last: Duration,
-}
-
-impl Lap<'_> {
-    fn next(&mut self) -> Duration {
-        let now = self.clock.now();
-        let phase = now.saturating_sub(self.last);
-        self.last = now;
-        phase
-    }
 }

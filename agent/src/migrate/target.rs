@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::digest::{chunk_hashes, page_digest, zero_digest};
+use super::lap::Lap;
 use super::message::{Accept, ControlMessage, Handed, Offer, TargetState};
 use super::observe::{CancelFlag, Observer};
 use crate::model::{
@@ -328,29 +329,24 @@ impl Target<'_> {
         ledger: &mut BlackoutLedger,
     ) -> Result<bool, TargetError> {
         let id = offer.migration_id;
-        let mut last = self.clock.now();
-        let mut lap = |clock: &dyn Clock| {
-            let phase = clock.now().saturating_sub(last);
-            last = clock.now();
-            phase
-        };
+        let mut lap = Lap::since(self.clock, self.clock.now());
         if let Err(error) = machine.take_ownership(id) {
             return self.ownership_failed(id, machine, &error);
         }
-        ledger.add(BlackoutPhase::JournalOwner, lap(self.clock));
+        ledger.add(BlackoutPhase::JournalOwner, lap.next());
         self.pass(id, Step::Owned, "");
         match machine.announce() {
             Ok(frames) => self.pass(id, Step::Announced, &format!("{frames} frames")),
             Err(error) => tracing::warn!(migration = %id, "the first announcement failed: {error}"),
         }
-        ledger.add(BlackoutPhase::Announce, lap(self.clock));
+        ledger.add(BlackoutPhase::Announce, lap.next());
         // Up to here it certainly never ran: one that died meanwhile is the source's again.
         if machine.fate() == Fate::Dead {
             let error = MachineError::Gone { action: "resume", reason: "its process has ended".to_owned() };
             return self.ownership_failed(id, machine, &error);
         }
         machine.resume().map_err(|error| TargetError::LostOwned(error.to_string()))?;
-        ledger.add(BlackoutPhase::Resume, lap(self.clock));
+        ledger.add(BlackoutPhase::Resume, lap.next());
         // If this is lost the source asks again, and the journal answers.
         if let Err(error) = self.link.control().send(&ControlMessage::Running(ledger.clone())) {
             tracing::warn!(migration = %id, "`running` could not be sent: {error}");

@@ -2,7 +2,6 @@
 //!
 //! Owns what a lost manager means. Must not know the wire between managers, nor HTTP ([`super::control`] does).
 
-use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -670,11 +669,6 @@ impl Host {
         }
         self.registry.leave(&self.machine.shape().name);
         Some(exit)
-    }
-
-    /// Addresses that are announced for the VM.
-    pub fn addresses(&self) -> Vec<IpAddr> {
-        self.machine.shape().nets.iter().flat_map(|net| net.ips.iter().copied()).collect()
     }
 
     /// The shape.
