@@ -6,7 +6,8 @@
 
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
 use axum::extract::connect_info::{ConnectInfo, Connected};
 use axum::extract::{Query, State};
@@ -19,6 +20,7 @@ use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
 use serde::{Deserialize, Serialize};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::watch;
 
 use super::machine::{Host, VmInfo};
 use crate::model::Owner;
@@ -137,27 +139,56 @@ fn acting() -> Router<Arc<Host>> {
         )
 }
 
-/// Serves both sockets of `host` until the process ends.
+/// How long an order that is being answered may hold the end of the process up.
+const LAST_ANSWERS_LIMIT: Duration = Duration::from_secs(2);
+
+/// The sockets of a VM while they are served.
+pub struct Served {
+    ending: watch::Sender<bool>,
+    ended: mpsc::Receiver<()>,
+}
+
+impl Served {
+    /// Takes no more requests, and returns when those that are being answered have their answer, the order that ended
+    /// the machine among them.
+    pub fn finish(self) {
+        self.ending.send_replace(true);
+        if self.ended.recv_timeout(LAST_ANSWERS_LIMIT) == Err(mpsc::RecvTimeoutError::Timeout) {
+            tracing::warn!("a request is still unanswered after {LAST_ANSWERS_LIMIT:?}");
+        }
+    }
+}
+
+/// Serves both sockets of `host` until [`Served::finish`].
 ///
 /// # Errors
 /// Sockets that cannot be made.
-pub fn serve(host: &Arc<Host>) -> io::Result<()> {
+pub fn serve(host: &Arc<Host>) -> io::Result<Served> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let (act, look) = {
         let _context = runtime.enter();
         (UnixListener::bind(host.socket("control"))?, UnixListener::bind(host.socket("observe"))?)
     };
     let (acting, observing) = (acting().with_state(Arc::clone(host)), observing().with_state(Arc::clone(host)));
+    let (ending, mut at_end) = watch::channel(false);
+    let (end, ended) = mpsc::channel();
+    let mut at_end_too = at_end.clone();
     let work = async move {
-        let acting = axum::serve(act, acting.into_make_service_with_connect_info::<Caller>());
-        let observing = axum::serve(look, observing.into_make_service_with_connect_info::<Caller>());
+        let acting = axum::serve(act, acting.into_make_service_with_connect_info::<Caller>())
+            .with_graceful_shutdown(async move { drop(at_end.wait_for(|&end| end).await) });
+        let observing = axum::serve(look, observing.into_make_service_with_connect_info::<Caller>())
+            .with_graceful_shutdown(async move { drop(at_end_too.wait_for(|&end| end).await) });
         let (first, second) = tokio::join!(acting, observing);
         if let Err(error) = first.and(second) {
             tracing::error!("control sockets: {error}");
         }
     };
-    std::thread::Builder::new().name("control".into()).spawn(move || runtime.block_on(work))?;
-    Ok(())
+    std::thread::Builder::new().name("control".into()).spawn(move || {
+        runtime.block_on(work);
+        // Nobody may be waiting any more.
+        let _ = end.send(());
+    })?;
+    Ok(Served { ending, ended })
 }
 
 /// A request to a VM's socket that did not succeed.

@@ -41,9 +41,6 @@ const JOURNAL_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
 /// Pages that are write-protected by one call while tracking: 4 GiB.
 const PROTECT_PAGES: u64 = 1 << 20;
 
-/// How long the process stays after an order has ended the machine, so that the answer reaches its client.
-const ANSWER_TIME: Duration = Duration::from_millis(100);
-
 /// A machine could not be hosted.
 #[derive(Debug, thiserror::Error)]
 pub enum HostError {
@@ -169,8 +166,6 @@ pub struct Host {
     paused_by_operator: AtomicBool,
     /// Who tracks has the dirty log switched on.
     tracking: Arc<Lease>,
-    /// An order on the control socket has ended the machine: its answer must still get out.
-    answering: AtomicBool,
     registry: Registry,
     state_dir: PathBuf,
     since: Instant,
@@ -286,7 +281,6 @@ impl Host {
             announcer,
             paused_by_operator: AtomicBool::new(false),
             tracking: Arc::default(),
-            answering: AtomicBool::new(false),
             registry,
             state_dir: places.state_dir.clone(),
             since: Instant::now(),
@@ -408,7 +402,6 @@ impl Host {
     /// Ends the VM by an operator's order.
     pub fn stop(&self, who: &str) -> Result<(), String> {
         self.act(who, "stop", || {
-            self.answering.store(true, Ordering::Release);
             self.machine.stop();
             Ok(())
         })
@@ -422,7 +415,6 @@ impl Host {
             if owner == Owner::Here {
                 self.run_again();
             } else {
-                self.answering.store(true, Ordering::Release);
                 self.machine.stop();
             }
             Ok(())
@@ -664,9 +656,6 @@ impl Host {
     /// Waits until the machine has ended, at most `timeout`; then takes its entry out of the run folder.
     pub fn wait_end(&self, timeout: Duration) -> Option<crate::kvm::MachineExit> {
         let exit = self.machine.wait_exit(timeout)?;
-        if self.answering.load(Ordering::Acquire) {
-            std::thread::sleep(ANSWER_TIME);
-        }
         self.registry.leave(&self.machine.shape().name);
         Some(exit)
     }

@@ -130,11 +130,14 @@ impl RunArgs {
                 Err(error) => return Err(error).context("the VM could not be started"),
             },
         };
-        serve(&host)?;
+        let served = serve(&host)?;
         if boots {
             host.start()?;
         }
-        Ok(watch(&host, &cancel, json))
+        let code = watch(&host, &cancel, json);
+        // The order that ended the machine is perhaps not answered yet.
+        served.finish();
+        Ok(code)
     }
 
     fn boot(self, defaults: &Config) -> Result<Arc<Host>, HostError> {
@@ -172,7 +175,7 @@ fn incoming(number: i32) -> anyhow::Result<Arc<Host>> {
     Ok(host)
 }
 
-fn serve(host: &Arc<Host>) -> anyhow::Result<()> {
+fn serve(host: &Arc<Host>) -> anyhow::Result<control::Served> {
     host.listen_for_sessions()?;
     control::serve(host).context("the control sockets could not be made")
 }
