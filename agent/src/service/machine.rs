@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -15,6 +15,7 @@ use super::audit::{self, Action};
 use super::gate::{GateError, GateState, OnLoss, OwnershipGate};
 use super::lease::Lease;
 use super::registry::{MachineEntry, Registry, RegistryError, boot_id, start_time_ticks};
+use super::seat::{Seat, Turn};
 use super::session::{Creation, Reply, Request, SESSION_VERSION, SessionError, SessionSocket};
 use crate::announce::{AddressError, Announcer, Schedule};
 use crate::block::raw::RawDisk;
@@ -34,6 +35,9 @@ use crate::store::FileJournal;
 
 /// How long the dirty log stays on for tracking unless asked for again.
 pub const TRACKING_TIME: Duration = Duration::from_secs(30);
+
+/// How long a manager that has brought the VM here may take from its ownership to the guest's running.
+const ARRIVAL_LIMIT: Duration = Duration::from_secs(2);
 
 /// Journals of settled migrations are kept so long for late questions.
 const JOURNAL_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
@@ -160,8 +164,8 @@ pub struct Places {
 pub struct Host {
     machine: Arc<Machine>,
     gate: Mutex<OwnershipGate>,
-    /// Held by the one session at a time.
-    session: Mutex<()>,
+    /// Whose turn it is: a migration's, or an order's.
+    seat: Seat,
     announcer: Announcer,
     paused_by_operator: AtomicBool,
     /// Who tracks has the dirty log switched on.
@@ -277,7 +281,7 @@ impl Host {
         Ok(Arc::new(Self {
             machine,
             gate: Mutex::new(gate),
-            session: Mutex::new(()),
+            seat: Seat::default(),
             announcer,
             paused_by_operator: AtomicBool::new(false),
             tracking: Arc::default(),
@@ -368,21 +372,22 @@ impl Host {
         result
     }
 
+    /// A turn at the machine. A manager that has brought the VM here, which is ours already, is about to let it run: it is
+    /// waited for.
+    fn turn(&self) -> Option<Turn<'_>> {
+        let ours = lock(&self.gate).may_run();
+        self.seat.take(if ours { ARRIVAL_LIMIT } else { Duration::ZERO })
+    }
+
     /// Refuses an operator's order while a migration has the machine.
-    fn unless_migrating(&self, order: &str) -> Result<MutexGuard<'_, ()>, String> {
-        match self.session.try_lock() {
-            Ok(guard) => Ok(guard),
-            Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
-            Err(TryLockError::WouldBlock) => {
-                Err(format!("cannot {order} while a migration has the VM; cancel it first"))
-            }
-        }
+    fn unless_migrating(&self, order: &str) -> Result<Turn<'_>, String> {
+        self.turn().ok_or_else(|| format!("cannot {order} while a migration has the VM; cancel it first"))
     }
 
     /// Pauses by an operator's order.
     pub fn pause(&self, who: &str) -> Result<(), String> {
         self.act(who, "pause", || {
-            let _session = self.unless_migrating("pause")?;
+            let _turn = self.unless_migrating("pause")?;
             self.machine.pause().map_err(|error| chain(&error))?;
             self.paused_by_operator.store(true, Ordering::Release);
             Ok(())
@@ -392,7 +397,7 @@ impl Host {
     /// Resumes by an operator's order.
     pub fn resume(&self, who: &str) -> Result<(), String> {
         self.act(who, "resume", || {
-            let _session = self.unless_migrating("resume")?;
+            let _turn = self.unless_migrating("resume")?;
             self.start().map_err(|error| chain(&error))?;
             self.paused_by_operator.store(false, Ordering::Release);
             Ok(())
@@ -439,7 +444,7 @@ impl Host {
     /// on already, so that the next write to each makes an event. It goes off by itself [`TRACKING_TIME`] after the last
     /// such order: whoever tracks may be killed.
     pub fn set_dirty_log(self: &Arc<Self>, on: bool) -> Result<(), String> {
-        let _session = self.unless_migrating("switch the dirty log")?;
+        let _turn = self.unless_migrating("switch the dirty log")?;
         if on {
             let host = Arc::clone(self);
             self.tracking.grant(TRACKING_TIME, move || host.end_tracking()).map_err(|error| error.to_string())?;
@@ -466,7 +471,7 @@ impl Host {
 
     /// Nobody has asked for the log any more. A migration that has the VM by now has the log too, and sees to it.
     fn end_tracking(&self) {
-        let Ok(_session) = self.unless_migrating("end tracking") else { return };
+        let Ok(_turn) = self.unless_migrating("end tracking") else { return };
         if self.tracking.is_held() {
             return;
         }
@@ -534,7 +539,7 @@ impl Host {
         if version != SESSION_VERSION {
             return refuse(&mut socket, HostError::Version(version).to_string());
         }
-        let Ok(_session) = self.session.try_lock() else {
+        let Some(_turn) = self.turn() else {
             return refuse(&mut socket, "another migration has the VM".to_owned());
         };
         if self.paused_by_operator.load(Ordering::Acquire) {
@@ -554,7 +559,7 @@ impl Host {
     /// more: its manager may still ask for announcements, and nothing else.
     pub fn serve_first_session(&self, mut socket: SessionSocket) {
         {
-            let _session = lock(&self.session);
+            let _turn = self.seat.take_for_arrival();
             if let Some(lost) = self.serve(&mut socket, true) {
                 return self.session_lost(&lost);
             }

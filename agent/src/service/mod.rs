@@ -26,4 +26,5 @@ pub mod observe;
 pub mod receive;
 pub mod registry;
 pub mod resolve;
+mod seat;
 pub mod session;
