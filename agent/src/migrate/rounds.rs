@@ -3,8 +3,9 @@
 //! Streams draw windows of memory from a common counter. Rounds are barriers (the source waits for the target's word
 //! that a round has arrived), so a page may travel on another stream in the next round.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use super::digest::{page_digest, zero_digest, zero_page};
 use super::observe::{CancelFlag, Observer};
@@ -25,6 +26,14 @@ pub(super) struct Tally {
     pub(super) zero_pages: u64,
     pub(super) wire_bytes: u64,
     pub(super) digest: u64,
+    /// When the last of it had been written to its stream, by the clock.
+    pub(super) sent_at: Duration,
+}
+
+/// The paused machine's state, and when it was complete, by the clock.
+pub(super) struct Saved {
+    pub(super) state: Vec<u8>,
+    pub(super) at: Duration,
 }
 
 impl Tally {
@@ -33,6 +42,7 @@ impl Tally {
         self.zero_pages += other.zero_pages;
         self.wire_bytes += other.wire_bytes;
         self.digest = self.digest.wrapping_add(other.digest);
+        self.sent_at = self.sent_at.max(other.sent_at);
     }
 }
 
@@ -64,6 +74,32 @@ impl Round<'_> {
         machine: &Mutex<&mut dyn Machine>,
         streams: &mut [Box<dyn BulkSender>],
     ) -> Result<Tally, SourceError> {
+        self.send_beside(machine, streams, None)
+    }
+
+    /// Sends the last round, and saves the paused machine's state beside it.
+    pub(super) fn send_and_save(
+        &self,
+        machine: &Mutex<&mut dyn Machine>,
+        streams: &mut [Box<dyn BulkSender>],
+    ) -> Result<(Tally, Saved), SourceError> {
+        let mut saved = None;
+        let save = || {
+            let state = machine.lock().unwrap_or_else(PoisonError::into_inner).save_state();
+            saved = Some((state, self.clock.now()));
+        };
+        let tally = self.send_beside(machine, streams, Some(Box::new(save)))?;
+        let (state, at) = saved.ok_or(SourceError::Cancelled)?;
+        Ok((tally, Saved { state: state?, at }))
+    }
+
+    /// Sends the round over all streams beside `lead`; without one the calling thread serves the last stream.
+    fn send_beside(
+        &self,
+        machine: &Mutex<&mut dyn Machine>,
+        streams: &mut [Box<dyn BulkSender>],
+        lead: Option<Job<'_>>,
+    ) -> Result<Tally, SourceError> {
         let next_window = AtomicU64::new(0);
         let sent = AtomicU64::new(0);
         let send = |stream: &mut Box<dyn BulkSender>| {
@@ -81,7 +117,7 @@ impl Round<'_> {
             for (stream, share) in streams.iter_mut().zip(&mut shares) {
                 jobs.push(Box::new(move || *share = send(stream)));
             }
-            if let Some(lead) = jobs.pop() {
+            if let Some(lead) = lead.or_else(|| jobs.pop()) {
                 self.clock.run_beside(jobs, lead);
             }
         }
@@ -115,7 +151,7 @@ impl Round<'_> {
                 continue;
             }
             if !self.last {
-                let mut machine = machine.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                let mut machine = machine.lock().unwrap_or_else(PoisonError::into_inner);
                 machine.protect(self.region.spec().id, window)?;
             }
             let before = tally.pages;
@@ -124,6 +160,7 @@ impl Round<'_> {
             self.observer.progress(self.number, sent, due_pages);
         }
         tally.wire_bytes += stream.end_round(self.number)?;
+        tally.sent_at = self.clock.now();
         Ok(tally)
     }
 

@@ -13,7 +13,7 @@ use super::message::{ControlMessage, Handed, Offer, TargetState};
 use super::observe::{CancelFlag, Observer};
 use super::options::{SourceOptions, Strategy};
 use super::pacer::Pacer;
-use super::rounds::{Round, Tally, longest_run};
+use super::rounds::{Round, Saved, Tally, longest_run};
 use crate::model::{
     BlackoutLedger, BlackoutPhase, BytesPerSecond, Ending, MachineShape, MigrationId, MigrationReport, PageBitmap,
     RoundReport, Step,
@@ -97,6 +97,32 @@ struct Progress {
     handed: bool,
 }
 
+impl Progress {
+    fn book(&mut self, tally: &Tally, duration: Duration, paused: bool) {
+        // A short round says more of latency than of bandwidth.
+        if self.goodput == BytesPerSecond(0) || tally.wire_bytes >= 8 << 20 {
+            self.goodput = BytesPerSecond::over(tally.wire_bytes, duration);
+        }
+        self.rounds.push(RoundReport {
+            round: self.rounds.len() as u32 + 1,
+            paused,
+            pages: tally.pages,
+            zero_pages: tally.zero_pages,
+            wire_bytes: tally.wire_bytes,
+            duration_ns: duration.as_nanos() as u64,
+            dirtied_pages: 0,
+        });
+    }
+}
+
+/// What carries the memory of one migration, and what of it is due.
+struct Way<'w> {
+    control: Arc<dyn ControlChannel<ControlMessage>>,
+    streams: Vec<Box<dyn BulkSender>>,
+    pacer: Pacer<'w>,
+    due: PageBitmap,
+}
+
 impl Source<'_> {
     /// Runs the migration to its end, whatever that is.
     pub fn run(mut self) -> MigrationReport {
@@ -154,15 +180,14 @@ impl Source<'_> {
     /// Stages 0 to 3 and the target's `prepared`. Everything in here can be undone.
     fn until_prepared(&mut self, progress: &mut Progress) -> Result<BlackoutLedger, SourceError> {
         let control = self.link.control();
-        let mut streams = self.reserve(progress, control.as_ref())?;
+        let streams = self.reserve(progress, control.as_ref())?;
         let pacer = Pacer::new(self.clock, self.options.bandwidth);
-        let pages = self.region.spec().pages;
-        let mut due = PageBitmap::full(pages);
+        let mut way = Way { control, streams, pacer, due: PageBitmap::full(self.region.spec().pages) };
         if self.options.strategy == Strategy::PreCopy {
             self.machine.start_log()?;
-            self.iterate(progress, control.as_ref(), &mut streams, &pacer, &mut due)?;
+            self.iterate(progress, &mut way)?;
         }
-        self.stop_and_copy(progress, control.as_ref(), &mut streams, &pacer, &mut due)
+        self.stop_and_copy(progress, &mut way)
     }
 
     fn reserve(
@@ -205,20 +230,13 @@ impl Source<'_> {
     }
 
     /// Rounds until what is left fits the downtime target, or no longer shrinks.
-    fn iterate(
-        &mut self,
-        progress: &mut Progress,
-        control: &dyn ControlChannel<ControlMessage>,
-        streams: &mut [Box<dyn BulkSender>],
-        pacer: &Pacer<'_>,
-        due: &mut PageBitmap,
-    ) -> Result<(), SourceError> {
+    fn iterate(&mut self, progress: &mut Progress, way: &mut Way<'_>) -> Result<(), SourceError> {
         let mut convergence = Convergence::new(self.options.downtime, self.options.fixed_cost, self.options.max_rounds);
         loop {
-            self.pass(progress, Step::Round, &format!("{} pages due", due.count().0));
-            self.send_round(progress, control, streams, pacer, due, false)?;
-            due.clear();
-            let left = self.machine.harvest(due)?;
+            self.pass(progress, Step::Round, &format!("{} pages due", way.due.count().0));
+            self.send_round(progress, way)?;
+            way.due.clear();
+            let left = self.machine.harvest(&mut way.due)?;
             if let Some(round) = progress.rounds.last_mut() {
                 round.dirtied_pages = left.0;
                 self.observer.round(round);
@@ -235,64 +253,53 @@ impl Source<'_> {
         }
     }
 
-    /// Sends one round and waits for the target's word that it arrived.
-    fn send_round(
-        &mut self,
-        progress: &mut Progress,
-        control: &dyn ControlChannel<ControlMessage>,
-        streams: &mut [Box<dyn BulkSender>],
-        pacer: &Pacer<'_>,
-        due: &PageBitmap,
-        last: bool,
-    ) -> Result<Tally, SourceError> {
-        let number = progress.rounds.len() as u32 + 1;
-        let started = self.clock.now();
-        // The last round is never cancelled half-way: it is short, and undone as a whole if need be.
-        let cancel = if last { CancelFlag::default() } else { self.cancel.clone() };
-        let round = Round {
-            number,
-            last,
+    /// A round of the pages in `due`, while the VM runs.
+    fn round<'r>(&self, number: usize, pacer: &'r Pacer<'r>, due: &'r PageBitmap, cancel: &'r CancelFlag) -> Round<'r>
+    where
+        Self: 'r,
+    {
+        Round {
+            number: number as u32,
+            last: false,
             region: self.region,
             due,
             pacer,
             clock: self.clock,
             observer: self.observer,
-            cancel: &cancel,
+            cancel,
             longest_run: longest_run(self.options.bandwidth),
-        };
-        let sent = round.send(&Mutex::new(&mut *self.machine), streams);
-        let tally = sent.map_err(|error| peers_reason(control, error))?;
-        if !last {
-            match self.expect(control, self.options.stall, "the end of a round")? {
-                ControlMessage::RoundReceived(received) if received == number => {}
-                other => return Err(unexpected(&other, "round-received")),
-            }
         }
-        let duration = self.clock.now().saturating_sub(started);
-        // A short round says more of latency than of bandwidth.
-        if progress.goodput == BytesPerSecond(0) || tally.wire_bytes >= 8 << 20 {
-            progress.goodput = BytesPerSecond::over(tally.wire_bytes, duration);
-        }
-        progress.rounds.push(RoundReport {
-            round: number,
-            paused: last,
-            pages: tally.pages,
-            zero_pages: tally.zero_pages,
-            wire_bytes: tally.wire_bytes,
-            duration_ns: duration.as_nanos() as u64,
-            dirtied_pages: 0,
-        });
-        Ok(tally)
     }
 
-    fn stop_and_copy(
-        &mut self,
-        progress: &mut Progress,
-        control: &dyn ControlChannel<ControlMessage>,
-        streams: &mut [Box<dyn BulkSender>],
-        pacer: &Pacer<'_>,
-        due: &mut PageBitmap,
-    ) -> Result<BlackoutLedger, SourceError> {
+    /// Sends one round while the VM runs, and waits for the target's word that it arrived.
+    fn send_round(&mut self, progress: &mut Progress, way: &mut Way<'_>) -> Result<(), SourceError> {
+        let started = self.clock.now();
+        let cancel = self.cancel.clone();
+        let round = self.round(progress.rounds.len() + 1, &way.pacer, &way.due, &cancel);
+        let number = round.number;
+        let sent = round.send(&Mutex::new(&mut *self.machine), &mut way.streams);
+        let tally = sent.map_err(|error| peers_reason(way.control.as_ref(), error))?;
+        match self.expect(way.control.as_ref(), self.options.stall, "the end of a round")? {
+            ControlMessage::RoundReceived(received) if received == number => {}
+            other => return Err(unexpected(&other, "round-received")),
+        }
+        progress.book(&tally, self.clock.now().saturating_sub(started), false);
+        Ok(())
+    }
+
+    /// Sends what is left of the paused VM, and saves its state beside that.
+    fn send_last(&mut self, progress: &mut Progress, way: &mut Way<'_>) -> Result<(Tally, Saved), SourceError> {
+        let started = self.clock.now();
+        // The last round is never cancelled half-way: it is short, and undone as a whole if need be.
+        let cancel = CancelFlag::default();
+        let round = Round { last: true, ..self.round(progress.rounds.len() + 1, &way.pacer, &way.due, &cancel) };
+        let sent = round.send_and_save(&Mutex::new(&mut *self.machine), &mut way.streams);
+        let (tally, saved) = sent.map_err(|error| peers_reason(way.control.as_ref(), error))?;
+        progress.book(&tally, tally.sent_at.saturating_sub(started), true);
+        Ok((tally, saved))
+    }
+
+    fn stop_and_copy(&mut self, progress: &mut Progress, way: &mut Way<'_>) -> Result<BlackoutLedger, SourceError> {
         if self.cancel.is_set() {
             return Err(SourceError::Cancelled);
         }
@@ -303,23 +310,24 @@ impl Source<'_> {
         progress.ledger.add(BlackoutPhase::Pause, lap.next());
         self.pass(progress, Step::Paused, "");
         if self.options.strategy == Strategy::PreCopy {
-            self.machine.harvest(due)?;
+            self.machine.harvest(&mut way.due)?;
         }
         progress.ledger.add(BlackoutPhase::LastHarvest, lap.next());
-        let tally = self.send_round(progress, control, streams, pacer, due, true)?;
-        progress.ledger.add(BlackoutPhase::LastPages, lap.next());
-        let state = self.machine.save_state()?;
-        progress.state_bytes = state.len() as u64;
-        progress.ledger.add(BlackoutPhase::SaveState, lap.next());
+        let (tally, saved) = self.send_last(progress, way)?;
+        let both = lap.next();
+        let longer = saved.at.saturating_sub(tally.sent_at).min(both);
+        progress.ledger.add(BlackoutPhase::LastPages, both - longer);
+        progress.ledger.add(BlackoutPhase::SaveState, longer);
+        progress.state_bytes = saved.state.len() as u64;
         let round = progress.rounds.len() as u32;
         let chunk_hashes = if self.options.verify { chunk_hashes(&[self.region]) } else { Vec::new() };
         progress.handed = true;
-        let handed = Handed { state, round, digest: tally.digest, chunk_hashes };
-        control.send(&ControlMessage::Handed(Box::new(handed)))?;
+        let handed = Handed { state: saved.state, round, digest: tally.digest, chunk_hashes };
+        way.control.send(&ControlMessage::Handed(Box::new(handed)))?;
         self.pass(progress, Step::StateMoved, &format!("{} pages in the last round", tally.pages));
         let patience = self.options.stall.min(PAUSED_STALL) + self.hashing_time();
         let ledger = loop {
-            match self.expect(control, patience, "the target's `prepared`")? {
+            match self.expect(way.control.as_ref(), patience, "the target's `prepared`")? {
                 ControlMessage::RoundReceived(received) if received == round => {}
                 ControlMessage::Prepared(ledger) => break ledger,
                 other => return Err(unexpected(&other, "prepared")),

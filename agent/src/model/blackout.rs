@@ -13,10 +13,10 @@ pub enum BlackoutPhase {
     Pause,
     /// Source: the last harvest of the dirty log.
     LastHarvest,
-    /// Source: CPU and device state read.
-    SaveState,
     /// Source: the last pages written to the streams.
     LastPages,
+    /// Source: CPU and device state read, as far as that took longer than the last pages, beside which it is done.
+    SaveState,
     /// Target: from the last page's arrival to the state restored and the digest checked.
     Restore,
     /// Target: `prepared` journaled.

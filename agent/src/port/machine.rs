@@ -91,7 +91,7 @@ pub trait Gate: Send {
     /// Source, after the target journaled `never-owner`: journals `owner` and opens the gate again.
     fn reclaim(&mut self, migration: MigrationId) -> Result<(), MachineError>;
 
-    /// Target: journals `prepared` with fsync.
+    /// Target: journals `prepared`: it outlives every process, and is lost with the host as the VM's memory is.
     fn prepared(&mut self, migration: MigrationId) -> Result<(), MachineError>;
 
     /// Target: journals `owner` with fsync and opens the gate.

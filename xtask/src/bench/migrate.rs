@@ -9,7 +9,7 @@ use super::measure::{Aim, Row, Samples};
 use super::ours::{Migration, Options, Places, Vm};
 use super::qemu::{self, Mode, Qemu};
 use super::raw_tcp::RawTcp;
-use super::{Effort, guest, interrupt};
+use super::{Effort, fresh, guest, interrupt};
 
 const BENCH: &str = "migrate";
 /// How long a guest runs its load before anything is measured.
@@ -170,6 +170,7 @@ impl Bench<'_> {
             let mut we = || -> Result<()> {
                 let vm = Vm::start(self.places, case.rate, "bitmap")?;
                 interrupt::sleep(SETTLE)?;
+                fresh::recall()?;
                 let raw_ms = self.raw.send(bytes as usize, streams, case.limit)?.as_secs_f64() * 1e3;
                 let migration = vm.migrate(Options { limit: case.limit })?;
                 raw.push(raw_ms);

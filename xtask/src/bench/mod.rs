@@ -2,6 +2,7 @@
 //!
 //! Each bench is a file that yields rows (`measure`). Everything that a bench starts ends with it, also on Ctrl-C.
 
+mod fresh;
 mod guest;
 mod heartbeat;
 mod interrupt;
@@ -112,6 +113,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let state = tempfile::Builder::new().prefix("bench-state-").tempdir_in(&disk).context("a folder for journals")?;
     let _sweeper = Sweeper::new()?;
     let places = Places { dunlin, kernel, scratch: scratch.path().to_owned(), state: state.path().to_owned() };
+    let free_memory = fresh::note()?;
     let (rows, definitions) = match arguments.name {
         Name::Migrate => (migrate::run(&places, &effort)?, migrate::DEFINITIONS),
     };
@@ -121,7 +123,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         let cores = std::thread::available_parallelism().map_or(0, usize::from);
         println!(
             "{}\nWe and the peers took turns; {cores} cores, load average {load} at the start; huge pages: private memory \
-             {}, shared memory {}.\n{definitions}",
+             {}, shared memory {}.\n{free_memory}\n{definitions}",
             measure::table(&rows),
             huge_pages("enabled"),
             huge_pages("shmem_enabled")

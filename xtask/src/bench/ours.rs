@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
+use super::fresh;
 use super::guest::{self, CPUS, Console, HEARTBEAT_MS, MEMORY_MIB, Rate};
 use super::heartbeat::{Gaps, gaps};
 use super::interrupt;
@@ -152,6 +153,7 @@ impl<'a> Vm<'a> {
 
     /// Moves it to a receiver on this host, and ends it there.
     pub(super) fn migrate(mut self, options: Options) -> Result<Migration> {
+        fresh::recall()?;
         let target_console = Console(self.folder.join("target.log"));
         let mut command = Command::new(&self.places.dunlin);
         command.args(["--json", "vm", "receive", "--listen", "tcp://127.0.0.1:0"]);

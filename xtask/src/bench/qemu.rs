@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
+use super::fresh;
 use super::guest::{self, CPUS, Console, HEARTBEAT_MS, MEMORY_MIB, Rate};
 use super::heartbeat::{Gaps, gaps};
 use super::interrupt;
@@ -127,6 +128,7 @@ impl Qemu {
         target.qmp.order("migrate-incoming", json!({ "uri": "tcp:127.0.0.1:0" }))?;
         let port = port(&target.qmp.order("query-migrate", json!({}))?).context("QEMU does not say its port")?;
         interrupt::sleep(settle)?;
+        fresh::recall()?;
 
         let began = source.console.len();
         source.qmp.order("migrate", json!({ "uri": format!("tcp:127.0.0.1:{port}") }))?;
