@@ -3,6 +3,11 @@
 //! With U(t) the unique pages written in an interval t and B the goodput, round n+1 takes t' = U(t)/B. U is concave, so
 //! once a round no longer shrinks what is left, no later one will: give up then, not after a fixed number of rounds
 //! (`docs/`, "Convergence"; the bound on rounds is Clark's rule and only the backstop).
+//!
+//! The downtime target is a ceiling and no aim: once what is left fits, rounds go on for as long as each is expected to
+//! halve it at least, down to what the blackout costs in any case. As U is concave, U(t')/U(t) is at least t'/t: a next
+//! round that takes more than half of the last one's time cannot halve anything. The times of such rounds halve, too, so all
+//! of them together last less than the round before them.
 
 use std::time::Duration;
 
@@ -10,6 +15,8 @@ use crate::model::{BytesPerSecond, PageCount};
 
 /// A round that leaves more than this share of what the round before left is no gain.
 const NO_GAIN: f64 = 0.9;
+/// A next round must be expected to take at most this share of the last one's time to be worth it within the target.
+const WORTH: f64 = 0.5;
 /// So many rounds without gain in a row end pre-copy; one alone may be a burst.
 const PATIENCE: u32 = 2;
 
@@ -18,7 +25,7 @@ const PATIENCE: u32 = 2;
 pub enum Verdict {
     /// Send what is left while the VM runs.
     Another,
-    /// What is left fits the downtime target: pause.
+    /// What is left fits the downtime target, and another round would buy little: pause.
     Converged,
     /// It will not fit; pause all the same, and say why.
     GaveUp(String),
@@ -41,13 +48,14 @@ impl Convergence {
         Self { downtime, fixed_cost, max_rounds, rounds: 0, least_left: None, without_gain: 0 }
     }
 
-    /// Judges after a round that left `left` pages dirty, with goodput `goodput` and round trip `rtt`.
-    pub fn judge(&mut self, left: PageCount, goodput: BytesPerSecond, rtt: Duration) -> Verdict {
+    /// Judges after a round that took `took` and left `left` pages dirty, with goodput `goodput` and round trip `rtt`.
+    pub fn judge(&mut self, left: PageCount, took: Duration, goodput: BytesPerSecond, rtt: Duration) -> Verdict {
         self.rounds += 1;
         let budget = self.downtime.saturating_sub(self.fixed_cost + rtt);
         let needed = if left.0 == 0 { Duration::ZERO } else { goodput.time_for(left.bytes()) };
         if needed <= budget {
-            return Verdict::Converged;
+            let worth = needed > self.fixed_cost && needed <= took.mul_f64(WORTH) && self.rounds < self.max_rounds;
+            return if worth { Verdict::Another } else { Verdict::Converged };
         }
         let gained = self.least_left.is_none_or(|least| (left.0 as f64) < least.0 as f64 * NO_GAIN);
         self.without_gain = if gained { 0 } else { self.without_gain + 1 };
@@ -75,6 +83,8 @@ mod tests {
 
     const GOODPUT: BytesPerSecond = BytesPerSecond(1 << 30);
     const RTT: Duration = Duration::from_micros(100);
+    /// A round after which no other is worth its time once the target is in reach.
+    const SHORT: Duration = Duration::from_millis(20);
 
     fn judge() -> Convergence {
         Convergence::new(Duration::from_millis(30), Duration::from_millis(3), 30)
@@ -82,36 +92,51 @@ mod tests {
 
     #[test]
     fn an_idle_guest_converges_at_once() {
-        assert_eq!(judge().judge(PageCount(0), GOODPUT, RTT), Verdict::Converged);
+        assert_eq!(judge().judge(PageCount(0), SHORT, GOODPUT, RTT), Verdict::Converged);
     }
 
     #[test]
     fn fixed_cost_and_round_trip_come_off_the_budget() {
         // 26.9 ms at 1 GiB/s are 7051 pages.
-        assert_eq!(judge().judge(PageCount(7050), GOODPUT, RTT), Verdict::Converged);
-        assert_eq!(judge().judge(PageCount(7060), GOODPUT, RTT), Verdict::Another);
+        assert_eq!(judge().judge(PageCount(7050), SHORT, GOODPUT, RTT), Verdict::Converged);
+        assert_eq!(judge().judge(PageCount(7060), SHORT, GOODPUT, RTT), Verdict::Another);
+    }
+
+    #[test]
+    fn within_the_target_rounds_go_on_while_each_halves_what_is_left() {
+        let mut convergence = judge();
+        let ms = Duration::from_millis;
+        // 4000 pages take 15.3 ms, an eighth of the first round.
+        assert_eq!(convergence.judge(PageCount(4000), ms(120), GOODPUT, RTT), Verdict::Another);
+        // 1800 pages take 6.9 ms, less than half of it; 1000 take 3.8 ms, more than half.
+        assert_eq!(convergence.judge(PageCount(1800), ms(15), GOODPUT, RTT), Verdict::Another);
+        assert_eq!(convergence.judge(PageCount(1000), ms(7), GOODPUT, RTT), Verdict::Converged);
+        // Less than the fixed cost is never worth a round; and the backstop holds here, too.
+        assert_eq!(judge().judge(PageCount(700), ms(120), GOODPUT, RTT), Verdict::Converged);
+        let mut hasty = Convergence::new(ms(30), ms(3), 1);
+        assert_eq!(hasty.judge(PageCount(4000), ms(120), GOODPUT, RTT), Verdict::Converged);
     }
 
     #[test]
     fn shrinking_rounds_go_on_and_flat_ones_end_it() {
         let mut convergence = judge();
         for left in [100_000, 50_000, 25_000] {
-            assert_eq!(convergence.judge(PageCount(left), GOODPUT, RTT), Verdict::Another);
+            assert_eq!(convergence.judge(PageCount(left), SHORT, GOODPUT, RTT), Verdict::Another);
         }
-        assert_eq!(convergence.judge(PageCount(24_000), GOODPUT, RTT), Verdict::Another);
-        assert!(matches!(convergence.judge(PageCount(24_500), GOODPUT, RTT), Verdict::GaveUp(_)));
+        assert_eq!(convergence.judge(PageCount(24_000), SHORT, GOODPUT, RTT), Verdict::Another);
+        assert!(matches!(convergence.judge(PageCount(24_500), SHORT, GOODPUT, RTT), Verdict::GaveUp(_)));
     }
 
     #[test]
     fn a_round_limit_is_the_backstop() {
         let mut convergence = Convergence::new(Duration::from_millis(1), Duration::ZERO, 3);
-        assert_eq!(convergence.judge(PageCount(1 << 30), GOODPUT, RTT), Verdict::Another);
-        assert_eq!(convergence.judge(PageCount(1 << 29), GOODPUT, RTT), Verdict::Another);
-        assert!(matches!(convergence.judge(PageCount(1 << 28), GOODPUT, RTT), Verdict::GaveUp(_)));
+        assert_eq!(convergence.judge(PageCount(1 << 30), SHORT, GOODPUT, RTT), Verdict::Another);
+        assert_eq!(convergence.judge(PageCount(1 << 29), SHORT, GOODPUT, RTT), Verdict::Another);
+        assert!(matches!(convergence.judge(PageCount(1 << 28), SHORT, GOODPUT, RTT), Verdict::GaveUp(_)));
     }
 
     #[test]
     fn a_dead_link_is_not_taken_for_convergence() {
-        assert_eq!(judge().judge(PageCount(1), BytesPerSecond(0), RTT), Verdict::Another);
+        assert_eq!(judge().judge(PageCount(1), SHORT, BytesPerSecond(0), RTT), Verdict::Another);
     }
 }

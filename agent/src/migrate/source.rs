@@ -237,11 +237,13 @@ impl Source<'_> {
             self.send_round(progress, way)?;
             way.due.clear();
             let left = self.machine.harvest(&mut way.due)?;
+            let mut took = Duration::ZERO;
             if let Some(round) = progress.rounds.last_mut() {
                 round.dirtied_pages = left.0;
+                took = Duration::from_nanos(round.duration_ns);
                 self.observer.round(round);
             }
-            match convergence.judge(left, progress.goodput, progress.rtt) {
+            match convergence.judge(left, took, progress.goodput, progress.rtt) {
                 Verdict::Another => {}
                 Verdict::Converged => return Ok(()),
                 Verdict::GaveUp(why) => {
