@@ -201,9 +201,9 @@ const ATTACKS: &[(&str, &str, Attack)] = &[
     ("no stream", "streams", |address, offer| offered(address, offer, |offer| offer.streams = 0)),
     ("too many streams", "streams", |address, offer| offered(address, offer, |offer| offer.streams = u16::MAX)),
     ("too many vCPUs", "vCPUs", |address, offer| offered(address, offer, |offer| offer.shape.cpus = 100_000)),
-    ("a disk that is not there", "No such file", |address, offer| {
+    ("a disk of the peer's choice", "a peer may not choose them", |address, offer| {
         offered(address, offer, |offer| {
-            offer.shape.disks = vec![DiskSpec { path: "/nonexistent/disk.img".into(), readonly: false }];
+            offer.shape.disks = vec![DiskSpec { path: "/etc/hostname".into(), readonly: false }];
         })
     }),
     ("a tap that cannot be", "no/tap", |address, offer| {
@@ -345,7 +345,10 @@ fn say_early(listener: &TcpListener, message: &ControlMessage) -> Result<()> {
 const LIES: &[(&str, &str, Lie)] = &[
     ("noise for a greeting", "magic", |listener| {
         let mut peer = RawPeer::accept(listener)?;
-        peer.raw(&[0x5a; 64])
+        peer.raw(&[0x5a; 64])?;
+        // Gone with the source's own greeting unread, the kernel would reset the connection and drop the noise.
+        peer.drain();
+        Ok(())
     }),
     ("another version", "versions 7 to 9", |listener| {
         let mut peer = RawPeer::accept(listener)?;
@@ -467,6 +470,15 @@ fn what_is_taken_missing_or_wrong_is_refused() {
     offer.migration_id = MigrationId::random();
     let reason = offered(receiver.socket_address(), &offer, |offer| offer.shape.nets = vec![net("t0")]).unwrap();
     assert!(reason.contains("no --net here has the VM's MAC address"), "{reason}");
+    drop(receiver);
+
+    // A disk that is not there.
+    let receiver = misfit.receive(&["--disk", "path=/nonexistent/disk.img"]).unwrap();
+    let mut offer = real_offer(&source).unwrap();
+    offer.migration_id = MigrationId::random();
+    let disk = DiskSpec { path: "/srv/theirs.img".into(), readonly: false };
+    let reason = offered(receiver.socket_address(), &offer, |offer| offer.shape.disks = vec![disk]).unwrap();
+    assert!(reason.contains("No such file"), "{reason}");
     drop(receiver);
 
     // Network ports and disks that do not fit the VM's.

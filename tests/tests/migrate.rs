@@ -127,6 +127,23 @@ fn stop_and_copy_with_the_ring_and_one_vcpu() {
     one_move(busy(1, DirtyLogKind::Ring), options);
 }
 
+/// What the guest was booted from moves, too: it is no part of its memory.
+#[test]
+fn a_guest_that_resets_after_a_move_boots_again() {
+    let mut rig = Rig::boot(&VmSpec::default()).unwrap();
+    let hop = rig.hop(&HopOptions::default()).unwrap();
+    assert!(hop.report.image_bytes > 64 << 10, "{hop:#?}");
+    let console = rig.console(1);
+    rig.get("/reset").unwrap();
+    let booted = dunlin_tests::interrupt::wait(LIMIT, || {
+        Ok(std::fs::read_to_string(&console).unwrap_or_default().contains("\nREADY ").then_some(()))
+    });
+    booted.unwrap().expect("a guest that boots at the target");
+    rig.verify_inside().unwrap();
+    assert_eq!(guest::errors(&rig.counters().unwrap()), Vec::<String>::new());
+    assert!(rig.stop().unwrap().success());
+}
+
 /// `--bandwidth` holds within a tenth, as a whole over both streams.
 #[test]
 fn the_bandwidth_limit_is_honoured() {

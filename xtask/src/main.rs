@@ -3,6 +3,7 @@
 mod bench;
 mod build_ebpf;
 mod demo;
+mod ignored;
 mod run;
 mod setup;
 mod summary;

@@ -9,6 +9,7 @@ use anyhow::{Result, bail};
 use clap::Args;
 
 use crate::build_ebpf;
+use crate::ignored;
 use crate::run;
 use crate::setup;
 use crate::summary::{Runner, Totals};
@@ -65,6 +66,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<bool> {
     if !fine && totals.failed == 0 {
         // No totals: they would say that nothing failed.
         bail!("the test runner itself failed, so not all tests have run; its words are above");
+    }
+    for test in ignored::list(root())? {
+        println!("{test}");
     }
     println!("{totals}");
     Ok(fine)

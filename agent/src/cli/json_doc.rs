@@ -41,6 +41,7 @@ fn migration() -> Value {
         rounds: vec![RoundReport::default()],
         wire_bytes: 0,
         state_bytes: 0,
+        image_bytes: 0,
         total_ns: 0,
         downtime_target_ns: 0,
         blackout_ns: 0,

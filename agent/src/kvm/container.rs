@@ -22,8 +22,8 @@ const FORMAT: u32 = 1;
 const MAX_SECTIONS: u32 = 4096;
 /// The longest tag.
 pub const MAX_TAG_BYTES: usize = 32;
-/// The largest container.
-pub const MAX_STATE_BYTES: usize = 64 << 20;
+/// The largest container: a boot image with a large kernel.
+pub const MAX_STATE_BYTES: usize = 320 << 20;
 
 /// Bytes that are no saved machine, or not one for this version.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]

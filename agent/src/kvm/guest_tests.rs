@@ -115,8 +115,7 @@ fn the_guest_moves_while_it_writes_memory_and_disk_and_loses_nothing() {
         machine.resume().unwrap();
         wait_for("READY", || console(&machine).contains(" block=true "));
         for hop in 0..10 {
-            let (shape, image) = (machine.shape().clone(), machine.image().cloned());
-            let target = Machine::incoming(shape, image, &hosting(), devices()).unwrap();
+            let target = Machine::incoming(machine.shape().clone(), &hosting(), devices()).unwrap();
             pre_copy(&machine, &target);
             target.resume().unwrap();
             machine = target;
@@ -170,13 +169,8 @@ fn measure_the_steps_of_a_switch() {
         wait_for("READY", || console(&machine).contains("\nREADY "));
         let mut times = Times::default();
         for _ in 0..15 {
-            let target = Machine::incoming(
-                machine.shape().clone(),
-                machine.image().cloned(),
-                &hosting(),
-                Box::new(|_| Ok(Vec::new())),
-            )
-            .unwrap();
+            let none = Box::new(|_: &Memory| Ok(Vec::new()));
+            let target = Machine::incoming(machine.shape().clone(), &hosting(), none).unwrap();
             times.of("1 log start", &mut || machine.log().start().unwrap());
             let all = PageBitmap::full(machine.memory().pages());
             for run in all.runs(512) {

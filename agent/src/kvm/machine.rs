@@ -164,7 +164,7 @@ pub struct Machine {
     support: StateSupport,
     /// The vCPUs and what they share as KVM made them, before any start-up state.
     power_on: (Vec<VcpuState>, VmState),
-    image: Option<BootImage>,
+    image: Mutex<Option<BootImage>>,
     /// Held through every change of phase, so that pause, resume, reset, save and restore exclude each other.
     phase: Mutex<Phase>,
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -189,25 +189,22 @@ impl Machine {
             nets: config.nets,
             disks: config.disks,
         };
-        let mut machine = Self::build(shape, hosting, devices)?;
+        let machine = Self::build(shape, hosting, devices)?;
         let mut image = config.image;
         image.cmdline = machine.complete_cmdline(&image.cmdline);
         machine.load(&image)?;
-        machine.image = Some(image);
+        machine.set_image(image);
         machine.start_threads()
     }
 
-    /// Makes a machine of the `shape` that another host offers; it waits for memory and state. `image` is what the source
-    /// booted from ([`Machine::image`]); without it a reset asked for by the guest ends the machine.
+    /// Makes a machine of the `shape` that another host offers; it waits for memory and state. Until it is given what the
+    /// source booted from ([`Machine::set_image`]), a reset asked for by the guest ends the machine.
     pub fn incoming(
         shape: MachineShape,
-        image: Option<BootImage>,
         hosting: &Hosting,
         devices: Box<DeviceMaker<'_>>,
     ) -> Result<Arc<Self>, HostedError> {
-        let mut machine = Self::build(shape, hosting, devices)?;
-        machine.image = image;
-        machine.start_threads()
+        Self::build(shape, hosting, devices)?.start_threads()
     }
 
     /// Whether this host could run a machine of `shape`, without making one: CPUID, counter, limits.
@@ -285,7 +282,7 @@ impl Machine {
             console,
             support,
             power_on,
-            image: None,
+            image: Mutex::new(None),
             phase: Mutex::new(Phase::Fresh),
             threads: Mutex::new(Vec::new()),
         })
@@ -361,8 +358,13 @@ impl Machine {
     }
 
     /// What the guest was booted from, command line complete: the target needs it for a reset.
-    pub fn image(&self) -> Option<&BootImage> {
-        self.image.as_ref()
+    pub fn image(&self) -> Option<BootImage> {
+        self.image.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What the guest boots from when it resets.
+    pub fn set_image(&self, image: BootImage) {
+        *self.image.lock().unwrap_or_else(PoisonError::into_inner) = Some(image);
     }
 
     /// The kernel's thread numbers of the vCPUs, in order; zero for one whose thread has only just been made.
@@ -451,7 +453,7 @@ impl Machine {
 
     /// Back to power-on, of a machine that stands: registers, interrupt controllers, devices, memory, guest loaded anew.
     fn reset_in(&self) -> Result<(), HostedError> {
-        let image = self.image.as_ref().ok_or(HostedError::Phase("cannot reset: it came without its boot image"))?;
+        let image = self.image().ok_or(HostedError::Phase("cannot reset: it came without its boot image"))?;
         let (vcpus, vm) = &self.power_on;
         for (vcpu, state) in self.vcpus.iter().zip(vcpus) {
             state.restore(&vcpu.fd(), &self.support, &TimeShift::none())?;
@@ -462,7 +464,7 @@ impl Machine {
             device.reset()?;
         }
         self.memory.clear()?;
-        self.load(image)
+        self.load(&image)
     }
 
     /// The guest asked for a reset; it goes on running, if it was.
@@ -660,5 +662,15 @@ impl MachineState for Arc<Machine> {
 
     fn restore_state(&mut self, state: &[u8]) -> Result<(), MachineError> {
         Machine::restore_state(self, state).map_err(refused("restore a state"))
+    }
+
+    fn boot_image(&mut self) -> Result<Option<Vec<u8>>, MachineError> {
+        Ok(self.image().map(|image| image.to_bytes()))
+    }
+
+    fn set_boot_image(&mut self, image: &[u8]) -> Result<(), MachineError> {
+        let image = BootImage::from_bytes(image).map_err(|e| refused("take a boot image")(e.into()))?;
+        self.set_image(image);
+        Ok(())
     }
 }

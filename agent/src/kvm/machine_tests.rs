@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::boot::BootImage;
 use super::control::MachineExit;
 use super::machine::{HostedError, Machine};
 use super::testing::{boot, hosting, kvm_or_skip, printer, wait_for, writer, written};
@@ -140,7 +141,7 @@ fn a_host_that_lacks_a_feature_or_the_frequency_refuses() {
         leaf.registers = [u32::MAX; 4];
     }
     assert!(matches!(Machine::check(&shape), Err(HostedError::Cpuid(_))));
-    assert!(Machine::incoming(shape, None, &hosting(), Box::new(|_| Ok(Vec::new()))).is_err());
+    assert!(Machine::incoming(shape, &hosting(), Box::new(|_| Ok(Vec::new()))).is_err());
     let mut shape = machine.shape().clone();
     shape.cpus = 0;
     assert!(matches!(Machine::check(&shape), Err(HostedError::Shape(_))));
@@ -149,8 +150,14 @@ fn a_host_that_lacks_a_feature_or_the_frequency_refuses() {
 }
 
 fn incoming(source: &Machine) -> Arc<Machine> {
-    let (shape, image) = (source.shape().clone(), source.image().cloned());
-    Machine::incoming(shape, image, &hosting(), Box::new(|_| Ok(Vec::new()))).unwrap()
+    let target = bare(source);
+    target.set_image(BootImage::from_bytes(&source.image().unwrap().to_bytes()).unwrap());
+    target
+}
+
+/// A target that was not given the boot image.
+fn bare(source: &Machine) -> Arc<Machine> {
+    Machine::incoming(source.shape().clone(), &hosting(), Box::new(|_| Ok(Vec::new()))).unwrap()
 }
 
 #[test]
@@ -165,7 +172,7 @@ fn a_migrated_guest_can_reset_and_one_without_its_image_ends_with_the_reason() {
     wait_for("a reset", || target.console().history().starts_with(b"once once "));
     target.pause().unwrap();
 
-    let bare = Machine::incoming(machine.shape().clone(), None, &hosting(), Box::new(|_| Ok(Vec::new()))).unwrap();
+    let bare = bare(&machine);
     move_to(&machine, &bare);
     bare.resume().unwrap();
     let exit = bare.wait_exit(Duration::from_secs(10)).unwrap();

@@ -65,9 +65,14 @@ impl FromStr for Address {
         }
         let malformed = || AddressError::Malformed(text.to_owned());
         let (host, port) = text.strip_prefix("tcp://").and_then(|rest| rest.rsplit_once(':')).ok_or_else(malformed)?;
-        let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+        let bracketed = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+        // Without brackets an IPv6 address and its port cannot be told apart.
+        if bracketed.is_none() && host.contains(':') {
+            return Err(malformed());
+        }
+        let host = bracketed.unwrap_or(host);
         let port = port.parse().map_err(|_| malformed())?;
-        if host.is_empty() || host.contains(['/', '@', ' ']) {
+        if host.is_empty() || host.contains(['/', '@', ' ', '[', ']']) {
             return Err(malformed());
         }
         Ok(Self { host: host.to_owned(), port })
@@ -587,5 +592,21 @@ impl BulkReceiver for TcpBulkReceiver {
             filled += self.fill(&mut target[filled..], keep_waiting)?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Address;
+
+    #[test]
+    fn an_address_reads_as_it_is_printed() {
+        for good in ["tcp://192.0.2.7:4460", "tcp://[fd00::7]:4460", "tcp://host-b:1"] {
+            assert_eq!(good.parse::<Address>().unwrap().to_string(), good);
+        }
+        let ambiguous = "tcp://fd00::7:4460";
+        for bad in ["", "host:1", "tcp://:1", "tcp://h", "tcp://h:x", "tcp://[[x]]:1", "tcp://[x:1", ambiguous] {
+            assert!(bad.parse::<Address>().is_err(), "{bad} was accepted");
+        }
     }
 }

@@ -5,7 +5,7 @@
 //! (`docs/`, "Convergence"; the bound on rounds is Clark's rule and only the backstop).
 //!
 //! The downtime target is a ceiling and no aim: once what is left fits, rounds go on for as long as each is expected to
-//! halve it at least, down to what the blackout costs in any case. As U is concave, U(t')/U(t) is at least t'/t: a next
+//! halve it at least, down to a third of what the blackout costs in any case. As U is concave, U(t')/U(t) is at least t'/t: a next
 //! round that takes more than half of the last one's time cannot halve anything. The times of such rounds halve, too, so all
 //! of them together last less than the round before them.
 
@@ -17,6 +17,8 @@ use crate::model::{BytesPerSecond, PageCount};
 const NO_GAIN: f64 = 0.9;
 /// A next round must be expected to take at most this share of the last one's time to be worth it within the target.
 const WORTH: f64 = 0.5;
+/// What is left is not worth a round any more when sending it takes this share of the fixed cost.
+const LITTLE: f64 = 1.0 / 3.0;
 /// So many rounds without gain in a row end pre-copy; one alone may be a burst.
 const PATIENCE: u32 = 2;
 
@@ -54,7 +56,8 @@ impl Convergence {
         let budget = self.downtime.saturating_sub(self.fixed_cost + rtt);
         let needed = if left.0 == 0 { Duration::ZERO } else { goodput.time_for(left.bytes()) };
         if needed <= budget {
-            let worth = needed > self.fixed_cost && needed <= took.mul_f64(WORTH) && self.rounds < self.max_rounds;
+            let little = needed <= self.fixed_cost.mul_f64(LITTLE);
+            let worth = !little && needed <= took.mul_f64(WORTH) && self.rounds < self.max_rounds;
             return if worth { Verdict::Another } else { Verdict::Converged };
         }
         let gained = self.least_left.is_none_or(|least| (left.0 as f64) < least.0 as f64 * NO_GAIN);
@@ -111,8 +114,8 @@ mod tests {
         // 1800 pages take 6.9 ms, less than half of it; 1000 take 3.8 ms, more than half.
         assert_eq!(convergence.judge(PageCount(1800), ms(15), GOODPUT, RTT), Verdict::Another);
         assert_eq!(convergence.judge(PageCount(1000), ms(7), GOODPUT, RTT), Verdict::Converged);
-        // Less than the fixed cost is never worth a round; and the backstop holds here, too.
-        assert_eq!(judge().judge(PageCount(700), ms(120), GOODPUT, RTT), Verdict::Converged);
+        // A third of the fixed cost is never worth a round; and the backstop holds here, too.
+        assert_eq!(judge().judge(PageCount(250), ms(120), GOODPUT, RTT), Verdict::Converged);
         let mut hasty = Convergence::new(ms(30), ms(3), 1);
         assert_eq!(hasty.judge(PageCount(4000), ms(120), GOODPUT, RTT), Verdict::Converged);
     }

@@ -83,6 +83,14 @@ pub enum ControlMessage {
     Ping(u32),
     /// Target → source.
     Pong(u32),
+    /// Source → target, before the first round: a part of what the guest was booted from, in order.
+    BootImage {
+        /// The next bytes of it.
+        #[serde(with = "serde_bytes")]
+        part: Vec<u8>,
+        /// It is complete with them.
+        last: bool,
+    },
 }
 
 impl ControlMessage {
@@ -102,6 +110,7 @@ impl ControlMessage {
             Self::State(_) => "state",
             Self::Ping(_) => "ping",
             Self::Pong(_) => "pong",
+            Self::BootImage { .. } => "boot-image",
         }
     }
 }

@@ -24,6 +24,8 @@ use crate::port::{BulkSender, Clock, ControlChannel, Fate, LinkError, Machine, M
 const RESERVATION_STALLS: u32 = 6;
 /// How long the paused VM waits for its target's `prepared`, hashing apart: restoring takes milliseconds.
 const PAUSED_STALL: Duration = Duration::from_secs(3);
+/// The boot image travels in parts of this size, so that a bandwidth limit paces it smoothly.
+const IMAGE_PART_BYTES: usize = 256 << 10;
 /// How often waits look at the cancel flag.
 const TICK: Duration = Duration::from_millis(100);
 /// How long a target may take to say that it has let go, before it is dialled again.
@@ -84,6 +86,7 @@ struct Progress {
     step: Step,
     rounds: Vec<RoundReport>,
     state_bytes: u64,
+    image_bytes: u64,
     rtt: Duration,
     goodput: BytesPerSecond,
     gave_up: String,
@@ -131,6 +134,7 @@ impl Source<'_> {
             step: Step::Connected,
             rounds: Vec::new(),
             state_bytes: 0,
+            image_bytes: 0,
             rtt: Duration::ZERO,
             goodput: BytesPerSecond(0),
             gave_up: String::new(),
@@ -159,9 +163,12 @@ impl Source<'_> {
             reason,
             memory_bytes: self.shape.memory_bytes,
             streams: u32::from(self.options.streams),
-            wire_bytes: progress.rounds.iter().map(|round| round.wire_bytes).sum::<u64>() + progress.state_bytes,
+            wire_bytes: progress.rounds.iter().map(|round| round.wire_bytes).sum::<u64>()
+                + progress.state_bytes
+                + progress.image_bytes,
             rounds: progress.rounds,
             state_bytes: progress.state_bytes,
+            image_bytes: progress.image_bytes,
             total_ns: total.as_nanos() as u64,
             downtime_target_ns: self.options.downtime.as_nanos() as u64,
             blackout_ns: progress.blackout.as_nanos() as u64,
@@ -183,6 +190,7 @@ impl Source<'_> {
         let streams = self.reserve(progress, control.as_ref())?;
         let pacer = Pacer::new(self.clock, self.options.bandwidth);
         let mut way = Way { control, streams, pacer, due: PageBitmap::full(self.region.spec().pages) };
+        self.send_boot_image(progress, &way)?;
         if self.options.strategy == Strategy::PreCopy {
             self.machine.start_log()?;
             self.iterate(progress, &mut way)?;
@@ -227,6 +235,24 @@ impl Source<'_> {
         let reservation = Duration::from_nanos(accept.reservation_ns);
         self.pass(progress, Step::Reserved, &format!("reservation took {reservation:?}"));
         Ok(streams)
+    }
+
+    /// Sends what the guest boots from when it resets; it is not among the VM's memory.
+    fn send_boot_image(&mut self, progress: &mut Progress, way: &Way<'_>) -> Result<(), SourceError> {
+        let Some(image) = self.machine.boot_image()? else {
+            tracing::warn!(vm = %self.shape.name, migration = %self.id, "no boot image: a reset will end the VM there");
+            return Ok(());
+        };
+        progress.image_bytes = image.len() as u64;
+        let mut parts = image.chunks(IMAGE_PART_BYTES).peekable();
+        while let Some(part) = parts.next() {
+            if self.cancel.is_set() {
+                return Err(SourceError::Cancelled);
+            }
+            way.pacer.pay(part.len() as u64);
+            way.control.send(&ControlMessage::BootImage { part: part.to_vec(), last: parts.peek().is_none() })?;
+        }
+        Ok(())
     }
 
     /// Rounds until what is left fits the downtime target, or no longer shrinks.

@@ -27,6 +27,8 @@ const TICK: Duration = Duration::from_millis(100);
 const SILENCE: Duration = Duration::from_secs(1);
 /// The most page streams of one migration.
 const MAX_STREAMS: u16 = 64;
+/// The longest boot image that is taken; `dunlin vm run` reads kernels of up to 256 MiB.
+const MAX_IMAGE_BYTES: usize = 320 << 20;
 /// Runs at least this long are worth taking their memory in one go: half of a huge page.
 const PREPARE_PAGES: u32 = 256;
 
@@ -233,6 +235,7 @@ impl Target<'_> {
         inflow: &Inflow<'_>,
         machine: &mut dyn Machine,
     ) -> Result<(Box<Handed>, Duration), TargetError> {
+        let mut image = Vec::new();
         loop {
             if self.cancel.is_set() {
                 return Err(TargetError::Cancelled);
@@ -247,6 +250,16 @@ impl Target<'_> {
                 Some(ControlMessage::Ping(number)) => {
                     inflow.touch();
                     control.send(&ControlMessage::Pong(number))?;
+                }
+                Some(ControlMessage::BootImage { part, last }) => {
+                    inflow.touch();
+                    if image.len() + part.len() > MAX_IMAGE_BYTES {
+                        return Err(LinkError::Protocol(format!("a boot image above {MAX_IMAGE_BYTES} bytes")).into());
+                    }
+                    image.extend_from_slice(&part);
+                    if last {
+                        machine.set_boot_image(&std::mem::take(&mut image))?;
+                    }
                 }
                 Some(ControlMessage::Handed(handed)) => {
                     inflow.await_round(handed.round)?;

@@ -12,6 +12,8 @@ pub enum Owner {
     There,
     /// Nobody until the two sides have spoken, a fence has decided, or an operator has (`dunlin resolve`).
     InDoubt,
+    /// Nobody any more: the machine has died, and the VM with it.
+    Nobody,
 }
 
 /// How a migration ended, as the source's manager saw it.
@@ -67,7 +69,8 @@ impl Ending {
     pub const fn owner(self) -> Owner {
         match self {
             Self::Moved => Owner::There,
-            Self::Refused | Self::Failed | Self::Cancelled | Self::Lost => Owner::Here,
+            Self::Refused | Self::Failed | Self::Cancelled => Owner::Here,
+            Self::Lost => Owner::Nobody,
             Self::InDoubt => Owner::InDoubt,
         }
     }

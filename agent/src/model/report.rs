@@ -21,7 +21,7 @@ pub struct RoundReport {
     pub zero_pages: u64,
     /// Bytes written to the streams, headers included.
     pub wire_bytes: u64,
-    /// From the first byte to the target's word that the round arrived.
+    /// From the first byte to the target's word that the round arrived; of the last round, to its last byte written.
     pub duration_ns: u64,
     /// Pages found dirty at the end of the round.
     pub dirtied_pages: u64,
@@ -52,10 +52,12 @@ pub struct MigrationReport {
     pub streams: u32,
     /// The rounds.
     pub rounds: Vec<RoundReport>,
-    /// Sum of the rounds' bytes plus control and state.
+    /// Sum of the rounds' bytes, the boot image and the state.
     pub wire_bytes: u64,
     /// CPU and device state.
     pub state_bytes: u64,
+    /// What the guest was booted from, sent along for its next reset.
+    pub image_bytes: u64,
     /// From the offer to `running`, reservation counted.
     pub total_ns: u64,
     /// The blackout that was asked for as a limit.

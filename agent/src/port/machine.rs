@@ -69,6 +69,13 @@ pub trait MachineState: Send {
 
     /// Puts a state into a machine that has not run yet.
     fn restore_state(&mut self, state: &[u8]) -> Result<(), MachineError>;
+
+    /// What the guest was booted from, in the machine's own format: a guest that resets at the target boots from it again.
+    /// `None` if the machine has none itself.
+    fn boot_image(&mut self) -> Result<Option<Vec<u8>>, MachineError>;
+
+    /// Takes what [`Self::boot_image`] gave at the source.
+    fn set_boot_image(&mut self, image: &[u8]) -> Result<(), MachineError>;
 }
 
 /// What has become of a machine that waits behind a shut gate.

@@ -20,6 +20,7 @@ use super::session::{Creation, Reply, Request, SESSION_VERSION, SessionError, Se
 use crate::announce::{AddressError, Announcer, Schedule};
 use crate::block::raw::RawDisk;
 use crate::kvm::Hurry;
+use crate::kvm::boot::BootImage;
 use crate::kvm::bus::{Device, DeviceError};
 use crate::kvm::machine::{BootConfig, HostedError, Hosting, Machine};
 use crate::kvm::memory::Memory;
@@ -256,7 +257,7 @@ impl Host {
         let hosting = Hosting { serial: creation.serial.clone(), ..Hosting::default() };
         let (nets, disks) = (shape.nets.clone(), shape.disks.clone());
         let maker = Box::new(move |memory: &Memory| devices(&nets, &disks, memory));
-        let machine = Machine::incoming(shape.clone(), None, &hosting, maker)?;
+        let machine = Machine::incoming(shape.clone(), &hosting, maker)?;
         let gate = OwnershipGate::receiving(shape.vm_id, creation.migration, Box::new(journal))?;
         let places = Places { run_dir: creation.run_dir.clone(), state_dir: creation.state_dir.clone() };
         Self::enter(machine, gate, &places)
@@ -638,6 +639,14 @@ impl Host {
             Request::SaveState => machine.save_state().map(Reply::State).map_err(|error| chain(&error)),
             Request::RestoreState(state) => {
                 machine.restore_state(&state).map(|()| Reply::Done).map_err(|error| chain(&error))
+            }
+            Request::BootImage => {
+                let image = machine.image().map(|image| image.to_bytes());
+                Ok(Reply::BootImage(image.map(serde_bytes::ByteBuf::from)))
+            }
+            Request::SetBootImage(bytes) => {
+                machine.set_image(BootImage::from_bytes(&bytes).map_err(|error| chain(&error))?);
+                Ok(Reply::Done)
             }
             Request::Release(peer) => {
                 if machine.is_running() {

@@ -53,7 +53,7 @@ pub struct ReceiveRequest {
     pub name: Option<VmName>,
     /// Network ports of this host, in the VM's order; the source's names if empty.
     pub nets: Vec<NetSpec>,
-    /// Disks of this host, in the VM's order; the source's paths if empty.
+    /// Disks of this host, in the VM's order; all of them.
     pub disks: Vec<DiskSpec>,
     /// Where the console goes.
     pub serial: SerialSpec,
@@ -98,6 +98,13 @@ impl LocalHost<'_> {
                     net.ips.clone_from(&own.ips);
                 }
             }
+        }
+        // Whoever can reach this port could have any file of this host written to, with this process's rights.
+        if disks.is_empty() && !shape.disks.is_empty() {
+            return Err(format!(
+                "the VM has {} disks, and no --disk here says which files they are: a peer may not choose them",
+                shape.disks.len()
+            ));
         }
         if !disks.is_empty() {
             if disks.len() != shape.disks.len() {

@@ -138,6 +138,17 @@ impl MachineState for SimMachine {
             Ok(())
         })
     }
+
+    fn boot_image(&mut self) -> Result<Option<Vec<u8>>, MachineError> {
+        self.on_vm("boot image", |vm| Ok(vm.boot_image.clone()))
+    }
+
+    fn set_boot_image(&mut self, image: &[u8]) -> Result<(), MachineError> {
+        self.on_vm("set boot image", |vm| {
+            vm.boot_image = Some(image.to_vec());
+            Ok(())
+        })
+    }
 }
 
 impl GatePort for SimMachine {

@@ -78,12 +78,17 @@ pub(super) struct Vm {
     pub(super) gate: Gate,
     pub(super) log: SimDirtyLog,
     pub(super) cpu: Option<Cpu>,
+    /// What the guest boots from when it resets.
+    pub(super) boot_image: Option<Vec<u8>>,
     pub(super) resolved: Option<Owner>,
     /// A manager is connected.
     pub(super) session: bool,
     /// It has run the guest at some time.
     has_run: bool,
 }
+
+/// What every guest was booted from.
+const BOOT_IMAGE: &[u8] = b"what the guest was booted from";
 
 /// How a manager stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -367,6 +372,9 @@ impl World {
             self.violation(format!("I1: the VM starts to run at the {side:?} while it runs at the other host"));
         }
         self.check_guest(side);
+        if self.vm(side).is_some_and(|vm| vm.boot_image.as_deref() != Some(BOOT_IMAGE)) {
+            self.violation(format!("I3: the VM at the {side:?} has not what it was booted from"));
+        }
         if let Some(vm) = self.vm(side) {
             vm.running = true;
             vm.has_run = true;
@@ -587,6 +595,7 @@ impl Vm {
             gate,
             log: SimDirtyLog::new(pages),
             cpu: None,
+            boot_image: (gate == Gate::Open).then(|| BOOT_IMAGE.to_vec()),
             resolved: None,
             session: true,
             has_run: false,

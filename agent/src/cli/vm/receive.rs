@@ -46,7 +46,7 @@ pub(in crate::cli) struct ReceiveArgs {
     #[arg(long = "net", value_name = "SPEC")]
     nets: Vec<NetSpec>,
 
-    /// This host's path of the VM's disk, in the VM's order; the source's paths if absent.
+    /// This host's path of the VM's disk, in the VM's order; a VM with disks is refused without.
     #[arg(long = "disk", value_name = "SPEC")]
     disks: Vec<DiskSpec>,
 

@@ -17,6 +17,7 @@ use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_start_in
 use linux_loader::loader::{Elf, KernelLoader};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::container::{self, StateError};
 use super::memory::Memory;
 
 /// Where the start structure lies.
@@ -31,6 +32,10 @@ pub const MAX_COMMAND_LINE_BYTES: usize = 0x1_0000;
 pub const MAX_IMAGE_BYTES: u64 = 256 << 20;
 /// Below this lies low memory, then the old hole for video and firmware; an image lies above.
 const IMAGE_START: u64 = 1 << 20;
+/// The sections of an image on its way to another host, and their newest version.
+const KERNEL_TAG: &str = "kernel";
+const CMDLINE_TAG: &str = "cmdline";
+const IMAGE_VERSION: u32 = 1;
 /// End of the low memory that the map offers as RAM.
 const LOW_MEMORY_END: u64 = 0x9_fc00;
 
@@ -88,6 +93,27 @@ impl BootImage {
             return Err(BootError::Image(format!("it is larger than {MAX_IMAGE_BYTES} bytes")));
         }
         Ok(Self { kernel: kernel.into(), cmdline: cmdline.to_owned() })
+    }
+
+    /// Itself as another host is to have it: a [container] with the sections `kernel` and `cmdline`.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut writer = container::Writer::default();
+        writer.section(KERNEL_TAG, IMAGE_VERSION, &self.kernel);
+        writer.section(CMDLINE_TAG, IMAGE_VERSION, self.cmdline.as_bytes());
+        writer.finish()
+    }
+
+    /// Reads what [`Self::to_bytes`] wrote. That the kernel boots is checked when it does.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, StateError> {
+        let sections = container::parse(bytes)?;
+        let section = |tag: &str| {
+            let found = sections.iter().find(|section| section.tag == tag);
+            let found = found.ok_or_else(|| StateError::Missing(format!("section {tag}")))?;
+            found.expect_version(IMAGE_VERSION).map(|()| found.payload)
+        };
+        let cmdline = str::from_utf8(section(CMDLINE_TAG)?);
+        let no_text = |_| StateError::Invalid { what: CMDLINE_TAG.to_owned(), problem: "it is no text".to_owned() };
+        Ok(Self { kernel: section(KERNEL_TAG)?.into(), cmdline: cmdline.map_err(no_text)?.to_owned() })
     }
 }
 

@@ -216,6 +216,18 @@ impl MachineState for RemoteMachine {
     fn restore_state(&mut self, state: &[u8]) -> Result<(), MachineError> {
         self.order("restore a state", &Request::RestoreState(state.to_vec()))
     }
+
+    fn boot_image(&mut self) -> Result<Option<Vec<u8>>, MachineError> {
+        const ACTION: &str = "give its boot image";
+        match self.call(ACTION, &Request::BootImage)? {
+            Reply::BootImage(image) => Ok(image.map(serde_bytes::ByteBuf::into_vec)),
+            other => Err(gone(ACTION, format!("unexpected answer {other:?}"))),
+        }
+    }
+
+    fn set_boot_image(&mut self, image: &[u8]) -> Result<(), MachineError> {
+        self.order("take a boot image", &Request::SetBootImage(image.to_vec()))
+    }
 }
 
 impl Gate for RemoteMachine {

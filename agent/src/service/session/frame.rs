@@ -12,8 +12,8 @@ use rustix::net::{
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// The longest message: CPU and device state of a large machine.
-const MAX_MESSAGE_BYTES: usize = 64 << 20;
+/// The longest message: the boot image of a guest with a large kernel.
+const MAX_MESSAGE_BYTES: usize = 320 << 20;
 /// The most descriptors that travel with a message: RAM and dirty bitmap.
 const MAX_FDS: usize = 2;
 

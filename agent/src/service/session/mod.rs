@@ -45,6 +45,10 @@ pub enum Request {
     SaveState,
     /// [`crate::port::MachineState::restore_state`]
     RestoreState(#[serde(with = "serde_bytes")] Vec<u8>),
+    /// [`crate::port::MachineState::boot_image`]
+    BootImage,
+    /// [`crate::port::MachineState::set_boot_image`]
+    SetBootImage(#[serde(with = "serde_bytes")] Vec<u8>),
     /// [`crate::port::Gate::release`], with the peer's address.
     Release(String),
     /// [`crate::port::Gate::reclaim`]
@@ -87,6 +91,8 @@ pub enum Reply {
     Paused(u64),
     /// To `SaveState`.
     State(#[serde(with = "serde_bytes")] Vec<u8>),
+    /// To `BootImage`.
+    BootImage(Option<serde_bytes::ByteBuf>),
     /// To `Announce`: frames sent.
     Frames(u32),
     /// It could not be done; the machine is as it was.
