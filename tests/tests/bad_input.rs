@@ -325,12 +325,18 @@ fn accept_offer(listener: &TcpListener) -> Result<RawPeer> {
     Ok(peer)
 }
 
-/// The same, and every ping is answered.
+/// The same, and every ping is answered and the boot image taken.
 fn reserved(listener: &TcpListener) -> Result<RawPeer> {
     let mut peer = accept_offer(listener)?;
     for _ in 0..4 {
         let Some(ControlMessage::Ping(number)) = peer.recv()? else { anyhow::bail!("no ping") };
         peer.send(&ControlMessage::Pong(number))?;
+    }
+    while let Some(message) = peer.recv()? {
+        let ControlMessage::BootImage { last, .. } = message else { anyhow::bail!("`{}`", message.name()) };
+        if last {
+            break;
+        }
     }
     Ok(peer)
 }

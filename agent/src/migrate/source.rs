@@ -221,17 +221,18 @@ impl Source<'_> {
         for index in 0..self.options.streams {
             streams.push(self.link.open_bulk(self.id, index)?);
         }
-        progress.rtt = Duration::MAX;
+        let mut rtt = Duration::MAX;
         for number in 0..4 {
             let sent = self.clock.now();
             control.send(&ControlMessage::Ping(number))?;
             match self.expect(control, self.options.stall, "pong")? {
                 ControlMessage::Pong(echo) if echo == number => {
-                    progress.rtt = progress.rtt.min(self.clock.now().saturating_sub(sent));
+                    rtt = rtt.min(self.clock.now().saturating_sub(sent));
                 }
                 other => return Err(unexpected(&other, "pong")),
             }
         }
+        progress.rtt = rtt;
         let reservation = Duration::from_nanos(accept.reservation_ns);
         self.pass(progress, Step::Reserved, &format!("reservation took {reservation:?}"));
         Ok(streams)

@@ -20,7 +20,7 @@ const WORKING_SET_MIB: u64 = 256;
 /// How long booting and filling may take.
 const READY_LIMIT: Duration = Duration::from_secs(60);
 
-/// How fast the writer writes, for the command line: pages per second, or `max`.
+/// How the writer writes, for the command line: pages per second or `max`, then what else is not as usual.
 pub(super) type Rate = &'static str;
 
 /// The guest's command line.
