@@ -52,7 +52,7 @@ enum Way {
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let missing = missing()?;
     if missing.is_empty() {
-        println!("Everything is there: nothing to install.");
+        eprintln!("Everything is there: nothing to install.");
         return Ok(());
     }
     announce(&missing);
@@ -105,9 +105,9 @@ fn count(missing: &[Missing]) -> String {
 }
 
 fn announce(missing: &[Missing]) {
-    println!("To be installed:");
+    eprintln!("To be installed:");
     for Missing { what, why, way } in missing {
-        println!("  {what}: {why}\n    by {}", way.describe());
+        eprintln!("  {what}: {why}\n    by {}", way.describe());
     }
 }
 
@@ -138,7 +138,7 @@ fn install(missing: &[Missing]) -> Result<()> {
                 .context("bpf-linker could not be built: it needs the crates registry and a C compiler")?,
         }
     }
-    println!("Everything is there.");
+    eprintln!("Everything is there.");
     Ok(())
 }
 
@@ -162,7 +162,7 @@ fn install_packages(packages: &[&str]) -> Result<()> {
     }
     let only_compiler_unknown = unknown.iter().all(|package| COMPILER_PACKAGES.contains(package));
     if only_compiler_unknown && run::find("rustup").is_some() {
-        println!("This distribution has no {}: taking a rustup nightly instead.", unknown.join(", "));
+        eprintln!("This distribution has no {}: taking a rustup nightly instead.", unknown.join(", "));
         run::run(&mut nightly()).context(NIGHTLY_HELP)?;
         let rest: Vec<&str> = packages.iter().filter(|p| !COMPILER_PACKAGES.contains(p)).copied().collect();
         return if rest.is_empty() { Ok(()) } else { install_packages(&rest) };

@@ -2,13 +2,12 @@
 
 use std::io::Write;
 use std::net::IpAddr;
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
 
+use super::signals::cancel_on_signals;
 use crate::announce::Schedule;
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
@@ -82,10 +81,7 @@ impl AnnounceArgs {
                 return Ok(exit::USAGE);
             }
         };
-        let cancel = Arc::new(AtomicBool::new(false));
-        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-            signal_hook::flag::register(signal, Arc::clone(&cancel)).context("catch signals")?;
-        }
+        let cancel = cancel_on_signals().context("catching signals")?.as_atomic();
         let order = AnnounceOrder {
             interface: self.interface,
             stations: vec![Station { mac: self.mac, ips: self.ips }],

@@ -1,12 +1,12 @@
 //! `dunlin migrate`: moves a running VM to another host.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
 
 use super::places::{Plaintext, RunDir};
 use super::signals::cancel_on_signals;
+use super::watch::Watch;
 use crate::link::Address;
 use crate::migrate::{SourceOptions, Strategy};
 use crate::model::outcome::exit;
@@ -14,7 +14,6 @@ use crate::model::schema::Schema;
 use crate::model::units::{display_bytes, display_duration, parse_duration};
 use crate::model::{BytesPerSecond, Ending, MigrationReport, VmRef};
 use crate::service::config::Config;
-use crate::service::events::Hold;
 use crate::service::migration::{BeginError, MigrateRequest, migrate};
 
 /// Move a running VM to another host, where `dunlin vm receive` waits for it.
@@ -63,10 +62,6 @@ pub(super) struct MigrateArgs {
     #[arg(long)]
     verify: bool,
 
-    /// Nothing moving for this long counts as a stalled peer [default: 10s].
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    stall: Option<Duration>,
-
     /// When contact is lost during the handover: how long to dial the target before the VM is left in doubt.
     #[arg(long, value_name = "TIME", default_value = "20s", value_parser = parse_duration)]
     doubt: Duration,
@@ -74,13 +69,8 @@ pub(super) struct MigrateArgs {
     #[command(flatten)]
     plaintext: Plaintext,
 
-    /// Append every step and round to this file, one JSON object a line.
-    #[arg(long, value_name = "FILE")]
-    events: Option<PathBuf>,
-
-    /// For tests: hold at STEP until PATH exists.
-    #[arg(long, value_name = "STEP=PATH", hide = true)]
-    hold_at: Option<Hold>,
+    #[command(flatten)]
+    watch: Watch,
 
     #[command(flatten)]
     run_dir: RunDir,
@@ -97,7 +87,7 @@ impl MigrateArgs {
             max_rounds: self.max_rounds.unwrap_or(configured.max_rounds),
             streams: self.streams.unwrap_or(configured.streams),
             verify: self.verify,
-            stall: self.stall.unwrap_or(configured.stall),
+            stall: self.watch.stall.unwrap_or(configured.stall),
             doubt: self.doubt,
             ..SourceOptions::default()
         };
@@ -107,9 +97,9 @@ impl MigrateArgs {
             options,
             run_dir: self.run_dir.path(config),
             insecure_plaintext: self.plaintext.is_allowed(config),
-            events: self.events,
+            events: self.watch.events,
             show_progress: !json,
-            hold: self.hold_at,
+            hold: self.watch.hold_at,
         };
         match migrate(request, cancel) {
             Ok(report) => {

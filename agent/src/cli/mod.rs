@@ -10,6 +10,7 @@ mod places;
 mod resolve;
 mod signals;
 mod vm;
+mod watch;
 
 use std::path::PathBuf;
 

@@ -32,7 +32,7 @@ use super::x86::state::{RestoreError, StateSupport, TimeShift, VCPU_VERSION, VM_
 use crate::model::id::VmName;
 use crate::model::shape::ShapeError;
 use crate::model::{
-    DirtyLogKind, DiskSpec, MachineShape, NetSpec, PageBitmap, PageCount, PageRun, RegionId, SerialSpec, VmId,
+    DirtyLogKind, DiskSpec, MachineShape, NetSpec, PageBitmap, PageCount, PageRun, RegionId, SerialSpec, VmId, chain,
 };
 use crate::port::machine::PauseTiming;
 use crate::port::{DirtyLog, MachineError, MachineState, Vcpus};
@@ -586,17 +586,6 @@ fn scaling(vm_khz: u32, host_khz: u32, can_scale: bool) -> Result<bool, HostedEr
 
 fn vcpu_tag(index: u32) -> String {
     format!("vcpu{index}")
-}
-
-/// An error with its causes.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }
 
 /// The sections of a state, each to be taken once.

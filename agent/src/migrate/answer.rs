@@ -6,12 +6,21 @@ use std::time::Duration;
 
 use super::message::{ControlMessage, TargetState};
 use crate::model::MigrationId;
-use crate::port::{Clock, JournalRecord, TargetLink};
+use crate::port::{ControlChannel, Journal, JournalError, JournalRecord, LinkError};
 
 /// For how long a source may still ask: its stall limit and its time in doubt, with a margin.
 pub const ANSWER_LIMIT: Duration = Duration::from_secs(60);
-/// How often waits look around.
-const TICK: Duration = Duration::from_millis(500);
+
+/// A question that could not be answered; the source asks again.
+#[derive(Debug, thiserror::Error)]
+pub enum AnswerError {
+    /// What happened cannot be read.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The source cannot be reached.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+}
 
 impl TargetState {
     /// What a target's last record of a migration says. `None` where it says nothing that may be answered: no record,
@@ -30,29 +39,21 @@ impl TargetState {
     }
 }
 
-/// Answers every question after migration `id` with `state`, for `patience`.
+/// Tells a source that asks what became of a migration. Of one that is not known here nothing is said, rather than a wrong
+/// thing: unknown is no "never", since the journal may be on another disk.
+///
+/// # Errors
+/// A journal that cannot be read, or a source that cannot be told.
 pub fn answer(
-    link: &mut dyn TargetLink<ControlMessage>,
-    id: MigrationId,
-    state: TargetState,
-    clock: &dyn Clock,
-    patience: Duration,
-) {
-    let until = clock.now() + patience;
-    let mut connected = true;
-    while clock.now() < until {
-        if !connected {
-            connected = link.reaccept(TICK);
-            continue;
-        }
-        match link.control().recv(TICK) {
-            Ok(Some(ControlMessage::Query(asked))) if asked == id => {
-                connected = link.control().send(&ControlMessage::State(state)).is_ok();
-            }
-            Ok(Some(_)) => {}
-            // Whoever dials anew takes the place of a connection on which nothing moves.
-            Ok(None) => drop(link.reaccept(Duration::ZERO)),
-            Err(_) => connected = false,
-        }
-    }
+    journal: &dyn Journal,
+    asked: MigrationId,
+    control: &dyn ControlChannel<ControlMessage>,
+) -> Result<(), AnswerError> {
+    let last = journal.last(asked)?;
+    let Some(state) = TargetState::recorded(last.as_ref()) else {
+        let last = last.as_ref().map_or("nothing", JournalRecord::name);
+        tracing::warn!(migration = %asked, "asked about a migration of which the journal here says: {last}");
+        return Ok(());
+    };
+    Ok(control.send(&ControlMessage::State(state))?)
 }

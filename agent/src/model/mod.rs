@@ -6,6 +6,7 @@
 pub mod announce;
 pub mod bitmap;
 pub mod blackout;
+pub mod chain;
 pub mod config;
 pub mod id;
 pub mod mac;
@@ -20,6 +21,7 @@ pub mod units;
 pub use announce::{AnnounceReport, AnnounceRound, Station};
 pub use bitmap::PageBitmap;
 pub use blackout::{BlackoutLedger, BlackoutPhase};
+pub use chain::chain;
 pub use config::{DirtyLogKind, DiskSpec, NetSpec, SerialSpec};
 pub use id::{MigrationId, VmId, VmRef};
 pub use mac::MacAddress;

@@ -16,6 +16,18 @@ pub enum Owner {
     Nobody,
 }
 
+impl Owner {
+    /// Its word, as in JSON.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Here => "here",
+            Self::There => "there",
+            Self::InDoubt => "in-doubt",
+            Self::Nobody => "nobody",
+        }
+    }
+}
+
 /// How a migration ended, as the source's manager saw it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -53,6 +65,18 @@ pub mod exit {
 }
 
 impl Ending {
+    /// Its word, as in JSON.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Moved => "moved",
+            Self::Refused => "refused",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+            Self::Lost => "lost",
+            Self::InDoubt => "in-doubt",
+        }
+    }
+
     /// The exit code of `dunlin migrate`.
     pub const fn exit_code(self) -> u8 {
         match self {
@@ -72,6 +96,22 @@ impl Ending {
             Self::Refused | Self::Failed | Self::Cancelled => Owner::Here,
             Self::Lost => Owner::Nobody,
             Self::InDoubt => Owner::InDoubt,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_those_of_json() {
+        for owner in [Owner::Here, Owner::There, Owner::InDoubt, Owner::Nobody] {
+            assert_eq!(serde_json::to_value(owner).unwrap(), owner.name());
+        }
+        use Ending::{Cancelled, Failed, InDoubt, Lost, Moved, Refused};
+        for ending in [Moved, Refused, Failed, Cancelled, Lost, InDoubt] {
+            assert_eq!(serde_json::to_value(ending).unwrap(), ending.name());
         }
     }
 }

@@ -32,6 +32,20 @@ pub enum JournalRecord {
 }
 
 impl JournalRecord {
+    /// Its word, as in the journal.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Offered => "offered",
+            Self::Reserved => "reserved",
+            Self::Prepared => "prepared",
+            Self::Released { .. } => "released",
+            Self::Owner => "owner",
+            Self::NeverOwner => "never-owner",
+            Self::Discarded => "discarded",
+            Self::Aborted => "aborted",
+        }
+    }
+
     /// Whether the record has to survive this host's power: it binds this host towards the other one. The rest speaks only
     /// of memory that is lost with the host, and has to survive processes: nobody waits for a disk on its account while a
     /// VM stands still.

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use axum::extract::connect_info::{ConnectInfo, Connected};
 use axum::extract::{Query, State};
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::serve::IncomingStream;
@@ -25,6 +25,11 @@ use tokio::sync::watch;
 use super::machine::{Host, VmInfo};
 use crate::model::Owner;
 use crate::model::schema::Schema;
+
+/// Where all console output so far ends: what to ask from next.
+const POSITION_HEADER: &str = "dunlin-position";
+/// How long a question for new console output is held; shorter than what the end of a machine waits for last answers.
+const CONSOLE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Who is at the other end of a connection.
 #[derive(Clone, Debug)]
@@ -95,8 +100,22 @@ async fn info(State(host): State<Arc<Host>>) -> Response {
     Json(host.info().tagged()).into_response()
 }
 
-async fn console(State(host): State<Arc<Host>>) -> Vec<u8> {
-    host.machine().console().history()
+#[derive(Deserialize)]
+struct Position {
+    #[serde(default)]
+    from: Option<u64>,
+}
+
+/// The output from a position on, waited for if there is none yet; without a position what is remembered.
+async fn console(State(host): State<Arc<Host>>, Query(Position { from }): Query<Position>) -> Response {
+    let read = move || {
+        let patience = if from.is_some() { CONSOLE_PATIENCE } else { Duration::ZERO };
+        host.machine().console().read_from(from.unwrap_or(0), patience)
+    };
+    match tokio::task::spawn_blocking(read).await {
+        Ok((output, position)) => ([(POSITION_HEADER, position.to_string())], output).into_response(),
+        Err(error) => answer(Err(error.to_string())),
+    }
 }
 
 fn observing() -> Router<Arc<Host>> {
@@ -207,8 +226,8 @@ pub enum ControlError {
     Refused(String),
 }
 
-/// One request to the socket at `path`; the body of the answer.
-async fn request(path: &Path, method: &str, target: &str, body: Vec<u8>) -> Result<Bytes, ControlError> {
+/// One request to the socket at `path`; the answer's head and body.
+async fn request(path: &Path, method: &str, target: &str, body: Vec<u8>) -> Result<(HeaderMap, Bytes), ControlError> {
     let failed = |problem: String| ControlError::Exchange { socket: path.display().to_string(), problem };
     let stream = UnixStream::connect(path).await.map_err(|error| failed(error.to_string()))?;
     let io = hyper_util::rt::TokioIo::new(stream);
@@ -223,9 +242,10 @@ async fn request(path: &Path, method: &str, target: &str, body: Vec<u8>) -> Resu
         .map_err(|error| failed(error.to_string()))?;
     let response = sender.send_request(request).await.map_err(|error| failed(error.to_string()))?;
     let status = response.status();
+    let headers = response.headers().clone();
     let body = response.into_body().collect().await.map_err(|error| failed(error.to_string()))?.to_bytes();
     if status.is_success() {
-        return Ok(body);
+        return Ok((headers, body));
     }
     let outcome: Result<Outcome, _> = serde_json::from_slice(&body);
     Err(ControlError::Refused(outcome.map_or_else(|_| format!("status {status}"), |outcome| outcome.error)))
@@ -250,15 +270,24 @@ pub fn give_order(socket: &Path, target: &str, body: &[u8]) -> Result<(), Contro
 /// # Errors
 /// A socket nobody serves, or an answer that is none.
 pub fn ask_info(socket: &Path) -> Result<VmInfo, ControlError> {
-    let body = blocking(request(socket, "GET", "/v1/machine", Vec::new()))?;
+    let (_, body) = blocking(request(socket, "GET", "/v1/machine", Vec::new()))?;
     serde_json::from_slice(&body)
         .map_err(|error| ControlError::Exchange { socket: socket.display().to_string(), problem: error.to_string() })
 }
 
-/// Asks for the console's last output.
+/// Asks for the console's output from a position on, waiting a second at most for the first of it, or without one for what
+/// is remembered. Returns it with the position behind it.
 ///
 /// # Errors
-/// A socket nobody serves.
-pub fn ask_console(socket: &Path) -> Result<Vec<u8>, ControlError> {
-    blocking(request(socket, "GET", "/v1/console", Vec::new())).map(|body| body.to_vec())
+/// A socket nobody serves, or an answer that is none.
+pub fn ask_console(socket: &Path, from: Option<u64>) -> Result<(Vec<u8>, u64), ControlError> {
+    let target = from.map_or_else(|| "/v1/console".to_owned(), |from| format!("/v1/console?from={from}"));
+    let (headers, body) = blocking(request(socket, "GET", &target, Vec::new()))?;
+    let position =
+        headers.get(POSITION_HEADER).and_then(|value| value.to_str().ok()).and_then(|text| text.parse().ok());
+    let lost = || ControlError::Exchange {
+        socket: socket.display().to_string(),
+        problem: format!("an answer without `{POSITION_HEADER}`: the machine's process is of another version"),
+    };
+    Ok((body.to_vec(), position.ok_or_else(lost)?))
 }

@@ -29,6 +29,7 @@ use crate::kvm::virtio::{VirtioBlk, VirtioNet};
 use crate::model::schema::Schema;
 use crate::model::{
     DirtyLogKind, DiskSpec, MachineShape, MigrationId, NetSpec, Owner, PageCount, PageRun, SerialSpec, Station, VmId,
+    chain,
 };
 use crate::net::tap::Tap;
 use crate::port::{JournalError, JournalRecord};
@@ -684,20 +685,6 @@ impl Drop for Host {
     fn drop(&mut self) {
         self.registry.leave(&self.machine.shape().name);
     }
-}
-
-/// An error with all its causes, in one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        let inner_text = inner.to_string();
-        if !text.contains(&inner_text) {
-            text = format!("{text}: {inner_text}");
-        }
-        cause = inner.source();
-    }
-    text
 }
 
 /// Takes the descriptor that a parent process handed over as the first session.

@@ -133,9 +133,13 @@ pub fn migrate(request: MigrateRequest, cancel: CancelFlag) -> Result<MigrationR
             who: audit::me(),
             what: "migrate",
             vm_id: entry.vm_id,
-            before: "running".to_owned(),
-            after: format!("{:?}", report.owner),
-            result: format!("{:?} {}", report.ending, report.reason).trim().to_owned(),
+            // One that does not run is refused by its machine, and nothing was done.
+            before: "running here".to_owned(),
+            after: report.owner.name().to_owned(),
+            result: match report.reason.as_str() {
+                "" => report.ending.name().to_owned(),
+                reason => format!("{}: {reason}", report.ending.name()),
+            },
         },
     );
     Ok(report)

@@ -17,11 +17,11 @@ use super::session::{Creation, RemoteMachine, SESSION_VERSION};
 use crate::announce::Schedule;
 use crate::link::{Arrival, Listener, TcpTarget};
 use crate::migrate::target::{Arrived, Host, Reservation, Target, TargetError};
-use crate::migrate::{CancelFlag, ControlMessage, Offer, TargetState};
+use crate::migrate::{AnswerError, CancelFlag, ControlMessage, Offer, answer};
 use crate::model::id::VmName;
 use crate::model::{DiskSpec, MachineShape, MigrationId, NetSpec, SerialSpec};
 use crate::net::tap::Tap;
-use crate::port::{Clock, ControlChannel, Journal, JournalError, LinkError, Region, TargetLink};
+use crate::port::{Clock, JournalError, LinkError, Region, TargetLink};
 use crate::store::FileJournal;
 
 /// How often waits look at the cancel flag.
@@ -38,6 +38,9 @@ pub enum ReceiveError {
     /// The link.
     #[error(transparent)]
     Link(#[from] LinkError),
+    /// A late question.
+    #[error(transparent)]
+    Answer(#[from] AnswerError),
     /// The VM did not come.
     #[error(transparent)]
     Target(#[from] TargetError),
@@ -272,7 +275,7 @@ fn attempt(
         return Err(LinkError::Stalled { doing: "waiting for an offer", after: GREETING_LIMIT }.into());
     };
     if let ControlMessage::Query(asked) = first {
-        answer_query(journal, asked, control.as_ref())?;
+        answer(journal, asked, control.as_ref())?;
         return Ok(None);
     }
     let observer = EventLog::new(migration, "target", request.events.as_deref(), request.hold.clone(), false)
@@ -340,22 +343,6 @@ fn repeat_announcements(arrived: Arrived, schedule: Schedule) {
     }
 }
 
-/// Tells a source that asks what became of a migration.
-fn answer_query(
-    journal: &FileJournal,
-    migration: MigrationId,
-    control: &dyn ControlChannel<ControlMessage>,
-) -> Result<(), ReceiveError> {
-    let last = journal.last(migration)?;
-    let Some(state) = TargetState::recorded(last.as_ref()) else {
-        // Unknown here is no "never": the journal may be on another disk. Say nothing rather than a wrong thing.
-        tracing::warn!(%migration, "asked about a migration that ended in {last:?} here");
-        return Ok(());
-    };
-    control.send(&ControlMessage::State(state))?;
-    Ok(())
-}
-
 /// Serves late questions on `listener` while the VM runs: a source that lost contact after `released` asks here. Returns
 /// how the machine ended, or `None` when `cancel` asks this manager to go.
 pub fn answer_questions(
@@ -375,7 +362,7 @@ pub fn answer_questions(
         let answered = TcpTarget::<ControlMessage>::new(listener, arrival, request.stall)
             .map_err(ReceiveError::from)
             .and_then(|link| match link.control().recv(GREETING_LIMIT)? {
-                Some(ControlMessage::Query(asked)) => answer_query(&journal, asked, link.control().as_ref()),
+                Some(ControlMessage::Query(asked)) => Ok(answer(&journal, asked, link.control().as_ref())?),
                 Some(ControlMessage::Offer(_)) => {
                     let busy = "this receiver has its VM already; start another `dunlin vm receive`".to_owned();
                     Ok(link.control().send(&ControlMessage::Refuse(busy))?)

@@ -39,8 +39,8 @@ pub fn resolve_without_machine(state_dir: &Path, vm: VmId, owner: Owner) -> Resu
                 who: audit::me(),
                 what: "resolve without a machine",
                 vm_id: vm,
-                before: format!("{last:?}"),
-                after: format!("{owner:?}"),
+                before: last.name().to_owned(),
+                after: owner.name().to_owned(),
                 result: "ok".to_owned(),
             },
         );

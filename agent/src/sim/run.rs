@@ -13,7 +13,7 @@ use super::world::{Gate, Vm};
 use crate::migrate::outcomes::{Whereabouts, Window};
 use crate::migrate::source::Source;
 use crate::migrate::target::{Host, Reservation, Target};
-use crate::migrate::{ANSWER_LIMIT, ControlMessage, Observer, Offer, SourceOptions, TargetState, answer};
+use crate::migrate::{ANSWER_LIMIT, ControlMessage, Observer, Offer, SourceOptions, answer};
 use crate::model::{
     DirtyLogKind, Ending, MachineShape, MigrationId, MigrationReport, PAGE_SIZE, RoundReport, Step, VmId,
 };
@@ -23,6 +23,9 @@ const MIGRATION: MigrationId = MigrationId(Uuid::from_u128(0x5eed));
 const VM: VmId = VmId(Uuid::from_u128(0x76d));
 /// How long a target waits for a source to say what it wants.
 const FIRST_MESSAGE_LIMIT: Duration = Duration::from_secs(30);
+
+/// How often a target that answers questions looks around.
+const ANSWER_TICK: Duration = Duration::from_millis(500);
 
 /// What a run came to.
 #[derive(Debug)]
@@ -160,11 +163,29 @@ fn target_main(sim: &Arc<Scheduler>, scenario: &Scenario) -> Result<(), String> 
         stall: scenario.stall,
     };
     let ended = target.run(first);
-    let record = SimJournal::new(sim, Side::Target).last(MIGRATION).ok().flatten();
-    if let Some(state) = TargetState::recorded(record.as_ref()) {
-        answer(&mut link, MIGRATION, state, sim.as_ref() as &dyn Clock, ANSWER_LIMIT);
-    }
+    answer_questions(sim, &mut link);
     ended.map(drop).map_err(|error| error.to_string())
+}
+
+/// Answers for as long as a source may ask.
+fn answer_questions(sim: &Arc<Scheduler>, link: &mut dyn TargetLink<ControlMessage>) {
+    let journal = SimJournal::new(sim, Side::Target);
+    let until = sim.now() + ANSWER_LIMIT;
+    let mut connected = true;
+    while sim.now() < until {
+        if !connected {
+            connected = link.reaccept(ANSWER_TICK);
+            continue;
+        }
+        let control = link.control();
+        match control.recv(ANSWER_TICK) {
+            Ok(Some(ControlMessage::Query(asked))) => connected = answer(&journal, asked, control.as_ref()).is_ok(),
+            Ok(Some(_)) => {}
+            // Whoever dials anew takes the place of a connection on which nothing moves.
+            Ok(None) => drop(link.reaccept(Duration::ZERO)),
+            Err(_) => connected = false,
+        }
+    }
 }
 
 fn unpoisoned<T>(slot: &Mutex<T>) -> MutexGuard<'_, T> {

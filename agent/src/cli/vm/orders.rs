@@ -18,9 +18,6 @@ use crate::service::control::{Outcome, ask_console, ask_info, give_order};
 use crate::service::machine::VmInfo;
 use crate::service::registry::Registry;
 
-/// How often the console is looked at for new output.
-const CONSOLE_TICK: Duration = Duration::from_millis(50);
-
 /// List the VMs that Dunlin hosts here.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  dunlin vm list\n  dunlin vm list --json --run-dir /run/dunlin")]
@@ -185,7 +182,7 @@ impl ConsoleArgs {
         let registry = Registry::new(self.run_dir.path(config));
         let name = registry.find(&self.vm)?.name;
         let (observe, act) = (registry.socket(&name, "observe"), registry.socket(&name, "control"));
-        let mut shown = ask_console(&observe)?;
+        let (shown, mut position) = ask_console(&observe, None)?;
         let print = |bytes: &[u8]| -> anyhow::Result<()> {
             let mut out = std::io::stdout().lock();
             if json {
@@ -208,13 +205,11 @@ impl ConsoleArgs {
             }
         });
         loop {
-            let Ok(now) = ask_console(&observe) else { return Ok(exit::DONE) };
-            let new = behind(&shown, &now);
+            let Ok((new, end)) = ask_console(&observe, Some(position)) else { return Ok(exit::DONE) };
             if !new.is_empty() {
-                print(new)?;
+                print(&new)?;
             }
-            shown = now;
-            std::thread::sleep(CONSOLE_TICK);
+            position = end;
         }
     }
 }
@@ -232,24 +227,4 @@ impl Schema for Piece<'_> {
 /// A piece of console output as JSON.
 pub(in crate::cli) fn console_line(output: &[u8]) -> String {
     serde_json::to_string(&Piece { output: String::from_utf8_lossy(output) }.tagged()).unwrap_or_default()
-}
-
-/// What `now` holds beyond `before`, both being the tail of one growing output.
-fn behind<'a>(before: &[u8], now: &'a [u8]) -> &'a [u8] {
-    let longest = before.len().min(now.len());
-    let overlap = (0..=longest).rev().find(|&length| before[before.len() - length..] == now[..length]);
-    &now[overlap.unwrap_or(0)..]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::behind;
-
-    #[test]
-    fn only_new_output_is_printed() {
-        assert_eq!(behind(b"", b"abc"), b"abc");
-        assert_eq!(behind(b"abc", b"abcde"), b"de");
-        assert_eq!(behind(b"abcd", b"cdef"), b"ef");
-        assert_eq!(behind(b"abc", b"abc"), b"");
-    }
 }

@@ -1,22 +1,18 @@
 //! `dunlin vm receive`: waits for one VM, then runs it.
 
-use std::path::PathBuf;
-use std::time::Duration;
-
 use anyhow::Context;
 use clap::Args;
 use serde::Serialize;
 
 use super::super::places::{Plaintext, RunDir, StateDir};
 use super::super::signals::cancel_on_signals;
+use super::super::watch::Watch;
 use crate::link::{Address, Listener};
 use crate::model::id::VmName;
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
-use crate::model::units::parse_duration;
 use crate::model::{DiskSpec, MigrationId, NetSpec, SerialSpec};
 use crate::service::config::Config;
-use crate::service::events::Hold;
 use crate::service::machine::Places;
 use crate::service::migration::check_plaintext;
 use crate::service::receive::{ReceiveRequest, answer_questions, receive};
@@ -54,20 +50,11 @@ pub(in crate::cli) struct ReceiveArgs {
     #[arg(long, value_name = "SPEC", default_value = "none")]
     serial: SerialSpec,
 
-    /// Nothing moving for this long counts as a stalled peer [default: 10s].
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    stall: Option<Duration>,
-
     #[command(flatten)]
     plaintext: Plaintext,
 
-    /// Append every step to this file, one JSON object a line.
-    #[arg(long, value_name = "FILE")]
-    events: Option<PathBuf>,
-
-    /// For tests: hold at STEP until PATH exists.
-    #[arg(long, value_name = "STEP=PATH", hide = true)]
-    hold_at: Option<Hold>,
+    #[command(flatten)]
+    watch: Watch,
 
     #[command(flatten)]
     run_dir: RunDir,
@@ -133,9 +120,9 @@ impl ReceiveArgs {
             serial: self.serial,
             places: Places { run_dir: self.run_dir.path(config), state_dir: self.state_dir.path(config) },
             schedule: config.announce,
-            events: self.events,
-            hold: self.hold_at,
-            stall: self.stall.unwrap_or(config.migrate.stall),
+            events: self.watch.events,
+            hold: self.watch.hold_at,
+            stall: self.watch.stall.unwrap_or(config.migrate.stall),
         };
         let Some(mut received) = receive(&request, &listener, &cancel)? else {
             return Ok(exit::CANCELLED);
