@@ -14,6 +14,9 @@
 //!
 //! Policy and mechanism never import one another: both know only words and ports.
 
+// Both panic when their reader has gone: see `service::out`.
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
+
 pub mod announce;
 pub mod block;
 pub mod cli;

@@ -1,5 +1,6 @@
 //! The `dunlin` binary: reads the command line, runs it, turns the outcome into an exit code.
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -12,7 +13,8 @@ fn main() -> ExitCode {
     match Cli::parse().run() {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("dunlin: {error:#}");
+            // Nobody may be listening; the exit code says it, too.
+            let _reader_is_gone = writeln!(std::io::stderr(), "dunlin: {error:#}");
             ExitCode::from(dunlin::model::outcome::exit::ERROR)
         }
     }

@@ -531,3 +531,22 @@ fn a_kernel_that_is_none_starts_no_vm() {
         assert!(host.leftovers().is_empty(), "{}: {:?}", kernel.display(), host.leftovers());
     }
 }
+
+#[test]
+fn a_reader_that_has_gone_ends_nothing_but_itself() {
+    let host = TestHost::new().unwrap();
+    let _vm = host.boot(&[]).unwrap();
+    let run_dir = host.run_dir();
+    for arguments in
+        [&["vm", "list"][..], &["--json", "vm", "info", VM], &["vm", "console", VM], &["vm", "pause", "none"]]
+    {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut command = dunlin_tests::dunlin();
+        command.args(arguments).arg("--run-dir").arg(&run_dir).stdin(std::process::Stdio::null());
+        command.stdout(writer.try_clone().unwrap()).stderr(writer);
+        let status = command.status().unwrap();
+        assert!(matches!(status.code(), Some(0 | 1 | 3)), "{arguments:?}: {status}");
+    }
+    host.serial().await_beat().unwrap();
+}

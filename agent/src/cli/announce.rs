@@ -1,6 +1,5 @@
 //! `dunlin announce`: tells the network where a VM's addresses are now.
 
-use std::io::Write;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -15,6 +14,7 @@ use crate::model::units::{display_duration, parse_duration};
 use crate::model::{AnnounceRound, MacAddress, Station};
 use crate::service::announce::{AnnounceOrder, announce};
 use crate::service::config::Config;
+use crate::service::out::{complain, say};
 
 /// Announce where a VM's addresses are now, so that switches and neighbours relearn them.
 ///
@@ -77,7 +77,7 @@ impl AnnounceArgs {
         ) {
             Ok(schedule) => schedule,
             Err(error) => {
-                eprintln!("dunlin announce: {error}");
+                complain!("dunlin announce: {error}");
                 return Ok(exit::USAGE);
             }
         };
@@ -91,22 +91,22 @@ impl AnnounceArgs {
         let report = match announce(&order, &cancel, &mut print) {
             Ok(report) => report,
             Err(error) => {
-                eprintln!("dunlin announce: {:#}", anyhow::Error::new(error));
+                complain!("dunlin announce: {:#}", anyhow::Error::new(error));
                 return Ok(exit::REFUSED);
             }
         };
         if json {
-            say(&serde_json::to_string(&report.tagged())?);
+            say!("{}", serde_json::to_string(&report.tagged())?);
         } else {
             let stopped = if report.cancelled { "; cancelled" } else { "" };
-            say(&format!(
+            say!(
                 "announced {} on {}: {} in {} of {} rounds{stopped}",
                 self.mac,
                 report.sent_on,
                 frames(report.frames_sent),
                 report.rounds_done,
                 report.rounds_planned
-            ));
+            );
         }
         Ok(match report {
             report if report.frames_failed > 0 => exit::ERROR,
@@ -116,11 +116,6 @@ impl AnnounceArgs {
     }
 }
 
-/// Prints a line. A reader that has gone away must not stop an announcement half-way.
-fn say(line: &str) {
-    let _reader_is_gone = writeln!(std::io::stdout(), "{line}");
-}
-
 fn frames(count: u32) -> String {
     format!("{count} frame{}", if count == 1 { "" } else { "s" })
 }
@@ -128,8 +123,8 @@ fn frames(count: u32) -> String {
 fn print_round(round: &AnnounceRound, json: bool) {
     if json {
         match serde_json::to_string(&round.tagged()) {
-            Ok(line) => say(&line),
-            Err(error) => eprintln!("dunlin announce: {error}"),
+            Ok(line) => say!("{line}"),
+            Err(error) => complain!("dunlin announce: {error}"),
         }
         return;
     }
@@ -138,8 +133,8 @@ fn print_round(round: &AnnounceRound, json: bool) {
         n => format!(", {n} failed"),
     };
     let after = display_duration(Duration::from_nanos(round.after_first_ns));
-    say(&format!("round {} after {after}: {}{failed}", round.round, frames(round.frames_sent)));
+    say!("round {} after {after}: {}{failed}", round.round, frames(round.frames_sent));
     if let Some(error) = &round.error {
-        eprintln!("dunlin announce: {error}");
+        complain!("dunlin announce: {error}");
     }
 }

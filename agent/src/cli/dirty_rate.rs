@@ -13,6 +13,7 @@ use crate::model::units::{display_bytes, display_duration, parse_duration, parse
 use crate::service::config::Config;
 use crate::service::interrupt::Interrupt;
 use crate::service::observe::{DirtyRateReport, Ended, ObserveRequest, observe};
+use crate::service::out::complain;
 
 /// Watch how a VM writes its memory, from outside it
 ///
@@ -60,7 +61,7 @@ impl DirtyRateArgs {
     pub(super) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
         let DirtyRateArgs { vm, interval, count, arm, max_address, probe_log, run_dir } = self;
         if interval < SHORTEST {
-            eprintln!("dunlin: --interval must be at least {}", display_duration(SHORTEST));
+            complain!("dunlin: --interval must be at least {}", display_duration(SHORTEST));
             return Ok(exit::USAGE);
         }
         let interrupt = Interrupt::install()?;
@@ -80,7 +81,7 @@ impl DirtyRateArgs {
         match ended {
             Ended::Counted | Ended::Interrupted | Ended::NobodyReads => Ok(exit::DONE),
             Ended::VmGone => {
-                eprintln!("dunlin: {} has ended", request.vm);
+                complain!("dunlin: {} has ended", request.vm);
                 Ok(exit::ERROR)
             }
         }

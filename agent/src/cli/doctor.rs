@@ -7,6 +7,7 @@ use crate::model::outcome::exit;
 use crate::model::schema::Schema;
 use crate::service::config::Config;
 use crate::service::doctor::{DoctorReport, Paths, ResultKind, Tier, examine};
+use crate::service::out::{bytes, say};
 
 /// Find out what this host can do, by really trying each thing
 ///
@@ -28,9 +29,9 @@ impl DoctorArgs {
         let DoctorArgs { run_dir, state_dir } = self;
         let report = examine(&Paths { run_dir: run_dir.path(config), state_dir: state_dir.path(config) });
         if json {
-            println!("{}", serde_json::to_string(&report.tagged())?);
+            say!("{}", serde_json::to_string(&report.tagged())?);
         } else {
-            print!("{}", text(&report));
+            bytes(text(&report).as_bytes());
         }
         Ok(if report.ready { exit::DONE } else { exit::ERROR })
     }

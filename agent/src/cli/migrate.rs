@@ -15,6 +15,7 @@ use crate::model::units::{display_bytes, display_duration, parse_duration};
 use crate::model::{BytesPerSecond, Ending, MigrationReport, VmRef};
 use crate::service::config::Config;
 use crate::service::migration::{BeginError, MigrateRequest, migrate};
+use crate::service::out::{bytes, complain, say};
 
 /// Move a running VM to another host, where `dunlin vm receive` waits for it.
 ///
@@ -104,14 +105,14 @@ impl MigrateArgs {
         match migrate(request, cancel) {
             Ok(report) => {
                 if json {
-                    println!("{}", serde_json::to_string(&report.tagged())?);
+                    say!("{}", serde_json::to_string(&report.tagged())?);
                 } else {
-                    print!("{}", describe(&report));
+                    bytes(describe(&report).as_bytes());
                 }
                 Ok(report.ending.exit_code())
             }
             Err(error) => {
-                eprintln!("dunlin: refused: {error}; the VM was not touched");
+                complain!("dunlin: refused: {error}; the VM was not touched");
                 Ok(match error {
                     BeginError::Events { .. } => exit::ERROR,
                     _ => exit::REFUSED,

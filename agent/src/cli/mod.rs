@@ -18,6 +18,7 @@ use clap::{Parser, Subcommand};
 
 use crate::model::outcome::exit;
 use crate::service::config::{self, Config};
+use crate::service::out::complain;
 
 /// Watches how KVM guests write memory, tames the writers, moves a running VM, and proves that the network followed.
 #[derive(Debug, Parser)]
@@ -59,7 +60,7 @@ impl Cli {
             _ => match config::load(self.config.as_deref()) {
                 Ok(config) => config,
                 Err(error) => {
-                    eprintln!("dunlin: {error}");
+                    complain!("dunlin: {error}");
                     return Ok(exit::USAGE);
                 }
             },

@@ -9,6 +9,7 @@ use crate::model::schema::Schema;
 use crate::model::{Owner, VmRef};
 use crate::service::config::Config;
 use crate::service::control::{Outcome, give_order};
+use crate::service::out::{complain, say};
 use crate::service::registry::Registry;
 use crate::service::resolve::resolve_without_machine;
 
@@ -65,11 +66,11 @@ impl ResolveArgs {
         let error = result.err().unwrap_or_default();
         let code = if error.is_empty() { exit::DONE } else { exit::REFUSED };
         if json {
-            println!("{}", serde_json::to_string(&Outcome { error }.tagged())?);
+            say!("{}", serde_json::to_string(&Outcome { error }.tagged())?);
         } else if error.is_empty() {
-            println!("{}: the owner is {word}", self.vm);
+            say!("{}: the owner is {word}", self.vm);
         } else {
-            eprintln!("dunlin: {error}");
+            complain!("dunlin: {error}");
         }
         Ok(code)
     }

@@ -1,5 +1,7 @@
 //! Diagnostics of the BPF programs themselves (aya-log), printed to standard error. Off by default.
 
+use std::io::Write;
+
 use ::log::{Log, Metadata, Record};
 use aya::Ebpf;
 use aya_log::EbpfLogger;
@@ -14,7 +16,8 @@ impl Log for ToStderr {
     }
 
     fn log(&self, record: &Record<'_>) {
-        eprintln!("probe {}: {}", record.level().as_str().to_lowercase(), record.args());
+        let _reader_is_gone =
+            writeln!(std::io::stderr(), "probe {}: {}", record.level().as_str().to_lowercase(), record.args());
     }
 
     fn flush(&self) {}

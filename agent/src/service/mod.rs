@@ -23,6 +23,7 @@ pub mod lease;
 pub mod machine;
 pub mod migration;
 pub mod observe;
+pub(crate) mod out;
 pub mod receive;
 pub mod registry;
 pub mod resolve;

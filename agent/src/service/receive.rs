@@ -22,6 +22,7 @@ use crate::model::id::VmName;
 use crate::model::{DiskSpec, MachineShape, MigrationId, NetSpec, SerialSpec};
 use crate::net::tap::Tap;
 use crate::port::{Clock, JournalError, LinkError, Region, TargetLink};
+use crate::service::out::complain;
 use crate::store::FileJournal;
 
 /// How often waits look at the cancel flag.
@@ -254,7 +255,7 @@ pub fn receive(
             Err(error @ ReceiveError::Target(TargetError::LostOwned(_))) => return Err(error),
             Err(error) => {
                 tracing::warn!("{error}");
-                eprintln!("dunlin: no VM received: {error}; waiting for the next");
+                complain!("dunlin: no VM received: {error}; waiting for the next");
             }
         }
     }

@@ -1,7 +1,7 @@
 //! `dunlin vm list|info|pause|resume|stop|console`: what its control sockets offer.
 
 use std::borrow::Cow;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::Path;
 use std::time::Duration;
 
@@ -16,6 +16,7 @@ use crate::model::units::{display_bytes, display_duration};
 use crate::service::config::Config;
 use crate::service::control::{Outcome, ask_console, ask_info, give_order};
 use crate::service::machine::VmInfo;
+use crate::service::out::{bytes, complain, say};
 use crate::service::registry::Registry;
 
 /// List the VMs that Dunlin hosts here.
@@ -35,12 +36,12 @@ impl ListArgs {
         let registry = Registry::new(self.run_dir.path(config));
         let entries = registry.list();
         if !json {
-            println!("{:<20} {:<9} {:>8} {:>5} {:>11}  UUID", "NAME", "STATE", "PID", "CPUS", "MEMORY");
+            say!("{:<20} {:<9} {:>8} {:>5} {:>11}  UUID", "NAME", "STATE", "PID", "CPUS", "MEMORY");
         }
         for entry in &entries {
             match ask_info(&registry.socket(&entry.name, "observe")) {
-                Ok(info) if json => println!("{}", serde_json::to_string(&info.tagged())?),
-                Ok(info) => println!(
+                Ok(info) if json => say!("{}", serde_json::to_string(&info.tagged())?),
+                Ok(info) => say!(
                     "{:<20} {:<9} {:>8} {:>5} {:>11}  {}",
                     info.name,
                     state(&info),
@@ -49,7 +50,7 @@ impl ListArgs {
                     display_bytes(info.memory_bytes),
                     info.vm_id
                 ),
-                Err(error) => eprintln!("dunlin: {}: {error}", entry.name),
+                Err(error) => complain!("dunlin: {}: {error}", entry.name),
             }
         }
         Ok(exit::DONE)
@@ -71,28 +72,28 @@ impl InfoArgs {
         let registry = Registry::new(self.run_dir.path(config));
         let info = ask_info(&registry.socket(&registry.find(&self.vm)?.name, "observe"))?;
         if json {
-            println!("{}", serde_json::to_string(&info.tagged())?);
+            say!("{}", serde_json::to_string(&info.tagged())?);
             return Ok(exit::DONE);
         }
-        println!("name         {}", info.name);
-        println!("uuid         {}", info.vm_id);
-        println!("state        {}", state(&info));
-        println!("pid          {}, for {}", info.pid, display_duration(Duration::from_nanos(info.uptime_ns)));
-        println!("memory       {}", display_bytes(info.memory_bytes));
-        println!("vcpus        {}, threads {:?}", info.cpus, info.vcpu_thread_ids);
+        say!("name         {}", info.name);
+        say!("uuid         {}", info.vm_id);
+        say!("state        {}", state(&info));
+        say!("pid          {}, for {}", info.pid, display_duration(Duration::from_nanos(info.uptime_ns)));
+        say!("memory       {}", display_bytes(info.memory_bytes));
+        say!("vcpus        {}, threads {:?}", info.cpus, info.vcpu_thread_ids);
         let log = if info.dirty_log_on { "on" } else { "off" };
-        println!("dirty log    {}, {log}", serde_json::to_string(&info.dirty_log)?.trim_matches('"'));
+        say!("dirty log    {}, {log}", serde_json::to_string(&info.dirty_log)?.trim_matches('"'));
         for net in &info.nets {
-            println!("net          {} on {}, announces {:?}", net.mac, net.tap, net.ips);
+            say!("net          {} on {}, announces {:?}", net.mac, net.tap, net.ips);
         }
         for disk in &info.disks {
-            println!("disk         {}{}", disk.path.display(), if disk.readonly { ", readonly" } else { "" });
+            say!("disk         {}{}", disk.path.display(), if disk.readonly { ", readonly" } else { "" });
         }
         if let Some(migration) = info.migration_id {
-            println!("migration    {migration}");
+            say!("migration    {migration}");
         }
         if !info.kvm_shortcomings.is_empty() {
-            println!("kvm lacks    {}", info.kvm_shortcomings.join(", "));
+            say!("kvm lacks    {}", info.kvm_shortcomings.join(", "));
         }
         Ok(exit::DONE)
     }
@@ -107,11 +108,11 @@ fn order(vm: &VmRef, run_dir: &Path, target: &str, done: &str, json: bool) -> an
     let error = result.err().unwrap_or_default();
     let code = if error.is_empty() { exit::DONE } else { exit::REFUSED };
     if json {
-        println!("{}", serde_json::to_string(&Outcome { error }.tagged())?);
+        say!("{}", serde_json::to_string(&Outcome { error }.tagged())?);
     } else if error.is_empty() {
-        println!("{vm}: {done}");
+        say!("{vm}: {done}");
     } else {
-        eprintln!("dunlin: {error}");
+        complain!("dunlin: {error}");
     }
     Ok(code)
 }
@@ -183,16 +184,12 @@ impl ConsoleArgs {
         let name = registry.find(&self.vm)?.name;
         let (observe, act) = (registry.socket(&name, "observe"), registry.socket(&name, "control"));
         let (shown, mut position) = ask_console(&observe, None)?;
-        let print = |bytes: &[u8]| -> anyhow::Result<()> {
-            let mut out = std::io::stdout().lock();
-            if json {
-                writeln!(out, "{}", console_line(bytes))?;
-            } else {
-                out.write_all(bytes)?;
-            }
-            Ok(out.flush()?)
+        let print = |output: &[u8]| {
+            if json { bytes(format!("{}\n", console_line(output)).as_bytes()) } else { bytes(output) }
         };
-        print(&shown)?;
+        if !print(&shown) {
+            return Ok(exit::DONE);
+        }
         if self.history {
             return Ok(exit::DONE);
         }
@@ -206,8 +203,8 @@ impl ConsoleArgs {
         });
         loop {
             let Ok((new, end)) = ask_console(&observe, Some(position)) else { return Ok(exit::DONE) };
-            if !new.is_empty() {
-                print(&new)?;
+            if !new.is_empty() && !print(&new) {
+                return Ok(exit::DONE);
             }
             position = end;
         }

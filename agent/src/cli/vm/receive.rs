@@ -15,6 +15,7 @@ use crate::model::{DiskSpec, MigrationId, NetSpec, SerialSpec};
 use crate::service::config::Config;
 use crate::service::machine::Places;
 use crate::service::migration::check_plaintext;
+use crate::service::out::{complain, say};
 use crate::service::receive::{ReceiveRequest, answer_questions, receive};
 
 /// Wait for one VM that `dunlin migrate` sends, then run it.
@@ -96,22 +97,22 @@ pub(in crate::cli) fn samples() -> [serde_json::Value; 2] {
 impl ReceiveArgs {
     pub(in crate::cli) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
         if let Err(error) = check_plaintext(&self.listen, self.plaintext.is_allowed(config)) {
-            eprintln!("dunlin: refused: {error}");
+            complain!("dunlin: refused: {error}");
             return Ok(exit::REFUSED);
         }
         let cancel = cancel_on_signals()?;
         let listener = match Listener::bind(&self.listen) {
             Ok(listener) => listener,
             Err(error) => {
-                eprintln!("dunlin: refused: cannot listen at {}: {error}", self.listen);
+                complain!("dunlin: refused: cannot listen at {}: {error}", self.listen);
                 return Ok(exit::REFUSED);
             }
         };
         let address = listener.local_address()?.to_string();
         if json {
-            println!("{}", serde_json::to_string(&Listening { address }.tagged())?);
+            say!("{}", serde_json::to_string(&Listening { address }.tagged())?);
         } else {
-            println!("listening at {address}");
+            say!("listening at {address}");
         }
         let request = ReceiveRequest {
             name: self.name,
@@ -130,9 +131,9 @@ impl ReceiveArgs {
         let (migration_id, pid) = (received.migration_id, received.child.id());
         if json {
             let came = Came { migration_id, pid, verified_pages: received.verified_pages };
-            println!("{}", serde_json::to_string(&came.tagged())?);
+            say!("{}", serde_json::to_string(&came.tagged())?);
         } else {
-            println!("received by migration {migration_id}; it runs in process {pid}");
+            say!("received by migration {migration_id}; it runs in process {pid}");
         }
         let status =
             answer_questions(&request, &listener, &mut received, &cancel).context("answering late questions")?;

@@ -23,6 +23,7 @@ use crate::model::{DirtyLogKind, DiskSpec, NetSpec, SerialSpec, VmId};
 use crate::service::config::Config;
 use crate::service::control;
 use crate::service::machine::{Host, HostError, Places, session_from_fd};
+use crate::service::out::{complain, say};
 
 /// How often the main thread looks for signals.
 const TICK: Duration = Duration::from_millis(100);
@@ -124,7 +125,7 @@ impl RunArgs {
             None => match self.boot(config) {
                 Ok(host) => host,
                 Err(error @ (HostError::InDoubt { .. } | HostError::Registry(_))) => {
-                    eprintln!("dunlin: refused: {error}");
+                    complain!("dunlin: refused: {error}");
                     return Ok(exit::REFUSED);
                 }
                 Err(error) => return Err(error).context("the VM could not be started"),
@@ -198,9 +199,9 @@ fn watch(host: &Arc<Host>, cancel: &CancelFlag, json: bool) -> u8 {
     let shape = host.shape();
     if json {
         let report = EndReport { name: shape.name.to_string(), vm_id: shape.vm_id, ending, reason };
-        println!("{}", serde_json::to_string(&report.tagged()).unwrap_or_default());
+        say!("{}", serde_json::to_string(&report.tagged()).unwrap_or_default());
     } else if code != exit::DONE {
-        eprintln!("dunlin: VM {} ended: {reason}", shape.name);
+        complain!("dunlin: VM {} ended: {reason}", shape.name);
     }
     code
 }
