@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use dunlin::kvm::boot::BootImage;
 use dunlin::link::wire::{self, BulkFrame, Hello, Purpose};
 use dunlin::migrate::{Accept, ControlMessage, Handed, Offer, TargetState};
 use dunlin::model::outcome::exit;
@@ -87,6 +88,19 @@ fn streamed(address: SocketAddr, offer: &Offer, frames: &[BulkFrame]) -> Result<
     let (mut peer, mut stream) = accepted(address, offer)?;
     stream.frames(frames)?;
     peer.verdict()
+}
+
+/// Sends parts of boot images; the receiver's reason.
+fn imaged(address: SocketAddr, offer: &Offer, parts: &[(&[u8], bool)]) -> Result<String> {
+    let (mut peer, _stream) = accepted(address, offer)?;
+    for &(part, last) in parts {
+        peer.send(&ControlMessage::BootImage { part: part.to_vec(), last })?;
+    }
+    peer.verdict()
+}
+
+fn sound_image() -> Vec<u8> {
+    BootImage { kernel: vec![1; 100].into(), cmdline: String::new() }.to_bytes()
 }
 
 fn net(tap: &str) -> NetSpec {
@@ -213,6 +227,21 @@ const ATTACKS: &[(&str, &str, Attack)] = &[
     }),
     ("a tap that is not there", "dunlin-no-tap", |address, offer| {
         offered(address, offer, |offer| offer.shape.nets = vec![net("dunlin-no-tap")])
+    }),
+    ("a damaged boot image", "boot image", |address, offer| imaged(address, offer, &[(b"no image", true)])),
+    ("a second boot image", "second boot image", |address, offer| {
+        let image = sound_image();
+        imaged(address, offer, &[(&image, true), (&image, true)])
+    }),
+    ("more of an image than fits into the VM", "boot image above", |address, offer| {
+        let part = vec![0; 48 << 20];
+        imaged(address, offer, &[(&part, false), (&part, false)])
+    }),
+    ("a boot image without an end", "without an end", |address, offer| {
+        let (mut peer, _stream) = accepted(address, offer)?;
+        peer.send(&ControlMessage::BootImage { part: vec![1; 100], last: false })?;
+        peer.send(&handed(Vec::new(), 1, 0))?;
+        peer.verdict()
     }),
     ("pages beyond the end", "outside", |address, offer| {
         streamed(address, offer, &[START, pages(offer.regions[0].pages.0 - 1, 2)])

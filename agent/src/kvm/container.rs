@@ -22,8 +22,8 @@ const FORMAT: u32 = 1;
 const MAX_SECTIONS: u32 = 4096;
 /// The longest tag.
 pub const MAX_TAG_BYTES: usize = 32;
-/// The largest container: a boot image with a large kernel.
-pub const MAX_STATE_BYTES: usize = 320 << 20;
+/// The largest saved machine.
+pub const MAX_STATE_BYTES: usize = 64 << 20;
 
 /// Bytes that are no saved machine, or not one for this version.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -128,10 +128,15 @@ impl Section<'_> {
     }
 }
 
-/// Reads a whole container.
+/// Reads the container of a whole machine.
 pub fn parse(bytes: &[u8]) -> Result<Vec<Section<'_>>, StateError> {
-    if bytes.len() > MAX_STATE_BYTES {
-        return Err(StateError::Damaged("it is larger than any machine's"));
+    parse_up_to(bytes, MAX_STATE_BYTES)
+}
+
+/// Reads a whole container of at most `limit` bytes.
+pub fn parse_up_to(bytes: &[u8], limit: usize) -> Result<Vec<Section<'_>>, StateError> {
+    if bytes.len() > limit {
+        return Err(StateError::Damaged("it is too large"));
     }
     let (body, checksum) = bytes.split_last_chunk::<4>().ok_or(StateError::Damaged("it is too short"))?;
     let mut cursor = Cursor(body);

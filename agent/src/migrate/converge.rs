@@ -4,10 +4,11 @@
 //! once a round no longer shrinks what is left, no later one will: give up then, not after a fixed number of rounds
 //! (`docs/`, "Convergence"; the bound on rounds is Clark's rule and only the backstop).
 //!
-//! The downtime target is a ceiling and no aim: once what is left fits, rounds go on for as long as each is expected to
-//! halve it at least, down to a third of what the blackout costs in any case. As U is concave, U(t')/U(t) is at least t'/t: a next
-//! round that takes more than half of the last one's time cannot halve anything. The times of such rounds halve, too, so all
-//! of them together last less than the round before them.
+//! The downtime target is a ceiling and no aim: once what is left fits, rounds go on for as long as each halves it, down to
+//! a third of what the blackout costs in any case. As U is concave, U(t')/U(t) is at least t'/t, so a next round that
+//! takes more than half of the last one's time cannot halve anything and is not begun; whether one did is seen behind it, and
+//! the first that did not is the last. A burst that comes meanwhile may lift what is left above the target again: from then
+//! on the first fit is taken.
 
 use std::time::Duration;
 
@@ -42,12 +43,25 @@ pub struct Convergence {
     rounds: u32,
     least_left: Option<PageCount>,
     without_gain: u32,
+    /// What was left has fitted already.
+    met: bool,
+    /// It fitted, and does not any more: the next fit is taken.
+    missed: bool,
 }
 
 impl Convergence {
     /// A judge for a downtime target, of which `fixed_cost` and the round trip are spent in any case.
     pub fn new(downtime: Duration, fixed_cost: Duration, max_rounds: u32) -> Self {
-        Self { downtime, fixed_cost, max_rounds, rounds: 0, least_left: None, without_gain: 0 }
+        Self {
+            downtime,
+            fixed_cost,
+            max_rounds,
+            rounds: 0,
+            least_left: None,
+            without_gain: 0,
+            met: false,
+            missed: false,
+        }
     }
 
     /// Judges after a round that took `took` and left `left` pages dirty, with goodput `goodput` and round trip `rtt`.
@@ -55,14 +69,18 @@ impl Convergence {
         self.rounds += 1;
         let budget = self.downtime.saturating_sub(self.fixed_cost + rtt);
         let needed = if left.0 == 0 { Duration::ZERO } else { goodput.time_for(left.bytes()) };
+        let least = self.least_left;
+        self.least_left = Some(least.map_or(left, |least| least.min(left)));
         if needed <= budget {
-            let little = needed <= self.fixed_cost.mul_f64(LITTLE);
-            let worth = !little && needed <= took.mul_f64(WORTH) && self.rounds < self.max_rounds;
-            return if worth { Verdict::Another } else { Verdict::Converged };
+            self.met = true;
+            let halved = least.is_none_or(|least| left.0 * 2 <= least.0);
+            let can_halve = needed <= took.saturating_sub(rtt).mul_f64(WORTH);
+            let worth = needed > self.fixed_cost.mul_f64(LITTLE) && halved && can_halve && !self.missed;
+            return if worth && self.rounds < self.max_rounds { Verdict::Another } else { Verdict::Converged };
         }
-        let gained = self.least_left.is_none_or(|least| (left.0 as f64) < least.0 as f64 * NO_GAIN);
+        self.missed |= self.met;
+        let gained = least.is_none_or(|least| (left.0 as f64) < least.0 as f64 * NO_GAIN);
         self.without_gain = if gained { 0 } else { self.without_gain + 1 };
-        self.least_left = Some(self.least_left.map_or(left, |least| least.min(left)));
         let estimate = format!(
             "{} pages are left after round {}, {:.1} ms at {goodput}, above the {:.1} ms that the downtime target leaves",
             left.0,
@@ -118,6 +136,24 @@ mod tests {
         assert_eq!(judge().judge(PageCount(250), ms(120), GOODPUT, RTT), Verdict::Converged);
         let mut hasty = Convergence::new(ms(30), ms(3), 1);
         assert_eq!(hasty.judge(PageCount(4000), ms(120), GOODPUT, RTT), Verdict::Converged);
+    }
+
+    #[test]
+    fn within_the_target_a_round_that_does_not_halve_what_is_left_is_the_last() {
+        let mut convergence = judge();
+        let ms = Duration::from_millis;
+        // Rounds that take ten times what their bytes need, as scattered pages do.
+        assert_eq!(convergence.judge(PageCount(1000), ms(120), GOODPUT, RTT), Verdict::Another);
+        assert_eq!(convergence.judge(PageCount(1000), ms(40), GOODPUT, RTT), Verdict::Converged);
+    }
+
+    #[test]
+    fn after_a_burst_the_first_fit_is_taken() {
+        let mut convergence = judge();
+        let ms = Duration::from_millis;
+        assert_eq!(convergence.judge(PageCount(4000), ms(120), GOODPUT, RTT), Verdict::Another);
+        assert_eq!(convergence.judge(PageCount(20_000), ms(15), GOODPUT, RTT), Verdict::Another);
+        assert_eq!(convergence.judge(PageCount(1500), ms(80), GOODPUT, RTT), Verdict::Converged);
     }
 
     #[test]

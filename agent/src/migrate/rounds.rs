@@ -84,13 +84,15 @@ impl Round<'_> {
         streams: &mut [Box<dyn BulkSender>],
     ) -> Result<(Tally, Saved), SourceError> {
         let mut saved = None;
-        let save = || {
-            let state = machine.lock().unwrap_or_else(PoisonError::into_inner).save_state();
-            saved = Some((state, self.clock.now()));
-        };
+        let save = || saved = Some(self.save(machine));
         let tally = self.send_beside(machine, streams, Some(Box::new(save)))?;
-        let (state, at) = saved.ok_or(SourceError::Cancelled)?;
-        Ok((tally, Saved { state: state?, at }))
+        Ok((tally, saved.ok_or(SourceError::Cancelled)??))
+    }
+
+    /// Saves the paused machine's state.
+    pub(super) fn save(&self, machine: &Mutex<&mut dyn Machine>) -> Result<Saved, SourceError> {
+        let state = machine.lock().unwrap_or_else(PoisonError::into_inner).save_state()?;
+        Ok(Saved { state, at: self.clock.now() })
     }
 
     /// Sends the round over all streams beside `lead`; without one the calling thread serves the last stream.

@@ -15,8 +15,8 @@ use super::options::{SourceOptions, Strategy};
 use super::pacer::Pacer;
 use super::rounds::{Round, Saved, Tally, longest_run};
 use crate::model::{
-    BlackoutLedger, BlackoutPhase, BytesPerSecond, Ending, MachineShape, MigrationId, MigrationReport, PageBitmap,
-    RoundReport, Step,
+    BlackoutLedger, BlackoutPhase, BytesPerSecond, Ending, MachineShape, MigrationId, MigrationReport, PAGE_SIZE,
+    PageBitmap, RoundReport, Step,
 };
 use crate::port::{BulkSender, Clock, ControlChannel, Fate, LinkError, Machine, MachineError, Region, SourceLink};
 
@@ -24,8 +24,10 @@ use crate::port::{BulkSender, Clock, ControlChannel, Fate, LinkError, Machine, M
 const RESERVATION_STALLS: u32 = 6;
 /// How long the paused VM waits for its target's `prepared`, hashing apart: restoring takes milliseconds.
 const PAUSED_STALL: Duration = Duration::from_secs(3);
-/// The boot image travels in parts of this size, so that a bandwidth limit paces it smoothly.
+/// The boot image travels in parts of at most this size; a bandwidth limit makes them smaller, as it does runs of pages.
 const IMAGE_PART_BYTES: usize = 256 << 10;
+/// A last round that is expected to take no longer has the state saved beside it.
+const SHORT_LAST_ROUND: Duration = Duration::from_millis(100);
 /// How often waits look at the cancel flag.
 const TICK: Duration = Duration::from_millis(100);
 /// How long a target may take to say that it has let go, before it is dialled again.
@@ -244,14 +246,16 @@ impl Source<'_> {
             tracing::warn!(vm = %self.shape.name, migration = %self.id, "no boot image: a reset will end the VM there");
             return Ok(());
         };
-        progress.image_bytes = image.len() as u64;
-        let mut parts = image.chunks(IMAGE_PART_BYTES).peekable();
+        let part_bytes = (longest_run(self.options.bandwidth) as usize * PAGE_SIZE).min(IMAGE_PART_BYTES);
+        let mut parts = image.chunks(part_bytes).peekable();
         while let Some(part) = parts.next() {
             if self.cancel.is_set() {
                 return Err(SourceError::Cancelled);
             }
             way.pacer.pay(part.len() as u64);
-            way.control.send(&ControlMessage::BootImage { part: part.to_vec(), last: parts.peek().is_none() })?;
+            let message = ControlMessage::BootImage { part: part.to_vec(), last: parts.peek().is_none() };
+            way.control.send(&message).map_err(|error| peers_reason(way.control.as_ref(), error.into()))?;
+            progress.image_bytes += part.len() as u64;
         }
         Ok(())
     }
@@ -316,13 +320,21 @@ impl Source<'_> {
         Ok(())
     }
 
-    /// Sends what is left of the paused VM, and saves its state beside that.
+    /// Sends what is left of the paused VM, and saves its state beside that, or behind it if it is much.
     fn send_last(&mut self, progress: &mut Progress, way: &mut Way<'_>) -> Result<(Tally, Saved), SourceError> {
         let started = self.clock.now();
         // The last round is never cancelled half-way: it is short, and undone as a whole if need be.
         let cancel = CancelFlag::default();
         let round = Round { last: true, ..self.round(progress.rounds.len() + 1, &way.pacer, &way.due, &cancel) };
-        let sent = round.send_and_save(&Mutex::new(&mut *self.machine), &mut way.streams);
+        // The clock and the counters are saved first: only a short round may lie between them and the state's restoring.
+        let short = progress.goodput != BytesPerSecond(0)
+            && progress.goodput.time_for(way.due.count().bytes()) <= SHORT_LAST_ROUND;
+        let machine: Mutex<&mut dyn Machine> = Mutex::new(&mut *self.machine);
+        let sent = if short {
+            round.send_and_save(&machine, &mut way.streams)
+        } else {
+            round.send(&machine, &mut way.streams).and_then(|tally| Ok((tally, round.save(&machine)?)))
+        };
         let (tally, saved) = sent.map_err(|error| peers_reason(way.control.as_ref(), error))?;
         progress.book(&tally, tally.sent_at.saturating_sub(started), true);
         Ok((tally, saved))
@@ -482,7 +494,14 @@ impl Source<'_> {
         let reason = "the target lost the VM after it was released and journaled that it never owned it";
         match resumed {
             Ok(()) => (Ending::Failed, format!("{reason}; it runs here again")),
-            Err(error) => (Ending::Lost, format!("{reason}; it could not be resumed here: {error}")),
+            Err(error) if self.machine.fate() == Fate::Dead => {
+                (Ending::Lost, format!("{reason}; the machine here has died: {error}"))
+            }
+            Err(error) => {
+                let name = &self.shape.name;
+                let advice = format!("`dunlin resolve {name} --owner here`, or `dunlin vm resume {name}`, lets it run");
+                (Ending::InDoubt, format!("{reason}; it could not be resumed here: {error}; {advice}"))
+            }
         }
     }
 

@@ -193,7 +193,7 @@ impl Target<'_> {
             Box::new(move || inflow.take_stream(receiver.as_mut())) as Job<'_>
         };
         let lead = || {
-            received = Some(self.receive(control.as_ref(), &inflow, machine));
+            received = Some(self.receive(control.as_ref(), &inflow, region, machine));
             inflow.stop();
         };
         clock.run_beside(receivers.into_iter().map(take).collect(), Box::new(lead));
@@ -233,9 +233,12 @@ impl Target<'_> {
         &mut self,
         control: &dyn ControlChannel<ControlMessage>,
         inflow: &Inflow<'_>,
+        region: &dyn Region,
         machine: &mut dyn Machine,
     ) -> Result<(Box<Handed>, Duration), TargetError> {
-        let mut image = Vec::new();
+        // Nobody boots from more than fits into the VM.
+        let room = MAX_IMAGE_BYTES.min(region.spec().pages.bytes() as usize);
+        let mut image = Some(Vec::new());
         loop {
             if self.cancel.is_set() {
                 return Err(TargetError::Cancelled);
@@ -253,13 +256,21 @@ impl Target<'_> {
                 }
                 Some(ControlMessage::BootImage { part, last }) => {
                     inflow.touch();
-                    if image.len() + part.len() > MAX_IMAGE_BYTES {
-                        return Err(LinkError::Protocol(format!("a boot image above {MAX_IMAGE_BYTES} bytes")).into());
+                    let Some(mut so_far) = image.take() else {
+                        return Err(LinkError::Protocol("a second boot image".to_owned()).into());
+                    };
+                    if so_far.len() + part.len() > room {
+                        return Err(LinkError::Protocol(format!("a boot image above {room} bytes")).into());
                     }
-                    image.extend_from_slice(&part);
+                    so_far.extend_from_slice(&part);
                     if last {
-                        machine.set_boot_image(&std::mem::take(&mut image))?;
+                        machine.set_boot_image(&so_far)?;
+                    } else {
+                        image = Some(so_far);
                     }
+                }
+                Some(ControlMessage::Handed(_)) if image.as_ref().is_some_and(|image| !image.is_empty()) => {
+                    return Err(LinkError::Protocol("a boot image without an end".to_owned()).into());
                 }
                 Some(ControlMessage::Handed(handed)) => {
                     inflow.await_round(handed.round)?;

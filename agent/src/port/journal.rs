@@ -45,16 +45,6 @@ impl JournalRecord {
             Self::Aborted => "aborted",
         }
     }
-
-    /// Whether the record has to survive this host's power: it binds this host towards the other one. The rest speaks only
-    /// of memory that is lost with the host, and has to survive processes: nobody waits for a disk on its account while a
-    /// VM stands still.
-    pub fn binds(&self) -> bool {
-        match self {
-            Self::Released { .. } | Self::Owner | Self::NeverOwner | Self::Discarded => true,
-            Self::Offered | Self::Reserved | Self::Prepared | Self::Aborted => false,
-        }
-    }
 }
 
 /// A record that could not be kept or read.
@@ -85,8 +75,7 @@ pub enum JournalError {
 
 /// The durable memory of one host.
 pub trait Journal: Send {
-    /// Writes a record and returns once it survives this process and, if it [binds](JournalRecord::binds), once it is on
-    /// stable storage.
+    /// Writes a record and returns once it is on stable storage.
     ///
     /// # Errors
     /// The record must be taken as not written; a caller that has not passed the point of no return rolls back.

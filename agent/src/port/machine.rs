@@ -98,7 +98,8 @@ pub trait Gate: Send {
     /// Source, after the target journaled `never-owner`: journals `owner` and opens the gate again.
     fn reclaim(&mut self, migration: MigrationId) -> Result<(), MachineError>;
 
-    /// Target: journals `prepared`: it outlives every process, and is lost with the host as the VM's memory is.
+    /// Target, after [`MachineState::restore_state`]: the VM is complete. `prepared` is journaled with fsync when this returns; a
+    /// machine may write it beside the restoring, and `never-owner` behind it if it does not come to this.
     fn prepared(&mut self, migration: MigrationId) -> Result<(), MachineError>;
 
     /// Target: journals `owner` with fsync and opens the gate.

@@ -55,12 +55,14 @@ pub struct OwnershipGate {
     state: GateState,
     migration: Option<MigrationId>,
     journal: Box<dyn Journal>,
+    /// Target: `prepared` is journaled, though the VM is not complete yet.
+    foreseen: bool,
 }
 
 impl OwnershipGate {
     /// The gate of a machine that was booted here.
     pub fn open(vm: VmId, journal: Box<dyn Journal>) -> Self {
-        Self { vm, state: GateState::Open, migration: None, journal }
+        Self { vm, state: GateState::Open, migration: None, journal, foreseen: false }
     }
 
     /// The gate of a machine that waits for a VM.
@@ -69,7 +71,7 @@ impl OwnershipGate {
     /// A journal that cannot be written.
     pub fn receiving(vm: VmId, migration: MigrationId, mut journal: Box<dyn Journal>) -> Result<Self, GateError> {
         journal.append(migration, vm, JournalRecord::Reserved)?;
-        Ok(Self { vm, state: GateState::Receiving, migration: Some(migration), journal })
+        Ok(Self { vm, state: GateState::Receiving, migration: Some(migration), journal, foreseen: false })
     }
 
     /// The state.
@@ -115,9 +117,15 @@ impl OwnershipGate {
         Ok(())
     }
 
-    /// Source: the manager's session has ended and the VM still is ours. Nothing depends on the record being written: it
-    /// only tells an operator that this attempt is over.
-    pub fn note_rollback(&mut self) {
+    /// The manager's session has ended. Nothing depends on the record being written: at a source to which the VM still
+    /// belongs, and at a target that never had all of it, it only tells an operator that this attempt is over.
+    pub fn note_loss(&mut self) {
+        if self.foreseen
+            && let (GateState::Receiving, Some(migration)) = (self.state, self.migration)
+            && let Err(error) = self.journal.append(migration, self.vm, JournalRecord::NeverOwner)
+        {
+            tracing::warn!("the end of the attempt could not be journaled: {error}");
+        }
         if let (GateState::Open, Some(migration)) = (self.state, self.migration)
             && matches!(self.journal.last(migration), Ok(Some(JournalRecord::Offered)))
             && let Err(error) = self.journal.append(migration, self.vm, JournalRecord::Aborted)
@@ -137,9 +145,18 @@ impl OwnershipGate {
         self.pass("take back", &[GateState::Released], GateState::Open, Some(JournalRecord::Owner))
     }
 
+    /// Target: the VM's state has come and is being restored, beside which `prepared` is journaled: nobody waits for the
+    /// disk alone while the VM stands. The gate's state stays; if the VM does not become complete, `never-owner` follows.
+    pub fn foresee_prepared(&mut self) -> Result<(), GateError> {
+        self.pass("prepare", &[GateState::Receiving], GateState::Receiving, Some(JournalRecord::Prepared))?;
+        self.foreseen = true;
+        Ok(())
+    }
+
     /// Target: a complete VM is here.
     pub fn prepared(&mut self) -> Result<(), GateError> {
-        self.pass("prepare", &[GateState::Receiving], GateState::Prepared, Some(JournalRecord::Prepared))
+        let record = (!self.foreseen).then_some(JournalRecord::Prepared);
+        self.pass("prepare", &[GateState::Receiving], GateState::Prepared, record)
     }
 
     /// Target: the source has released it.
@@ -168,7 +185,7 @@ impl OwnershipGate {
                 let from = [GateState::Released, GateState::Prepared];
                 self.pass("resolve --owner here", &from, GateState::Open, Some(JournalRecord::Owner))
             }
-            _ if matches!(self.state, GateState::Released | GateState::Prepared) => self.discard(),
+            Owner::There if matches!(self.state, GateState::Released | GateState::Prepared) => self.discard(),
             _ => Err(GateError::State { order: "resolve --owner there", state: self.state }),
         }
     }
@@ -215,7 +232,7 @@ mod tests {
         let id = MigrationId::random();
         let mut gate = OwnershipGate::open(VmId::random(), Box::new(journal.clone()));
         gate.attach(id).unwrap();
-        gate.note_rollback();
+        gate.note_loss();
         assert_eq!(journal.last(id).unwrap(), Some(JournalRecord::Aborted));
     }
 
@@ -234,6 +251,30 @@ mod tests {
     }
 
     #[test]
+    fn a_target_whose_vm_was_never_complete_says_so_behind_what_it_foresaw() {
+        let (_folder, journal) = journal();
+        let id = MigrationId::random();
+        let mut gate = OwnershipGate::receiving(VmId::random(), id, Box::new(journal.clone())).unwrap();
+        gate.foresee_prepared().unwrap();
+        assert_eq!((gate.may_run(), gate.on_session_lost()), (false, OnLoss::Exit));
+        assert!(gate.take_ownership().is_err());
+        assert_eq!(journal.last(id).unwrap(), Some(JournalRecord::Prepared));
+        gate.note_loss();
+        assert_eq!(journal.last(id).unwrap(), Some(JournalRecord::NeverOwner));
+    }
+
+    #[test]
+    fn what_was_foreseen_is_not_journaled_again() {
+        let (_folder, journal) = journal();
+        let id = MigrationId::random();
+        let mut gate = OwnershipGate::receiving(VmId::random(), id, Box::new(journal)).unwrap();
+        gate.foresee_prepared().unwrap();
+        gate.journal = Box::new(Full);
+        gate.prepared().unwrap();
+        assert_eq!(gate.on_session_lost(), OnLoss::Stand);
+    }
+
+    #[test]
     fn an_operator_decides_only_in_doubt() {
         let (_folder, journal) = journal();
         let mut gate = OwnershipGate::open(VmId::random(), Box::new(journal.clone()));
@@ -241,6 +282,7 @@ mod tests {
         assert!(gate.resolve(Owner::Here).is_err());
         assert!(gate.resolve(Owner::There).is_err());
         gate.release(String::new()).unwrap();
+        assert!(gate.resolve(Owner::Nobody).is_err());
         gate.resolve(Owner::There).unwrap();
         assert_eq!(gate.state(), GateState::Closed);
         assert!(gate.resolve(Owner::Here).is_err());

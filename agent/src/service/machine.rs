@@ -612,7 +612,7 @@ impl Host {
     fn session_lost(&self, lost: &SessionError) {
         let meaning = {
             let mut gate = lock(&self.gate);
-            gate.note_rollback();
+            gate.note_loss();
             gate.on_session_lost()
         };
         tracing::info!(?meaning, "the manager's session has ended: {lost}");
@@ -639,7 +639,14 @@ impl Host {
             Request::Resume => self.start().map(|()| Reply::Done).map_err(|error| chain(&error)),
             Request::SaveState => machine.save_state().map(Reply::State).map_err(|error| chain(&error)),
             Request::RestoreState(state) => {
-                machine.restore_state(&state).map(|()| Reply::Done).map_err(|error| chain(&error))
+                let (restored, journaled) = std::thread::scope(|scope| {
+                    let journaling = scope.spawn(|| lock(&self.gate).foresee_prepared());
+                    let restored = machine.restore_state(&state);
+                    (restored, journaling.join())
+                });
+                restored.map_err(|error| chain(&error))?;
+                let journaled = journaled.map_err(|_| "the thread that journals has panicked".to_owned())?;
+                done(journaled)
             }
             Request::BootImage => {
                 let image = machine.image().map(|image| image.to_bytes());

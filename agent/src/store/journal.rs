@@ -1,10 +1,9 @@
 //! The journal as files: one a migration, one JSON line a record, each line with its checksum.
 //!
 //! A new file is filled with empty lines and brought to disk as a whole, so that a record written later changes no size
-//! and allocates nothing: it cannot meet a full disk, and its fsync is one write. `append` of a record that binds returns
-//! after that fsync; the others are in the kernel's hands, as the memory is that they speak of. A torn last line (power
-//! lost while it was written) was never acknowledged and is skipped, and the next record takes its place; a damaged line
-//! before it is an error.
+//! and allocates nothing: it cannot meet a full disk, and its fsync is one write. `append` returns after that fsync. A torn
+//! last line (power lost while it was written) was never acknowledged and is skipped, and the next record takes its place;
+//! a damaged line before it is an error.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -213,13 +212,12 @@ impl Journal for FileJournal {
             vm_id: vm,
             record,
         };
-        let flush = |file: &File| if line.record.binds() { file.sync_data() } else { Ok(()) };
         let text = encode(&line).map_err(|error| io_failed(&path, "encoding", io::Error::other(error)))?;
         let file = self.file(&path)?;
         let (_, behind) = self.lines(migration)?;
         let written = clear_from(&file, behind).and_then(|()| {
             file.write_all_at(text.as_bytes(), behind as u64)?;
-            flush(&file)
+            file.sync_data()
         });
         written.map_err(|error| {
             // What may have reached the file must not be read as acknowledged later.

@@ -36,6 +36,8 @@ const IMAGE_START: u64 = 1 << 20;
 const KERNEL_TAG: &str = "kernel";
 const CMDLINE_TAG: &str = "cmdline";
 const IMAGE_VERSION: u32 = 1;
+/// The most that a kernel, a command line and their framing can take.
+const MAX_MOVED_BYTES: usize = MAX_IMAGE_BYTES as usize + MAX_COMMAND_LINE_BYTES + 4096;
 /// End of the low memory that the map offers as RAM.
 const LOW_MEMORY_END: u64 = 0x9_fc00;
 
@@ -105,12 +107,22 @@ impl BootImage {
 
     /// Reads what [`Self::to_bytes`] wrote. That the kernel boots is checked when it does.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, StateError> {
-        let sections = container::parse(bytes)?;
+        let sections = container::parse_up_to(bytes, MAX_MOVED_BYTES)?;
         let section = |tag: &str| {
             let found = sections.iter().find(|section| section.tag == tag);
             let found = found.ok_or_else(|| StateError::Missing(format!("section {tag}")))?;
             found.expect_version(IMAGE_VERSION).map(|()| found.payload)
         };
+        if let Some(other) = sections.iter().find(|section| ![KERNEL_TAG, CMDLINE_TAG].contains(&section.tag)) {
+            return Err(StateError::Unexpected(other.tag.to_owned()));
+        }
+        let too_long = |what: &str| StateError::Invalid { what: what.to_owned(), problem: "it is too long".to_owned() };
+        if section(KERNEL_TAG)?.len() as u64 > MAX_IMAGE_BYTES {
+            return Err(too_long(KERNEL_TAG));
+        }
+        if section(CMDLINE_TAG)?.len() >= MAX_COMMAND_LINE_BYTES {
+            return Err(too_long(CMDLINE_TAG));
+        }
         let cmdline = str::from_utf8(section(CMDLINE_TAG)?);
         let no_text = |_| StateError::Invalid { what: CMDLINE_TAG.to_owned(), problem: "it is no text".to_owned() };
         Ok(Self { kernel: section(KERNEL_TAG)?.into(), cmdline: cmdline.map_err(no_text)?.to_owned() })
