@@ -118,6 +118,12 @@ pub fn in_scene<C: Copy + Debug>(cell: C, play: impl Fn(&mut Scene, C) -> Result
     told.with_context(|| format!("{cell:?}\n{}", scene.story()))
 }
 
+/// Whether a host's manager has passed a step.
+fn passed(host: &TestHost, step: Step) -> bool {
+    let text = std::fs::read_to_string(host.path("events")).unwrap_or_default();
+    text.contains(&format!("\"step\":\"{step}\""))
+}
+
 /// Two hosts, a VM on the first, a receiver on the second, and the migration between them.
 pub struct Scene {
     /// Where the VM was booted.
@@ -160,7 +166,10 @@ impl Scene {
 
     /// Starts a receiver; its address.
     pub fn listen(&mut self, receive: &[&str]) -> Result<String> {
-        let receiver = self.receiver.insert(self.target.receive(receive)?);
+        let events = self.target.path("events");
+        let events = events.display().to_string();
+        let options = [&["--events", events.as_str()], receive].concat();
+        let receiver = self.receiver.insert(self.target.receive(&options)?);
         Ok(receiver.address.clone())
     }
 
@@ -187,13 +196,12 @@ impl Scene {
     /// With one side held at a step: waits until the other has come as far as it can, so that a cell is one case.
     pub fn await_other_side(&mut self, held: Host, at: Step) -> Result<()> {
         let target = &self.target;
+        let target_is_prepared = || passed(target, Step::Prepared).then_some(());
         match (held, at) {
             (Host::Source, Step::Offered) => {
                 wait_for("the target's machine", REST_LIMIT, || target.machine()).map(drop)
             }
-            (Host::Source, Step::StateMoved) => wait_for("`prepared` at the target", REST_LIMIT, || {
-                (target.journal(None) == Some(JournalRecord::Prepared)).then_some(())
-            }),
+            (Host::Source, Step::StateMoved) => wait_for("`prepared` at the target", REST_LIMIT, target_is_prepared),
             (Host::Source, Step::Running) => wait_for("the VM at the target", REST_LIMIT, || {
                 target.info().filter(|info| info.state == RunState::Running)
             })
@@ -205,12 +213,19 @@ impl Scene {
 
     /// Whether the source's manager has passed a step.
     pub fn source_passed(&self, step: Step) -> bool {
-        let text = std::fs::read_to_string(self.source.path("events")).unwrap_or_default();
-        text.contains(&format!("\"step\":\"{step}\""))
+        passed(&self.source, step)
     }
 
-    /// How far the handover has come, by the two journals.
+    /// How far the handover has come, by the two journals and by whether the target has said that it is prepared.
     pub fn window(&self) -> Window {
+        match self.journaled_window() {
+            Window::Prepared if !passed(&self.target, Step::Prepared) => Window::BeforePrepared,
+            window => window,
+        }
+    }
+
+    /// How far the handover has come, by the two journals alone.
+    pub fn journaled_window(&self) -> Window {
         let (source, target) = (self.source.journal(None), self.target.journal(None));
         match (source, target) {
             _ if self.source_passed(Step::Running) => Window::Done,

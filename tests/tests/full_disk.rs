@@ -31,7 +31,8 @@ const CELLS: &[Cell] = &[
     cell(Host::Source, Some(Step::Running), Some(Ending::Moved)),
     cell(Host::Target, None, Some(Ending::Refused)),
     cell(Host::Target, Some(Step::Reserved), Some(Ending::Failed)),
-    cell(Host::Target, Some(Step::StateMoved), Some(Ending::Failed)),
+    // `prepared` is journaled by then; the next record is `owner`.
+    cell(Host::Target, Some(Step::StateMoved), Some(Ending::InDoubt)),
     cell(Host::Target, Some(Step::Prepared), Some(Ending::InDoubt)),
     cell(Host::Target, Some(Step::Owned), Some(Ending::Moved)),
 ];
@@ -61,7 +62,7 @@ fn play(scene: &mut Scene, disk: &SmallDisk, cell: Cell) -> Result<String> {
         }
         hold.await_held()?;
         scene.await_other_side(cell.full, step)?;
-        window = scene.window();
+        window = scene.journaled_window();
         disk.freeze()?;
         hold.release()?;
     } else {

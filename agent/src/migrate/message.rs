@@ -91,6 +91,8 @@ pub enum ControlMessage {
         /// It is complete with them.
         last: bool,
     },
+    /// Source → target: the VM is about to be paused; get ready for what comes.
+    Pausing,
 }
 
 impl ControlMessage {
@@ -111,6 +113,7 @@ impl ControlMessage {
             Self::Ping(_) => "ping",
             Self::Pong(_) => "pong",
             Self::BootImage { .. } => "boot-image",
+            Self::Pausing => "pausing",
         }
     }
 }

@@ -34,12 +34,13 @@ pub enum Failure {
     Cancelled,
 }
 
-/// How far the handover has come, by what the two journals hold.
+/// How far the handover has come, by what the two journals hold. `prepared` is journaled ahead of time, and counts once the VM
+/// is complete; only for the disk of the target's journal it counts at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Window {
-    /// The target has not journaled `prepared`.
+    /// The target is not `prepared`.
     BeforePrepared,
-    /// The target has journaled `prepared`, the source has not journaled `released`.
+    /// The target is `prepared`, the source has not journaled `released`.
     Prepared,
     /// The source has journaled `released`, the target has not journaled `owner`.
     Released,

@@ -344,6 +344,8 @@ impl Source<'_> {
         if self.cancel.is_set() {
             return Err(SourceError::Cancelled);
         }
+        let told = way.control.send(&ControlMessage::Pausing);
+        told.map_err(|error| peers_reason(way.control.as_ref(), error.into()))?;
         let paused_at = self.clock.now();
         progress.paused_at = Some(paused_at);
         self.machine.pause()?;

@@ -193,7 +193,7 @@ impl Target<'_> {
             Box::new(move || inflow.take_stream(receiver.as_mut())) as Job<'_>
         };
         let lead = || {
-            received = Some(self.receive(control.as_ref(), &inflow, region, machine));
+            received = Some(self.receive(offer.migration_id, control.as_ref(), &inflow, machine));
             inflow.stop();
         };
         clock.run_beside(receivers.into_iter().map(take).collect(), Box::new(lead));
@@ -231,13 +231,13 @@ impl Target<'_> {
     /// Reads the control stream while pages flow, until the state has come and every stream has ended its last round.
     fn receive(
         &mut self,
+        id: MigrationId,
         control: &dyn ControlChannel<ControlMessage>,
         inflow: &Inflow<'_>,
-        region: &dyn Region,
         machine: &mut dyn Machine,
     ) -> Result<(Box<Handed>, Duration), TargetError> {
         // Nobody boots from more than fits into the VM.
-        let room = MAX_IMAGE_BYTES.min(region.spec().pages.bytes() as usize);
+        let room = MAX_IMAGE_BYTES.min(inflow.region.spec().pages.bytes() as usize);
         let mut image = Some(Vec::new());
         loop {
             if self.cancel.is_set() {
@@ -268,6 +268,10 @@ impl Target<'_> {
                     } else {
                         image = Some(so_far);
                     }
+                }
+                Some(ControlMessage::Pausing) => {
+                    inflow.touch();
+                    machine.foresee_prepared(id)?;
                 }
                 Some(ControlMessage::Handed(_)) if image.as_ref().is_some_and(|image| !image.is_empty()) => {
                     return Err(LinkError::Protocol("a boot image without an end".to_owned()).into());

@@ -98,8 +98,12 @@ pub trait Gate: Send {
     /// Source, after the target journaled `never-owner`: journals `owner` and opens the gate again.
     fn reclaim(&mut self, migration: MigrationId) -> Result<(), MachineError>;
 
-    /// Target, after [`MachineState::restore_state`]: the VM is complete. `prepared` is journaled with fsync when this returns; a
-    /// machine may write it beside the restoring, and `never-owner` behind it if it does not come to this.
+    /// Target: the source is about to pause the VM. Journals `prepared` with fsync ahead of time, so that no VM stands
+    /// waiting for the disk; if it does not come to [`Self::prepared`], `never-owner` is journaled behind it.
+    fn foresee_prepared(&mut self, migration: MigrationId) -> Result<(), MachineError>;
+
+    /// Target, after [`MachineState::restore_state`]: the VM is complete. Journals `prepared` with fsync unless that was
+    /// done ahead of time.
     fn prepared(&mut self, migration: MigrationId) -> Result<(), MachineError>;
 
     /// Target: journals `owner` with fsync and opens the gate.

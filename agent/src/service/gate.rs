@@ -145,9 +145,12 @@ impl OwnershipGate {
         self.pass("take back", &[GateState::Released], GateState::Open, Some(JournalRecord::Owner))
     }
 
-    /// Target: the VM's state has come and is being restored, beside which `prepared` is journaled: nobody waits for the
-    /// disk alone while the VM stands. The gate's state stays; if the VM does not become complete, `never-owner` follows.
+    /// Target: the source is about to pause the VM, so `prepared` is journaled: nobody waits for the disk while the VM stands.
+    /// The gate's state stays; if the VM does not become complete, `never-owner` follows.
     pub fn foresee_prepared(&mut self) -> Result<(), GateError> {
+        if self.foreseen {
+            return Ok(());
+        }
         self.pass("prepare", &[GateState::Receiving], GateState::Receiving, Some(JournalRecord::Prepared))?;
         self.foreseen = true;
         Ok(())

@@ -639,14 +639,7 @@ impl Host {
             Request::Resume => self.start().map(|()| Reply::Done).map_err(|error| chain(&error)),
             Request::SaveState => machine.save_state().map(Reply::State).map_err(|error| chain(&error)),
             Request::RestoreState(state) => {
-                let (restored, journaled) = std::thread::scope(|scope| {
-                    let journaling = scope.spawn(|| lock(&self.gate).foresee_prepared());
-                    let restored = machine.restore_state(&state);
-                    (restored, journaling.join())
-                });
-                restored.map_err(|error| chain(&error))?;
-                let journaled = journaled.map_err(|_| "the thread that journals has panicked".to_owned())?;
-                done(journaled)
+                machine.restore_state(&state).map(|()| Reply::Done).map_err(|error| chain(&error))
             }
             Request::BootImage => {
                 let image = machine.image().map(|image| image.to_bytes());
@@ -663,6 +656,7 @@ impl Host {
                 done(lock(&self.gate).release(peer))
             }
             Request::Reclaim => done(lock(&self.gate).reclaim()),
+            Request::ForeseePrepared => done(lock(&self.gate).foresee_prepared()),
             Request::Prepared => done(lock(&self.gate).prepared()),
             Request::TakeOwnership => {
                 let mut gate = lock(&self.gate);

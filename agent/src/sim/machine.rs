@@ -176,9 +176,19 @@ impl GatePort for SimMachine {
         })
     }
 
-    fn prepared(&mut self, _migration: MigrationId) -> Result<(), MachineError> {
-        self.order("prepared", FSYNC, |world, side| {
+    fn foresee_prepared(&mut self, _migration: MigrationId) -> Result<(), MachineError> {
+        self.order("foresee prepared", FSYNC, |world, side| {
             world.append(side, JournalRecord::Prepared).map_err(not_journaled("journal `prepared`"))?;
+            world.vm(side).ok_or_else(|| gone("foresee prepared"))?.foreseen = true;
+            Ok(())
+        })
+    }
+
+    fn prepared(&mut self, _migration: MigrationId) -> Result<(), MachineError> {
+        self.order("prepared", ORDER, |world, side| {
+            if !world.vm(side).ok_or_else(|| gone("prepared"))?.foreseen {
+                world.append(side, JournalRecord::Prepared).map_err(not_journaled("journal `prepared`"))?;
+            }
             world.vm(side).ok_or_else(|| gone("prepared"))?.gate = Gate::Prepared;
             Ok(())
         })

@@ -78,6 +78,8 @@ pub(super) struct Vm {
     pub(super) gate: Gate,
     pub(super) log: SimDirtyLog,
     pub(super) cpu: Option<Cpu>,
+    /// `prepared` is journaled ahead of time.
+    pub(super) foreseen: bool,
     /// What the guest boots from when it resets.
     pub(super) boot_image: Option<Vec<u8>>,
     pub(super) resolved: Option<Owner>,
@@ -430,7 +432,7 @@ impl World {
             if matches!(fault, Fault::KillMachine(side) if self.vm(side).is_none()) {
                 continue;
             }
-            let window = self.window();
+            let window = self.window(&fault);
             self.struck.push((fault, window));
             match fault {
                 Fault::KillManager(side) => self.kill_manager(side),
@@ -455,8 +457,13 @@ impl World {
         }
     }
 
-    /// How far the handover has come, by what is durable.
-    fn window(&self) -> Window {
+    /// How far the handover has come: by what is durable, and at the target by its gate, since it journals `prepared` ahead of
+    /// time. For its disk that record is behind it from then on.
+    fn window(&self, fault: &Fault) -> Window {
+        let prepared = match fault {
+            Fault::DiskFull(Side::Target) => self.has(Side::Target, &JournalRecord::Prepared),
+            _ => self.hosts[Side::Target.index()].vm.as_ref().is_some_and(|vm| vm.gate == Gate::Prepared),
+        };
         let released = self.has(Side::Source, &JournalRecord::Released { peer: String::new() });
         if self.steps.contains(&(Side::Source, Step::Running)) {
             Window::Done
@@ -464,7 +471,7 @@ impl World {
             Window::Owned
         } else if released {
             Window::Released
-        } else if self.has(Side::Target, &JournalRecord::Prepared) {
+        } else if prepared {
             Window::Prepared
         } else {
             Window::BeforePrepared
@@ -595,6 +602,7 @@ impl Vm {
             gate,
             log: SimDirtyLog::new(pages),
             cpu: None,
+            foreseen: false,
             boot_image: (gate == Gate::Open).then(|| BOOT_IMAGE.to_vec()),
             resolved: None,
             session: true,

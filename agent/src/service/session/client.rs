@@ -243,6 +243,10 @@ impl Gate for RemoteMachine {
         self.order("take the VM back", &Request::Reclaim)
     }
 
+    fn foresee_prepared(&mut self, _migration: MigrationId) -> Result<(), MachineError> {
+        self.order("journal `prepared` ahead of time", &Request::ForeseePrepared)
+    }
+
     fn prepared(&mut self, _migration: MigrationId) -> Result<(), MachineError> {
         self.order("journal `prepared`", &Request::Prepared)
     }

@@ -53,6 +53,8 @@ pub enum Request {
     Release(String),
     /// [`crate::port::Gate::reclaim`]
     Reclaim,
+    /// [`crate::port::Gate::foresee_prepared`]
+    ForeseePrepared,
     /// [`crate::port::Gate::prepared`]
     Prepared,
     /// [`crate::port::Gate::take_ownership`]
