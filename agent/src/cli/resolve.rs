@@ -49,10 +49,11 @@ pub(super) struct ResolveArgs {
 
 impl ResolveArgs {
     pub(super) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
-        let (owner, word) = match self.owner {
-            Side::Here => (Owner::Here, "here"),
-            Side::There => (Owner::There, "there"),
+        let owner = match self.owner {
+            Side::Here => Owner::Here,
+            Side::There => Owner::There,
         };
+        let word = owner.name();
         let (registry, state_dir) = (Registry::new(self.run_dir.path(config)), self.state_dir.path(config));
         let result = match (registry.find(&self.vm), &self.vm) {
             (Ok(entry), _) => {

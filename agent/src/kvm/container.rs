@@ -128,6 +128,30 @@ impl Section<'_> {
     }
 }
 
+/// The sections of a container, each to be taken once.
+#[derive(Debug)]
+pub struct Sections<'a>(Vec<Section<'a>>);
+
+impl<'a> Sections<'a> {
+    /// Reads a whole container of at most `limit` bytes.
+    pub fn parse(bytes: &'a [u8], limit: usize) -> Result<Self, StateError> {
+        parse_up_to(bytes, limit).map(Self)
+    }
+
+    /// Takes a section's content, of a version up to `newest`.
+    pub fn take(&mut self, tag: &str, newest: u32) -> Result<&'a [u8], StateError> {
+        let index = self.0.iter().position(|section| section.tag == tag);
+        let section = self.0.swap_remove(index.ok_or_else(|| StateError::Missing(tag.to_owned()))?);
+        section.expect_version(newest)?;
+        Ok(section.payload)
+    }
+
+    /// Refuses what was not taken.
+    pub fn finish(self) -> Result<(), StateError> {
+        self.0.first().map_or(Ok(()), |section| Err(StateError::Unexpected(section.tag.to_owned())))
+    }
+}
+
 /// Reads the container of a whole machine.
 pub fn parse(bytes: &[u8]) -> Result<Vec<Section<'_>>, StateError> {
     parse_up_to(bytes, MAX_STATE_BYTES)

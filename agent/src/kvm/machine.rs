@@ -16,7 +16,7 @@ use kvm_ioctls::Cap;
 use super::boot::{self, BootError, BootImage};
 use super::bus::{BusFull, Device, DeviceError, MMIO_WINDOW_BYTES, MmioBus};
 use super::console::{Console, ConsoleError};
-use super::container::{self, Section, StateError};
+use super::container::{self, Sections, StateError};
 use super::control::{Kick, MachineExit, RunControl};
 use super::dirty::DirtyLogger;
 use super::hurry::Hurry;
@@ -506,7 +506,7 @@ impl Machine {
         if *phase != Phase::Fresh {
             return Err(HostedError::Phase("has run: a state can only be restored before"));
         }
-        let mut sections = Sections::parse(state)?;
+        let mut sections = Sections::parse(state, container::MAX_STATE_BYTES)?;
         let vm = VmState::from_bytes(sections.take(VM_TAG, VM_VERSION)?)?;
         let vcpus = self
             .vcpus
@@ -586,26 +586,6 @@ fn scaling(vm_khz: u32, host_khz: u32, can_scale: bool) -> Result<bool, HostedEr
 
 fn vcpu_tag(index: u32) -> String {
     format!("vcpu{index}")
-}
-
-/// The sections of a state, each to be taken once.
-struct Sections<'a>(Vec<Section<'a>>);
-
-impl<'a> Sections<'a> {
-    fn parse(state: &'a [u8]) -> Result<Self, StateError> {
-        container::parse(state).map(Self)
-    }
-
-    fn take(&mut self, tag: &str, newest: u32) -> Result<&'a [u8], StateError> {
-        let index = self.0.iter().position(|section| section.tag == tag);
-        let section = self.0.swap_remove(index.ok_or_else(|| StateError::Missing(tag.to_owned()))?);
-        section.expect_version(newest)?;
-        Ok(section.payload)
-    }
-
-    fn finish(self) -> Result<(), StateError> {
-        self.0.first().map_or(Ok(()), |section| Err(StateError::Unexpected(section.tag.to_owned())))
-    }
 }
 
 fn refused(action: &'static str) -> impl FnOnce(HostedError) -> MachineError {

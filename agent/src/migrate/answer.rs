@@ -2,14 +2,9 @@
 //!
 //! Contract: an answer repeats what the journal holds and changes nothing. Serve it for as long as a source may ask.
 
-use std::time::Duration;
-
 use super::message::{ControlMessage, TargetState};
 use crate::model::MigrationId;
 use crate::port::{ControlChannel, Journal, JournalError, JournalRecord, LinkError};
-
-/// For how long a source may still ask: its stall limit and its time in doubt, with a margin.
-pub const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 
 /// A question that could not be answered; the source asks again.
 #[derive(Debug, thiserror::Error)]

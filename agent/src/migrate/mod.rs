@@ -18,7 +18,7 @@ mod rounds;
 pub mod source;
 pub mod target;
 
-pub use answer::{ANSWER_LIMIT, AnswerError, answer};
+pub use answer::{AnswerError, answer};
 pub use converge::{Convergence, Verdict};
 pub use digest::{chunk_hashes, page_digest, zero_page};
 pub use message::{Accept, ControlMessage, Handed, Offer, TargetState};

@@ -19,7 +19,7 @@ pub enum BlackoutPhase {
     SaveState,
     /// Target: from the last page's arrival to the state restored and the digest checked.
     Restore,
-    /// Target: `prepared` journaled.
+    /// Target: the gate at `prepared`, which is journaled ahead of time.
     JournalPrepared,
     /// Source: `released` journaled.
     JournalReleased,

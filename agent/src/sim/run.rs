@@ -13,7 +13,7 @@ use super::world::{Gate, Vm};
 use crate::migrate::outcomes::{Whereabouts, Window};
 use crate::migrate::source::Source;
 use crate::migrate::target::{Host, Reservation, Target};
-use crate::migrate::{ANSWER_LIMIT, ControlMessage, Observer, Offer, SourceOptions, answer};
+use crate::migrate::{ControlMessage, Observer, Offer, SourceOptions, answer};
 use crate::model::{
     DirtyLogKind, Ending, MachineShape, MigrationId, MigrationReport, PAGE_SIZE, RoundReport, Step, VmId,
 };
@@ -24,6 +24,8 @@ const VM: VmId = VmId(Uuid::from_u128(0x76d));
 /// How long a target waits for a source to say what it wants.
 const FIRST_MESSAGE_LIMIT: Duration = Duration::from_secs(30);
 
+/// For how long a source may still ask: its stall limit and its time in doubt, with a margin.
+const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 /// How often a target that answers questions looks around.
 const ANSWER_TICK: Duration = Duration::from_millis(500);
 

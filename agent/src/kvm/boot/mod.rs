@@ -17,7 +17,7 @@ use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_start_in
 use linux_loader::loader::{Elf, KernelLoader};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::container::{self, StateError};
+use super::container::{self, Sections, StateError};
 use super::memory::Memory;
 
 /// Where the start structure lies.
@@ -107,25 +107,20 @@ impl BootImage {
 
     /// Reads what [`Self::to_bytes`] wrote. That the kernel boots is checked when it does.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, StateError> {
-        let sections = container::parse_up_to(bytes, MAX_MOVED_BYTES)?;
-        let section = |tag: &str| {
-            let found = sections.iter().find(|section| section.tag == tag);
-            let found = found.ok_or_else(|| StateError::Missing(format!("section {tag}")))?;
-            found.expect_version(IMAGE_VERSION).map(|()| found.payload)
-        };
-        if let Some(other) = sections.iter().find(|section| ![KERNEL_TAG, CMDLINE_TAG].contains(&section.tag)) {
-            return Err(StateError::Unexpected(other.tag.to_owned()));
+        let mut sections = Sections::parse(bytes, MAX_MOVED_BYTES)?;
+        let kernel = sections.take(KERNEL_TAG, IMAGE_VERSION)?;
+        let cmdline = sections.take(CMDLINE_TAG, IMAGE_VERSION)?;
+        sections.finish()?;
+        let invalid =
+            |what: &str, problem: &str| StateError::Invalid { what: what.to_owned(), problem: problem.to_owned() };
+        if kernel.len() as u64 > MAX_IMAGE_BYTES {
+            return Err(invalid(KERNEL_TAG, "it is too long"));
         }
-        let too_long = |what: &str| StateError::Invalid { what: what.to_owned(), problem: "it is too long".to_owned() };
-        if section(KERNEL_TAG)?.len() as u64 > MAX_IMAGE_BYTES {
-            return Err(too_long(KERNEL_TAG));
+        if cmdline.len() >= MAX_COMMAND_LINE_BYTES {
+            return Err(invalid(CMDLINE_TAG, "it is too long"));
         }
-        if section(CMDLINE_TAG)?.len() >= MAX_COMMAND_LINE_BYTES {
-            return Err(too_long(CMDLINE_TAG));
-        }
-        let cmdline = str::from_utf8(section(CMDLINE_TAG)?);
-        let no_text = |_| StateError::Invalid { what: CMDLINE_TAG.to_owned(), problem: "it is no text".to_owned() };
-        Ok(Self { kernel: section(KERNEL_TAG)?.into(), cmdline: cmdline.map_err(no_text)?.to_owned() })
+        let cmdline = str::from_utf8(cmdline).map_err(|_| invalid(CMDLINE_TAG, "it is no text"))?;
+        Ok(Self { kernel: kernel.into(), cmdline: cmdline.to_owned() })
     }
 }
 
