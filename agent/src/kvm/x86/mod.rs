@@ -1,4 +1,4 @@
-//! What is x86 about a machine: CPUID, start-up state, CPU and interrupt-controller state, MSRs.
+//! What is x86 about a machine: CPUID, start-up state, CPU and interrupt-controller state, MSRs, time.
 //!
 //! Must not know threads, devices or the container that states are kept in.
 
@@ -6,3 +6,4 @@ pub mod cpuid;
 pub mod msr;
 pub mod start;
 pub mod state;
+pub mod time;
