@@ -1,25 +1,32 @@
-//! Selects the BPF object that goes into the binary. Never builds it: that is `cargo xtask build-ebpf`.
+//! Selects what goes into the binary beside its code: the BPF object, and the guest of `dunlin doctor --prove`. Never builds
+//! them: those are `cargo xtask build-ebpf` and `build-guest`.
 //!
-//! An empty file stands for "no object", so that a build needs no BPF toolchain.
+//! An empty file stands for "none", so that a build needs no BPF toolchain and no guest.
 
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
-    println!("cargo::rerun-if-env-changed=DUNLIN_BPF_OBJECT");
-    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("dunlin.bpf.o");
-    let object = if let Some(given) = env::var_os("DUNLIN_BPF_OBJECT") {
+    take("DUNLIN_BPF_OBJECT", "target/bpf", "dunlin.bpf.o");
+    take("DUNLIN_GUEST_ELF", "target/guest", "dunlin-guest.elf");
+}
+
+/// Puts the file that the environment names, else `folder/name`, where the code includes it from.
+fn take(variable: &str, folder: &str, name: &str) {
+    println!("cargo::rerun-if-env-changed={variable}");
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join(name);
+    let content = if let Some(given) = env::var_os(variable) {
         let given = PathBuf::from(given);
         println!("cargo::rerun-if-changed={}", given.display());
-        fs::read(&given).unwrap_or_else(|e| panic!("DUNLIN_BPF_OBJECT: {} cannot be read: {e}", given.display()))
+        fs::read(&given).unwrap_or_else(|e| panic!("{variable}: {} cannot be read: {e}", given.display()))
     } else {
-        let folder =
-            Path::new(&env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR")).join("../target/bpf");
+        let manifest = env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR");
+        let folder = Path::new(&manifest).join("..").join(folder);
         // Cargo watches the folder: a file that does not exist yet would count as changed at every build.
-        fs::create_dir_all(&folder).expect("target/bpf can be made");
+        fs::create_dir_all(&folder).expect("the folder can be made");
         println!("cargo::rerun-if-changed={}", folder.display());
-        fs::read(folder.join("dunlin.bpf.o")).unwrap_or_default()
+        fs::read(folder.join(name)).unwrap_or_default()
     };
-    fs::write(out, object).expect("OUT_DIR is writable");
+    fs::write(out, content).expect("OUT_DIR is writable");
 }

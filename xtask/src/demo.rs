@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use crate::build_ebpf;
+use crate::build_guest;
 use crate::run;
 use crate::setup;
 use crate::workspace::root;
@@ -38,7 +39,7 @@ pub(crate) fn run(verb: &str, arguments: &Arguments) -> Result<bool> {
         setup::ensure()?;
         eprintln!("Building the BPF programs, dunlin and the test guest, where they are not up to date ...");
         build_ebpf::build(&build_ebpf::Arguments::default())?;
-        run::run(Command::new("cargo").args(["build", "--release"]).current_dir(root().join("tests/guest")))?;
+        build_guest::run()?;
         // No choice of packages: a feature that one of them switches on must not rebuild the others next time.
         let packages = ["--package", "dunlin", "--package", "dunlin-tests"];
         run::run(Command::new("cargo").args(["build", "--release", "--bins"]).args(packages).current_dir(root()))?;

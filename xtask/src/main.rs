@@ -2,6 +2,7 @@
 
 mod bench;
 mod build_ebpf;
+mod build_guest;
 mod demo;
 mod ignored;
 mod run;
@@ -29,6 +30,8 @@ enum Verb {
     Setup(setup::Arguments),
     /// Compile the BPF programs to target/bpf/dunlin.bpf.o.
     BuildEbpf(build_ebpf::Arguments),
+    /// Build the test guest, and put it where the agent takes it into its binary.
+    BuildGuest,
     /// Move a VM between two network namespaces and show what happens (needs root and /dev/kvm).
     #[command(disable_help_flag = true)]
     Demo(demo::Arguments),
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().verb {
         Verb::Setup(arguments) => setup::run(&arguments).map(|()| true),
         Verb::BuildEbpf(arguments) => build_ebpf::run(&arguments).map(|()| true),
+        Verb::BuildGuest => build_guest::run().map(|()| true),
         Verb::Demo(arguments) => demo::run("demo", &arguments),
         Verb::Soak(arguments) => demo::run("soak", &arguments),
         Verb::Test(arguments) => test::run(&arguments),

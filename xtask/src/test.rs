@@ -9,6 +9,7 @@ use anyhow::{Result, bail};
 use clap::Args;
 
 use crate::build_ebpf;
+use crate::build_guest;
 use crate::ignored;
 use crate::run;
 use crate::setup;
@@ -33,7 +34,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<bool> {
     let guest = root().join("tests/guest");
     let has_guest = guest.join("Cargo.toml").is_file();
     if has_guest {
-        run::run(Command::new("cargo").args(["build", "--release"]).current_dir(&guest))?;
+        build_guest::run()?;
     }
     if !arguments.tests_only {
         check(&["fmt", "--all", "--check"], "run `cargo fmt --all`")?;

@@ -216,6 +216,8 @@ pub enum ResultKind {
     Missing,
     /// The policy of the host forbids it.
     Refused,
+    /// It is there, was tried, and did not do what it must (`--prove` only).
+    Failed,
 }
 
 /// Tries everything.

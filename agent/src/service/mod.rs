@@ -24,6 +24,7 @@ pub mod machine;
 pub mod migration;
 pub mod observe;
 pub(crate) mod out;
+pub mod prove;
 pub mod receive;
 pub mod registry;
 pub mod resolve;

@@ -45,6 +45,8 @@ pub struct Config {
     pub gateway: Option<[u8; 4]>,
     /// Time between two heartbeats; 0 is off.
     pub heartbeat_ns: u64,
+    /// Time between two status lines.
+    pub stat_ns: u64,
     /// Time between two inter-processor interrupts of one sender; 0 is off.
     pub ipi_ns: u64,
     /// Longest time between two timer interrupts of a busy vCPU.
@@ -71,6 +73,7 @@ impl Default for Config {
             address: None,
             gateway: None,
             heartbeat_ns: 10_000_000,
+            stat_ns: 1_000_000_000,
             ipi_ns: 20_000_000,
             tick_ns: 4_000_000,
             slice_ns: 2_000_000,
@@ -117,6 +120,7 @@ impl Config {
             "blk" => return self.block.set_list(value).then_some(()),
             "ip" => self.address = Some(address(value)?),
             "gw" => self.gateway = Some(octets(value)?),
+            "stat" => self.stat_ns = bounded_ns(value, 10_000_000, 1_000_000_000)?,
             "heartbeat" => self.heartbeat_ns = bounded_ns(value, 1_000_000, 1_000_000_000)?,
             "ipi" => self.ipi_ns = bounded_ns(value, 1_000_000, 1_000_000_000)?,
             "tick" => self.tick_ns = bounded_ns(value, 1_000_000, 100_000_000).filter(|ns| *ns > 0)?,
@@ -185,7 +189,7 @@ mod tests {
         let config = Config::parse(
             "console=ttyS0 dunlin.cpus=2 dunlin.tsc_khz=2450000 dunlin.wl0=ws:64M,rate:50000,pattern:random \
              dunlin.wl1=rate:max,share:5 dunlin.ip=10.0.0.2/16 dunlin.gw=10.0.0.1 dunlin.blk=rate:100,span:8M \
-             dunlin.heartbeat=1ms dunlin.spin=1 dunlin.ipi=0 dunlin.tick=1ms dunlin.slice=500us \
+             dunlin.stat=50ms dunlin.heartbeat=1ms dunlin.spin=1 dunlin.ipi=0 dunlin.tick=1ms dunlin.slice=500us \
              virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=512@0xfeb00000:16:3",
         );
         assert_eq!(config.bad_options, 0);
@@ -195,6 +199,7 @@ mod tests {
         assert_eq!(config.workloads[1].rate_pages_per_second, UNTHROTTLED);
         assert_eq!(config.address, Some(Address { octets: [10, 0, 0, 2], prefix: 16 }));
         assert_eq!(config.gateway, Some([10, 0, 0, 1]));
+        assert_eq!(config.stat_ns, 50_000_000);
         assert_eq!((config.heartbeat_ns, config.spin, config.ipi_ns), (1_000_000, true, 0));
         assert_eq!((config.tick_ns, config.slice_ns), (1_000_000, 500_000));
         assert_eq!(config.device_count, 2);

@@ -15,8 +15,6 @@ use crate::virtio::{ID_BLOCK, ID_NET, Transport};
 use crate::web::{Order, Web};
 use crate::{apic, clock, entry, panic, power, serial};
 
-const STAT_NS: u64 = 1_000_000_000;
-
 struct Service {
     monitor: Monitor,
     web: Option<Web>,
@@ -24,6 +22,7 @@ struct Service {
     heartbeats: u64,
     heartbeat_cycles: u64,
     next_heartbeat: u64,
+    stat_cycles: u64,
     next_stat: u64,
     ready: bool,
     tsc_source: &'static str,
@@ -59,7 +58,8 @@ pub fn run(cpu: &'static Cpu, config: &Config, tsc_source: &'static str) -> ! {
         heartbeats: 0,
         heartbeat_cycles: clock::cycles(config.heartbeat_ns),
         next_heartbeat: now,
-        next_stat: now + clock::cycles(STAT_NS),
+        stat_cycles: clock::cycles(config.stat_ns),
+        next_stat: now + clock::cycles(config.stat_ns),
         ready: false,
         tsc_source,
     };
@@ -95,7 +95,7 @@ impl Service {
             next = next.min(now + clock::cycles(10_000_000));
         }
         if now >= self.next_stat {
-            self.next_stat = (self.next_stat + clock::cycles(STAT_NS)).max(now);
+            self.next_stat = (self.next_stat + self.stat_cycles).max(now);
             self.report_status();
         }
         if self.heartbeat_cycles > 0 {

@@ -50,7 +50,7 @@ pub fn heartbeat(out: &mut impl Write, sequence: u64, tsc: u64) {
     let _ = writeln!(out, "HB {sequence} {tsc:x}");
 }
 
-/// Totals of the once-a-second `STAT` line.
+/// Totals of the `STAT` line.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
     /// Pages written by all workloads.
