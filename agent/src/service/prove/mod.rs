@@ -8,49 +8,38 @@
 //! A figure of cost is a ratio to the same guest untracked in the same run, and stands beside the noise floor: two untracked
 //! spells compared in the same way.
 
+mod lab;
+
 use std::fs;
 use std::io;
-use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::arm::ControlSocketArm;
-use super::clock::MonotonicClock;
-use super::doctor::{Finding, ResultKind, Tier};
-use super::machine::Places;
-use super::migration::{MigrateRequest, migrate};
-use super::out::complain;
-use super::receive::{ReceiveRequest, receive};
-use super::registry::Registry;
+use self::lab::{Folder, Guest, LIMIT, Lab, MEMORY_BYTES, NAME, Obstacle, OwnChild, failed, file, heartbeat};
 use crate::announce::Schedule;
 use crate::link::{Address, Listener};
 use crate::migrate::{CancelFlag, SourceOptions};
 use crate::model::id::VmName;
 use crate::model::schema::Schema;
 use crate::model::units::display_duration;
-use crate::model::{Ending, MigrationReport, PageCount, SerialSpec, VmRef, chain};
+use crate::model::{Ending, MigrationReport, PageCount, SerialSpec, VmRef};
 use crate::port::Arm;
-use crate::probe::{KernelCounters, ProbeError, ProbeOptions};
+use crate::probe::{KernelCounters, ProbeOptions};
+use crate::service::arm::ControlSocketArm;
+use crate::service::clock::MonotonicClock;
+use crate::service::doctor::{Finding, ResultKind, Tier};
+use crate::service::migration::{MigrateRequest, migrate};
+use crate::service::receive::{ReceiveRequest, receive};
+use crate::service::registry::Registry;
 use crate::track::Observer;
 
 /// The guest inside this binary; empty if it was built without.
 static GUEST: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/dunlin-guest.elf"));
 
-/// How long all of it may take.
-const LIMIT: Duration = Duration::from_secs(60);
-/// How long a guest may take to be ready, or to say something.
-const GUEST_LIMIT: Duration = Duration::from_secs(15);
 /// How long a migration may take to be seen through by its target.
 const MOVE_LIMIT: Duration = Duration::from_secs(20);
-/// The VM's name.
-const NAME: &str = "prove";
-/// The VM's memory.
-const MEMORY_BYTES: u64 = 256 << 20;
-/// How often the guest tells its counters.
-const STAT: Duration = Duration::from_millis(50);
 /// One interval of tracking: at the highest rate far fewer pages than a working set has.
 const INTERVAL: Duration = Duration::from_millis(250);
 /// Intervals for each rate.
@@ -154,31 +143,6 @@ pub enum ProveError {
     Cancelled,
 }
 
-/// Why one experiment has no figures.
-#[derive(Debug)]
-enum Obstacle {
-    /// This host lacks it.
-    Missing(String),
-    /// This host forbids it.
-    Refused(String),
-    /// It went wrong.
-    Failed(String),
-    Cancelled,
-}
-
-impl From<ProbeError> for Obstacle {
-    fn from(error: ProbeError) -> Self {
-        match error {
-            ProbeError::Refused(_) => Self::Refused(error.to_string()),
-            _ => Self::Missing(chain(&error)),
-        }
-    }
-}
-
-fn failed(what: &str, error: &dyn std::error::Error) -> Obstacle {
-    Obstacle::Failed(format!("{what}: {}", chain(error)))
-}
-
 /// Words about a success, and its figures.
 struct Success {
     detail: String,
@@ -199,7 +163,7 @@ pub fn prove(request: &ProveRequest, cancel: &CancelFlag) -> Result<ProofReport,
         None => GUEST.to_vec(),
     };
     fs::write(&kernel, image).map_err(|source| file(&kernel, source))?;
-    let lab = Lab { folder: &folder.0, kernel, cancel, deadline: began + LIMIT, request };
+    let lab = Lab { folder: &folder.0, kernel, cancel, deadline: began + LIMIT, show_progress: request.show_progress };
 
     let mut checks = Vec::new();
     for experiment in &EXPERIMENTS {
@@ -229,10 +193,6 @@ pub fn prove(request: &ProveRequest, cancel: &CancelFlag) -> Result<ProofReport,
         duration_ns: u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX),
         checks,
     })
-}
-
-fn file(path: &Path, source: io::Error) -> ProveError {
-    ProveError::File { path: path.display().to_string(), source }
 }
 
 /// One line of the table.
@@ -284,196 +244,7 @@ const EXPERIMENTS: [Experiment; 5] = [
     },
 ];
 
-/// What an experiment has at hand.
-struct Lab<'a> {
-    folder: &'a Path,
-    kernel: PathBuf,
-    cancel: &'a CancelFlag,
-    deadline: Instant,
-    request: &'a ProveRequest,
-}
-
-impl Lab<'_> {
-    fn tell(&self, words: &str) {
-        if self.request.show_progress {
-            complain!("{words}");
-        }
-    }
-
-    /// Waits for something, or until it is too late for it.
-    fn wait<T>(
-        &self,
-        what: &str,
-        limit: Duration,
-        mut happened: impl FnMut() -> Result<Option<T>, Obstacle>,
-    ) -> Result<T, Obstacle> {
-        let end = (Instant::now() + limit).min(self.deadline);
-        loop {
-            if self.cancel.is_set() {
-                return Err(Obstacle::Cancelled);
-            }
-            if let Some(value) = happened()? {
-                return Ok(value);
-            }
-            if Instant::now() >= end {
-                return Err(Obstacle::Failed(format!("waited in vain for {what}")));
-            }
-            std::thread::sleep(Duration::from_millis(2));
-        }
-    }
-
-    /// Lets time pass.
-    fn pass(&self, span: Duration) -> Result<(), Obstacle> {
-        let until = Instant::now() + span;
-        if until > self.deadline {
-            return Err(Obstacle::Failed(format!("{} were not enough", display_duration(LIMIT))));
-        }
-        self.wait("the clock", span * 2, || Ok((Instant::now() >= until).then_some(())))
-    }
-
-    /// Boots a guest whose vCPUs each do `workload`, and waits until it is ready.
-    fn boot(&self, workload: &str) -> Result<Guest, Obstacle> {
-        let places = self.places("a");
-        let console = self.folder.join("console-a");
-        let _ = fs::remove_file(&console);
-        let exe = std::env::current_exe().map_err(|e| failed("this program's own file", &e))?;
-        let log = fs::File::create(self.folder.join("log-a")).map_err(|e| failed("a log", &e))?;
-        let mut command = Command::new(exe);
-        command
-            .args(["vm", "run", "--name", NAME, "--cpus", "2", "--memory", &MEMORY_BYTES.to_string(), "--kernel"])
-            .arg(&self.kernel)
-            .args(["--cmdline", &format!("dunlin.stat={}ms dunlin.wl={workload}", STAT.as_millis())])
-            .arg("--serial")
-            .arg(format!("file={}", console.display()))
-            .arg("--run-dir")
-            .arg(&places.run_dir)
-            .arg("--state-dir")
-            .arg(&places.state_dir)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log);
-        // SAFETY: between fork and exec only async-signal-safe calls are made. A session of its own keeps the terminal's
-        // Ctrl-C from it, which this process answers in order; and it does not outlive this process.
-        unsafe {
-            command.pre_exec(|| {
-                rustix::process::setsid()?;
-                Ok(rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?)
-            });
-        }
-        let child = command.spawn().map_err(|e| failed("starting a machine", &e))?;
-        let mut guest = Guest { process: OwnChild(child), console, places };
-        self.wait("a guest that is ready", GUEST_LIMIT, || {
-            if let Ok(Some(status)) = guest.process.0.try_wait() {
-                let log = fs::read_to_string(self.folder.join("log-a")).unwrap_or_default();
-                let last = log.lines().next_back().unwrap_or("it says nothing").to_owned();
-                return Err(Obstacle::Failed(format!("the machine ended ({status}): {last}")));
-            }
-            Ok(guest.lines().iter().any(|line| line.starts_with("READY ")).then_some(()))
-        })?;
-        Ok(guest)
-    }
-
-    fn places(&self, host: &str) -> Places {
-        Places { run_dir: self.folder.join(host).join("run"), state_dir: self.folder.join(host).join("state") }
-    }
-}
-
-/// A folder that goes away with its content.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn make() -> Result<Self, ProveError> {
-        use std::os::unix::fs::DirBuilderExt;
-        let path = std::env::temp_dir().join(format!("dunlin-prove-{}", uuid::Uuid::new_v4().simple()));
-        fs::DirBuilder::new().mode(0o700).create(&path).map_err(|source| file(&path, source))?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.0) {
-            complain!("dunlin: {} could not be removed: {error}", self.0.display());
-        }
-    }
-}
-
-/// A process that is killed and waited for when it is no longer needed.
-struct OwnChild(Child);
-
-impl Drop for OwnChild {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// A guest that runs.
-struct Guest {
-    process: OwnChild,
-    console: PathBuf,
-    places: Places,
-}
-
-/// What the guest says of itself in one line.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Stat {
-    uptime_ns: u64,
-    pages_written: u64,
-    /// What it found wrong with its memory, interrupts and timers.
-    errors: u64,
-}
-
-/// The members of a `STAT` line that count what must not happen.
-const ERRORS: [&str; 5] = ["page_mismatches", "ipi_lost", "ipi_doubled", "timer_stalls", "address_space_mismatches"];
-
-impl Stat {
-    /// The guest's word is checked like anybody's: a line that is none is no line.
-    fn parse(line: &str) -> Option<Self> {
-        let line = line.strip_prefix("STAT ")?;
-        let find =
-            |name: &str| line.split(' ').find_map(|word| word.strip_prefix(name)?.strip_prefix('=')?.parse().ok());
-        let errors = ERRORS.iter().try_fold(0u64, |sum, name| Some(sum.saturating_add(find(name)?)))?;
-        Some(Self { uptime_ns: find("uptime_ns")?, pages_written: find("pages_written")?, errors })
-    }
-
-    /// Pages a second since `before`; `None` if no time passed.
-    fn rate_since(&self, before: &Self) -> Option<f64> {
-        let ns = self.uptime_ns.checked_sub(before.uptime_ns).filter(|&ns| ns > 0)?;
-        let pages = self.pages_written.checked_sub(before.pages_written)?;
-        Some(pages as f64 * 1e9 / ns as f64)
-    }
-}
-
-/// A heartbeat's number and time stamp.
-fn heartbeat(line: &str) -> Option<(u64, u64)> {
-    let (number, tsc) = line.strip_prefix("HB ")?.split_once(' ')?;
-    Some((number.parse().ok()?, u64::from_str_radix(tsc, 16).ok()?))
-}
-
 impl Guest {
-    /// All whole lines of the console.
-    fn lines(&self) -> Vec<String> {
-        lines_of(&self.console)
-    }
-
-    /// The guest's counters as of now: the first line that comes from here on.
-    fn stat(&self, lab: &Lab<'_>) -> Result<Stat, Obstacle> {
-        let count = |lines: &[String]| lines.iter().filter(|line| line.starts_with("STAT ")).count();
-        let before = count(&self.lines());
-        lab.wait("the guest's counters", GUEST_LIMIT, || {
-            let lines = self.lines();
-            Ok(if count(&lines) > before { lines.iter().rev().find_map(|line| Stat::parse(line)) } else { None })
-        })
-    }
-
-    /// What the guest itself wrote in pages a second while `act` went on.
-    fn rate_while(&self, lab: &Lab<'_>, act: impl FnOnce() -> Result<(), Obstacle>) -> Result<f64, Obstacle> {
-        let before = self.stat(lab)?;
-        act()?;
-        self.stat(lab)?.rate_since(&before).ok_or_else(|| Obstacle::Failed("the guest's counters went back".to_owned()))
-    }
-
     /// Starts to count what the guest writes, from outside.
     fn observe(&self, armed: bool) -> Result<Observer<KernelCounters, MonotonicClock>, Obstacle> {
         let frames = PageCount::covering(MEMORY_BYTES);
@@ -483,12 +254,6 @@ impl Guest {
         let arm = armed.then(|| Box::new(ControlSocketArm::new(socket)) as Box<dyn Arm>);
         Observer::start(counters, MonotonicClock, arm).map_err(|e| failed("tracking", &e))
     }
-}
-
-fn lines_of(console: &Path) -> Vec<String> {
-    let bytes = fs::read(console).unwrap_or_default();
-    let whole = bytes.iter().rposition(|&byte| byte == b'\n').map_or(0, |last| last + 1);
-    String::from_utf8_lossy(&bytes[..whole]).lines().map(str::to_owned).collect()
 }
 
 fn guest(lab: &Lab<'_>) -> Result<Success, Obstacle> {
@@ -716,8 +481,6 @@ fn span(ns: f64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
 
     #[test]
@@ -728,27 +491,5 @@ mod tests {
         assert_eq!(of(&[4.0, 1.0, f64::NAN, 2.0, 3.0]).map(|figure| (figure.median * 2.0) as u64), Some(5));
         assert_eq!(of(&[]), None);
         assert_eq!(of(&[f64::INFINITY]), None);
-    }
-
-    #[test]
-    fn the_guests_lines_are_read() {
-        let line = "STAT uptime_ns=2000000000 pages_written=500 page_mismatches=1 ipi_lost=0 ipi_doubled=2 ticks=9 \
-                    timer_stalls=0 address_space_mismatches=0 irq_lost=0 block_mismatches=0 block_errors=0";
-        let stat = Stat::parse(line).unwrap();
-        assert_eq!(stat, Stat { uptime_ns: 2_000_000_000, pages_written: 500, errors: 3 });
-        let before = Stat { uptime_ns: 1_000_000_000, pages_written: 100, errors: 0 };
-        assert_eq!(stat.rate_since(&before), Some(400.0));
-        assert_eq!((before.rate_since(&stat), stat.rate_since(&stat)), (None, None));
-        assert_eq!(Stat::parse("STAT uptime_ns=2 pages_written=500"), None);
-        assert_eq!(heartbeat("HB 7 ff"), Some((7, 255)));
-        assert_eq!(heartbeat("HB 7 zz"), None);
-    }
-
-    proptest! {
-        #[test]
-        fn no_line_makes_the_reader_panic(line in "(STAT|HB)? ?[a-z_=0-9 ]{0,200}") {
-            let _ = Stat::parse(&line);
-            let _ = heartbeat(&line);
-        }
     }
 }
