@@ -7,6 +7,7 @@ use super::console::Console;
 use super::container::{self, Writer};
 use super::memory::{Memory, MemoryOptions};
 use super::serial::Serial;
+use super::x86::acpi::Board;
 use super::x86::state::{VcpuState, VmState};
 use crate::model::SerialSpec;
 
@@ -62,7 +63,8 @@ pub(crate) fn saved_serial(bytes: &[u8]) {
 /// Loads `bytes` as a kernel.
 pub(crate) fn kernel(bytes: &[u8]) {
     let memory = Memory::new(4 << 20, MemoryOptions { huge_pages: false }).expect("guest memory");
-    let _ = boot::load(&memory, &BootImage { kernel: bytes.into(), cmdline: "a=b".to_owned() });
+    let board = Board { cpus: 2, windows: Vec::new() };
+    let _ = boot::load(&memory, &BootImage { kernel: bytes.into(), initrd: None, cmdline: "a=b".to_owned() }, &board);
 }
 
 /// Saved machines as they are written.

@@ -1,9 +1,14 @@
-//! Loading a guest: a PVH ELF, its command line, and the start structure that it reads.
+//! Loading a guest: a PVH ELF or a Linux bzImage, an initrd, the command line, ACPI tables, and the start structure that it
+//! reads.
 //!
-//! Owns what lies where in low memory at the first instruction. Must not know vCPUs: it only says where they start.
-//! An image is checked completely before a byte of it is copied.
+//! Owns what lies where in guest memory at the first instruction. Must not know vCPUs: it only says where they start.
+//! Everything is checked before a byte of it is copied.
 
+mod bzimage;
 mod elf;
+mod layout;
+mod long_mode;
+mod pvh;
 #[cfg(test)]
 pub(crate) use elf::tests::pvh_elf as elf_for_tests;
 
@@ -13,63 +18,92 @@ use std::path::Path;
 use std::sync::Arc;
 
 use linux_loader::loader::elf::PvhBootCapability;
-use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_start_info};
 use linux_loader::loader::{Elf, KernelLoader};
 use vm_memory::{Bytes, GuestAddress};
 
+use self::layout::{ACPI, ACPI_BYTES, BOOT_PARAMS, COMMAND_LINE, DESCRIPTORS, IMAGE_START, PAGE_TABLES, START_INFO};
 use super::container::{self, Sections, StateError};
 use super::memory::Memory;
+use super::x86::acpi::{self, Board};
+use crate::model::{MAX_BOOT_IMAGE_BYTES, PAGE_SIZE};
 
-/// Where the start structure lies.
-const START_INFO: u64 = 0x6000;
-/// Where the memory map lies.
-const MEMORY_MAP: u64 = 0x7000;
-/// Where the command line lies.
-const COMMAND_LINE: u64 = 0x2_0000;
-/// The longest command line, closing zero included.
+/// The longest command line, closing zero included. A Linux kernel may take less.
 pub const MAX_COMMAND_LINE_BYTES: usize = 0x1_0000;
-/// The largest image.
-pub const MAX_IMAGE_BYTES: u64 = 256 << 20;
-/// Below this lies low memory, then the old hole for video and firmware; an image lies above.
-const IMAGE_START: u64 = 1 << 20;
+/// The largest kernel.
+pub const MAX_KERNEL_BYTES: u64 = 256 << 20;
+/// The largest kernel and initrd together.
+pub const MAX_LOADED_BYTES: u64 = 512 << 20;
 /// The sections of an image on its way to another host, and their newest version.
 const KERNEL_TAG: &str = "kernel";
 const CMDLINE_TAG: &str = "cmdline";
+const INITRD_TAG: &str = "initrd";
 const IMAGE_VERSION: u32 = 1;
-/// The most that a kernel, a command line and their framing can take.
-const MAX_MOVED_BYTES: usize = MAX_IMAGE_BYTES as usize + MAX_COMMAND_LINE_BYTES + 4096;
-/// End of the low memory that the map offers as RAM.
-const LOW_MEMORY_END: u64 = 0x9_fc00;
+/// The most that the framing of an image takes.
+const FRAMING_BYTES: usize = 4096;
 
-const START_MAGIC: u32 = 0x336e_c578;
-const MEMORY_MAP_RAM: u32 = 1;
+const _: () = assert!(MAX_LOADED_BYTES as usize + MAX_COMMAND_LINE_BYTES + FRAMING_BYTES <= MAX_BOOT_IMAGE_BYTES);
 
 /// A guest could not be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
-    /// The file cannot be read.
-    #[error("kernel {path} cannot be read")]
+    /// A file cannot be read.
+    #[error("{what} {path} cannot be read")]
     Read {
+        /// What it is to be.
+        what: &'static str,
         /// The file.
         path: String,
         /// What the kernel said.
         #[source]
         source: io::Error,
     },
-    /// The file is no image that boots here.
-    #[error("the kernel is no bootable PVH ELF: {0}")]
+    /// The file is no kernel that boots here.
+    #[error("the kernel does not boot here: {0}")]
     Image(String),
-    /// The image does not fit into guest RAM.
-    #[error("the kernel does not fit: it ends at {end:#x}, low guest RAM at {ram:#x}")]
+    /// A file is larger than any that is taken.
+    #[error("{what} is larger than {limit} bytes: {advice}")]
+    TooLarge {
+        /// What it is.
+        what: &'static str,
+        /// What is allowed.
+        limit: u64,
+        /// What to do.
+        advice: &'static str,
+    },
+    /// The kernel does not fit into guest RAM.
+    #[error(
+        "the kernel does not fit: it needs RAM up to {end:#x}, low guest RAM ends at {ram:#x}; give the VM more memory"
+    )]
     TooBig {
         /// The address behind its last byte.
         end: u64,
         /// The address behind the last byte of low RAM.
         ram: u64,
     },
+    /// The initrd does not fit beside the kernel.
+    #[error(
+        "the initrd of {bytes} bytes does not fit: it must lie between the kernel's end at {from:#x} and {to:#x}; \
+         give the VM more memory, or make the initrd smaller"
+    )]
+    Initrd {
+        /// Its size.
+        bytes: u64,
+        /// The address behind the kernel.
+        from: u64,
+        /// The address behind the last byte that it may have.
+        to: u64,
+    },
+    /// An initrd of no bytes.
+    #[error("the initrd is empty")]
+    EmptyInitrd,
     /// The command line is too long, or holds a zero byte.
-    #[error("the command line of {0} bytes is too long or holds a zero byte (at most {MAX_COMMAND_LINE_BYTES})")]
-    CommandLine(usize),
+    #[error("the command line of {bytes} bytes is too long (at most {limit}) or holds a zero byte")]
+    CommandLine {
+        /// Its length.
+        bytes: usize,
+        /// The longest that this kernel takes, closing zero not counted.
+        limit: u64,
+    },
     /// Guest RAM is too small for the start structures.
     #[error("guest RAM of {0} bytes is too small to boot in")]
     Memory(u64),
@@ -78,101 +112,235 @@ pub enum BootError {
 /// What a guest is started from; kept for a reset.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BootImage {
-    /// The ELF file's bytes.
+    /// The kernel's file: a PVH ELF or a bzImage.
     pub kernel: Arc<[u8]>,
+    /// The initrd's file, if there is one.
+    pub initrd: Option<Arc<[u8]>>,
     /// The command line, complete.
     pub cmdline: String,
 }
 
+/// Reads at most `limit` bytes, and one more to see that there are more.
+fn read_file(what: &'static str, path: &Path, limit: u64) -> Result<Vec<u8>, BootError> {
+    let failed = |source| BootError::Read { what, path: path.display().to_string(), source };
+    let mut bytes = Vec::new();
+    File::open(path).map_err(failed)?.take(limit + 1).read_to_end(&mut bytes).map_err(failed)?;
+    Ok(bytes)
+}
+
 impl BootImage {
-    /// Reads the kernel at `path`.
-    pub fn read(path: &Path, cmdline: &str) -> Result<Self, BootError> {
-        let failed = |source| BootError::Read { path: path.display().to_string(), source };
-        let mut kernel = Vec::new();
-        let file = File::open(path).map_err(failed)?;
-        file.take(MAX_IMAGE_BYTES + 1).read_to_end(&mut kernel).map_err(failed)?;
-        if kernel.len() as u64 > MAX_IMAGE_BYTES {
-            return Err(BootError::Image(format!("it is larger than {MAX_IMAGE_BYTES} bytes")));
-        }
-        Ok(Self { kernel: kernel.into(), cmdline: cmdline.to_owned() })
+    /// Reads the kernel and the initrd, and puts `cmdline` beside them.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or is larger than any that is taken. That the kernel boots is checked when it does.
+    pub fn read(kernel: &Path, initrd: Option<&Path>, cmdline: &str) -> Result<Self, BootError> {
+        let read = |what, path: &Path, limit| read_file(what, path, limit).map(Arc::<[u8]>::from);
+        let image = Self {
+            kernel: read("kernel", kernel, MAX_KERNEL_BYTES)?,
+            initrd: initrd.map(|path| read("initrd", path, MAX_LOADED_BYTES)).transpose()?,
+            cmdline: cmdline.to_owned(),
+        };
+        image.check_size()?;
+        Ok(image)
     }
 
-    /// Itself as another host is to have it: a [container] with the sections `kernel` and `cmdline`.
+    /// Whether the kernel is a Linux bzImage: such a guest reads ACPI tables, and is told of devices by nothing else.
+    pub fn is_bzimage(&self) -> bool {
+        bzimage::is(&self.kernel)
+    }
+
+    fn initrd_bytes(&self) -> u64 {
+        self.initrd.as_ref().map_or(0, |initrd| initrd.len() as u64)
+    }
+
+    /// How many bytes [`Self::to_bytes`] gives at most.
+    fn moved_bytes(&self) -> u64 {
+        self.kernel.len() as u64 + self.initrd_bytes() + (self.cmdline.len() + FRAMING_BYTES) as u64
+    }
+
+    /// Refuses what is larger than any image.
+    fn check_size(&self) -> Result<(), BootError> {
+        if self.kernel.len() as u64 > MAX_KERNEL_BYTES {
+            let advice = "strip it of its debugging sections";
+            return Err(BootError::TooLarge { what: "the kernel", limit: MAX_KERNEL_BYTES, advice });
+        }
+        if self.kernel.len() as u64 + self.initrd_bytes() > MAX_LOADED_BYTES {
+            let advice = "make the initrd smaller";
+            return Err(BootError::TooLarge { what: "kernel and initrd", limit: MAX_LOADED_BYTES, advice });
+        }
+        Ok(())
+    }
+
+    /// Itself as another host is to have it: a [container] with the sections `kernel`, `cmdline` and, if there is one,
+    /// `initrd`.
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut writer = container::Writer::default();
         writer.section(KERNEL_TAG, IMAGE_VERSION, &self.kernel);
         writer.section(CMDLINE_TAG, IMAGE_VERSION, self.cmdline.as_bytes());
+        if let Some(initrd) = &self.initrd {
+            writer.section(INITRD_TAG, IMAGE_VERSION, initrd);
+        }
         writer.finish()
     }
 
     /// Reads what [`Self::to_bytes`] wrote. That the kernel boots is checked when it does.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, StateError> {
-        let mut sections = Sections::parse(bytes, MAX_MOVED_BYTES)?;
+        let mut sections = Sections::parse(bytes, MAX_BOOT_IMAGE_BYTES)?;
         let kernel = sections.take(KERNEL_TAG, IMAGE_VERSION)?;
         let cmdline = sections.take(CMDLINE_TAG, IMAGE_VERSION)?;
+        let initrd = sections.take_if_there(INITRD_TAG, IMAGE_VERSION)?;
         sections.finish()?;
         let invalid =
             |what: &str, problem: &str| StateError::Invalid { what: what.to_owned(), problem: problem.to_owned() };
-        if kernel.len() as u64 > MAX_IMAGE_BYTES {
-            return Err(invalid(KERNEL_TAG, "it is too long"));
-        }
         if cmdline.len() >= MAX_COMMAND_LINE_BYTES {
             return Err(invalid(CMDLINE_TAG, "it is too long"));
         }
         let cmdline = str::from_utf8(cmdline).map_err(|_| invalid(CMDLINE_TAG, "it is no text"))?;
-        Ok(Self { kernel: kernel.into(), cmdline: cmdline.to_owned() })
+        let image = Self { kernel: kernel.into(), initrd: initrd.map(Arc::from), cmdline: cmdline.to_owned() };
+        image.check_size().map_err(|error| invalid("boot image", &error.to_string()))?;
+        Ok(image)
     }
 }
 
-/// Where the boot processor starts.
+/// Where the boot processor starts, and how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct EntryPoint {
-    /// The first instruction.
-    pub entry: u64,
-    /// The start structure.
-    pub start_info: u64,
+pub enum EntryPoint {
+    /// As PVH says: 32-bit protected mode, no paging.
+    Pvh {
+        /// The first instruction.
+        entry: u64,
+        /// The start structure, for EBX.
+        start_info: u64,
+    },
+    /// As Linux' 64-bit boot protocol says: long mode, low memory mapped where it lies.
+    Long {
+        /// The first instruction.
+        entry: u64,
+        /// The boot parameters, for RSI.
+        params: u64,
+        /// The page tables, for CR3.
+        page_tables: u64,
+        /// The descriptor table: its address.
+        descriptors: u64,
+        /// The descriptor table: its length less one.
+        descriptors_limit: u16,
+    },
 }
 
-/// Puts `image` into memory that is all zero.
-pub fn load(memory: &Memory, image: &BootImage) -> Result<EntryPoint, BootError> {
-    let low_end = memory.ranges()[0].pages.bytes();
-    if low_end <= IMAGE_START {
-        return Err(BootError::Memory(memory.pages().bytes()));
-    }
-    if image.cmdline.len() >= MAX_COMMAND_LINE_BYTES || image.cmdline.contains('\0') {
-        return Err(BootError::CommandLine(image.cmdline.len()));
-    }
-    elf::check(&image.kernel, IMAGE_START, low_end)?;
-    let ram = memory.ram();
-    let loaded = Elf::load(ram.as_ref(), None, &mut Cursor::new(&image.kernel[..]), None)
-        .map_err(|e| BootError::Image(e.to_string()))?;
-    let PvhBootCapability::PvhEntryPresent(GuestAddress(entry)) = loaded.pvh_boot_cap else {
-        return Err(BootError::Image("it has no PVH entry note".into()));
-    };
-    if !(IMAGE_START..low_end).contains(&entry) {
-        return Err(BootError::Image(format!("its entry point {entry:#x} is not in RAM")));
-    }
+/// Bytes that are to be put into guest memory.
+struct Place {
+    address: u64,
+    bytes: Vec<u8>,
+}
 
-    let mut map = vec![(0, LOW_MEMORY_END), (IMAGE_START, low_end - IMAGE_START)];
-    map.extend(memory.ranges()[1..].iter().map(|range| (range.guest_address, range.pages.bytes())));
-    let write = |address, bytes: &[u8]| {
-        ram.write_slice(bytes, GuestAddress(address)).map_err(|_| BootError::Memory(memory.pages().bytes()))
-    };
-    for (index, &(addr, size)) in map.iter().enumerate() {
-        let entry = hvm_memmap_table_entry { addr, size, type_: MEMORY_MAP_RAM, reserved: 0 };
-        write(MEMORY_MAP + (index * size_of_val(&entry)) as u64, vm_memory::ByteValued::as_slice(&entry))?;
+/// An initrd in its place.
+#[derive(Clone, Copy)]
+struct Initrd<'a> {
+    address: u64,
+    bytes: &'a [u8],
+}
+
+impl<'a> Initrd<'a> {
+    /// Puts an initrd as high as it goes: behind `from`, below `to`, at a page's start.
+    fn place(bytes: &'a [u8], from: u64, to: u64) -> Result<Self, BootError> {
+        if bytes.is_empty() {
+            return Err(BootError::EmptyInitrd);
+        }
+        let length = bytes.len() as u64;
+        let page = PAGE_SIZE as u64;
+        to.checked_sub(length)
+            .map(|address| address / page * page)
+            .filter(|&address| address >= from)
+            .map(|address| Self { address, bytes })
+            .ok_or(BootError::Initrd { bytes: length, from, to })
     }
-    let start = hvm_start_info {
-        magic: START_MAGIC,
-        version: 1,
-        cmdline_paddr: COMMAND_LINE,
-        memmap_paddr: MEMORY_MAP,
-        memmap_entries: map.len() as u32,
-        ..Default::default()
+}
+
+/// Puts `image`, and the ACPI tables of `board`, into memory that is all zero.
+///
+/// # Errors
+/// What about the image does not fit or is not right; nothing was copied then, but for an ELF without a PVH entry.
+pub fn load(memory: &Memory, image: &BootImage, board: &Board) -> Result<EntryPoint, BootError> {
+    let low_end = layout::low_end(memory);
+    let too_small = || BootError::Memory(memory.pages().bytes());
+    if low_end <= IMAGE_START {
+        return Err(too_small());
+    }
+    image.check_size()?;
+    let tables = acpi::tables(board, ACPI);
+    if tables.len() as u64 > ACPI_BYTES {
+        return Err(too_small());
+    }
+    // Else a migration would find out: a target takes no boot image that is larger than the VM.
+    if image.moved_bytes() > memory.pages().bytes() {
+        return Err(BootError::TooLarge {
+            what: "what the guest is booted from",
+            limit: memory.pages().bytes(),
+            advice: "give the VM more memory, or strip the kernel",
+        });
+    }
+    let map = layout::memory_map(memory);
+    let check_cmdline = |limit: u64| {
+        let bytes = image.cmdline.len();
+        let limit = limit.min(MAX_COMMAND_LINE_BYTES as u64 - 1);
+        if bytes as u64 > limit || image.cmdline.contains('\0') {
+            return Err(BootError::CommandLine { bytes, limit });
+        }
+        Ok(())
     };
-    write(START_INFO, vm_memory::ByteValued::as_slice(&start))?;
-    write(COMMAND_LINE, format!("{}\0", image.cmdline).as_bytes())?;
-    Ok(EntryPoint { entry, start_info: START_INFO })
+    let place_initrd = |from, to| image.initrd.as_deref().map(|bytes| Initrd::place(bytes, from, to)).transpose();
+    let ram = memory.ram();
+    let put = |address, bytes: &[u8]| ram.write_slice(bytes, GuestAddress(address)).map_err(|_| too_small());
+
+    let (entry, initrd, pieces) = if bzimage::is(&image.kernel) {
+        let kernel = bzimage::Kernel::parse(&image.kernel)?;
+        if kernel.end > low_end {
+            return Err(BootError::TooBig { end: kernel.end, ram: low_end });
+        }
+        check_cmdline(kernel.max_command_line)?;
+        let initrd = place_initrd(kernel.end, low_end.min(kernel.initrd_last + 1))?;
+        put(kernel.address, kernel.code)?;
+        let descriptors: Vec<u8> = long_mode::DESCRIPTORS.into_iter().flat_map(u64::to_le_bytes).collect();
+        let entry = EntryPoint::Long {
+            entry: kernel.entry(),
+            params: BOOT_PARAMS,
+            page_tables: PAGE_TABLES,
+            descriptors: DESCRIPTORS,
+            descriptors_limit: descriptors.len() as u16 - 1,
+        };
+        let pieces = vec![
+            kernel.params(&map, initrd, ACPI),
+            Place { address: PAGE_TABLES, bytes: long_mode::page_tables() },
+            Place { address: DESCRIPTORS, bytes: descriptors },
+        ];
+        (entry, initrd, pieces)
+    } else if elf::is(&image.kernel) {
+        let end = elf::check(&image.kernel, IMAGE_START, low_end)?;
+        check_cmdline(u64::MAX)?;
+        let initrd = place_initrd(end, low_end)?;
+        let loaded = Elf::load(ram.as_ref(), None, &mut Cursor::new(&image.kernel[..]), None)
+            .map_err(|e| BootError::Image(e.to_string()))?;
+        let PvhBootCapability::PvhEntryPresent(GuestAddress(entry)) = loaded.pvh_boot_cap else {
+            return Err(BootError::Image(
+                "it is an ELF without a PVH entry note; for Linux, build it with CONFIG_PVH or use the bzImage".into(),
+            ));
+        };
+        if !(IMAGE_START..end).contains(&entry) {
+            return Err(BootError::Image(format!("its entry point {entry:#x} is not in the image")));
+        }
+        (EntryPoint::Pvh { entry, start_info: START_INFO }, initrd, pvh::pieces(START_INFO, &map, initrd, ACPI))
+    } else {
+        return Err(BootError::Image("it is neither a Linux bzImage nor an ELF file".into()));
+    };
+    for piece in pieces {
+        put(piece.address, &piece.bytes)?;
+    }
+    if let Some(initrd) = initrd {
+        put(initrd.address, initrd.bytes)?;
+    }
+    put(ACPI, &tables)?;
+    put(COMMAND_LINE, format!("{}\0", image.cmdline).as_bytes())?;
+    Ok(entry)
 }
 
 #[cfg(test)]
@@ -180,11 +348,16 @@ mod tests {
     use proptest::prelude::*;
 
     use super::elf::tests::pvh_elf;
+    use super::layout::MEMORY_MAP;
     use super::*;
     use crate::kvm::memory::MemoryOptions;
 
     fn image(kernel: &[u8]) -> BootImage {
-        BootImage { kernel: kernel.into(), cmdline: "a=b".into() }
+        BootImage { kernel: kernel.into(), initrd: None, cmdline: "a=b".into() }
+    }
+
+    fn start(memory: &Memory, image: &BootImage) -> Result<EntryPoint, BootError> {
+        load(memory, image, &Board { cpus: 1, windows: Vec::new() })
     }
 
     fn memory() -> Memory {
@@ -195,13 +368,13 @@ mod tests {
     fn a_pvh_elf_and_its_start_structure_lie_where_they_should() {
         let memory = memory();
         let entry = load(&memory, &image(&pvh_elf(0x10_0000, &[0xf4; 64]))).unwrap();
-        assert_eq!(entry, EntryPoint { entry: 0x10_0000, start_info: START_INFO });
+        assert_eq!(entry, EntryPoint::Pvh { entry: 0x10_0000, start_info: START_INFO });
         let ram = memory.ram();
-        assert_eq!(ram.read_obj::<u32>(GuestAddress(START_INFO)).unwrap(), START_MAGIC);
+        assert_eq!(ram.read_obj::<u32>(GuestAddress(START_INFO)).unwrap(), 0x336e_c578);
         assert_eq!(ram.read_obj::<u64>(GuestAddress(START_INFO + 24)).unwrap(), COMMAND_LINE);
         assert_eq!(ram.read_obj::<u64>(GuestAddress(START_INFO + 40)).unwrap(), MEMORY_MAP);
-        assert_eq!(ram.read_obj::<u32>(GuestAddress(START_INFO + 48)).unwrap(), 2);
-        assert_eq!(ram.read_obj::<[u64; 2]>(GuestAddress(MEMORY_MAP + 24)).unwrap(), [1 << 20, 3 << 20]);
+        assert_eq!(ram.read_obj::<u32>(GuestAddress(START_INFO + 48)).unwrap(), 3);
+        assert_eq!(ram.read_obj::<[u64; 2]>(GuestAddress(MEMORY_MAP + 48)).unwrap(), [1 << 20, 3 << 20]);
         assert_eq!(ram.read_obj::<u64>(GuestAddress(0x10_0000)).unwrap(), 0xf4f4_f4f4_f4f4_f4f4);
         let mut text = [0; 4];
         ram.read_slice(&mut text, GuestAddress(COMMAND_LINE)).unwrap();
@@ -213,18 +386,18 @@ mod tests {
         let memory = memory();
         let good = pvh_elf(0x10_0000, &[0xf4; 64]);
         for length in 0..good.len() {
-            assert!(load(&memory, &image(&good[..length])).is_err(), "cut to {length} bytes");
+            assert!(start(&memory, &image(&good[..length])).is_err(), "cut to {length} bytes");
         }
-        assert!(matches!(load(&memory, &image(b"#!/bin/sh\n")), Err(BootError::Image(_))));
+        assert!(matches!(start(&memory, &image(b"#!/bin/sh\n")), Err(BootError::Image(_))));
         for outside in [0, 0x9_0000, 4 << 20, 0xd000_0000, u64::MAX - 63] {
             assert!(load(&memory, &image(&pvh_elf(outside, &[0xf4; 64]))).is_err(), "loaded at {outside:#x}");
         }
         let mut too_long = image(&good);
         too_long.cmdline = "x".repeat(MAX_COMMAND_LINE_BYTES);
-        assert!(matches!(load(&memory, &too_long), Err(BootError::CommandLine(_))));
+        assert!(matches!(start(&memory, &too_long), Err(BootError::CommandLine { .. })));
         let small = Memory::new(1 << 20, MemoryOptions::default()).unwrap();
-        assert!(matches!(load(&small, &image(&good)), Err(BootError::Memory(_))));
-        let missing = BootImage::read(Path::new("/nonexistent/kernel"), "").unwrap_err();
+        assert!(matches!(start(&small, &image(&good)), Err(BootError::Memory(_))));
+        let missing = BootImage::read(Path::new("/nonexistent/kernel"), None, "").unwrap_err();
         assert!(missing.to_string().contains("/nonexistent/kernel"));
     }
 
@@ -236,7 +409,7 @@ mod tests {
                 let length = bytes.len();
                 bytes[position % length] = value;
             }
-            let _ = load(&memory(), &image(&bytes));
+            let _ = start(&memory(), &image(&bytes));
         }
     }
 }
