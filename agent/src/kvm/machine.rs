@@ -257,6 +257,7 @@ impl Machine {
             if scaled {
                 fd.set_tsc_khz(shape.tsc_khz).map_err(KvmError::of("KVM_SET_TSC_KHZ"))?;
             }
+            start::power_on(&fd);
         }
 
         let fds: Vec<MutexGuard<'_, _>> = vcpus.iter().map(|vcpu| vcpu.fd()).collect();

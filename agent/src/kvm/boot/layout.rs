@@ -6,8 +6,9 @@
 //! 0x00_5000  descriptor table       0x01_0000  boot_params (one page)
 //! 0x00_6000  PVH start info         0x02_0000  command line (64 KiB)
 //! 0x00_6800  PVH module list        0x09_fc00  end of low RAM
-//! 0x00_7000  PVH memory map         0x0e_0000  ACPI tables (128 KiB), not RAM to the guest
-//! 0x00_9000  page tables (6 pages)  0x10_0000  kernels, initrds
+//! 0x00_7000  PVH memory map         0x0e_0000  ACPI tables (64 KiB), not RAM to the guest
+//! 0x00_9000  page tables (6 pages)  0x0f_fff0  reset vector
+//!                                   0x10_0000  kernels, initrds
 //! ```
 
 use crate::kvm::memory::Memory;
@@ -29,7 +30,11 @@ pub(super) const COMMAND_LINE: u64 = 0x2_0000;
 /// The ACPI tables, root pointer first: where a PC's firmware has it, so that a guest that is not told finds it too.
 pub(super) const ACPI: u64 = 0xe_0000;
 /// Room for the ACPI tables, in bytes.
-pub(super) const ACPI_BYTES: u64 = 0x2_0000;
+pub(super) const ACPI_BYTES: u64 = 0x1_0000;
+/// Where a PC's processor goes on after a reset in real mode, and where a guest jumps that wants one.
+pub(super) const RESET_VECTOR: u64 = 0xf_fff0;
+/// The end of what takes a firmware's place.
+const FIRMWARE_END: u64 = 0x10_0000;
 /// Below this lies low memory, then the old hole for video and firmware; a kernel lies above.
 pub(super) const IMAGE_START: u64 = 1 << 20;
 /// End of the low memory that the map offers as RAM.
@@ -61,7 +66,7 @@ pub(super) fn memory_map(memory: &Memory) -> Vec<MapEntry> {
     let ram = |address, bytes| MapEntry { address, bytes, kind: Kind::Ram };
     let mut map = vec![
         ram(0, LOW_MEMORY_END),
-        MapEntry { address: ACPI, bytes: ACPI_BYTES, kind: Kind::Acpi },
+        MapEntry { address: ACPI, bytes: FIRMWARE_END - ACPI, kind: Kind::Acpi },
         ram(IMAGE_START, low_end(memory) - IMAGE_START),
     ];
     map.extend(memory.ranges()[1..].iter().map(|range| ram(range.guest_address, range.pages.bytes())));

@@ -21,9 +21,12 @@ use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::{Elf, KernelLoader};
 use vm_memory::{Bytes, GuestAddress};
 
-use self::layout::{ACPI, ACPI_BYTES, BOOT_PARAMS, COMMAND_LINE, DESCRIPTORS, IMAGE_START, PAGE_TABLES, START_INFO};
+use self::layout::{
+    ACPI, ACPI_BYTES, BOOT_PARAMS, COMMAND_LINE, DESCRIPTORS, IMAGE_START, PAGE_TABLES, RESET_VECTOR, START_INFO,
+};
 use super::container::{self, Sections, StateError};
 use super::memory::Memory;
+use super::ports::{RESET_BYTE, RESET_PORT};
 use super::x86::acpi::{self, Board};
 use crate::model::{MAX_BOOT_IMAGE_BYTES, PAGE_SIZE};
 
@@ -40,6 +43,18 @@ const INITRD_TAG: &str = "initrd";
 const IMAGE_VERSION: u32 = 1;
 /// The most that the framing of an image takes.
 const FRAMING_BYTES: usize = 4096;
+
+/// All the firmware that there is: a jump to the reset vector in real mode resets the machine. Linux has no other way on
+/// hardware-reduced ACPI without EFI (arch/x86/kernel/reboot.c: `BOOT_EFI`, then `BOOT_BIOS`).
+const RESET_CODE: [u8; 7] = [
+    0xb0,
+    RESET_BYTE, // mov al, RESET_BYTE
+    0xe6,
+    RESET_PORT as u8, // out RESET_PORT, al
+    0xf4,             // hlt
+    0xeb,
+    0xfd, // jmp to the hlt
+];
 
 const _: () = assert!(MAX_LOADED_BYTES as usize + MAX_COMMAND_LINE_BYTES + FRAMING_BYTES <= MAX_BOOT_IMAGE_BYTES);
 
@@ -339,6 +354,7 @@ pub fn load(memory: &Memory, image: &BootImage, board: &Board) -> Result<EntryPo
         put(initrd.address, initrd.bytes)?;
     }
     put(ACPI, &tables)?;
+    put(RESET_VECTOR, &RESET_CODE)?;
     put(COMMAND_LINE, format!("{}\0", image.cmdline).as_bytes())?;
     Ok(entry)
 }

@@ -3,11 +3,13 @@
 //! PVH: 32-bit protected mode, flat segments, no paging, EBX at the start structure. Linux' 64-bit boot protocol: long mode,
 //! flat segments, paging, RSI at the boot parameters. The other processors stay as KVM makes them: waiting for INIT and SIPI.
 
-use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment};
+use kvm_bindings::{kvm_dtable, kvm_msr_entry, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
 
 use crate::kvm::boot::EntryPoint;
 use crate::kvm::sys::KvmError;
+
+use super::msr;
 
 /// CR0: protected mode, and the bit for the coprocessor's type that is always set.
 const CR0_PE_ET: u64 = 0x11;
@@ -17,6 +19,9 @@ const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 /// EFER: long mode is wanted, and on.
 const EFER_LME_LMA: u64 = 1 << 8 | 1 << 10;
+/// IA32_MTRR_DEF_TYPE (SDM 3A, 12.11.2.1): on, memory is cached for reading and writing.
+const MTRR_DEF_TYPE: u32 = 0x2ff;
+const MTRR_ON_WRITE_BACK: u64 = 1 << 11 | 6;
 /// RFLAGS: the bit that is always set.
 const RFLAGS_FIXED: u64 = 2;
 
@@ -32,6 +37,16 @@ fn flat(selector: u16, kind: u8) -> kvm_segment {
         s: 1,
         g: 1,
         ..Default::default()
+    }
+}
+
+/// What firmware does on every processor before it starts anything: memory types are on. Without, Linux reports that the
+/// firmware left them off, and older ones do without the page attribute table then. Its CPUID is already set.
+pub(crate) fn power_on(vcpu: &VcpuFd) {
+    let entry = kvm_msr_entry { index: MTRR_DEF_TYPE, data: MTRR_ON_WRITE_BACK, ..Default::default() };
+    if let Err(error) = msr::write(vcpu, &[entry]) {
+        // KVM caches guest memory as it must anyway: the register is only looked at by the guest.
+        tracing::debug!("memory types stay off: {error}");
     }
 }
 
