@@ -9,6 +9,8 @@ mod elf;
 mod layout;
 mod long_mode;
 mod pvh;
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) mod sample;
 #[cfg(test)]
 pub(crate) use elf::tests::pvh_elf as elf_for_tests;
 
@@ -383,7 +385,7 @@ mod tests {
     #[test]
     fn a_pvh_elf_and_its_start_structure_lie_where_they_should() {
         let memory = memory();
-        let entry = load(&memory, &image(&pvh_elf(0x10_0000, &[0xf4; 64]))).unwrap();
+        let entry = start(&memory, &image(&pvh_elf(0x10_0000, &[0xf4; 64]))).unwrap();
         assert_eq!(entry, EntryPoint::Pvh { entry: 0x10_0000, start_info: START_INFO });
         let ram = memory.ram();
         assert_eq!(ram.read_obj::<u32>(GuestAddress(START_INFO)).unwrap(), 0x336e_c578);
@@ -406,7 +408,7 @@ mod tests {
         }
         assert!(matches!(start(&memory, &image(b"#!/bin/sh\n")), Err(BootError::Image(_))));
         for outside in [0, 0x9_0000, 4 << 20, 0xd000_0000, u64::MAX - 63] {
-            assert!(load(&memory, &image(&pvh_elf(outside, &[0xf4; 64]))).is_err(), "loaded at {outside:#x}");
+            assert!(start(&memory, &image(&pvh_elf(outside, &[0xf4; 64]))).is_err(), "loaded at {outside:#x}");
         }
         let mut too_long = image(&good);
         too_long.cmdline = "x".repeat(MAX_COMMAND_LINE_BYTES);
@@ -415,6 +417,181 @@ mod tests {
         assert!(matches!(start(&small, &image(&good)), Err(BootError::Memory(_))));
         let missing = BootImage::read(Path::new("/nonexistent/kernel"), None, "").unwrap_err();
         assert!(missing.to_string().contains("/nonexistent/kernel"));
+    }
+
+    fn linux(code: &[u8]) -> BootImage {
+        image(&sample::bzimage(code))
+    }
+
+    fn with_initrd(mut image: BootImage, initrd: &[u8]) -> BootImage {
+        image.initrd = Some(initrd.into());
+        image
+    }
+
+    fn words(memory: &Memory, address: u64) -> [u32; 2] {
+        memory.ram().read_obj(GuestAddress(address)).unwrap()
+    }
+
+    #[test]
+    fn a_bzimage_its_parameters_and_its_initrd_lie_where_they_should() {
+        let memory = memory();
+        let entry = start(&memory, &with_initrd(linux(&[0xf4; 64]), &[7; 5000])).unwrap();
+        let EntryPoint::Long { entry, params, page_tables, descriptors, descriptors_limit } = entry else {
+            panic!("{entry:?}")
+        };
+        assert_eq!((entry, params), (sample::ADDRESS + 0x200, BOOT_PARAMS));
+        let ram = memory.ram();
+        assert_eq!(ram.read_obj::<u64>(GuestAddress(entry)).unwrap(), 0xf4f4_f4f4_f4f4_f4f4);
+        // The header is the file's, with the loader's fields filled in.
+        assert_eq!(words(&memory, BOOT_PARAMS + 0x1fc)[0] >> 16, 0xaa55);
+        assert_eq!(words(&memory, BOOT_PARAMS + 0x202), [u32::from_le_bytes(*b"HdrS"), 0x020f]);
+        assert_eq!(words(&memory, BOOT_PARAMS + 0x210)[0], 0x01ff);
+        assert_eq!(words(&memory, BOOT_PARAMS + 0x228)[0], COMMAND_LINE as u32);
+        assert_eq!(words(&memory, BOOT_PARAMS + 0x70), [ACPI as u32, 0]);
+        // The initrd: in the last pages of RAM.
+        let initrd = (4u64 << 20) - 8192;
+        assert_eq!(words(&memory, BOOT_PARAMS + 0x218), [initrd as u32, 5000]);
+        let mut copy = [0; 5001];
+        ram.read_slice(&mut copy, GuestAddress(initrd)).unwrap();
+        assert!(copy[..5000].iter().all(|&byte| byte == 7) && copy[5000] == 0);
+        // The memory map: low RAM, the tables, the rest.
+        assert_eq!(words(&memory, BOOT_PARAMS + 0x1e8)[0], 3);
+        let entry = |index: u64| {
+            let at = BOOT_PARAMS + 0x2d0 + index * 20;
+            (ram.read_obj::<[u64; 2]>(GuestAddress(at)).unwrap(), words(&memory, at + 16)[0])
+        };
+        assert_eq!(entry(0), ([0, 0x9_fc00], 1));
+        assert_eq!(entry(1), ([ACPI, 0x2_0000], 3));
+        assert_eq!(entry(2), ([1 << 20, 3 << 20], 1));
+        assert_eq!(ram.read_obj::<u64>(GuestAddress(ACPI)).unwrap(), u64::from_le_bytes(*b"RSD PTR "));
+        // The selectors 0x10 and 0x18, and tables for long mode.
+        assert_eq!(u64::from(descriptors_limit) + 1, 4 * 8);
+        assert_eq!(ram.read_obj::<u64>(GuestAddress(descriptors + 0x10)).unwrap(), long_mode::DESCRIPTORS[2]);
+        assert_eq!(ram.read_obj::<u64>(GuestAddress(page_tables)).unwrap(), (page_tables + 0x1000) | 3);
+    }
+
+    #[test]
+    fn a_pvh_guest_finds_initrd_and_tables() {
+        let memory = memory();
+        start(&memory, &with_initrd(image(&pvh_elf(0x10_0000, &[0xf4; 64])), b"initrd")).unwrap();
+        let modules = words(&memory, START_INFO + 12);
+        let module: [u64; 2] = memory.ram().read_obj(GuestAddress(modules[1].into())).unwrap();
+        assert_eq!((modules[0], module), (1, [(4 << 20) - 4096, 6]));
+        assert_eq!(memory.ram().read_obj::<u64>(GuestAddress(START_INFO + 32)).unwrap(), ACPI);
+        assert_eq!(&memory.ram().read_obj::<[u8; 6]>(GuestAddress(module[0])).unwrap(), b"initrd");
+    }
+
+    #[test]
+    fn an_initrd_that_does_not_fit_is_refused_before_anything_is_copied() {
+        let kernel_end = sample::ADDRESS + u64::from(sample::INIT_BYTES);
+        let most = (4 << 20) - kernel_end as usize;
+        let memory = memory();
+        start(&memory, &with_initrd(linux(&[0xf4; 64]), &vec![1; most])).unwrap();
+        let memory = self::memory();
+        let refused = start(&memory, &with_initrd(linux(&[0xf4; 64]), &vec![1; most + 1])).unwrap_err();
+        assert!(
+            matches!(refused, BootError::Initrd { bytes, from, to } if bytes == most as u64 + 1 && from == kernel_end && to == 4 << 20),
+            "{refused}"
+        );
+        assert!(refused.to_string().contains("more memory"), "{refused}");
+        assert!(matches!(start(&memory, &with_initrd(linux(&[0xf4; 64]), b"")), Err(BootError::EmptyInitrd)));
+        // The kernel's own limit: below the end of RAM, here below its own end.
+        for (last, fits) in [(0x1f_ffffu32, true), (0x10_ffff, false)] {
+            let mut image = with_initrd(linux(&[0xf4; 64]), &[1; 4096]);
+            let mut kernel = image.kernel.to_vec();
+            sample::put(&mut kernel, 0x22c, &last.to_le_bytes());
+            image.kernel = kernel.into();
+            let memory = self::memory();
+            assert_eq!(start(&memory, &image).is_ok(), fits, "last {last:#x}");
+            if fits {
+                assert_eq!(words(&memory, BOOT_PARAMS + 0x218)[0], 0x1f_f000);
+            } else {
+                let mut low = vec![0; 4 << 20];
+                memory.ram().read_slice(&mut low, GuestAddress(0)).unwrap();
+                assert!(low.iter().all(|&byte| byte == 0), "something was copied");
+            }
+        }
+        // Behind the end of an ELF's last segment too.
+        let elf = image(&pvh_elf(0x20_0000, &vec![0xf4; 0x18_0000]));
+        let refused = start(&self::memory(), &with_initrd(elf, &vec![1; 0x8_1000])).unwrap_err();
+        assert!(matches!(refused, BootError::Initrd { from: 0x38_0000, to: 0x40_0000, .. }), "{refused}");
+    }
+
+    /// Each field that is checked, broken, and a word of what is said then.
+    #[test]
+    fn a_setup_header_that_promises_nonsense_is_refused_by_name() {
+        let good = sample::bzimage(&[0xf4; 64]);
+        start(&memory(), &image(&good)).unwrap();
+        for (at, value, word) in [
+            (0x1fe, &[0u8, 0][..], "boot flag"),
+            (0x206, &[0x0b, 2], "2.11"),
+            (0x211, &[0], "zImage"),
+            (0x236, &[2, 0], "64-bit"),
+            (0x201, &[0x10], "length"),
+            (0x201, &[0xff], "length"),
+            (0x1f1, &[40], "cut off"),
+            (0x1f4, &[0xff, 0xff, 0xff, 0xff], "cut off"),
+            (0x1f4, &[0x20, 0, 0, 0], "entry"),
+            (0x24c, &[0xff, 0xff, 0xff, 0xff], "compressed"),
+            (0x230, &[3, 0, 0, 0], "power of two"),
+            (0x258, &[0; 8], "below 1 MiB"),
+            (0x258, &[0xff; 8], "absurd"),
+            (0x202, b"HdrX", "neither"),
+        ] {
+            let mut bad = good.clone();
+            sample::put(&mut bad, at, value);
+            let refused = start(&memory(), &image(&bad)).unwrap_err().to_string();
+            assert!(refused.contains(word), "{at:#x}: {refused}");
+        }
+        for length in 0..good.len() {
+            assert!(matches!(start(&memory(), &image(&good[..length])), Err(BootError::Image(_))), "cut to {length}");
+        }
+        // More RAM than there is, and a fixed address.
+        let mut large = good.clone();
+        sample::put(&mut large, 0x260, &(4u32 << 20).to_le_bytes());
+        assert!(matches!(start(&memory(), &image(&large)), Err(BootError::TooBig { end: 0x50_0000, ram: 0x40_0000 })));
+        let mut fixed = good.clone();
+        sample::put(&mut fixed, 0x234, &[0]);
+        sample::put(&mut fixed, 0x258, &0x12_3400u64.to_le_bytes());
+        assert!(matches!(start(&memory(), &image(&fixed)), Ok(EntryPoint::Long { entry: 0x12_3600, .. })));
+        // A command line that the kernel would cut.
+        let mut long = image(&good);
+        long.cmdline = "x".repeat(2048);
+        assert!(matches!(start(&memory(), &long), Err(BootError::CommandLine { bytes: 2048, limit: 2047 })));
+    }
+
+    #[test]
+    fn what_could_not_move_along_is_refused_at_once() {
+        let memory = memory();
+        let padded = [pvh_elf(0x10_0000, &[0xf4; 64]), vec![0; 4 << 20]].concat();
+        let refused = start(&memory, &image(&padded)).unwrap_err();
+        assert!(matches!(refused, BootError::TooLarge { limit: 0x40_0000, .. }), "{refused}");
+        // A file of nothing but holes.
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(MAX_KERNEL_BYTES + 1).unwrap();
+        let refused = BootImage::read(file.path(), None, "").unwrap_err();
+        assert!(matches!(refused, BootError::TooLarge { what: "the kernel", .. }), "{refused}");
+        let missing = BootImage::read(file.path(), Some(Path::new("/nonexistent/initrd")), "").unwrap_err();
+        assert!(missing.to_string().contains("initrd /nonexistent/initrd"), "{missing}");
+    }
+
+    #[test]
+    fn an_image_moves_with_and_without_an_initrd() {
+        let plain = image(&[1, 2, 3]);
+        assert_eq!(BootImage::from_bytes(&plain.to_bytes()).as_ref(), Ok(&plain));
+        let full = with_initrd(plain.clone(), b"cpio");
+        assert_eq!(BootImage::from_bytes(&full.to_bytes()), Ok(full.clone()));
+        assert!(full.to_bytes().len() as u64 <= full.moved_bytes());
+        // As it was written before there were initrds.
+        let golden = [
+            &b"DUNLINMS\x01\0\0\0\x02\0\0\0"[..],
+            b"\x06kernel\x01\0\0\0\x03\0\0\0\x01\x02\x03",
+            b"\x07cmdline\x01\0\0\0\x03\0\0\0a=b",
+        ]
+        .concat();
+        let golden = [&golden[..], &crc32fast::hash(&golden).to_le_bytes()].concat();
+        assert_eq!(plain.to_bytes(), golden);
+        assert_eq!(BootImage::from_bytes(&golden), Ok(plain));
     }
 
     proptest! {
@@ -426,6 +603,23 @@ mod tests {
                 bytes[position % length] = value;
             }
             let _ = start(&memory(), &image(&bytes));
+        }
+
+        /// Whatever the header says: an error, or a kernel and an initrd in RAM that do not meet.
+        #[test]
+        fn no_setup_header_leads_out_of_ram(
+            changes in prop::collection::vec((0x1f0usize..0x270, any::<u8>()), 0..5), initrd in 1usize..9000
+        ) {
+            let mut bytes = sample::bzimage(&[0xf4; 64]);
+            for (position, value) in changes {
+                bytes[position] = value;
+            }
+            let memory = memory();
+            if let Ok(EntryPoint::Long { entry, .. }) = start(&memory, &with_initrd(image(&bytes), &vec![1; initrd])) {
+                let [address, length] = words(&memory, BOOT_PARAMS + 0x218).map(u64::from);
+                prop_assert_eq!(length, initrd as u64);
+                prop_assert!(entry > IMAGE_START && entry < address && address + length <= 4 << 20);
+            }
         }
     }
 }
