@@ -14,6 +14,10 @@ pub const MAX_CPUS: u32 = 1024;
 /// The most devices of one kind that an offer may ask for.
 pub const MAX_DEVICES: usize = 32;
 
+/// The longest boot image that moves along with a VM, in bytes, framing included: no machine boots from a larger one, and
+/// no peer is believed a larger one.
+pub const MAX_BOOT_IMAGE_BYTES: usize = 513 << 20;
+
 /// One CPUID leaf as the guest sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CpuidLeaf {

@@ -3,6 +3,8 @@
 //! The list is the kernel's; those that it lists and then refuses are found by trial once a machine, and named in one
 //! warning. The time-stamp counter and its deadline are apart, because their order with the LAPIC matters.
 
+use std::ops::RangeInclusive;
+
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 
@@ -12,6 +14,10 @@ use crate::kvm::sys::KvmError;
 pub(crate) const TSC: u32 = 0x10;
 /// IA32_TSC_DEADLINE.
 pub(crate) const TSC_DEADLINE: u32 = 0x6e0;
+
+/// The memory-type range registers (SDM 3A, 12.11): KVM keeps them, and lists them in no version. What a guest has written
+/// there would be lost.
+const MTRRS: [RangeInclusive<u32>; 5] = [0x200..=0x20f, 0x250..=0x250, 0x258..=0x259, 0x268..=0x26f, 0x2ff..=0x2ff];
 
 /// How many registers one call takes (`KVM_GET_MSRS` refuses more than 255).
 const CHUNK: usize = 255;
@@ -30,10 +36,13 @@ impl MsrList {
     pub(crate) fn by_trial(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Self, KvmError> {
         let listed = kvm.get_msr_index_list().map_err(KvmError::of("KVM_GET_MSR_INDEX_LIST"))?;
         let (mut indices, mut refused) = (Vec::new(), Vec::new());
+        let works = |index: u32| read(vcpu, &[index]).is_ok_and(|entries| write(vcpu, &entries).is_ok());
         for &index in listed.as_slice().iter().filter(|&&index| index != TSC) {
-            let works = read(vcpu, &[index]).is_ok_and(|entries| write(vcpu, &entries).is_ok());
-            if works { indices.push(index) } else { refused.push(index) }
+            if works(index) { indices.push(index) } else { refused.push(index) }
         }
+        // No promise of KVM's is broken if these do not work.
+        let unlisted = MTRRS.into_iter().flatten().filter(|index| !listed.as_slice().contains(index));
+        indices.extend(unlisted.filter(|&index| works(index)));
         let has_deadline = indices.contains(&TSC_DEADLINE);
         indices.retain(|&index| index != TSC_DEADLINE);
         if !refused.is_empty() {
