@@ -78,7 +78,7 @@ pub enum BootError {
     #[error("the kernel does not boot here: {0}")]
     Image(String),
     /// A file is larger than any that is taken.
-    #[error("{what} is larger than {limit} bytes: {advice}")]
+    #[error("{what}: more than {limit} bytes; {advice}")]
     TooLarge {
         /// What it is.
         what: &'static str,
@@ -291,9 +291,9 @@ pub fn load(memory: &Memory, image: &BootImage, board: &Board) -> Result<EntryPo
     // Else a migration would find out: a target takes no boot image that is larger than the VM.
     if image.moved_bytes() > memory.pages().bytes() {
         return Err(BootError::TooLarge {
-            what: "what the guest is booted from",
+            what: "kernel and initrd",
             limit: memory.pages().bytes(),
-            advice: "give the VM more memory, or strip the kernel",
+            advice: "it is all the memory that the VM has; give it more, or strip the kernel",
         });
     }
     let map = layout::memory_map(memory);

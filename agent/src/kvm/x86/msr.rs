@@ -36,15 +36,17 @@ impl MsrList {
     pub(crate) fn by_trial(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Self, KvmError> {
         let listed = kvm.get_msr_index_list().map_err(KvmError::of("KVM_GET_MSR_INDEX_LIST"))?;
         let (mut indices, mut refused) = (Vec::new(), Vec::new());
-        let works = |index: u32| read(vcpu, &[index]).is_ok_and(|entries| write(vcpu, &entries).is_ok());
         for &index in listed.as_slice().iter().filter(|&&index| index != TSC) {
-            if works(index) { indices.push(index) } else { refused.push(index) }
+            let works = read(vcpu, &[index]).is_ok_and(|entries| write(vcpu, &entries).is_ok());
+            if works { indices.push(index) } else { refused.push(index) }
         }
-        // No promise of KVM's is broken if these do not work.
-        let unlisted = MTRRS.into_iter().flatten().filter(|index| !listed.as_slice().contains(index));
-        indices.extend(unlisted.filter(|&index| works(index)));
         let has_deadline = indices.contains(&TSC_DEADLINE);
         indices.retain(|&index| index != TSC_DEADLINE);
+        // KVM has made no promise about these: if they do not work, there is nothing to warn of.
+        indices.extend(MTRRS.into_iter().flatten().filter(|&index| {
+            !listed.as_slice().contains(&index)
+                && read(vcpu, &[index]).is_ok_and(|entries| write(vcpu, &entries).is_ok())
+        }));
         if !refused.is_empty() {
             let names: Vec<String> = refused.iter().map(|index| format!("{index:#x}")).collect();
             tracing::warn!("this host lists MSRs that it refuses; they do not move: {}", names.join(" "));
