@@ -121,12 +121,7 @@ impl Gatherer {
                     lines.extend(self.words.drain(..).map(|line| format!("    {line}")));
                 } else {
                     // A test's own figures are worth a reader's time.
-                    lines.extend(
-                        self.words
-                            .drain(..)
-                            .filter(|line| line.starts_with("shows "))
-                            .map(|line| format!("    {line}")),
-                    );
+                    lines.extend(self.words.drain(..).filter_map(|line| Some(format!("    {}", shown(&line)?))));
                 }
                 lines.push(format!("{word:7} [{:7.3} s] {suite}::{test}{because}", took_ms as f64 / 1e3));
                 self.report.tests.push(Test { suite, name: test, verdict, detail, took_ms });
@@ -174,6 +169,12 @@ impl Report {
         let tests = || self.tests.iter().filter(|test| test.suite == name);
         (tests().filter(|test| test.verdict == Verdict::Passed).count(), tests().count())
     }
+}
+
+/// What a test wants to be seen also when it passes: from `shows` on. libtest writes the first of such lines behind the test's name.
+fn shown(line: &str) -> Option<&str> {
+    let text = line.split_once(" ... ").map_or(line, |(_, behind)| behind);
+    text.starts_with("shows ").then_some(text)
 }
 
 /// All runs side by side: suites, then what `dunlin doctor` found.
@@ -278,7 +279,7 @@ mod tests {
         let output = |line: &str| Message::Output { suite: "s".into(), test: None, line: line.into() };
         gatherer.hear(Message::Begins { suite: "s".into(), test: "t".into() });
         gatherer.hear(output("noise"));
-        gatherer.hear(output("shows 5 things"));
+        gatherer.hear(output("test t ... shows 5 things"));
         assert_eq!(gatherer.hear(test(Verdict::Passed)), ["    shows 5 things", "PASS    [  0.001 s] s::t"]);
         gatherer.hear(output("why"));
         assert_eq!(gatherer.hear(test(Verdict::Failed))[0], "    why");
@@ -292,7 +293,7 @@ mod tests {
         (other.label, other.tests) = ("6.1".into(), Vec::new());
         other.doctor.clear();
         let text = table(&[one, other]);
-        assert!(text.contains("suite s  1 of 1 passed   not run"), "{text}");
-        assert!(text.contains("kvm      works            not tried"), "{text}");
+        assert!(text.contains("suite s  1 of 1 passed    not run\n"), "{text}");
+        assert!(text.contains("kvm      works            not tried\n"), "{text}");
     }
 }
