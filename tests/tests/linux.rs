@@ -84,6 +84,9 @@ fn a_working_linux_is_moved_twenty_times_under_delay_and_loss_and_loses_nothing(
     echo.wait_answers(20, LIMIT).unwrap();
     let before = state(&rig);
     check(&before);
+    let measure = |rig: &Rig| ClockOffset::measure(&rig.host(rig.at()).netns, Rig::guest_ip(), 10).unwrap();
+    let at_first = measure(&rig);
+    println!("shows the guest's clock before the first move: {at_first:?}");
     let (mut blackouts, mut totals, mut offsets) = (Vec::new(), Vec::new(), Vec::new());
     for hop in 1..=20 {
         let moved = rig.hop(&HopOptions::default()).unwrap_or_else(|error| panic!("move {hop}: {error:#}"));
@@ -91,7 +94,7 @@ fn a_working_linux_is_moved_twenty_times_under_delay_and_loss_and_loses_nothing(
         assert!(moved.announced_before_running(), "move {hop}: {moved:#?}");
         echo.wait_answers(5, LIMIT).unwrap();
         check(&state(&rig));
-        let offset = ClockOffset::measure(&rig.host(rig.at()).netns, Rig::guest_ip(), 10).unwrap();
+        let offset = measure(&rig);
         assert!(offset.at_least_ns() < CLOCK_LIMIT_NS, "move {hop}: {offset:?}");
         blackouts.push(moved.report.blackout_ns);
         totals.push(moved.report.total_ns);
