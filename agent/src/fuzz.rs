@@ -60,6 +60,8 @@ pub const TARGETS: &[Target] = &[
     target("virtio_net", |input| virtio::drive(virtio::Target::Net, input), virtio_seeds),
     target("virtio_disk", |input| virtio::drive(virtio::Target::Disk, input), virtio_seeds),
     target("kernel", kvm::fuzz::kernel, kvm::fuzz::kernel_seeds),
+    target("bzimage", kvm::fuzz::bzimage, kvm::fuzz::bzimage_seeds),
+    target("boot_image", kvm::fuzz::boot_image, kvm::fuzz::boot_image_seeds),
     target("journal", store::fuzz_line, store::fuzz_seeds),
     target("json", json, json_seeds),
     target("words", words, word_seeds),

@@ -140,10 +140,15 @@ impl<'a> Sections<'a> {
 
     /// Takes a section's content, of a version up to `newest`.
     pub fn take(&mut self, tag: &str, newest: u32) -> Result<&'a [u8], StateError> {
-        let index = self.0.iter().position(|section| section.tag == tag);
-        let section = self.0.swap_remove(index.ok_or_else(|| StateError::Missing(tag.to_owned()))?);
+        self.take_if_there(tag, newest)?.ok_or_else(|| StateError::Missing(tag.to_owned()))
+    }
+
+    /// Takes the content of a section that need not be there, of a version up to `newest`.
+    pub fn take_if_there(&mut self, tag: &str, newest: u32) -> Result<Option<&'a [u8]>, StateError> {
+        let Some(index) = self.0.iter().position(|section| section.tag == tag) else { return Ok(None) };
+        let section = self.0.swap_remove(index);
         section.expect_version(newest)?;
-        Ok(section.payload)
+        Ok(Some(section.payload))
     }
 
     /// Refuses what was not taken.

@@ -1,12 +1,15 @@
-//! Entry points for fuzzing: bytes as the saved state of a machine, and as a kernel to boot.
+//! Entry points for fuzzing: bytes as the saved state of a machine, as a kernel to boot, and as a boot image that moves.
 //!
 //! Owns the promises that are checked: no panic, and a state that is taken is written as it was read. Needs no KVM.
 
-use super::boot::{self, BootImage};
+use std::sync::Arc;
+
+use super::boot::{self, BootError, BootImage, EntryPoint, sample};
 use super::console::Console;
 use super::container::{self, Writer};
 use super::memory::{Memory, MemoryOptions};
 use super::serial::Serial;
+use super::x86::acpi::Board;
 use super::x86::state::{VcpuState, VmState};
 use crate::model::SerialSpec;
 
@@ -59,10 +62,53 @@ pub(crate) fn saved_serial(bytes: &[u8]) {
     }
 }
 
+/// RAM for a kernel.
+fn memory() -> Memory {
+    Memory::new(4 << 20, MemoryOptions { huge_pages: false }).expect("guest memory")
+}
+
+fn load(kernel: &[u8], initrd: Option<&[u8]>) -> Result<EntryPoint, BootError> {
+    let image = BootImage { kernel: kernel.into(), initrd: initrd.map(Arc::from), cmdline: "a=b".to_owned() };
+    boot::load(&memory(), &image, &Board { cpus: 2, windows: Vec::new() })
+}
+
 /// Loads `bytes` as a kernel.
 pub(crate) fn kernel(bytes: &[u8]) {
-    let memory = Memory::new(4 << 20, MemoryOptions { huge_pages: false }).expect("guest memory");
-    let _ = boot::load(&memory, &BootImage { kernel: bytes.into(), cmdline: "a=b".to_owned() });
+    let _ = load(bytes, None);
+}
+
+/// Loads `bytes` as a bzImage with an initrd: as they are, and with the marks that make them one.
+///
+/// # Panics
+/// If a promise is broken.
+pub(crate) fn bzimage(bytes: &[u8]) {
+    let mut marked = bytes.to_vec();
+    if marked.len() >= 0x206 {
+        sample::put(&mut marked, 0x1fe, &[0x55, 0xaa]);
+        sample::put(&mut marked, 0x202, b"HdrS");
+    }
+    for bytes in [bytes, &marked] {
+        if let Ok(EntryPoint::Long { entry, .. }) = load(bytes, Some(&[1; 5000])) {
+            assert!((1 << 20..4 << 20).contains(&entry), "an entry point that is not in RAM");
+        }
+    }
+}
+
+/// Reads `bytes` as a boot image that moves along: as they are, and with a right checksum.
+///
+/// # Panics
+/// If a promise is broken.
+pub(crate) fn boot_image(bytes: &[u8]) {
+    let mut sound = bytes.to_vec();
+    if let Some(body) = sound.len().checked_sub(4) {
+        let checksum = crc32fast::hash(&sound[..body]);
+        sound[body..].copy_from_slice(&checksum.to_le_bytes());
+    }
+    for bytes in [bytes, &sound] {
+        if let Ok(image) = BootImage::from_bytes(bytes) {
+            assert_eq!(BootImage::from_bytes(&image.to_bytes()), Ok(image), "a boot image changed by being written");
+        }
+    }
 }
 
 /// Saved machines as they are written.
@@ -76,4 +122,17 @@ pub(crate) fn kernel_seeds() -> Vec<Vec<u8>> {
     return vec![boot::elf_for_tests(0x10_0000, &[0xf4; 64])];
     #[cfg(not(test))]
     Vec::new()
+}
+
+/// bzImages that boot.
+pub(crate) fn bzimage_seeds() -> Vec<Vec<u8>> {
+    vec![sample::bzimage(&[0xf4; 64])]
+}
+
+/// Boot images with and without an initrd.
+pub(crate) fn boot_image_seeds() -> Vec<Vec<u8>> {
+    let image = |initrd: Option<&[u8]>| {
+        BootImage { kernel: [1, 2, 3].into(), initrd: initrd.map(Arc::from), cmdline: "a=b".to_owned() }.to_bytes()
+    };
+    vec![image(None), image(Some(b"cpio"))]
 }

@@ -32,7 +32,7 @@ pub(super) fn guest(test: &str) -> Option<PathBuf> {
 
 /// A machine that runs the guest.
 pub(super) fn boot_guest(path: &Path, memory_bytes: u64, cpus: u32, kind: DirtyLogKind, cmdline: &str) -> Arc<Machine> {
-    let image = BootImage::read(path, cmdline).unwrap();
+    let image = BootImage::read(path, None, cmdline).unwrap();
     let config = BootConfig { memory_bytes, ..config(image, cpus, kind) };
     Machine::boot(config, &hosting(), Box::new(|_| Ok(Vec::new()))).unwrap()
 }
@@ -109,7 +109,7 @@ fn the_guest_moves_while_it_writes_memory_and_disk_and_loses_nothing() {
         };
         let cmdline =
             "dunlin.heartbeat=5ms dunlin.wl=ws:8M,rate:10000,pattern:random,share:10 dunlin.blk=rate:500,span:4M";
-        let image = BootImage::read(&path, cmdline).unwrap();
+        let image = BootImage::read(&path, None, cmdline).unwrap();
         let config = BootConfig { memory_bytes: 64 << 20, ..config(image, 2, kind) };
         let mut machine = Machine::boot(config, &hosting(), devices()).unwrap();
         machine.resume().unwrap();

@@ -26,6 +26,7 @@ use super::serial::Serial;
 use super::sys::KvmError;
 use super::vcpu::{self, Surroundings, Vcpu};
 use super::vm::Vm;
+use super::x86::acpi::{Board, Window};
 use super::x86::cpuid::{self, CpuidError};
 use super::x86::start;
 use super::x86::state::{self, RestoreError, StateSupport, VCPU_VERSION, VM_VERSION, VcpuState, VmState};
@@ -191,7 +192,7 @@ impl Machine {
         };
         let machine = Self::build(shape, hosting, devices)?;
         let mut image = config.image;
-        image.cmdline = machine.complete_cmdline(&image.cmdline);
+        image.cmdline = machine.complete_cmdline(&image);
         machine.load(&image)?;
         machine.set_image(image);
         machine.start_threads()
@@ -257,6 +258,7 @@ impl Machine {
             if frequency.scaled {
                 fd.set_tsc_khz(shape.tsc_khz).map_err(KvmError::of("KVM_SET_TSC_KHZ"))?;
             }
+            start::power_on(&fd);
         }
 
         let fds: Vec<MutexGuard<'_, _>> = vcpus.iter().map(|vcpu| vcpu.fd()).collect();
@@ -292,10 +294,15 @@ impl Machine {
         })
     }
 
-    /// The operator's command line and what the guest must know of the machine.
-    fn complete_cmdline(&self, own: &str) -> String {
+    /// The operator's command line and what the guest must know of the machine. A bzImage is Linux, which reads it from the
+    /// ACPI tables: told twice, it would find each device twice.
+    fn complete_cmdline(&self, image: &BootImage) -> String {
+        let own = image.cmdline.trim();
+        if image.is_bzimage() {
+            return own.to_owned();
+        }
         let mut parts: Vec<String> = Vec::new();
-        parts.extend((!own.trim().is_empty()).then(|| own.trim().to_owned()));
+        parts.extend((!own.is_empty()).then(|| own.to_owned()));
         parts.push(format!("dunlin.cpus={} dunlin.tsc_khz={}", self.shape.cpus, self.shape.tsc_khz));
         parts.extend((0..self.devices().len()).map(|index| {
             let (size, address) = (MMIO_WINDOW_BYTES >> 10, MmioBus::address(index));
@@ -304,9 +311,23 @@ impl Machine {
         parts.join(" ")
     }
 
+    /// What the ACPI tables tell of.
+    fn board(&self) -> Board {
+        let window = |index| Window {
+            address: MmioBus::address(index) as u32,
+            bytes: MMIO_WINDOW_BYTES as u32,
+            irq: MmioBus::irq(index),
+        };
+        Board {
+            // The 8-bit ids of local APICs bound it: see `check_cpus`.
+            cpus: self.shape.cpus.min(254) as u8,
+            windows: (0..self.devices().len()).map(window).collect(),
+        }
+    }
+
     /// Loads `image` into memory that is zero, and points the boot processor at it.
     fn load(&self, image: &BootImage) -> Result<(), HostedError> {
-        let entry = boot::load(&self.memory, image)?;
+        let entry = boot::load(&self.memory, image, &self.board())?;
         Ok(start::set_up(&self.vcpus[0].fd(), entry)?)
     }
 

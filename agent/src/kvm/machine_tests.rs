@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::boot::BootImage;
+use super::boot::{BootImage, sample};
 use super::control::MachineExit;
 use super::machine::{HostedError, Machine};
+use super::ports::SLEEP_CONTROL_PORT;
 use super::testing::{boot, hosting, kvm_or_skip, printer, wait_for, writer, written};
 use crate::model::DirtyLogKind;
 
@@ -147,6 +148,78 @@ fn a_host_that_lacks_a_feature_or_the_frequency_refuses() {
     assert!(matches!(Machine::check(&shape), Err(HostedError::Shape(_))));
     shape.cpus = 1000;
     assert!(matches!(Machine::check(&shape), Err(HostedError::Cpus { asked: 1000, .. })));
+}
+
+/// A bzImage that prints its initrd, then does what `then` says: in long mode, at privilege level 0.
+fn initrd_printer(initrd: &[u8], then: &[u8]) -> BootImage {
+    let code = [
+        &[0x8b, 0x8e, 0x1c, 0x02, 0, 0][..],   // mov ecx, [rsi + 0x21c]
+        &[0x8b, 0xb6, 0x18, 0x02, 0, 0],       // mov esi, [rsi + 0x218]
+        &[0x66, 0xba, 0xf8, 0x03, 0xf3, 0x6e], // mov dx, 0x3f8; rep outsb
+        then,
+        &[0xf4, 0xeb, 0xfd], // hlt; jmp to the hlt
+    ];
+    let kernel = sample::bzimage(&code.concat());
+    BootImage { kernel: kernel.into(), initrd: Some(initrd.into()), cmdline: String::new() }
+}
+
+#[test]
+fn a_bzimage_starts_in_long_mode_reads_its_initrd_and_switches_off_by_acpi() {
+    if !kvm_or_skip("a_bzimage_starts_in_long_mode") {
+        return;
+    }
+    // Another sleep type first, which is none that the machine has: it goes on.
+    let off = [out(SLEEP_CONTROL_PORT, 0x2c), out(SLEEP_CONTROL_PORT, 0x34)].concat();
+    // mov eax, cs; add al, 'A' - 0x10; out to the console: the selector that the boot protocol wants, as a letter.
+    let selector = [0x8c, 0xc8, 0x04, b'A' - 0x10, 0x66, 0xba, 0xf8, 0x03, 0xee];
+    let image = initrd_printer(b"from the initrd ", &[&selector[..], &off].concat());
+    let machine = boot(image, 2, DirtyLogKind::Bitmap);
+    machine.resume().unwrap();
+    assert_eq!(machine.wait_exit(Duration::from_secs(10)), Some(MachineExit::PowerOff));
+    assert_eq!(machine.console().history(), b"from the initrd A");
+}
+
+#[test]
+fn a_bzimage_with_its_initrd_boots_again_after_a_reset_here_and_where_it_has_moved() {
+    if !kvm_or_skip("a_bzimage_with_its_initrd_boots_again") {
+        return;
+    }
+    let machine = boot(initrd_printer(b"again ", &out(0x64, 0xfe)), 2, DirtyLogKind::Bitmap);
+    machine.resume().unwrap();
+    wait_for("three boots", || machine.console().history().starts_with(b"again again again "));
+    machine.pause().unwrap();
+    let target = incoming(&machine);
+    assert_eq!(target.image(), machine.image());
+    move_to(&machine, &target);
+    target.resume().unwrap();
+    wait_for("two boots there", || target.console().history().starts_with(b"again again "));
+    assert_eq!(target.exit(), None);
+    target.pause().unwrap();
+}
+
+#[test]
+fn a_jump_to_the_reset_vector_resets() {
+    if !kvm_or_skip("a_jump_to_the_reset_vector_resets") {
+        return;
+    }
+    // mov eax, 0xffff0; jmp eax: the code there is the same in protected mode.
+    let machine = boot(printer(b"again ", &[0xb8, 0xf0, 0xff, 0x0f, 0, 0xff, 0xe0]), 1, DirtyLogKind::Bitmap);
+    machine.resume().unwrap();
+    wait_for("three boots", || machine.console().history().starts_with(b"again again again "));
+    machine.pause().unwrap();
+}
+
+#[test]
+fn linux_is_told_of_devices_by_acpi_alone() {
+    if !kvm_or_skip("linux_is_told_of_devices_by_acpi_alone") {
+        return;
+    }
+    let mut image = initrd_printer(b"x", &[]);
+    image.cmdline = " console=ttyS0 ".into();
+    let machine = boot(image, 1, DirtyLogKind::Bitmap);
+    assert_eq!(machine.image().unwrap().cmdline, "console=ttyS0");
+    let other = boot(writer(4), 1, DirtyLogKind::Bitmap);
+    assert!(other.image().unwrap().cmdline.starts_with("dunlin.cpus=1 "));
 }
 
 fn incoming(source: &Machine) -> Arc<Machine> {

@@ -51,7 +51,7 @@ impl Code {
     }
 
     pub(crate) fn image(self) -> BootImage {
-        BootImage { kernel: pvh_elf(u64::from(CODE), &self.0).into(), cmdline: String::new() }
+        BootImage { kernel: pvh_elf(u64::from(CODE), &self.0).into(), initrd: None, cmdline: String::new() }
     }
 }
 

@@ -12,7 +12,8 @@ use super::lap::Lap;
 use super::message::{Accept, ControlMessage, Handed, Offer, TargetState};
 use super::observe::{CancelFlag, Observer};
 use crate::model::{
-    BlackoutLedger, BlackoutPhase, MigrationId, Owner, PAGE_SIZE, PageCount, PageRun, RegionId, Step, VmId,
+    BlackoutLedger, BlackoutPhase, MAX_BOOT_IMAGE_BYTES, MigrationId, Owner, PAGE_SIZE, PageCount, PageRun, RegionId,
+    Step, VmId,
 };
 use crate::port::{
     Bell, BulkItem, BulkReceiver, Clock, ControlChannel, Fate, Job, LinkError, Machine, MachineError, Region,
@@ -27,8 +28,6 @@ const TICK: Duration = Duration::from_millis(100);
 const SILENCE: Duration = Duration::from_secs(1);
 /// The most page streams of one migration.
 const MAX_STREAMS: u16 = 64;
-/// The longest boot image that is taken; `dunlin vm run` reads kernels of up to 256 MiB.
-const MAX_IMAGE_BYTES: usize = 320 << 20;
 /// Runs at least this long are worth taking their memory in one go: half of a huge page.
 const PREPARE_PAGES: u32 = 256;
 
@@ -237,7 +236,7 @@ impl Target<'_> {
         machine: &mut dyn Machine,
     ) -> Result<(Box<Handed>, Duration), TargetError> {
         // Nobody boots from more than fits into the VM.
-        let room = MAX_IMAGE_BYTES.min(inflow.region.spec().pages.bytes() as usize);
+        let room = MAX_BOOT_IMAGE_BYTES.min(inflow.region.spec().pages.bytes() as usize);
         let mut image = Some(Vec::new());
         loop {
             if self.cancel.is_set() {

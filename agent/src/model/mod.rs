@@ -28,6 +28,6 @@ pub use mac::MacAddress;
 pub use outcome::{Ending, Owner};
 pub use region::{PageRun, RegionId, RegionKind, RegionSpec};
 pub use report::{MigrationReport, RoundReport};
-pub use shape::MachineShape;
+pub use shape::{MAX_BOOT_IMAGE_BYTES, MachineShape};
 pub use stage::{Stage, Step};
 pub use units::{BytesPerSecond, PAGE_SIZE, PageCount, PageIndex, PagesPerSecond};

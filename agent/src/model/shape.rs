@@ -14,6 +14,9 @@ pub const MAX_CPUS: u32 = 1024;
 /// The most devices of one kind that an offer may ask for.
 pub const MAX_DEVICES: usize = 32;
 
+/// The longest boot image that moves along with a VM, in bytes, framing included: no machine boots from a larger one, and
+/// no peer is believed a larger one.
+pub const MAX_BOOT_IMAGE_BYTES: usize = 513 << 20;
 /// The frequencies in kHz that a time-stamp counter may have: 10 MHz to 100 GHz, far beyond what has been built.
 pub const TSC_KHZ: std::ops::RangeInclusive<u32> = 10_000..=100_000_000;
 

@@ -28,7 +28,7 @@ use crate::service::out::{complain, say};
 /// How often the main thread looks for signals.
 const TICK: Duration = Duration::from_millis(100);
 
-/// Boot a VM from a PVH kernel and run it in this process until it ends.
+/// Boot a VM from a kernel and run it in this process until it ends.
 ///
 /// The VM answers to `dunlin vm …`, `dunlin migrate` and `dunlin dirty-rate` by its name. Ctrl-C stops it. When it has
 /// been migrated away, the process ends with code 0.
@@ -38,6 +38,7 @@ Examples:
   dunlin vm run --name web1 --kernel guest.elf --memory 256MiB --cpus 2 --serial stdio
   dunlin vm run --name web1 --kernel guest.elf --cmdline 'dunlin.ip=10.0.0.2/24' \\
       --net tap=tap0,mac=52:54:00:00:00:01,ip=10.0.0.2 --disk path=disk.img --serial file=web1.log
+  dunlin vm run --name deb1 --kernel vmlinuz --initrd initrd.img --cmdline 'console=ttyS0' --serial stdio
 
 Exit codes: 0 the guest switched off, was stopped or moved away; 1 it crashed; 2 wrong arguments; 3 refused.")]
 pub(in crate::cli) struct RunArgs {
@@ -45,9 +46,13 @@ pub(in crate::cli) struct RunArgs {
     #[arg(long, value_name = "N", required_unless_present = "incoming_fd")]
     name: Option<VmName>,
 
-    /// PVH ELF to boot.
+    /// Kernel to boot: a Linux bzImage, or a 64-bit ELF with a PVH entry (vmlinux).
     #[arg(long, value_name = "FILE", required_unless_present = "incoming_fd")]
     kernel: Option<PathBuf>,
+
+    /// Initial RAM disk for a Linux kernel.
+    #[arg(long, value_name = "FILE", conflicts_with = "incoming_fd")]
+    initrd: Option<PathBuf>,
 
     /// Command line for the guest; Dunlin adds what it must know of the machine.
     #[arg(long, value_name = "S", default_value = "")]
@@ -145,7 +150,8 @@ impl RunArgs {
         let (Some(name), Some(kernel)) = (self.name, self.kernel) else {
             unreachable!("clap requires both without --incoming-fd")
         };
-        let image = BootImage::read(&kernel, &self.cmdline).map_err(crate::kvm::HostedError::from)?;
+        let image =
+            BootImage::read(&kernel, self.initrd.as_deref(), &self.cmdline).map_err(crate::kvm::HostedError::from)?;
         let config = BootConfig {
             vm_id: self.uuid.unwrap_or_else(VmId::random),
             name,

@@ -47,11 +47,17 @@ struct Segment {
 
 const _: () = assert!(size_of::<Header>() == HEADER_BYTES && size_of::<Segment>() == SEGMENT_BYTES);
 
-/// Refuses a file that is not a whole 64-bit x86 ELF whose segments lie in guest RAM `[start, end)`.
-pub(super) fn check(file: &[u8], start: u64, end: u64) -> Result<(), BootError> {
+/// Whether the file says that it is an ELF file.
+pub(super) fn is(file: &[u8]) -> bool {
+    file.starts_with(b"\x7fELF")
+}
+
+/// Refuses a file that is not a whole 64-bit x86 ELF whose segments lie in guest RAM `[start, end)`. Returns the address
+/// behind the last segment.
+pub(super) fn check(file: &[u8], start: u64, end: u64) -> Result<u64, BootError> {
     let bad = |problem: &str| BootError::Image(problem.to_owned());
     let (header, _) = Header::read_from_prefix(file).map_err(|_| bad("it is too short"))?;
-    if header.ident[..4] != *b"\x7fELF" {
+    if !is(file) {
         return Err(bad("it does not start as an ELF file does"));
     }
     // 64 bit, little-endian, x86-64.
@@ -66,6 +72,7 @@ pub(super) fn check(file: &[u8], start: u64, end: u64) -> Result<(), BootError> 
         .filter(|&offset| offset >= HEADER_BYTES)
         .and_then(|offset| file.get(offset..)?.get(..usize::from(header.segments) * SEGMENT_BYTES))
         .ok_or_else(|| bad("its program headers are cut off"))?;
+    let mut image_end = start;
     for bytes in table.chunks_exact(SEGMENT_BYTES) {
         let segment = Segment::read_from_bytes(bytes).map_err(|_| bad("its program headers are cut off"))?;
         if segment.kind != SEGMENT_LOAD && segment.kind != SEGMENT_NOTE {
@@ -83,11 +90,12 @@ pub(super) fn check(file: &[u8], start: u64, end: u64) -> Result<(), BootError> 
             if last > end {
                 return Err(BootError::TooBig { end: last, ram: end });
             }
+            image_end = image_end.max(last);
         } else if segment.kind == SEGMENT_LOAD && segment.file_bytes > 0 {
             return Err(bad("a segment is larger in the file than in memory"));
         }
     }
-    Ok(())
+    Ok(image_end)
 }
 
 #[cfg(test)]

@@ -18,6 +18,12 @@ const EDX: usize = 3;
 const TIMING_LEAF: u32 = 0x4000_0010;
 /// KVM's LAPIC timer counts at 1 GHz.
 const LAPIC_TIMER_KHZ: u32 = 1_000_000;
+/// The leaves of the topology by levels, threads and cores: Intel's first and second form; AMD has the first too.
+const TOPOLOGY_LEAVES: [u32; 2] = [0xb, 0x1f];
+/// The levels that are shown: thread, core, and the one that says that there are no more.
+const TOPOLOGY_LEVELS: u32 = 3;
+/// EBX of leaf 0 of AMD's processors, and of Hygon's, which are told the same.
+const AMD_VENDORS: [u32; 2] = [u32::from_le_bytes(*b"Auth"), u32::from_le_bytes(*b"Hygo")];
 
 /// This host cannot show a guest what it has seen elsewhere.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -76,6 +82,7 @@ pub(crate) fn of_host(kvm: &Kvm, tsc_khz: u32) -> Result<Vec<CpuidLeaf>, KvmErro
         // Nested paging of AMD's SVM; the timing leaf is ours.
         .filter(|leaf| leaf.function != 0x8000_000a && leaf.function != TIMING_LEAF)
         .collect();
+    complete_topology(&mut leaves);
     let deadline_timer = kvm.check_extension(Cap::TscDeadlineTimer);
     for leaf in &mut leaves {
         match (leaf.function, leaf.index) {
@@ -95,15 +102,33 @@ pub(crate) fn of_host(kvm: &Kvm, tsc_khz: u32) -> Result<Vec<CpuidLeaf>, KvmErro
     Ok(leaves)
 }
 
+/// Makes room for all levels of the topology: KVM lists one without content, since it does not know how many cores there
+/// will be.
+fn complete_topology(leaves: &mut Vec<CpuidLeaf>) {
+    for function in TOPOLOGY_LEAVES {
+        let before = leaves.len();
+        leaves.retain(|leaf| leaf.function != function);
+        if leaves.len() < before {
+            let flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX;
+            leaves.extend((0..TOPOLOGY_LEVELS).map(|index| CpuidLeaf { function, index, flags, registers: [0; 4] }));
+        }
+    }
+}
+
 /// The leaves as vCPU `index` of `cpus` sees them.
 pub(crate) fn of_vcpu(leaves: &[CpuidLeaf], index: u32, cpus: u32) -> Result<CpuId, KvmError> {
     // Bits of an APIC id that count cores.
     let core_bits = cpus.next_power_of_two().trailing_zeros();
+    let is_amd = leaves.iter().any(|leaf| leaf.function == 0 && AMD_VENDORS.contains(&leaf.registers[EBX]));
     let entries: Vec<kvm_cpuid_entry2> = leaves
         .iter()
         .map(|leaf| {
             let mut registers = leaf.registers;
             set_topology(leaf, &mut registers, index, cpus, core_bits);
+            if is_amd && leaf.function == 0x8000_0001 {
+                // AMD's way to say that the bit for several threads means cores (CmpLegacy).
+                registers[ECX] = registers[ECX] & !(1 << 1) | u32::from(cpus > 1) << 1;
+            }
             kvm_cpuid_entry2 {
                 function: leaf.function,
                 index: leaf.index,
@@ -132,7 +157,7 @@ fn set_topology(leaf: &CpuidLeaf, registers: &mut [u32; 4], id: u32, cpus: u32, 
             field(EDX, 28, 1, u32::from(cpus > 1));
         }
         // Caches: the last level is shared by all cores, the others by none.
-        (0x4 | 0x8000_001d, _) => {
+        (0x4 | 0x8000_001d, _) if leaf.registers[EAX] & 0x1f != 0 => {
             let level = leaf.registers[EAX] >> 5 & 7;
             field(EAX, 14, 12, if level >= 3 { (1 << core_bits) - 1 } else { 0 });
             if leaf.function == 0x4 {
@@ -174,9 +199,11 @@ pub(crate) fn check(vm: &[CpuidLeaf], host: &[CpuidLeaf]) -> Result<(), CpuidErr
         .iter()
         .filter_map(|&(function, index, part, name)| {
             let mut lacks = register(vm, function, index, part) & !register(host, function, index, part);
-            if function == 1 && part == EDX {
-                // The bit for several cores is topology, not a feature.
-                lacks &= !(1 << 28);
+            // The bits for several cores are topology, not features.
+            match (function, part) {
+                (0x1, EDX) => lacks &= !(1 << 28),
+                (0x8000_0001, ECX) => lacks &= !(1 << 1),
+                _ => {}
             }
             let bits: Vec<String> = (0..32).filter(|bit| lacks >> bit & 1 == 1).map(|bit| bit.to_string()).collect();
             (!bits.is_empty()).then(|| format!("{name} bit {}", bits.join("+")))
@@ -238,5 +265,39 @@ mod tests {
         assert_eq!((find(0xb, 0).ebx, find(0xb, 0).edx), (1, 2));
         assert_eq!((find(0xb, 1).eax, find(0xb, 1).ebx, find(0xb, 1).ecx), (2, 3, 2 << 8 | 1));
         assert_eq!(find(0x8000_0008, 0).ecx, 2 | 2 << 12);
+    }
+
+    #[test]
+    fn a_host_without_levels_of_topology_shows_them_all_the_same() {
+        let mut leaves = vec![leaf(0xb, 0, [9; 4]), leaf(0, 0, [0; 4])];
+        complete_topology(&mut leaves);
+        let levels: Vec<_> = leaves.iter().map(|leaf| (leaf.function, leaf.index, leaf.flags)).collect();
+        assert_eq!(levels, [(0, 0, 0), (0xb, 0, 1), (0xb, 1, 1), (0xb, 2, 1)]);
+        let cpuid = of_vcpu(&leaves, 1, 2).unwrap();
+        let registers: Vec<_> =
+            cpuid.as_slice()[1..].iter().map(|entry| [entry.eax, entry.ebx, entry.ecx, entry.edx]).collect();
+        assert_eq!(registers, [[0, 1, 1 << 8, 1], [1, 2, 2 << 8 | 1, 1], [0, 0, 2, 1]]);
+    }
+
+    #[test]
+    fn cores_of_amd_are_no_threads() {
+        let amd = |vendor: &[u8; 4]| {
+            vec![leaf(0, 0, [13, u32::from_le_bytes(*vendor), 0, 0]), leaf(0x8000_0001, 0, [0, 0, 0, 0])]
+        };
+        let bit = |leaves: &[CpuidLeaf], cpus| of_vcpu(leaves, 0, cpus).unwrap().as_slice()[1].ecx >> 1 & 1;
+        assert_eq!(
+            [bit(&amd(b"Auth"), 1), bit(&amd(b"Auth"), 2), bit(&amd(b"Hygo"), 2), bit(&amd(b"Genu"), 2)],
+            [0, 1, 1, 0]
+        );
+        let mut vm = amd(b"Auth");
+        vm[1].registers[ECX] = 2;
+        assert_eq!(check(&vm, &amd(b"Auth")), Ok(()));
+    }
+
+    #[test]
+    fn a_cache_that_is_not_there_stays_away() {
+        let leaves = [leaf(4, 0, [0; 4]), leaf(4, 1, [0x163, 0, 0, 0])];
+        let cpuid = of_vcpu(&leaves, 0, 4).unwrap();
+        assert_eq!(cpuid.as_slice().iter().map(|entry| entry.eax).collect::<Vec<_>>(), [0, 0x163 | 3 << 14 | 3 << 26]);
     }
 }

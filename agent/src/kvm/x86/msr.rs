@@ -7,6 +7,8 @@
 //! IA32_TSC_ADJUST is a register like others: when the guest writes it KVM moves the counter, when the VMM writes it KVM only
 //! notes the value (arch/x86/kvm/x86.c, `kvm_set_msr_common`, `host_initiated`). So nothing counts twice.
 
+use std::ops::RangeInclusive;
+
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 
@@ -24,6 +26,10 @@ const SYSTEM_TIME: [u32; 2] = [0x12, 0x4b56_4d01];
 /// (Documentation/virt/kvm/x86/msr.rst). They do not move: a write at the target would change the guest's memory at an address
 /// that may have been given up long ago (a kernel that came by kexec does not reset it).
 const WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
+
+/// The memory-type range registers (SDM 3A, 12.11): KVM keeps them, and lists them in no version. What a guest has written
+/// there would be lost.
+const MTRRS: [RangeInclusive<u32>; 5] = [0x200..=0x20f, 0x250..=0x250, 0x258..=0x259, 0x268..=0x26f, 0x2ff..=0x2ff];
 
 /// How many registers one call takes (`KVM_GET_MSRS` refuses more than 255).
 const CHUNK: usize = 255;
@@ -48,6 +54,11 @@ impl MsrList {
         }
         let has_deadline = indices.contains(&TSC_DEADLINE);
         indices.retain(|&index| index != TSC_DEADLINE);
+        // KVM has made no promise about these: if they do not work, there is nothing to warn of.
+        indices.extend(MTRRS.into_iter().flatten().filter(|&index| {
+            !listed.as_slice().contains(&index)
+                && read(vcpu, &[index]).is_ok_and(|entries| write(vcpu, &entries).is_ok())
+        }));
         if !refused.is_empty() {
             let names: Vec<String> = refused.iter().map(|index| format!("{index:#x}")).collect();
             tracing::warn!("this host lists MSRs that it refuses; they do not move: {}", names.join(" "));

@@ -12,8 +12,10 @@ use rustix::net::{
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// The longest message: the boot image of a guest with a large kernel.
-const MAX_MESSAGE_BYTES: usize = 320 << 20;
+use crate::model::MAX_BOOT_IMAGE_BYTES;
+
+/// The longest message: a boot image, and what is around it.
+const MAX_MESSAGE_BYTES: usize = MAX_BOOT_IMAGE_BYTES + 4096;
 /// The most descriptors that travel with a message: RAM and dirty bitmap.
 const MAX_FDS: usize = 2;
 
@@ -58,10 +60,14 @@ impl SessionSocket {
 
     /// Sends a message, with descriptors beside its first byte.
     pub fn send<T: Serialize>(&mut self, message: &T, fds: &[BorrowedFd<'_>]) -> Result<(), SessionError> {
-        let payload = postcard::to_stdvec(message).map_err(|error| SessionError::Protocol(error.to_string()))?;
-        let mut frame = Vec::with_capacity(4 + payload.len());
-        frame.extend_from_slice(&(payload.len() as u32).to_le_bytes());
-        frame.extend_from_slice(&payload);
+        // The length's place first, so that a boot image is not copied once more.
+        let mut frame =
+            postcard::to_extend(message, vec![0; 4]).map_err(|error| SessionError::Protocol(error.to_string()))?;
+        let length = frame.len() - 4;
+        if length > MAX_MESSAGE_BYTES {
+            return Err(SessionError::Protocol(format!("a message of {length} bytes is not to be sent")));
+        }
+        frame[..4].copy_from_slice(&(length as u32).to_le_bytes());
         let mut sent = 0;
         if !fds.is_empty() {
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
