@@ -11,6 +11,7 @@ use anyhow::{Context, Result, ensure};
 use dunlin_linux::protocol::{Suite, SuiteKind};
 
 use crate::build_ebpf;
+use crate::build_guest;
 use crate::run;
 use crate::setup;
 use crate::workspace::root;
@@ -60,18 +61,26 @@ struct Row {
 }
 
 /// The suites, in their order.
-const SUITES: [Row; 6] = [
+const SUITES: [Row; 7] = [
     // What this kernel can do: the compatibility table's first half.
     Row { name: "doctor", source: Source::Agent(DOCTOR), only: &[], ignored_too: false, limit_s: 120 },
     // The machine on a KVM that is a module, with hardware page tables.
     Row {
         name: "kvm",
         source: Source::Library,
-        only: &["kvm::guest_tests", "kvm::machine_tests", "kvm::dirty"],
+        only: &["kvm::guest_tests", "kvm::machine_tests", "kvm::dirty", "kvm::time_tests", "kvm::x86"],
         ignored_too: false,
         limit_s: 120,
     },
     Row { name: "tracking", source: Source::Integration("tracking"), only: &[], ignored_too: false, limit_s: 120 },
+    // The test guest, watched and moved, as on an operator's own host.
+    Row {
+        name: "prove",
+        source: Source::Agent(&["doctor", "--prove", "--json"]),
+        only: &[],
+        ignored_too: false,
+        limit_s: 120,
+    },
     // What needs such a kernel.
     Row { name: "kernel", source: Source::Integration("kernel"), only: &[], ignored_too: true, limit_s: 120 },
     Row { name: "linux", source: Source::Integration("linux"), only: &[], ignored_too: true, limit_s: 400 },
@@ -97,9 +106,7 @@ impl Programs {
         setup::ensure()?;
         eprintln!("Building the BPF programs, dunlin, its tests and the guests, where they are not up to date ...");
         build_ebpf::build(&build_ebpf::Arguments::default())?;
-        run::run(
-            Command::new("cargo").args(["build", "--release", "--quiet"]).current_dir(root().join("tests/guest")),
-        )?;
+        build_guest::run()?;
         run::run(Command::new("cargo").args(["build", "--workspace", "--quiet"]).current_dir(root()))?;
         let linux = Self::build_static()?;
         Ok(Self { bed: linux.join("dunlin-bed"), guest: linux.join("dunlin-linux-guest"), tests: Self::build_tests()? })
