@@ -36,6 +36,8 @@ pub mod program {
     pub const DIRTY_RING_PUSH: &str = "dirty_ring_push";
     /// On `kvm_userspace_exit`.
     pub const USERSPACE_EXIT: &str = "userspace_exit";
+    /// On `kvm_exit`.
+    pub const GUEST_EXIT: &str = "guest_exit";
 }
 
 /// Processes that can be tracked at once.
@@ -81,6 +83,8 @@ pub struct ThreadCounters {
     pub dirty_ring_pushes: u64,
     /// Exits to user space, all reasons.
     pub userspace_exits: u64,
+    /// Exits from guest code, those that KVM handles itself among them.
+    pub guest_exits: u64,
 }
 
 /// One reason for which one thread left KVM.

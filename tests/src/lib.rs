@@ -9,6 +9,7 @@ pub mod disk;
 pub mod guest;
 pub mod hosted;
 pub mod interrupt;
+pub mod linux;
 pub mod netns;
 pub mod process;
 pub mod proxy;

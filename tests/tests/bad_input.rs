@@ -100,7 +100,7 @@ fn imaged(address: SocketAddr, offer: &Offer, parts: &[(&[u8], bool)]) -> Result
 }
 
 fn sound_image() -> Vec<u8> {
-    BootImage { kernel: vec![1; 100].into(), cmdline: String::new() }.to_bytes()
+    BootImage { kernel: vec![1; 100].into(), initrd: None, cmdline: String::new() }.to_bytes()
 }
 
 fn net(tap: &str) -> NetSpec {

@@ -45,9 +45,12 @@ impl Watch {
         let now = self.counters.sample(&mut pages).unwrap();
         let of = |sample: &EventSample| sample.threads.get(&self.thread).cloned().unwrap_or_default();
         let (before, after) = (of(&self.before), of(&now));
+        // Where the hardware walks the guest's own tables, it writes to them too (see `TinyVm::fetch_log`).
+        let own = (0..FIRST_FRAME).filter(|&frame| pages.contains(frame)).count() as u64;
+        (0..FIRST_FRAME).for_each(|frame| pages.remove(frame));
         let seen = Seen {
             pages,
-            events: after.pages_made_writable - before.pages_made_writable,
+            events: after.pages_made_writable - before.pages_made_writable - own,
             pushes: after.dirty_ring_pushes - before.dirty_ring_pushes,
             mmio: after.exits.get("mmio").unwrap_or(&0) - before.exits.get("mmio").unwrap_or(&0),
             lost: now.lost.since(&self.before.lost).total(),

@@ -4,10 +4,13 @@ mod bench;
 mod build_ebpf;
 mod demo;
 mod ignored;
+mod interrupt;
+mod process;
 mod run;
 mod setup;
 mod summary;
 mod test;
+mod test_vm;
 mod toolchain;
 mod workspace;
 
@@ -37,6 +40,8 @@ enum Verb {
     Soak(demo::Arguments),
     /// Build everything, check formatting and lints, run all tests.
     Test(test::Arguments),
+    /// Run suites on distributions' kernels, in a machine of their own (needs root and QEMU).
+    TestVm(test_vm::Arguments),
     /// Measure Dunlin beside its peers in the same run; prints a table, or JSON.
     Bench(bench::Arguments),
     /// The receiving end of a bench's raw TCP peer.
@@ -51,6 +56,7 @@ fn main() -> ExitCode {
         Verb::Demo(arguments) => demo::run("demo", &arguments),
         Verb::Soak(arguments) => demo::run("soak", &arguments),
         Verb::Test(arguments) => test::run(&arguments),
+        Verb::TestVm(arguments) => test_vm::run(&arguments),
         Verb::Bench(arguments) => bench::run(&arguments).map(|()| true),
         Verb::RawTcpReceiver => bench::receiver().map(|()| true),
     };

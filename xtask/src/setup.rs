@@ -20,13 +20,17 @@ pub(crate) struct Arguments {
 const COMPILER_PACKAGES: [&str; 3] = ["rustc-web", "cargo-web", "libstd-rust-web-dev-bpf"];
 
 /// Programs that the tests run: program, Debian package, why.
-const TEST_TOOLS: [(&str, &str, &str); 7] = [
+const TEST_TOOLS: [(&str, &str, &str); 11] = [
     ("qemu-system-x86_64", "qemu-system-x86", "the test guest boots under QEMU too, and QEMU is the peer of benches"),
     ("ip", "iproute2", "network namespaces of the tests"),
     ("bridge", "iproute2", "forwarding tables of the tests' bridges"),
     ("ping", "iputils-ping", "packets of the tests' clients"),
     ("setpriv", "util-linux", "tests of what may be done without root"),
     ("tcpdump", "tcpdump", "looking into a test's network"),
+    ("tc", "iproute2", "delay and loss on the tests' links"),
+    ("mkfs.ext4", "e2fsprogs", "disks of the tests' Linux guests"),
+    ("xz", "xz-utils", "compressed modules of distributions' kernels"),
+    ("zstd", "zstd", "the same"),
     ("tshark", "tshark", "an independent reader of announced frames"),
 ];
 
@@ -96,6 +100,16 @@ fn missing() -> Result<Vec<Missing>> {
         if run::find(program).is_none() {
             missing.push(Missing { what: program.to_owned(), why, way: Way::Packages(vec![package]) });
         }
+    }
+    if crate::test_vm::sharer().is_none() {
+        // Debian 12 has it in QEMU's common files, later ones in a package of its own.
+        let package = if run::output("apt-cache", &["show", "virtiofsd"]).is_some_and(|text| !text.is_empty()) {
+            "virtiofsd"
+        } else {
+            "qemu-system-common"
+        };
+        let why = "shares this host's files with the test machine, read only";
+        missing.push(Missing { what: "virtiofsd".into(), why, way: Way::Packages(vec![package]) });
     }
     Ok(missing)
 }

@@ -21,6 +21,13 @@ pub(crate) enum Runner {
 }
 
 impl Totals {
+    /// Takes in what another runner counted.
+    pub(crate) fn add(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped += other.skipped;
+    }
+
     /// Takes in one line of a runner's output, if it is a summary.
     pub(crate) fn read(&mut self, runner: Runner, line: &str) {
         let line = line.trim();

@@ -1,4 +1,4 @@
-//! Exits from KVM to the VMM.
+//! Exits from guest code to KVM, and from KVM to the VMM.
 
 use aya_ebpf::macros::raw_tracepoint;
 use aya_ebpf::programs::RawTracePointContext;
@@ -22,5 +22,16 @@ fn userspace_exit(ctx: RawTracePointContext) -> i32 {
         _ => EXIT_REASON_ERROR,
     };
     event.exit(&ctx, reason);
+    0
+}
+
+/// `kvm_exit(struct kvm_vcpu *vcpu, u32 isa)`: guest code was left. Not every KVM backend emits it.
+#[raw_tracepoint(tracepoint = "kvm_exit")]
+fn guest_exit(ctx: RawTracePointContext) -> i32 {
+    if let Some(event) = Event::current()
+        && let Some(counters) = event.counters(&ctx)
+    {
+        counters.guest_exits += 1;
+    }
     0
 }

@@ -82,8 +82,14 @@ fn machines() -> [Value; 2] {
 }
 
 fn dirty_rate() -> Value {
-    let thread =
-        ThreadRate { thread_id: 1, name: Some(String::new()), pages_per_second: 0., share: 0., exits_per_second: 0. };
+    let thread = ThreadRate {
+        thread_id: 1,
+        name: Some(String::new()),
+        pages_per_second: 0.,
+        share: 0.,
+        exits_per_second: 0.,
+        guest_exits_per_second: 0.,
+    };
     let rate = DirtyRate {
         interval_ns: 0,
         pages_per_second: 0.,

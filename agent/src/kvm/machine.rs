@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use kvm_ioctls::Cap;
+use kvm_ioctls::{Cap, VcpuFd};
 
 use super::boot::{self, BootError, BootImage};
 use super::bus::{BusFull, Device, DeviceError, MMIO_WINDOW_BYTES, MmioBus};
@@ -29,7 +29,8 @@ use super::vm::Vm;
 use super::x86::acpi::{Board, Window};
 use super::x86::cpuid::{self, CpuidError};
 use super::x86::start;
-use super::x86::state::{RestoreError, StateSupport, TimeShift, VCPU_VERSION, VM_VERSION, VcpuState, VmState};
+use super::x86::state::{self, RestoreError, StateSupport, VCPU_VERSION, VM_VERSION, VcpuState, VmState};
+use super::x86::time::{CounterError, Frequency, FrequencyError, Now, TimeShift};
 use crate::model::id::VmName;
 use crate::model::shape::ShapeError;
 use crate::model::{
@@ -44,8 +45,6 @@ const VM_TAG: &str = "vm";
 const SERIAL_TAG: &str = "serial0";
 /// The newest version of the serial port's section; devices version their own payload and have this one too.
 const DEVICE_VERSION: u32 = 1;
-/// How far a host's counter may be from the VM's without scaling, in parts per million.
-const TSC_TOLERANCE_PPM: u64 = 250;
 
 /// A machine could not be made, or could not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -83,13 +82,11 @@ pub enum HostedError {
     #[error(transparent)]
     Cpuid(#[from] CpuidError),
     /// The time-stamp counters differ and cannot be scaled.
-    #[error("the VM's time-stamp counter runs at {vm_khz} kHz, this host's at {host_khz} kHz, and it cannot be scaled")]
-    TscFrequency {
-        /// The VM's.
-        vm_khz: u32,
-        /// This host's.
-        host_khz: u32,
-    },
+    #[error(transparent)]
+    TscFrequency(#[from] FrequencyError),
+    /// The guest's time-stamp counter would jump.
+    #[error(transparent)]
+    TscCounter(#[from] CounterError),
     /// The saved state is none of this machine.
     #[error(transparent)]
     State(#[from] StateError),
@@ -106,6 +103,7 @@ impl From<RestoreError> for HostedError {
         match error {
             RestoreError::State(e) => Self::State(e),
             RestoreError::Kvm(e) => Self::Kvm(e),
+            RestoreError::Counter(e) => Self::TscCounter(e),
         }
     }
 }
@@ -163,6 +161,8 @@ pub struct Machine {
     serial: Arc<Serial>,
     console: Arc<Console>,
     support: StateSupport,
+    /// When it was made: no VM that comes here stood before.
+    made: Instant,
     /// The vCPUs and what they share as KVM made them, before any start-up state.
     power_on: (Vec<VcpuState>, VmState),
     image: Mutex<Option<BootImage>>,
@@ -218,7 +218,7 @@ impl Machine {
         check_cpus(&kvm, shape.cpus)?;
         let vcpu = vm.create_vcpu(0).map_err(KvmError::of("KVM_CREATE_VCPU"))?;
         let host_khz = vcpu.get_tsc_khz().map_err(KvmError::of("KVM_GET_TSC_KHZ"))?;
-        scaling(shape.tsc_khz, host_khz, vm.check_extension(Cap::TscControl))?;
+        Frequency::fit(shape.tsc_khz, host_khz, vm.check_extension(Cap::TscControl))?;
         Ok(cpuid::check(&shape.cpuid, &cpuid::of_host(&kvm, host_khz)?)?)
     }
 
@@ -228,6 +228,19 @@ impl Machine {
         let memory = Memory::new(shape.memory_bytes, hosting.memory)?;
         let vm = Vm::new(&memory, shape.dirty_log)?;
         check_cpus(&vm.kvm, shape.cpus)?;
+        let vcpus = (0..shape.cpus)
+            .map(|index| Vcpu::new(&vm.fd, index).map(Arc::new))
+            .collect::<Result<Vec<_>, KvmError>>()?;
+        let host_khz = vcpus[0].fd().get_tsc_khz().map_err(KvmError::of("KVM_GET_TSC_KHZ"))?;
+        let host_cpuid = cpuid::of_host(&vm.kvm, host_khz)?;
+        let frequency = if shape.cpuid.is_empty() {
+            (shape.cpuid, shape.tsc_khz) = (host_cpuid, host_khz);
+            Frequency::of_host(host_khz)
+        } else {
+            cpuid::check(&shape.cpuid, &host_cpuid)?;
+            Frequency::fit(shape.tsc_khz, host_khz, vm.fd.check_extension(Cap::TscControl))?
+        };
+        // Nothing of this host is touched for a VM that it cannot run.
         let mut bus = MmioBus::default();
         for device in devices(&memory)? {
             bus.attach(device)?;
@@ -237,24 +250,12 @@ impl Machine {
         vm.connect_irq(serial.irq(), SERIAL_IRQ)?;
         vm.connect_bus(&bus)?;
 
-        let vcpus = (0..shape.cpus)
-            .map(|index| Vcpu::new(&vm.fd, index).map(Arc::new))
-            .collect::<Result<Vec<_>, KvmError>>()?;
-        let host_khz = vcpus[0].fd().get_tsc_khz().map_err(KvmError::of("KVM_GET_TSC_KHZ"))?;
-        let host_cpuid = cpuid::of_host(&vm.kvm, host_khz)?;
-        let scaled = if shape.cpuid.is_empty() {
-            (shape.cpuid, shape.tsc_khz) = (host_cpuid, host_khz);
-            false
-        } else {
-            cpuid::check(&shape.cpuid, &host_cpuid)?;
-            scaling(shape.tsc_khz, host_khz, vm.fd.check_extension(Cap::TscControl))?
-        };
         for vcpu in &vcpus {
             let fd = vcpu.fd();
             // CPUID before any register: it decides which of their bits are legal.
             let leaves = cpuid::of_vcpu(&shape.cpuid, vcpu.index(), shape.cpus)?;
             fd.set_cpuid2(&leaves).map_err(KvmError::of("KVM_SET_CPUID2"))?;
-            if scaled {
+            if frequency.scaled {
                 fd.set_tsc_khz(shape.tsc_khz).map_err(KvmError::of("KVM_SET_TSC_KHZ"))?;
             }
             start::power_on(&fd);
@@ -262,9 +263,11 @@ impl Machine {
 
         let fds: Vec<MutexGuard<'_, _>> = vcpus.iter().map(|vcpu| vcpu.fd()).collect();
         let log = DirtyLogger::new(vm.fd.clone(), &memory, vm.ring_bytes, &fds)?;
-        let support = StateSupport::by_trial(&vm.kvm, &vm.fd, &fds[0], shape.tsc_khz, scaled)?;
-        let states = fds.iter().map(|fd| VcpuState::save(fd, &support)).collect::<Result<_, _>>()?;
-        let power_on = (states, VmState::save(&vm.fd)?);
+        let all: Vec<&_> = fds.iter().map(|fd| &**fd).collect();
+        let support = StateSupport::by_trial(&vm.kvm, &vm.fd, &all, frequency)?;
+        let (shared, now) = VmState::save(&vm.fd, &fds[0], &support)?;
+        let states = fds.iter().map(|fd| VcpuState::save(fd, &support, &now)).collect::<Result<_, _>>()?;
+        let power_on = (states, shared);
         drop(fds);
 
         let kicks = vcpus.iter().map(|vcpu| vcpu.clone() as Arc<dyn Kick>).collect();
@@ -283,6 +286,7 @@ impl Machine {
             serial,
             console,
             support,
+            made: Instant::now(),
             power_on,
             image: Mutex::new(None),
             phase: Mutex::new(Phase::Fresh),
@@ -342,6 +346,11 @@ impl Machine {
         threads.push(keeper);
         *machine.threads.lock().unwrap_or_else(PoisonError::into_inner) = threads;
         Ok(machine)
+    }
+
+    /// All vCPUs, when they stand.
+    fn fds(&self) -> Vec<MutexGuard<'_, VcpuFd>> {
+        self.vcpus.iter().map(|vcpu| vcpu.fd()).collect()
     }
 
     fn phase(&self) -> MutexGuard<'_, Phase> {
@@ -432,6 +441,7 @@ impl Machine {
         if *phase == Phase::Running {
             return Ok(());
         }
+        self.tell_guest_that_it_stood()?;
         for device in self.devices() {
             if let Err(e) = device.resume() {
                 let _ = self.pause_devices();
@@ -445,6 +455,18 @@ impl Machine {
         *phase = Phase::Standing;
         self.pause_devices()?;
         Err(HostedError::Ended(self.exit().unwrap_or(MachineExit::Stopped)))
+    }
+
+    /// Its time went on while it stood, so that its watchdogs would take a pause for a lockup. A guest that has not set up
+    /// the KVM clock cannot be told (EINVAL). Documentation/virt/kvm/api.rst, KVM_KVMCLOCK_CTRL.
+    fn tell_guest_that_it_stood(&self) -> Result<(), KvmError> {
+        for vcpu in &self.vcpus {
+            match vcpu.fd().kvmclock_ctrl() {
+                Err(e) if e.errno() != libc::EINVAL => return Err(KvmError::of("KVM_KVMCLOCK_CTRL")(e)),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Stops all vCPUs with nothing pending, then drains and mutes all devices. Idempotent. Who goes on with a blackout keeps a
@@ -475,11 +497,11 @@ impl Machine {
     /// Back to power-on, of a machine that stands: registers, interrupt controllers, devices, memory, guest loaded anew.
     fn reset_in(&self) -> Result<(), HostedError> {
         let image = self.image().ok_or(HostedError::Phase("cannot reset: it came without its boot image"))?;
-        let (vcpus, vm) = &self.power_on;
-        for (vcpu, state) in self.vcpus.iter().zip(vcpus) {
-            state.restore(&vcpu.fd(), &self.support, &TimeShift::none())?;
-        }
-        vm.restore(&self.vm.fd, &TimeShift::none())?;
+        let (states, vm) = &self.power_on;
+        let fds = self.fds();
+        let time = TimeShift::none(vm.moment(), Now::read(&fds[0], self.support.counter())?);
+        state::restore(&self.vm.fd, &fds, &self.support, (states, vm), &time)?;
+        drop(fds);
         self.serial.reset();
         for device in self.devices() {
             device.reset()?;
@@ -508,9 +530,10 @@ impl Machine {
         }
         let mut writer = container::Writer::default();
         // The clock first: its moment is the one that the counters are reckoned from.
-        writer.section(VM_TAG, VM_VERSION, &VmState::save(&self.vm.fd)?.to_bytes());
+        let (vm, now) = VmState::save(&self.vm.fd, &self.vcpus[0].fd(), &self.support)?;
+        writer.section(VM_TAG, VM_VERSION, &vm.to_bytes());
         for vcpu in &self.vcpus {
-            let state = VcpuState::save(&vcpu.fd(), &self.support)?;
+            let state = VcpuState::save(&vcpu.fd(), &self.support, &now)?;
             writer.section(&vcpu_tag(vcpu.index()), VCPU_VERSION, &state.to_bytes());
         }
         writer.section(SERIAL_TAG, DEVICE_VERSION, &self.serial.save());
@@ -542,11 +565,12 @@ impl Machine {
             .collect::<Result<Vec<_>, StateError>>()?;
         sections.finish()?;
 
-        let time = vm.time_shift(&self.support);
-        for (vcpu, state) in self.vcpus.iter().zip(&vcpus) {
-            state.restore(&vcpu.fd(), &self.support, &time)?;
-        }
-        vm.restore(&self.vm.fd, &time)?;
+        let fds = self.fds();
+        let now = Now::read(&fds[0], self.support.counter())?;
+        let time = TimeShift::since(vm.moment(), now, self.made.elapsed());
+        state::restore(&self.vm.fd, &fds, &self.support, (&vcpus, &vm), &time)?;
+        state::check_counters(&fds, &self.support, &vcpus, &time)?;
+        drop(fds);
         // After the interrupt controllers: these may signal an interrupt again.
         self.serial.restore(serial)?;
         for (device, state) in devices {
@@ -591,18 +615,6 @@ fn keep(around: &Surroundings, machine: &Weak<Machine>) {
 fn check_cpus(kvm: &kvm_ioctls::Kvm, asked: u32) -> Result<(), HostedError> {
     let possible = (kvm.get_max_vcpus() as u32).min(254);
     if asked <= possible { Ok(()) } else { Err(HostedError::Cpus { asked, possible }) }
-}
-
-/// Whether a guest counter of `vm_khz` must be scaled on this host.
-fn scaling(vm_khz: u32, host_khz: u32, can_scale: bool) -> Result<bool, HostedError> {
-    let apart = u64::from(vm_khz.abs_diff(host_khz)) * 1_000_000;
-    if apart <= u64::from(host_khz) * TSC_TOLERANCE_PPM {
-        Ok(false)
-    } else if can_scale && vm_khz > 0 {
-        Ok(true)
-    } else {
-        Err(HostedError::TscFrequency { vm_khz, host_khz })
-    }
 }
 
 fn vcpu_tag(index: u32) -> String {

@@ -23,6 +23,8 @@ mod serial;
 pub mod sys;
 #[cfg(test)]
 pub(crate) mod testing;
+#[cfg(test)]
+mod time_tests;
 mod vcpu;
 pub mod virtio;
 mod vm;

@@ -17,6 +17,8 @@ pub const MAX_DEVICES: usize = 32;
 /// The longest boot image that moves along with a VM, in bytes, framing included: no machine boots from a larger one, and
 /// no peer is believed a larger one.
 pub const MAX_BOOT_IMAGE_BYTES: usize = 513 << 20;
+/// The frequencies in kHz that a time-stamp counter may have: 10 MHz to 100 GHz, far beyond what has been built.
+pub const TSC_KHZ: std::ops::RangeInclusive<u32> = 10_000..=100_000_000;
 
 /// One CPUID leaf as the guest sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,6 +72,9 @@ pub enum ShapeError {
     /// More CPUID leaves than KVM itself would return (`KVM_MAX_CPUID_ENTRIES`).
     #[error("{0} CPUID leaves are more than 256")]
     Cpuid(usize),
+    /// A counter's frequency outside [`TSC_KHZ`], of a machine that has been shown a CPU.
+    #[error("a time-stamp counter of {0} kHz is none: it is between {start} and {end} kHz", start = TSC_KHZ.start(), end = TSC_KHZ.end())]
+    Tsc(u32),
 }
 
 impl MachineShape {
@@ -92,6 +97,10 @@ impl MachineShape {
         }
         if self.cpuid.len() > 256 {
             return Err(ShapeError::Cpuid(self.cpuid.len()));
+        }
+        // Without CPUID it is a machine that has not been made, and gets its host's frequency.
+        if !self.cpuid.is_empty() && !TSC_KHZ.contains(&self.tsc_khz) {
+            return Err(ShapeError::Tsc(self.tsc_khz));
         }
         Ok(())
     }

@@ -13,6 +13,8 @@ pub struct ThreadEvents {
     pub huge_mappings: u64,
     /// Pages that KVM pushed to a dirty ring.
     pub dirty_ring_pushes: u64,
+    /// Exits from guest code, those that KVM handles itself among them; zero where the KVM backend does not tell.
+    pub guest_exits: u64,
     /// Exits to user space, by reason.
     pub exits: BTreeMap<String, u64>,
 }

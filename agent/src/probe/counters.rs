@@ -70,7 +70,7 @@ struct Plain<T>(T);
 
 // SAFETY: two u32, no padding, any bits are valid.
 unsafe impl aya::Pod for Plain<ThreadKey> {}
-// SAFETY: four u64, as above.
+// SAFETY: five u64, as above.
 unsafe impl aya::Pod for Plain<ThreadCounters> {}
 // SAFETY: three u32, as above.
 unsafe impl aya::Pod for Plain<ExitKey> {}
@@ -178,6 +178,7 @@ impl EventSource for KernelCounters {
             thread.pages_made_writable = counters.pages_made_writable;
             thread.huge_mappings = counters.huge_mappings;
             thread.dirty_ring_pushes = counters.dirty_ring_pushes;
+            thread.guest_exits = counters.guest_exits;
         }
         for entry in self.exits.iter().take(2 * MAX_EXITS as usize) {
             let (Plain(key), count) = entry.map_err(|e| EventSourceError(e.to_string()))?;

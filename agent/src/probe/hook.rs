@@ -17,7 +17,7 @@ pub struct Hook {
 }
 
 /// All of them.
-pub const HOOKS: [Hook; 4] = [
+pub const HOOKS: [Hook; 5] = [
     Hook {
         program: program::SET_SPTE,
         tracepoint: "kvm_mmu_set_spte",
@@ -40,6 +40,12 @@ pub const HOOKS: [Hook; 4] = [
         program: program::USERSPACE_EXIT,
         tracepoint: "kvm_userspace_exit",
         gives: "exits to the VMM by reason",
+        sees_writable_pages: false,
+    },
+    Hook {
+        program: program::GUEST_EXIT,
+        tracepoint: "kvm_exit",
+        gives: "exits from guest code, those that KVM handles itself among them",
         sees_writable_pages: false,
     },
 ];

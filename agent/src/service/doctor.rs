@@ -167,8 +167,7 @@ const CHECKS: [Check; 17] = [
 ];
 
 /// Tracepoints that other KVM backends emit and that tell more: what for.
-const MORE_TRACEPOINTS: [(&str, &str); 3] = [
-    ("kvm_exit", "exits by hardware reason"),
+const MORE_TRACEPOINTS: [(&str, &str); 2] = [
     ("kvm_entry", "time in the host for each exit"),
     ("kvm_page_fault", "guest instruction and address space of a write"),
 ];

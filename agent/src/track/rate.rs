@@ -66,6 +66,8 @@ pub struct ThreadRate {
     pub share: f64,
     /// Its exits to user space per second.
     pub exits_per_second: f64,
+    /// Its exits from guest code per second, those that KVM handles itself among them; zero where the backend does not tell.
+    pub guest_exits_per_second: f64,
 }
 
 /// [`LostEvents`] with their sum.
@@ -137,6 +139,7 @@ pub fn rate_between(
             pages_per_second: PagesPerSecond::over(PageCount(pages_of(events)), interval).0,
             share: if pages == 0 { 0.0 } else { pages_of(events) as f64 / pages as f64 },
             exits_per_second: PagesPerSecond::over(PageCount(events.exits.values().sum()), interval).0,
+            guest_exits_per_second: PagesPerSecond::over(PageCount(events.guest_exits), interval).0,
         })
         .collect();
     rates.sort_by(|a, b| b.pages_per_second.total_cmp(&a.pages_per_second).then(a.thread_id.cmp(&b.thread_id)));
@@ -168,6 +171,7 @@ fn since(now: &ThreadEvents, before: &ThreadEvents) -> ThreadEvents {
         pages_made_writable: difference(now.pages_made_writable, before.pages_made_writable),
         huge_mappings: difference(now.huge_mappings, before.huge_mappings),
         dirty_ring_pushes: difference(now.dirty_ring_pushes, before.dirty_ring_pushes),
+        guest_exits: difference(now.guest_exits, before.guest_exits),
         exits: exits.collect(),
     }
 }

@@ -41,6 +41,10 @@ pub struct Task {
     pub frame: UnsafeCell<[u64; 20]>,
 }
 
+/// RFLAGS of CPL 3: interrupts on, and IOPL 3. The bitmap alone would do on a real CPU; QEMU's emulated ones (7.2, `check_io`) do
+/// not look at it any more once a hypervisor inside has set TR, as it does after a move.
+pub const USER_FLAGS: u64 = 0x3202;
+
 /// The 64-bit task state segment with an I/O bitmap that opens ports 0 to 0x7ff to CPL 3.
 #[repr(C, packed)]
 pub struct Tss {
@@ -197,7 +201,7 @@ impl Task {
         frame[9] = cpu as *const Cpu as u64; // rdi, the argument
         frame[15] = entry as *const () as u64;
         frame[16] = 0x33; // user code
-        frame[17] = 0x202; // interrupts on
+        frame[17] = USER_FLAGS;
         frame[18] = stack_top - 8; // as after a call
         frame[19] = 0x2b; // user data
         // SAFETY: the vCPU does not run yet, so nothing else touches the frame and the FXSAVE area.

@@ -128,7 +128,7 @@ long_mode:
     leal {TASK_BYTES}(%rdi), %esp
     pushq $0x2b
     pushq %rcx
-    pushq $0x202
+    pushq ${USER_FLAGS}
     pushq $0x33
     pushq $user_start
     iretq
@@ -474,6 +474,7 @@ panic_stack_end:
     WAKE = const offset_of!(Task, wake),
     TSS = const offset_of!(Cpu, tss),
     RSP0 = const offset_of!(Cpu, tss) + 4,
+    USER_FLAGS = const crate::cpu::USER_FLAGS,
     BITMAP_OFFSET = const offset_of!(Cpu, tss) + 102,
     SELECTOR = const offset_of!(Cpu, tss_selector),
     CURRENT_CR3 = const offset_of!(Cpu, current_cr3),

@@ -133,6 +133,7 @@ impl Rig {
         let came: Came = self.wait_object(&mut receiver, &receive_label, "dunlin.received/v1", LISTEN_LIMIT)?;
         let mut source = self.machine.replace(receiver).context("no machine ran at the source")?;
         self.at = to;
+        self.boots = 0;
         let source_status = self.wait_end(&mut source)?;
         ensure!(self.host(from).netns.inmates()?.is_empty(), "processes stay behind at the source{}", self.words());
         let target_steps = fs::read_to_string(&events)?

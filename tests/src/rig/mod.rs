@@ -31,7 +31,7 @@ pub use spec::VmSpec;
 pub const VM_NAME: &str = "wader";
 /// The VM's Ethernet address.
 pub const MAC: &str = "02:00:00:00:00:64";
-/// How long a guest may take from its start to its READY line.
+/// How long a guest may take from its start to its READY line; Linux takes 10 s in software.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
 /// How long an answer over the network may take, with a guest that shares its CPUs.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
@@ -78,6 +78,8 @@ pub struct Rig {
     folder: TempDir,
     disk: Option<PathBuf>,
     hops: u32,
+    /// How often the guest has restarted by itself on the host that it is on.
+    boots: usize,
     ready: String,
 }
 
@@ -92,19 +94,32 @@ impl Rig {
         let disk = spec.disk_bytes.map(|length| -> Result<PathBuf> {
             let path = folder.path().join("disk.img");
             File::create_new(&path)?.set_len(length)?;
+            if spec.linux.is_some() {
+                let made = Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&path).output().context("mkfs.ext4")?;
+                ensure!(made.status.success(), "mkfs.ext4: {}", String::from_utf8_lossy(&made.stderr));
+            }
             Ok(path)
         });
         let disk = disk.transpose().context("make the disk")?;
         let hosts = [Some(host_a), Some(host_b)];
-        let mut rig =
-            Self { machine: None, at: Side::A, hosts, switch, client, folder, disk, hops: 0, ready: String::new() };
+        let mut rig = Self {
+            machine: None,
+            at: Side::A,
+            hosts,
+            switch,
+            client,
+            folder,
+            disk,
+            hops: 0,
+            boots: 0,
+            ready: String::new(),
+        };
         for side in [Side::A, Side::B] {
             fs::create_dir_all(rig.run_dir(side))?;
             fs::create_dir_all(rig.state_dir(side))?;
         }
         let mut command = dunlin();
-        command.args(["vm", "run", "--name", VM_NAME, "--kernel"]).arg(guest::elf()?);
-        command.args(spec.arguments()).args(rig.device_arguments());
+        command.args(["vm", "run", "--name", VM_NAME]).args(spec.arguments()?).args(rig.device_arguments());
         rig.add_places(&mut command, Side::A);
         rig.machine = Some(rig.start(Side::A, &mut command, "run")?);
         rig.ready = rig.wait_ready()?;
@@ -322,15 +337,35 @@ impl Rig {
         found.with_context(|| format!("{label}: no {schema} within {limit:?}{}", self.words()))
     }
 
+    /// Waits for the guest's READY line once more, after a restart that it made itself.
+    ///
+    /// # Errors
+    /// It does not come up, or the VM ends.
+    pub fn wait_ready_again(&mut self) -> Result<()> {
+        self.boots += 1;
+        self.ready = self.wait_ready()?;
+        Ok(())
+    }
+
+    /// Waits until the VM, whose guest was told to switch itself off, has ended.
+    ///
+    /// # Errors
+    /// It does not end.
+    pub fn wait_machine_end(&mut self) -> Result<ExitStatus> {
+        let mut machine = self.machine.take().context("no machine runs")?;
+        self.wait_end(&mut machine)
+    }
+
     fn wait_ready(&mut self) -> Result<String> {
-        let console = self.console(0);
+        let console = self.console(self.hops);
+        let boots = self.boots;
         let mut machine = self.machine.take().context("no machine runs")?;
         let found = interrupt::wait(BOOT_LIMIT, || {
             let ended = machine.wait_for(Duration::ZERO)?;
             let bytes = fs::read(&console).unwrap_or_default();
             let text = String::from_utf8_lossy(&bytes);
             let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
-            if let Some(line) = whole.lines().find(|line| line.starts_with("READY ")) {
+            if let Some(line) = whole.lines().filter(|line| line.starts_with("READY ")).nth(boots) {
                 return Ok(Some(line.trim_end().to_owned()));
             }
             if let Some(status) = ended {

@@ -2,9 +2,13 @@
 
 use dunlin::model::DirtyLogKind;
 
-use super::Rig;
+use anyhow::Result;
 
-/// A VM with the test guest.
+use super::Rig;
+use crate::guest;
+use crate::linux::LinuxGuest;
+
+/// A VM with the test guest, or with Linux.
 #[derive(Clone, Debug)]
 pub struct VmSpec {
     /// Number of vCPUs.
@@ -15,6 +19,10 @@ pub struct VmSpec {
     pub dirty_log: DirtyLogKind,
     /// Size of its disk, a file that both hosts share; none without.
     pub disk_bytes: Option<u64>,
+    /// Linux instead of the test guest; its disk then has a file system.
+    pub linux: Option<LinuxGuest>,
+    /// Further options of `dunlin vm run`.
+    pub more: Vec<String>,
     /// Options of the guest besides its addresses and number of vCPUs.
     pub guest: String,
 }
@@ -26,6 +34,8 @@ impl Default for VmSpec {
             memory_bytes: 256 << 20,
             dirty_log: DirtyLogKind::Bitmap,
             disk_bytes: None,
+            linux: None,
+            more: Vec::new(),
             guest: "dunlin.wl=ws:32M,rate:5000".to_owned(),
         }
     }
@@ -33,14 +43,22 @@ impl Default for VmSpec {
 
 impl VmSpec {
     /// The options of `dunlin vm run` that say this.
-    pub(super) fn arguments(&self) -> Vec<String> {
+    pub(super) fn arguments(&self) -> Result<Vec<String>> {
         let log = match self.dirty_log {
             DirtyLogKind::Bitmap => "bitmap",
             DirtyLogKind::Ring => "ring",
         };
-        let guest = format!("dunlin.cpus={} dunlin.ip={}/24 {}", self.cpus, Rig::guest_ip(), self.guest);
+        let options = format!("dunlin.ip={}/24 {}", Rig::guest_ip(), self.guest);
+        let (system, cmdline) = match &self.linux {
+            None => {
+                let kernel = guest::elf()?.display().to_string();
+                (vec!["--kernel".to_owned(), kernel], format!("dunlin.cpus={} {options}", self.cpus))
+            }
+            Some(linux) => (linux.arguments(), format!("{} {options}", linux.cmdline())),
+        };
         let memory = format!("{}MiB", self.memory_bytes >> 20);
         let cpus = self.cpus.to_string();
-        ["--memory", &memory, "--cpus", &cpus, "--dirty-log", log, "--cmdline", &guest].map(str::to_owned).to_vec()
+        let rest = ["--memory", &memory, "--cpus", &cpus, "--dirty-log", log, "--cmdline", &cmdline].map(str::to_owned);
+        Ok([&system, &rest[..], &self.more].concat())
     }
 }

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use super::interrupt;
-use super::process::OwnChild;
+use crate::interrupt;
+use crate::process::OwnChild;
 
 /// Guest RAM.
 pub(super) const MEMORY_MIB: u64 = 512;

@@ -5,11 +5,9 @@
 mod fresh;
 mod guest;
 mod heartbeat;
-mod interrupt;
 mod measure;
 mod migrate;
 mod ours;
-mod process;
 mod qemu;
 mod qmp;
 mod raw_tcp;
@@ -24,10 +22,11 @@ use clap::{Args, ValueEnum};
 
 pub(crate) use raw_tcp::{RECEIVER_VERB, receiver};
 
+use crate::interrupt;
+use crate::process::Sweeper;
 use crate::run;
 use crate::workspace::root;
 use ours::Places;
-use process::Sweeper;
 
 /// Runs of each case unless told otherwise.
 const RUNS: usize = 5;

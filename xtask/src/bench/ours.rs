@@ -11,8 +11,8 @@ use serde::Deserialize;
 use super::fresh;
 use super::guest::{self, CPUS, Console, HEARTBEAT_MS, MEMORY_MIB, Rate};
 use super::heartbeat::{Gaps, gaps};
-use super::interrupt;
-use super::process::OwnChild;
+use crate::interrupt;
+use crate::process::OwnChild;
 
 /// The VM's name.
 const NAME: &str = "bench";

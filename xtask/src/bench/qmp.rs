@@ -8,8 +8,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-use super::interrupt;
-use super::process::OwnChild;
+use crate::interrupt;
+use crate::process::OwnChild;
 
 /// How long QEMU may take to start, and to answer.
 const LIMIT: Duration = Duration::from_secs(10);

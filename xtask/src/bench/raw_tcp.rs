@@ -16,7 +16,7 @@ use anyhow::{Context, Result, bail};
 use rustix::fs::MemfdFlags;
 use rustix::mm::{MapFlags, ProtFlags};
 
-use super::process::OwnChild;
+use crate::process::OwnChild;
 
 /// Bytes in one write or read at most.
 const CHUNK_BYTES: usize = 2 << 20;

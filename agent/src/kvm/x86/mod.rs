@@ -1,4 +1,4 @@
-//! What is x86 about a machine: ACPI tables, CPUID, start-up state, CPU and interrupt-controller state, MSRs.
+//! What is x86 about a machine: ACPI tables, CPUID, start-up state, CPU and interrupt-controller state, MSRs, time.
 //!
 //! Must not know threads, devices or the container that states are kept in.
 
@@ -7,3 +7,4 @@ pub mod cpuid;
 pub mod msr;
 pub mod start;
 pub mod state;
+pub mod time;

@@ -1,7 +1,11 @@
 //! Model-specific registers: which of them this host can read and write, and their transfer.
 //!
 //! The list is the kernel's; those that it lists and then refuses are found by trial once a machine, and named in one
-//! warning. The time-stamp counter and its deadline are apart, because their order with the LAPIC matters.
+//! warning. The time-stamp counter and its deadline are apart, because their order with the LAPIC matters; so are the registers
+//! of the KVM clock, which stand behind the counter.
+//!
+//! IA32_TSC_ADJUST is a register like others: when the guest writes it KVM moves the counter, when the VMM writes it KVM only
+//! notes the value (arch/x86/kvm/x86.c, `kvm_set_msr_common`, `host_initiated`). So nothing counts twice.
 
 use std::ops::RangeInclusive;
 
@@ -14,6 +18,14 @@ use crate::kvm::sys::KvmError;
 pub(crate) const TSC: u32 = 0x10;
 /// IA32_TSC_DEADLINE.
 pub(crate) const TSC_DEADLINE: u32 = 0x6e0;
+/// MSR_KVM_SYSTEM_TIME, old and new: where KVM keeps a vCPU's clock in guest memory.
+const SYSTEM_TIME: [u32; 2] = [0x12, 0x4b56_4d01];
+/// MSR_KVM_WALL_CLOCK, old and new.
+///
+/// Orders, not state: KVM writes the time of boot to guest memory at the moment of the write, and never again
+/// (Documentation/virt/kvm/x86/msr.rst). They do not move: a write at the target would change the guest's memory at an address
+/// that may have been given up long ago (a kernel that came by kexec does not reset it).
+const WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
 
 /// The memory-type range registers (SDM 3A, 12.11): KVM keeps them, and lists them in no version. What a guest has written
 /// there would be lost.
@@ -36,7 +48,7 @@ impl MsrList {
     pub(crate) fn by_trial(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Self, KvmError> {
         let listed = kvm.get_msr_index_list().map_err(KvmError::of("KVM_GET_MSR_INDEX_LIST"))?;
         let (mut indices, mut refused) = (Vec::new(), Vec::new());
-        for &index in listed.as_slice().iter().filter(|&&index| index != TSC) {
+        for &index in listed.as_slice().iter().filter(|&&index| index != TSC && !is_order(index)) {
             let works = read(vcpu, &[index]).is_ok_and(|entries| write(vcpu, &entries).is_ok());
             if works { indices.push(index) } else { refused.push(index) }
         }
@@ -68,6 +80,21 @@ impl MsrList {
     pub(crate) fn refused(&self) -> &[u32] {
         &self.refused
     }
+}
+
+/// Whether a register is written for its effect and holds nothing that must move.
+pub(crate) fn is_order(index: u32) -> bool {
+    WALL_CLOCK.contains(&index)
+}
+
+/// Whether a register belongs behind the time-stamp counter and the VM's clock.
+pub(crate) fn is_clock(index: u32) -> bool {
+    SYSTEM_TIME.contains(&index)
+}
+
+/// A register and its value.
+pub(crate) fn entry(index: u32, data: u64) -> kvm_msr_entry {
+    kvm_msr_entry { index, data, ..Default::default() }
 }
 
 /// Reads registers.

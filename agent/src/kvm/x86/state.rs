@@ -3,11 +3,9 @@
 //! Owns the order of the calls, which matters (said at each place), and the fields of the sections `vcpuN` and `vm`. Must not
 //! know devices or threads: every vCPU stands with nothing pending.
 //!
-//! Time: a guest's clock and time-stamp counter go on by the time that the move took, measured by the hosts' real-time
-//! clocks, if that is at most [`LONGEST_BLACKOUT`]; a longer stop (a checkpoint) is no time for the guest. The moment of
-//! saving is taken here and not from KVM, which does not tell it on every host.
+//! How the guest's time goes on is [`super::time`]'s matter; when in the order, is this module's.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::ops::Deref;
 
 use kvm_bindings::{
     KVM_CAP_SREGS2, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_debugregs,
@@ -15,9 +13,10 @@ use kvm_bindings::{
     kvm_xcrs,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+use zerocopy::{FromBytes, IntoBytes};
 
 use super::msr::{self, MsrList};
+use super::time::{self, CheckError, Counter, CounterError, Frequency, Moment, Now, SavedCounter, TimeShift};
 use crate::kvm::container::{StateError, fields, put_field};
 use crate::kvm::sys::{self, KvmError, Sregs2, XsaveSize};
 
@@ -25,9 +24,6 @@ use crate::kvm::sys::{self, KvmError, Sregs2, XsaveSize};
 pub(crate) const VCPU_VERSION: u32 = 1;
 /// The newest version of the VM's section.
 pub(crate) const VM_VERSION: u32 = 1;
-
-/// A stop that is longer is no time for the guest.
-pub const LONGEST_BLACKOUT: Duration = Duration::from_secs(10);
 
 /// KVM refused a state, or the state is none.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +34,18 @@ pub enum RestoreError {
     /// KVM refused it.
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    /// KVM took it, and the guest's time would jump nevertheless.
+    #[error(transparent)]
+    Counter(#[from] CounterError),
+}
+
+impl From<CheckError> for RestoreError {
+    fn from(error: CheckError) -> Self {
+        match error {
+            CheckError::Counter(e) => Self::Counter(e),
+            CheckError::Kvm(e) => Self::Kvm(e),
+        }
+    }
 }
 
 /// What of the state this host can read and write, found out by trying.
@@ -46,18 +54,22 @@ pub(crate) struct StateSupport {
     sregs2: bool,
     xsave: XsaveSize,
     msrs: MsrList,
-    /// Whether guest and host counter differ by a constant, so that the offset says everything.
-    tsc_offset: bool,
-    tsc_khz: u32,
+    counter: Counter,
 }
 
 impl StateSupport {
-    /// Tries on a vCPU that has its CPUID and frequency and has not run.
-    pub(crate) fn by_trial(kvm: &Kvm, vm: &VmFd, vcpu: &VcpuFd, tsc_khz: u32, scaled: bool) -> Result<Self, KvmError> {
+    /// Tries on vCPUs that have their CPUID and frequency and have not run.
+    pub(crate) fn by_trial(kvm: &Kvm, vm: &VmFd, vcpus: &[&VcpuFd], frequency: Frequency) -> Result<Self, KvmError> {
+        let vcpu = vcpus[0];
         let sregs2 = vm.check_extension_raw(KVM_CAP_SREGS2.into()) > 0 && sys::get_sregs2(vcpu).is_ok();
         let msrs = MsrList::by_trial(kvm, vcpu)?;
-        let tsc_offset = !scaled && takes_tsc_offset(vcpu);
-        Ok(Self { sregs2, xsave: XsaveSize::of(vm), msrs, tsc_offset, tsc_khz })
+        let counter = Counter::by_trial(vcpus, frequency);
+        Ok(Self { sregs2, xsave: XsaveSize::of(vm), msrs, counter })
+    }
+
+    /// How the guest's time-stamp counter comes from the host's.
+    pub(crate) fn counter(&self) -> &Counter {
+        &self.counter
     }
 
     /// The registers that this host lists and refuses.
@@ -71,7 +83,7 @@ impl StateSupport {
         if !self.sregs2 {
             missing.push("KVM_CAP_SREGS2");
         }
-        if !self.tsc_offset {
+        if !self.counter.by_offset() {
             missing.push("KVM_VCPU_TSC_OFFSET");
         }
         if !self.msrs.has_deadline() {
@@ -102,8 +114,7 @@ pub(crate) struct VcpuState {
     debugregs: kvm_debugregs,
     events: kvm_vcpu_events,
     msrs: Vec<kvm_msr_entry>,
-    tsc: u64,
-    tsc_offset: Option<u64>,
+    counter: SavedCounter,
     lapic: kvm_lapic_state,
     tsc_deadline: Option<u64>,
 }
@@ -133,8 +144,8 @@ mod kind {
 }
 
 impl VcpuState {
-    /// Reads the state.
-    pub(crate) fn save(vcpu: &VcpuFd, support: &StateSupport) -> Result<Self, KvmError> {
+    /// Reads the state; the counter as of `now`.
+    pub(crate) fn save(vcpu: &VcpuFd, support: &StateSupport, now: &Now) -> Result<Self, KvmError> {
         // First: KVM takes pending INIT and SIPI into the registers when it is asked for this.
         let mp_state = vcpu.get_mp_state().map_err(KvmError::of("KVM_GET_MP_STATE"))?;
         let regs = vcpu.get_regs().map_err(KvmError::of("KVM_GET_REGS"))?;
@@ -153,15 +164,14 @@ impl VcpuState {
         };
         let lapic = vcpu.get_lapic().map_err(KvmError::of("KVM_GET_LAPIC"))?;
         let msrs = msr::read(vcpu, support.msrs.indices())?;
-        let tsc = msr::read(vcpu, &[msr::TSC])?.first().map_or(0, |entry| entry.data);
-        let tsc_offset = if support.tsc_offset { sys::get_tsc_offset(vcpu) } else { None };
+        let counter = support.counter.save(vcpu, now)?;
         // Last: an interrupt that was taken out of the LAPIC for delivery is here.
         let events = vcpu.get_vcpu_events().map_err(KvmError::of("KVM_GET_VCPU_EVENTS"))?;
-        Ok(Self { mp_state, regs, sregs, xsave, xcrs, debugregs, events, msrs, tsc, tsc_offset, lapic, tsc_deadline })
+        Ok(Self { mp_state, regs, sregs, xsave, xcrs, debugregs, events, msrs, counter, lapic, tsc_deadline })
     }
 
-    /// Writes the state to a vCPU that has its CPUID.
-    pub(crate) fn restore(&self, vcpu: &VcpuFd, support: &StateSupport, time: &TimeShift) -> Result<(), RestoreError> {
+    /// Writes the state to a vCPU that has its CPUID, but for where its clock is. The counter is to show `tsc` at `now`.
+    fn restore(&self, vcpu: &VcpuFd, support: &StateSupport, tsc: u64, now: &Now) -> Result<(), RestoreError> {
         // System registers first: they carry the APIC's base and mode, CR4 and EFER that the others are checked against.
         match &self.sregs {
             SystemRegisters::WithPdptrs(sregs) if support.sregs2 => sys::set_sregs2(vcpu, sregs)?,
@@ -175,17 +185,14 @@ impl VcpuState {
         vcpu.set_xcrs(&self.xcrs).map_err(KvmError::of("KVM_SET_XCRS"))?;
         sys::set_xsave(vcpu, support.xsave, &fit_xsave(&self.xsave, support.xsave)?)?;
         vcpu.set_debug_regs(&self.debugregs).map_err(KvmError::of("KVM_SET_DEBUGREGS"))?;
-        self.restore_msrs(vcpu, support)?;
+        self.restore_msrs(vcpu, support, |index| !msr::is_clock(index))?;
         // The counter before the LAPIC, whose timer counts by it; the deadline after the LAPIC, which must be in its mode.
-        match self.tsc_offset.and_then(|offset| time.tsc_offset(offset)) {
-            Some(offset) if support.tsc_offset => sys::set_tsc_offset(vcpu, offset)?,
-            _ => msr::write(vcpu, &[msr_entry(msr::TSC, self.tsc.wrapping_add(time.tsc_ticks))])?,
-        }
+        support.counter.restore(vcpu, tsc, now)?;
         vcpu.set_lapic(&self.lapic).map_err(KvmError::of("KVM_SET_LAPIC"))?;
         if let Some(deadline) = self.tsc_deadline
             && support.msrs.has_deadline()
         {
-            msr::write(vcpu, &[msr_entry(msr::TSC_DEADLINE, deadline)])?;
+            msr::write(vcpu, &[msr::entry(msr::TSC_DEADLINE, deadline)])?;
         }
         // After the registers, which clear pending exceptions when they are set.
         vcpu.set_vcpu_events(&self.events).map_err(KvmError::of("KVM_SET_VCPU_EVENTS"))?;
@@ -194,10 +201,18 @@ impl VcpuState {
     }
 
     /// Writes the registers of which this host knows; one that it does not know, or refuses, may only hold what it has
-    /// anyway, or nothing.
-    fn restore_msrs(&self, vcpu: &VcpuFd, support: &StateSupport) -> Result<(), RestoreError> {
-        let (known, unknown): (Vec<_>, Vec<_>) =
-            self.msrs.iter().partition(|entry| support.msrs.indices().contains(&entry.index));
+    /// anyway, or nothing. Only those that are `due`.
+    fn restore_msrs(
+        &self,
+        vcpu: &VcpuFd,
+        support: &StateSupport,
+        due: impl Fn(u32) -> bool,
+    ) -> Result<(), RestoreError> {
+        let (known, unknown): (Vec<_>, Vec<_>) = self
+            .msrs
+            .iter()
+            .filter(|entry| due(entry.index) && !msr::is_order(entry.index))
+            .partition(|entry| support.msrs.indices().contains(&entry.index));
         msr::write(vcpu, &known)?;
         for entry in unknown {
             let fits = entry.data == 0
@@ -229,9 +244,9 @@ impl VcpuState {
         put(kind::DEBUGREGS, self.debugregs.as_bytes());
         put(kind::EVENTS, self.events.as_bytes());
         put(kind::MSRS, self.msrs.as_bytes());
-        put(kind::TSC, &self.tsc.to_le_bytes());
+        put(kind::TSC, &self.counter.tsc.to_le_bytes());
         put(kind::LAPIC, self.lapic.as_bytes());
-        if let Some(offset) = self.tsc_offset {
+        if let Some(offset) = self.counter.offset {
             put(kind::TSC_OFFSET, &offset.to_le_bytes());
         }
         if let Some(deadline) = self.tsc_deadline {
@@ -269,8 +284,7 @@ impl VcpuState {
             debugregs: fields.get(kind::DEBUGREGS)?,
             events: fields.get(kind::EVENTS)?,
             msrs,
-            tsc: fields.get(kind::TSC)?,
-            tsc_offset: fields.optional(kind::TSC_OFFSET)?,
+            counter: SavedCounter { tsc: fields.get(kind::TSC)?, offset: fields.optional(kind::TSC_OFFSET)? },
             lapic: fields.get(kind::LAPIC)?,
             tsc_deadline: fields.optional(kind::TSC_DEADLINE)?,
         })
@@ -288,55 +302,39 @@ pub(crate) struct VmState {
     moment: Moment,
 }
 
-/// A point in time, by a host's real-time clock and by its time-stamp counter.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
-pub(crate) struct Moment {
-    realtime_ns: u64,
-    host_tsc: u64,
-}
-
-impl Moment {
-    /// Now, on this host.
-    fn now() -> Self {
-        let realtime = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        // SAFETY: reads a counter; every CPU that has KVM has it.
-        let host_tsc = unsafe { std::arch::x86_64::_rdtsc() };
-        Self { realtime_ns: realtime.as_nanos() as u64, host_tsc }
-    }
-}
-
 impl VmState {
-    /// Reads the state.
-    pub(crate) fn save(vm: &VmFd) -> Result<Self, KvmError> {
+    /// Reads the state, and the moment that the guest's counters are to be saved as of. `vcpu` is any of the VM's.
+    pub(crate) fn save(vm: &VmFd, vcpu: &VcpuFd, support: &StateSupport) -> Result<(Self, Now), KvmError> {
         let chip = |chip_id| {
             let mut chip = kvm_irqchip { chip_id, ..Default::default() };
             vm.get_irqchip(&mut chip).map_err(KvmError::of("KVM_GET_IRQCHIP"))?;
             Ok(chip)
         };
-        Ok(Self {
+        let (clock, now) = time::read_clock(vm, vcpu, &support.counter)?;
+        let state = Self {
             pic_master: chip(KVM_IRQCHIP_PIC_MASTER)?,
             pic_slave: chip(KVM_IRQCHIP_PIC_SLAVE)?,
             ioapic: chip(KVM_IRQCHIP_IOAPIC)?,
             pit: vm.get_pit2().map_err(KvmError::of("KVM_GET_PIT2"))?,
-            clock: vm.get_clock().map_err(KvmError::of("KVM_GET_CLOCK"))?,
-            moment: Moment::now(),
-        })
+            clock,
+            moment: now.moment(),
+        };
+        Ok((state, now))
     }
 
-    /// Writes the state, after that of all vCPUs: an interrupt that the I/O APIC still holds goes to a LAPIC at once.
-    pub(crate) fn restore(&self, vm: &VmFd, time: &TimeShift) -> Result<(), KvmError> {
+    /// Writes the state, after that of all vCPUs: an interrupt that the I/O APIC still holds goes to a LAPIC at once, and
+    /// whether KVM reckons the clock from the counters depends on whether those agree.
+    fn restore(&self, vm: &VmFd, time: &TimeShift) -> Result<(), KvmError> {
         for chip in [&self.pic_master, &self.pic_slave, &self.ioapic] {
             vm.set_irqchip(chip).map_err(KvmError::of("KVM_SET_IRQCHIP"))?;
         }
         vm.set_pit2(&self.pit).map_err(KvmError::of("KVM_SET_PIT2"))?;
-        let clock = kvm_clock_data { clock: self.clock.clock.saturating_add(time.elapsed_ns), ..Default::default() };
-        vm.set_clock(&clock).map_err(KvmError::of("KVM_SET_CLOCK"))
+        time::write_clock(vm, time.clock(self.clock.clock), time.now())
     }
 
-    /// How far the guest's time is to be moved at a restore here and now.
-    pub(crate) fn time_shift(&self, support: &StateSupport) -> TimeShift {
-        TimeShift::between(self.moment, Moment::now(), support.tsc_khz)
+    /// The moment of saving.
+    pub(crate) fn moment(&self) -> Moment {
+        self.moment
     }
 
     /// The section's payload.
@@ -370,37 +368,76 @@ impl VmState {
     }
 }
 
-/// By how much guest time moves on at a restore.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct TimeShift {
-    elapsed_ns: u64,
-    tsc_ticks: u64,
-    /// What is added to an offset so that the guest's counter stands where it stood; `None` if it is written as a value.
-    offset_shift: Option<u64>,
+/// Writes the state of a whole VM: `vcpus` and what they share, in an order that KVM takes.
+///
+/// # Panics
+/// If there are not as many states as vCPUs.
+pub(crate) fn restore(
+    fd: &VmFd,
+    vcpus: &[impl Deref<Target = VcpuFd>],
+    support: &StateSupport,
+    (states, vm): (&[VcpuState], &VmState),
+    time: &TimeShift,
+) -> Result<(), RestoreError> {
+    assert_eq!(vcpus.len(), states.len());
+    for ((vcpu, state), tsc) in vcpus.iter().zip(states).zip(counters(states, support, time)) {
+        state.restore(vcpu, support, tsc, time.now())?;
+    }
+    vm.restore(fd, time)?;
+    // Last, with counter and clock in place: from here KVM writes the clock into guest memory whenever the vCPU runs.
+    for (vcpu, state) in vcpus.iter().zip(states) {
+        state.restore_msrs(vcpu, support, msr::is_clock)?;
+    }
+    Ok(())
 }
 
-impl TimeShift {
-    /// The guest's counters are written as they were: for a reset, to the state before the first instruction.
-    pub(crate) fn none() -> Self {
-        Self::default()
+/// Makes sure, after [`restore`], that no vCPU's counter goes back, nor jumps ahead.
+pub(crate) fn check_counters(
+    vcpus: &[impl Deref<Target = VcpuFd>],
+    support: &StateSupport,
+    states: &[VcpuState],
+    time: &TimeShift,
+) -> Result<(), RestoreError> {
+    for ((index, vcpu), tsc) in (0..).zip(vcpus).zip(counters(states, support, time)) {
+        support.counter.check(vcpu, index, tsc, time)?;
     }
+    Ok(())
+}
 
-    fn between(saved: Moment, now: Moment, tsc_khz: u32) -> Self {
-        let elapsed_ns = match now.realtime_ns.checked_sub(saved.realtime_ns) {
-            Some(elapsed) if elapsed <= LONGEST_BLACKOUT.as_nanos() as u64 => elapsed,
-            // A clock that is behind, or a stop that was no blackout.
-            _ => 0,
-        };
-        Self {
-            elapsed_ns,
-            tsc_ticks: (u128::from(elapsed_ns) * u128::from(tsc_khz) / 1_000_000) as u64,
-            offset_shift: Some(saved.host_tsc.wrapping_sub(now.host_tsc)),
+fn counters(states: &[VcpuState], support: &StateSupport, time: &TimeShift) -> Vec<u64> {
+    let saved: Vec<_> = states.iter().map(|state| state.counter).collect();
+    time.counters(&saved, &support.counter)
+}
+
+/// The guest's time as a saved machine has it.
+#[cfg(test)]
+pub(crate) struct SavedTime {
+    /// The KVM clock.
+    pub(crate) clock_ns: u64,
+    /// Whether KVM reckons the clock from counters that are one.
+    pub(crate) stable: bool,
+    /// The host's real-time clock.
+    pub(crate) realtime_ns: u64,
+    /// Each vCPU's counter, and its difference from the host's where that is known.
+    pub(crate) counters: Vec<(u64, Option<u64>)>,
+}
+
+#[cfg(test)]
+impl SavedTime {
+    pub(crate) fn of(state: &[u8]) -> Self {
+        let mut time = Self { clock_ns: 0, stable: false, realtime_ns: 0, counters: Vec::new() };
+        for section in crate::kvm::container::parse(state).unwrap() {
+            if section.tag == "vm" {
+                let vm = VmState::from_bytes(section.payload).unwrap();
+                time.clock_ns = vm.clock.clock;
+                time.stable = vm.clock.flags & kvm_bindings::KVM_CLOCK_TSC_STABLE != 0;
+                time.realtime_ns = vm.moment.realtime_ns;
+            } else if section.tag.starts_with("vcpu") {
+                let counter = VcpuState::from_bytes(section.payload).unwrap().counter;
+                time.counters.push((counter.tsc, counter.offset));
+            }
         }
-    }
-
-    /// The offset that makes the guest's counter go on from where `offset` had it; `None` if it is written as a value.
-    fn tsc_offset(&self, offset: u64) -> Option<u64> {
-        Some(offset.wrapping_add(self.offset_shift?).wrapping_add(self.tsc_ticks))
+        time
     }
 }
 
@@ -438,19 +475,6 @@ impl<'a> Fields<'a> {
     fn invalid(&self, kind: u16) -> StateError {
         StateError::Invalid { what: format!("{} field {kind}", self.section), problem: "it has a bad size".into() }
     }
-}
-
-/// Whether KVM really moves the guest's counter: there are hosts that show a guest their own counter, whatever they are
-/// told.
-fn takes_tsc_offset(vcpu: &VcpuFd) -> bool {
-    let Some(before) = sys::get_tsc_offset(vcpu) else { return false };
-    let tried = before ^ 1 << 40;
-    let taken = sys::set_tsc_offset(vcpu, tried).is_ok() && sys::get_tsc_offset(vcpu) == Some(tried);
-    taken && sys::set_tsc_offset(vcpu, before).is_ok()
-}
-
-fn msr_entry(index: u32, data: u64) -> kvm_msr_entry {
-    kvm_msr_entry { index, data, ..Default::default() }
 }
 
 /// `sregs` for a host whose KVM does not know the PDPTRs; with an in-kernel interrupt controller the bitmap of pending
@@ -516,7 +540,7 @@ mod tests {
         let khz = vcpu.get_tsc_khz().unwrap();
         let leaves = cpuid::of_host(&vm.kvm, khz).unwrap();
         vcpu.set_cpuid2(&cpuid::of_vcpu(&leaves, 0, 1).unwrap()).unwrap();
-        let support = StateSupport::by_trial(&vm.kvm, &vm.fd, &vcpu, khz, false).unwrap();
+        let support = StateSupport::by_trial(&vm.kvm, &vm.fd, &[&vcpu], Frequency::of_host(khz)).unwrap();
         (memory, vm, vcpu, support)
     }
 
@@ -526,7 +550,8 @@ mod tests {
             return;
         }
         let (_memory, vm, vcpu, support) = vm();
-        let mut state = VcpuState::save(&vcpu, &support).unwrap();
+        let (shared, then) = VmState::save(&vm.fd, &vcpu, &support).unwrap();
+        let mut state = VcpuState::save(&vcpu, &support, &then).unwrap();
         state.regs.rax = 0x1234_5678_9abc_def0;
         state.regs.rip = 0xfff0;
         if let SystemRegisters::WithPdptrs(sregs) = &mut state.sregs {
@@ -538,10 +563,12 @@ mod tests {
         state.xsave[160..168].copy_from_slice(&7u64.to_le_bytes());
         state.xsave[512] |= 2;
         state.mp_state.mp_state = kvm_bindings::KVM_MP_STATE_HALTED;
-        state.restore(&vcpu, &support, &TimeShift::none()).unwrap();
-        let mut again = VcpuState::save(&vcpu, &support).unwrap();
-        assert!(again.tsc.wrapping_sub(state.tsc) < 1 << 32, "the counter goes on from where it was");
-        (again.tsc, again.tsc_offset) = (state.tsc, state.tsc_offset);
+        let time = TimeShift::none(shared.moment, Now::read(&vcpu, support.counter()).unwrap());
+        restore(&vm.fd, &[&vcpu], &support, (std::slice::from_ref(&state), &shared), &time).unwrap();
+        let (_, now) = VmState::save(&vm.fd, &vcpu, &support).unwrap();
+        let mut again = VcpuState::save(&vcpu, &support, &now).unwrap();
+        assert!(again.counter.tsc.wrapping_sub(state.counter.tsc) < 1 << 32, "the counter goes on from where it was");
+        again.counter = state.counter;
         assert_eq!(again.regs, state.regs);
         assert_eq!(again.sregs, state.sregs);
         assert_eq!(again.events, state.events);
@@ -549,7 +576,10 @@ mod tests {
         assert_eq!(again.lapic, state.lapic);
         assert_eq!(again.debugregs, state.debugregs);
         assert_eq!(again.mp_state, state.mp_state);
-        let differs: Vec<_> = again.msrs.iter().zip(&state.msrs).filter(|(now, then)| now != then).collect();
+        // Hyper-V's run time and reference time, which go on.
+        let goes_on = |index| matches!(index, 0x4000_0010 | 0x4000_0020);
+        let differs: Vec<_> =
+            again.msrs.iter().zip(&state.msrs).filter(|(now, then)| now != then && !goes_on(then.index)).collect();
         assert!(differs.is_empty(), "{differs:x?}");
         drop(vm);
     }
@@ -562,8 +592,8 @@ mod tests {
             return;
         }
         let (_memory, vm, vcpu, support) = vm();
-        let state = VcpuState::save(&vcpu, &support).unwrap();
-        let shared = VmState::save(&vm.fd).unwrap();
+        let (shared, now) = VmState::save(&vm.fd, &vcpu, &support).unwrap();
+        let state = VcpuState::save(&vcpu, &support, &now).unwrap();
         let time = |what: &str, step: &mut dyn FnMut()| {
             let mut samples: Vec<_> = (0..500)
                 .map(|_| {
@@ -597,7 +627,7 @@ mod tests {
         time("set xcrs", &mut || vcpu.set_xcrs(&state.xcrs).unwrap());
         time("set xsave", &mut || sys::set_xsave(&vcpu, support.xsave, &state.xsave).unwrap());
         time("set debugregs", &mut || vcpu.set_debug_regs(&state.debugregs).unwrap());
-        time("set msrs", &mut || state.restore_msrs(&vcpu, &support).unwrap());
+        time("set msrs", &mut || state.restore_msrs(&vcpu, &support, |_| true).unwrap());
         for entry in &state.msrs {
             let mut samples: Vec<_> = (0..20)
                 .map(|_| {
@@ -621,7 +651,8 @@ mod tests {
             }
         });
         time("get pit", &mut || _ = vm.fd.get_pit2().unwrap());
-        time("get clock", &mut || _ = vm.fd.get_clock().unwrap());
+        time("get clock and moment", &mut || _ = time::read_clock(&vm.fd, &vcpu, support.counter()).unwrap());
+        time("counter as of it", &mut || _ = support.counter().save(&vcpu, &now).unwrap());
         time("set 3 irqchips", &mut || {
             for chip in [&shared.pic_master, &shared.pic_slave, &shared.ioapic] {
                 vm.fd.set_irqchip(chip).unwrap();
@@ -629,33 +660,12 @@ mod tests {
         });
         time("set pit", &mut || vm.fd.set_pit2(&shared.pit).unwrap());
         time("set clock", &mut || vm.fd.set_clock(&kvm_clock_data { flags: 0, ..shared.clock }).unwrap());
-        sys::set_tsc_offset(&vcpu, 1 << 40).unwrap();
-        let ahead = msr::read(&vcpu, &[msr::TSC]).unwrap()[0].data.wrapping_sub(Moment::now().host_tsc);
-        println!("TSC offset set {:x}, read {:x?}, seen {ahead:x}", 1u64 << 40, sys::get_tsc_offset(&vcpu));
         println!(
             "clock flags {:#x}, tsc offset {:x?}, refused {:x?}",
             shared.clock.flags,
-            state.tsc_offset,
+            state.counter.offset,
             support.refused_msrs()
         );
-    }
-
-    #[test]
-    fn guest_time_goes_on_through_a_blackout_and_stands_through_a_checkpoint() {
-        let at = |realtime_ns, host_tsc| Moment { realtime_ns, host_tsc };
-        let saved = at(1_000_000_000, 5_000);
-        // Ten milliseconds later, on a host whose own counter is far from the source's.
-        let shift = TimeShift::between(saved, at(1_010_000_000, u64::MAX - 10), 2_000_000);
-        assert_eq!((shift.elapsed_ns, shift.tsc_ticks), (10_000_000, 20_000_000));
-        let guest_then = 5_000 + 700;
-        let guest_now = (u64::MAX - 10).wrapping_add(shift.tsc_offset(700).unwrap());
-        assert_eq!(guest_now, guest_then + 20_000_000);
-        // A day later, and before: time stands, the counter goes on from where it was.
-        for realtime_ns in [1_000_000_000 + 86_400_000_000_000, 900_000_000] {
-            let shift = TimeShift::between(saved, at(realtime_ns, 9_000), 2_000_000);
-            let guest_now = 9_000u64.wrapping_add(shift.tsc_offset(700).unwrap());
-            assert_eq!((shift.elapsed_ns, guest_now), (0, guest_then));
-        }
     }
 
     /// A state as version 1 wrote it, with no KVM at hand.
@@ -668,9 +678,8 @@ mod tests {
             xcrs: kvm_xcrs { nr_xcrs: 1, ..Default::default() },
             debugregs: kvm_debugregs::default(),
             events: kvm_vcpu_events::default(),
-            msrs: (0..100).map(|index| msr_entry(index, u64::from(index) << 32)).collect(),
-            tsc: 77,
-            tsc_offset: Some(u64::MAX),
+            msrs: (0..100).map(|index| msr::entry(index, u64::from(index) << 32)).collect(),
+            counter: SavedCounter { tsc: 77, offset: Some(u64::MAX) },
             lapic: kvm_lapic_state::default(),
             tsc_deadline: Some(99),
         }
@@ -680,7 +689,7 @@ mod tests {
     fn bytes_hold_every_field() {
         assert_eq!(VcpuState::from_bytes(&plain().to_bytes()), Ok(plain()));
         let mut without = plain();
-        (without.tsc_offset, without.tsc_deadline) = (None, None);
+        (without.counter.offset, without.tsc_deadline) = (None, None);
         without.sregs = SystemRegisters::Plain(kvm_sregs::default());
         assert_eq!(VcpuState::from_bytes(&without.to_bytes()), Ok(without));
     }

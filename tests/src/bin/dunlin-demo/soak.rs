@@ -108,6 +108,7 @@ fn play(arguments: &Arguments) -> Result<Report> {
             arguments.working_set_mib * 1024 / u64::from(CPUS),
             arguments.pages_per_second / u64::from(CPUS)
         ),
+        ..VmSpec::default()
     };
     let mut rig = Rig::boot(&spec)?;
     eprintln!("{}", rig.ready());

@@ -1,4 +1,4 @@
-//! Ctrl-C and SIGTERM: a flag that every wait looks at, so that a bench ends by returning and its owners clean up.
+//! Ctrl-C and SIGTERM: a flag that every wait looks at, so that whatever runs ends by returning and its owners clean up.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -12,7 +12,7 @@ static FLAG: OnceLock<Arc<AtomicBool>> = OnceLock::new();
 const TICK: Duration = Duration::from_millis(5);
 
 /// Takes over the signals. A second one ends the process at once.
-pub(super) fn install() -> Result<()> {
+pub(crate) fn install() -> Result<()> {
     let flag = FLAG.get_or_init(Arc::default);
     for signal in [SIGINT, SIGTERM] {
         signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(flag)).context("signal handler")?;
@@ -22,7 +22,7 @@ pub(super) fn install() -> Result<()> {
 }
 
 /// An error once a signal has come.
-pub(super) fn check() -> Result<()> {
+pub(crate) fn check() -> Result<()> {
     if FLAG.get().is_some_and(|flag| flag.load(Ordering::Relaxed)) {
         bail!("interrupted");
     }
@@ -30,7 +30,7 @@ pub(super) fn check() -> Result<()> {
 }
 
 /// Sleeps, unless a signal comes.
-pub(super) fn sleep(duration: Duration) -> Result<()> {
+pub(crate) fn sleep(duration: Duration) -> Result<()> {
     let until = Instant::now() + duration;
     loop {
         check()?;
@@ -43,7 +43,7 @@ pub(super) fn sleep(duration: Duration) -> Result<()> {
 }
 
 /// Waits for something to appear, at most `limit`.
-pub(super) fn wait_for<T>(limit: Duration, what: &str, mut look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+pub(crate) fn wait_for<T>(limit: Duration, what: &str, mut look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     let until = Instant::now() + limit;
     loop {
         if let Some(found) = look()? {

@@ -1,4 +1,4 @@
-//! Child processes of a bench: none outlives it.
+//! Child processes of a task: none outlives it.
 //!
 //! Owns killing, by the handle or the pid of what we started, never by name. Grandchildren that lose their parent (the
 //! machine that a receiving manager started) become our children and are swept too.
@@ -12,12 +12,12 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, WaitOptions};
 
-use super::interrupt;
+use crate::interrupt;
 use crate::run;
 
 /// A child process; killed and reaped on drop.
 #[derive(Debug)]
-pub(super) struct OwnChild {
+pub(crate) struct OwnChild {
     child: Child,
     name: String,
     errors: std::path::PathBuf,
@@ -26,7 +26,7 @@ pub(super) struct OwnChild {
 impl OwnChild {
     /// Starts `command` in a process group of its own (Ctrl-C reaches only us, and we end it in order). Its standard error
     /// goes to the file `errors`, and is shown should it fail.
-    pub(super) fn start(command: &mut Command, errors: &Path) -> Result<Self> {
+    pub(crate) fn start(command: &mut Command, errors: &Path) -> Result<Self> {
         let name = run::words(command);
         command.stdin(Stdio::null()).process_group(0);
         command.stderr(File::create(errors).with_context(|| format!("{} could not be made", errors.display()))?);
@@ -39,12 +39,12 @@ impl OwnChild {
     }
 
     /// The child itself, for its pipes.
-    pub(super) fn child_mut(&mut self) -> &mut Child {
+    pub(crate) fn child_mut(&mut self) -> &mut Child {
         &mut self.child
     }
 
     /// An error if it has ended.
-    pub(super) fn check_alive(&mut self) -> Result<()> {
+    pub(crate) fn check_alive(&mut self) -> Result<()> {
         match self.child.try_wait().context("wait")? {
             None => Ok(()),
             Some(status) => bail!("{} ended early ({status}): {}", self.name, self.words()),
@@ -52,13 +52,13 @@ impl OwnChild {
     }
 
     /// Waits for its end.
-    pub(super) fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
+    pub(crate) fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
         let child = &mut self.child;
         interrupt::wait_for(limit, &self.name, || Ok(child.try_wait()?))
     }
 
     /// Waits for its end, which must be a success.
-    pub(super) fn finish(&mut self, limit: Duration) -> Result<()> {
+    pub(crate) fn finish(&mut self, limit: Duration) -> Result<()> {
         let status = self.wait(limit)?;
         if !status.success() {
             bail!("{} failed ({status}): {}", self.name, self.words());
@@ -67,7 +67,7 @@ impl OwnChild {
     }
 
     /// The end of what it said on standard error.
-    fn words(&self) -> String {
+    pub(crate) fn words(&self) -> String {
         let text = std::fs::read(&self.errors).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
         let text = text.unwrap_or_default();
         let lines: Vec<&str> = text.lines().filter(|line| !line.is_empty()).collect();
@@ -84,11 +84,11 @@ impl Drop for OwnChild {
 
 /// Makes us the parent of orphaned descendants; on drop every child that is left is killed and reaped.
 #[derive(Debug)]
-pub(super) struct Sweeper(());
+pub(crate) struct Sweeper(());
 
 impl Sweeper {
     /// Starts adopting.
-    pub(super) fn new() -> Result<Self> {
+    pub(crate) fn new() -> Result<Self> {
         rustix::process::set_child_subreaper(Some(rustix::process::getpid())).context("adopting orphans")?;
         Ok(Self(()))
     }

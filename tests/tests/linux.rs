@@ -1,0 +1,154 @@
+//! A stock Linux in a hosted VM: it boots, uses every device by its own drivers, and is moved. `cargo xtask test-vm` runs these.
+//!
+//! In software nothing is asserted of speed. The host's clock and the guest's are compared from the host's own bridge, so that the delay
+//! on the links does not blur the comparison.
+#![cfg(target_arch = "x86_64")]
+
+use std::time::Duration;
+
+use dunlin_tests::client::EchoClient;
+use dunlin_tests::linux::{ClockOffset, LinuxGuest, ask, writers};
+use dunlin_tests::rig::Side;
+use dunlin_tests::stats::Spread;
+use dunlin_tests::topology::{MIGRATION_LINK, UPLINK};
+use dunlin_tests::{HopOptions, Rig, VmSpec, dunlin};
+use serde_json::Value;
+
+const LIMIT: Duration = Duration::from_secs(60);
+/// What the issue asks of a moved guest's clock.
+const CLOCK_LIMIT_NS: u64 = 10_000_000;
+/// The file that the guest copies.
+const FILE_BYTES: u64 = 64 << 20;
+
+fn spec(linux: &LinuxGuest, cpus: u32) -> VmSpec {
+    VmSpec {
+        cpus,
+        memory_bytes: 192 << 20,
+        disk_bytes: Some(256 << 20),
+        linux: Some(linux.clone()),
+        guest: String::new(),
+        ..VmSpec::default()
+    }
+}
+
+fn state(rig: &Rig) -> Value {
+    ask(&rig.host(rig.at()).netns, Rig::guest_ip(), "/state").unwrap()
+}
+
+/// What must be true of any Linux guest at any time.
+fn check(state: &Value) {
+    assert_eq!(state["complaints"], serde_json::json!([]), "the guest's kernel complains: {state:#}");
+    for clock in ["monotonic_went_back", "tsc_went_back"] {
+        assert_eq!(state["clock"][clock], 0, "{state:#}");
+    }
+    assert_eq!((writers(state, "page_mismatches"), &state["copy_errors"]), (0, &0.into()), "{state:#}");
+}
+
+#[test]
+#[ignore = "needs a KVM that runs Linux: `cargo xtask test-vm` runs it"]
+fn stock_kernels_boot_with_one_and_two_cpus_and_restart_and_switch_off() {
+    for linux in LinuxGuest::all().unwrap() {
+        for cpus in [1, 2] {
+            let spec = VmSpec { guest: "dunlin.copy=1M".into(), ..spec(&linux, cpus) };
+            let mut rig = Rig::boot(&spec).unwrap();
+            let first = state(&rig);
+            check(&first);
+            assert_eq!(first["identity"]["cpus"], cpus, "{first:#}");
+            println!(
+                "shows {} with {cpus} vCPUs: {} after {} ms, clocksource {}",
+                linux.label, first["identity"]["kernel"], first["uptime_ms"], first["identity"]["clocksource"]
+            );
+            ask(&rig.host(Side::A).netns, Rig::guest_ip(), "/reboot").unwrap();
+            rig.wait_ready_again().unwrap();
+            check(&state(&rig));
+            ask(&rig.host(Side::A).netns, Rig::guest_ip(), "/poweroff").unwrap();
+            assert_eq!(rig.wait_machine_end().unwrap().code(), Some(0));
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a KVM that runs Linux, and netem: `cargo xtask test-vm` runs it"]
+fn a_working_linux_is_moved_twenty_times_under_delay_and_loss_and_loses_nothing() {
+    let linux = LinuxGuest::all().unwrap().remove(0);
+    let guest = format!("dunlin.wl=ws:8M,rate:500 dunlin.wl=ws:4M,rate:100 dunlin.copy={FILE_BYTES},rate:8M");
+    let spec = VmSpec { guest, ..spec(&linux, 2) };
+    let mut rig = Rig::boot(&spec).unwrap();
+    for side in [Side::A, Side::B] {
+        for link in [MIGRATION_LINK, UPLINK] {
+            let netem = format!("tc qdisc add dev {link} root netem delay 20ms loss 0.1%");
+            rig.host(side).netns.run(&netem).unwrap();
+        }
+    }
+    let echo = rig.client.enter(|| EchoClient::start(Rig::echo_address(), Duration::from_millis(20))).unwrap();
+    echo.wait_answers(20, LIMIT).unwrap();
+    let before = state(&rig);
+    check(&before);
+    let measure = |rig: &Rig| ClockOffset::measure(&rig.host(rig.at()).netns, Rig::guest_ip(), 10).unwrap();
+    let at_first = measure(&rig);
+    println!("shows the guest's clock before the first move: {at_first:?}");
+    let (mut blackouts, mut totals, mut offsets) = (Vec::new(), Vec::new(), Vec::new());
+    for hop in 1..=20 {
+        let moved = rig.hop(&HopOptions::default()).unwrap_or_else(|error| panic!("move {hop}: {error:#}"));
+        assert!(moved.relearned_at_monotonic_ns.is_some(), "move {hop}: the switch did not relearn: {moved:#?}");
+        assert!(moved.announced_before_running(), "move {hop}: {moved:#?}");
+        echo.wait_answers(5, LIMIT).unwrap();
+        check(&state(&rig));
+        let offset = measure(&rig);
+        assert!(offset.at_least_ns() < CLOCK_LIMIT_NS, "move {hop}: {offset:?}");
+        blackouts.push(moved.report.blackout_ns);
+        totals.push(moved.report.total_ns);
+        offsets.push(offset.ahead_ns.unsigned_abs());
+    }
+    let after = state(&rig);
+    check(&after);
+    assert!(writers(&after, "pages_written") > writers(&before, "pages_written"), "{after:#}");
+    let copied = |state: &Value| state["copied_bytes"].as_u64().unwrap();
+    assert!(copied(&after) > copied(&before), "{after:#}");
+    let file = ask(&rig.host(rig.at()).netns, Rig::guest_ip(), "/verify").unwrap();
+    assert_eq!((&file["ok"], &file["bytes"]), (&true.into(), &FILE_BYTES.into()));
+    let report = echo.finish(LIMIT);
+    assert_eq!((&report.fault, report.answered), (&None, report.sent));
+    println!("shows 20 moves: total {}, blackout {}", Spread::of(totals), Spread::of(blackouts));
+    println!("shows the guest's clock beside the host's after each move: {}", Spread::of(offsets));
+    println!(
+        "shows {} lines of one TCP connection, {} MiB copied, {} copies compared, {} pages written and checked",
+        report.answered,
+        copied(&after) >> 20,
+        after["copies"],
+        writers(&after, "pages_written")
+    );
+    let clock = &after["clock"];
+    println!(
+        "shows the guest's own gap: largest {} ms; its real time against its monotonic: {} to {} ns in one step",
+        clock["largest_gap_ns"].as_u64().unwrap() / 1_000_000,
+        clock["realtime_step_back_ns"],
+        clock["realtime_step_forward_ns"]
+    );
+    rig.stop().unwrap();
+}
+
+#[test]
+#[ignore = "needs a distribution's kernel image: `cargo xtask test-vm` runs it"]
+fn a_truncated_kernel_is_refused_with_a_reason() {
+    let folder = tempfile::tempdir().unwrap();
+    for linux in LinuxGuest::all().unwrap() {
+        let image = std::fs::read(&linux.kernel).unwrap();
+        for length in [0, 100, 600, 4096, image.len() / 2, image.len() - 1] {
+            let cut = folder.path().join("cut");
+            std::fs::write(&cut, &image[..length]).unwrap();
+            let output = dunlin()
+                .args(["vm", "run", "--name", "cut", "--memory", "192MiB", "--kernel"])
+                .arg(&cut)
+                .arg("--initrd")
+                .arg(&linux.initrd)
+                .args(["--run-dir".as_ref(), folder.path().join("run").as_os_str()])
+                .args(["--state-dir".as_ref(), folder.path().join("state").as_os_str()])
+                .output()
+                .unwrap();
+            let words = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert_eq!(output.status.code(), Some(1), "{} cut to {length} bytes: {words}", linux.label);
+            assert!(words.contains("kernel"), "{words}");
+        }
+    }
+}

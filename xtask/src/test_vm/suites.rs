@@ -1,0 +1,190 @@
+//! What runs in the test machine: one table of suites, and the programs built for them.
+//!
+//! Owns which of the workspace's tests mean something on a distribution's kernel that they do not show on a developer's.
+
+use std::collections::BTreeMap;
+use std::env::consts::ARCH;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use dunlin_linux::protocol::{Suite, SuiteKind};
+
+use crate::build_ebpf;
+use crate::run;
+use crate::setup;
+use crate::workspace::root;
+
+/// Modules that the machine itself needs, then those that the suites use.
+pub(super) const BED_MODULES: [&str; 17] = [
+    "virtio_pci",
+    "virtio_console",
+    "virtiofs",
+    "overlay",
+    "loop",
+    "kvm_amd",
+    "kvm_intel",
+    "tun",
+    "veth",
+    "bridge",
+    "sch_netem",
+    "sch_tbf",
+    "8021q",
+    "vxlan",
+    "wireguard",
+    "nf_tables",
+    "nbd",
+];
+/// Modules of the Linux guest inside: stock drivers for our devices.
+pub(super) const GUEST_MODULES: [&str; 5] = ["virtio_mmio", "virtio_net", "virtio_blk", "virtio_rng", "virtio_balloon"];
+
+/// Where the program of a suite comes from.
+#[derive(Clone, Copy, Debug)]
+enum Source {
+    /// The tests in the agent's library.
+    Library,
+    /// An integration suite of `tests/tests`.
+    Integration(&'static str),
+    /// The agent itself, with arguments.
+    Agent(&'static [&'static str]),
+}
+
+/// A row of the table.
+#[derive(Debug)]
+struct Row {
+    name: &'static str,
+    source: Source,
+    only: &'static [&'static str],
+    ignored_too: bool,
+    limit_s: u64,
+}
+
+/// The suites, in their order.
+const SUITES: [Row; 6] = [
+    // What this kernel can do: the compatibility table's first half.
+    Row { name: "doctor", source: Source::Agent(DOCTOR), only: &[], ignored_too: false, limit_s: 120 },
+    // The machine on a KVM that is a module, with hardware page tables.
+    Row {
+        name: "kvm",
+        source: Source::Library,
+        only: &["kvm::guest_tests", "kvm::machine_tests", "kvm::dirty"],
+        ignored_too: false,
+        limit_s: 120,
+    },
+    Row { name: "tracking", source: Source::Integration("tracking"), only: &[], ignored_too: false, limit_s: 120 },
+    // What needs such a kernel.
+    Row { name: "kernel", source: Source::Integration("kernel"), only: &[], ignored_too: true, limit_s: 120 },
+    Row { name: "linux", source: Source::Integration("linux"), only: &[], ignored_too: true, limit_s: 400 },
+    Row { name: "foreign", source: Source::Integration("foreign"), only: &[], ignored_too: true, limit_s: 180 },
+];
+
+const DOCTOR: &[&str] = &["doctor", "--json", "--run-dir", "/run/dunlin", "--state-dir", "/var/lib/dunlin-bed"];
+
+/// Everything that was built.
+#[derive(Debug)]
+pub(super) struct Programs {
+    /// Process 1 of the test machine.
+    pub(super) bed: PathBuf,
+    /// Process 1 of the Linux guest.
+    pub(super) guest: PathBuf,
+    /// Test binaries, by target name.
+    tests: BTreeMap<String, PathBuf>,
+}
+
+impl Programs {
+    /// Builds them, where they are not up to date.
+    pub(super) fn build() -> Result<Self> {
+        setup::ensure()?;
+        eprintln!("Building the BPF programs, dunlin, its tests and the guests, where they are not up to date ...");
+        build_ebpf::build(&build_ebpf::Arguments::default())?;
+        run::run(
+            Command::new("cargo").args(["build", "--release", "--quiet"]).current_dir(root().join("tests/guest")),
+        )?;
+        run::run(Command::new("cargo").args(["build", "--workspace", "--quiet"]).current_dir(root()))?;
+        let linux = Self::build_static()?;
+        Ok(Self { bed: linux.join("dunlin-bed"), guest: linux.join("dunlin-linux-guest"), tests: Self::build_tests()? })
+    }
+
+    /// Programs of an initramfs, which has no libraries. With a target of its own, or proc macros would be static too.
+    fn build_static() -> Result<PathBuf> {
+        let target = format!("{ARCH}-unknown-linux-gnu");
+        let folder = root().join("target/static");
+        let mut command = Command::new("cargo");
+        command.args([
+            "build",
+            "--release",
+            "--quiet",
+            "--package",
+            "dunlin-linux",
+            "--bins",
+            "--target",
+            &target,
+            "--target-dir",
+        ]);
+        command
+            .arg(&folder)
+            .current_dir(root())
+            .env_remove("CARGO_ENCODED_RUSTFLAGS")
+            .env("RUSTFLAGS", "-Ctarget-feature=+crt-static");
+        run::run(&mut command)
+            .context("the programs of the test machine (a static C library is needed: package libc6-dev)")?;
+        Ok(folder.join(target).join("release"))
+    }
+
+    fn build_tests() -> Result<BTreeMap<String, PathBuf>> {
+        let mut command = Command::new("cargo");
+        command.args(["test", "--workspace", "--no-run", "--quiet", "--message-format=json"]).current_dir(root());
+        let output =
+            command.stderr(Stdio::inherit()).stdin(Stdio::null()).output().context("cargo could not be started")?;
+        ensure!(output.status.success(), "the tests did not compile; the compiler's words are above");
+        let text = String::from_utf8_lossy(&output.stdout);
+        let artifacts = text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+        Ok(artifacts
+            .filter(|artifact| artifact["profile"]["test"] == true)
+            .filter_map(|artifact| {
+                let name = artifact["target"]["name"].as_str()?.to_owned();
+                let kind = artifact["target"]["kind"][0].as_str()?.to_owned();
+                // The agent's library and program have one name.
+                let name = if kind == "lib" { format!("lib {name}") } else { name };
+                Some((name, PathBuf::from(artifact["executable"].as_str()?)))
+            })
+            .collect())
+    }
+
+    /// The table's suites, or those in which `filter` finds something.
+    pub(super) fn suites(&self, filter: Option<&str>) -> Result<Vec<Suite>> {
+        let mut suites = Vec::new();
+        for row in &SUITES {
+            let (mut only, mut wanted) = (row.only.iter().map(|&part| part.to_owned()).collect::<Vec<_>>(), true);
+            if let Some(filter) = filter
+                && !row.name.contains(filter)
+            {
+                // A filter that names no suite means tests.
+                wanted = !SUITES.iter().any(|row| row.name.contains(filter)) && !matches!(row.source, Source::Agent(_));
+                only = vec![filter.to_owned()];
+            }
+            if !wanted {
+                continue;
+            }
+            let test =
+                |name: &str| self.tests.get(name).cloned().with_context(|| format!("no test binary {name} was built"));
+            let (program, arguments, kind) = match row.source {
+                Source::Library => {
+                    (test("lib dunlin")?, &[][..], SuiteKind::Tests { only, ignored_too: row.ignored_too })
+                }
+                Source::Integration(name) => {
+                    (test(name)?, &[][..], SuiteKind::Tests { only, ignored_too: row.ignored_too })
+                }
+                Source::Agent(arguments) => (root().join("target/debug/dunlin"), arguments, SuiteKind::Objects),
+            };
+            suites.push(Suite {
+                name: row.name.to_owned(),
+                program,
+                arguments: arguments.iter().map(|&word| word.to_owned()).collect(),
+                kind,
+                limit_s: row.limit_s,
+            });
+        }
+        Ok(suites)
+    }
+}
