@@ -6,6 +6,7 @@
 pub mod binary;
 pub mod client;
 pub mod disk;
+pub mod foreign;
 pub mod guest;
 pub mod hosted;
 pub mod interrupt;

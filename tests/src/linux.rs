@@ -1,6 +1,7 @@
 //! Linux as a guest: kernels that `cargo xtask test-vm` has prepared, with `dunlin-linux-guest` as process 1, and its answers.
 
-use std::net::{IpAddr, SocketAddr};
+use std::io::{BufRead, BufReader, Write};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -77,30 +78,54 @@ pub struct ClockOffset {
 }
 
 impl ClockOffset {
-    /// The best of several looks: the one that took the shortest time.
+    /// Asks the guest's time service several times over one connection; the answer that came fastest is the best.
     ///
     /// # Errors
     /// The guest does not answer.
     pub fn measure(from: &Netns, guest: IpAddr, looks: u32) -> Result<Self> {
-        let mut best: Option<Self> = None;
-        for _ in 0..looks {
-            // Only from the request to the answer: the connection's set-up is not part of the question, but cannot be left out with
-            // one connection a request; its time counts as uncertainty.
-            let (before, began) = (SystemTime::now().duration_since(UNIX_EPOCH)?, Instant::now());
-            let answer = ask(from, guest, "/time")?;
-            let took = began.elapsed();
-            let guest_ns = answer["realtime_ns"].as_u64().context("no realtime_ns")? as i64;
-            let middle_ns = (before + took / 2).as_nanos() as i64;
-            let look = Self { ahead_ns: guest_ns - middle_ns, uncertain_ns: took.as_nanos() as u64 / 2 };
-            if best.is_none_or(|best| look.uncertain_ns < best.uncertain_ns) {
-                best = Some(look);
-            }
-        }
-        best.context("no look")
+        from.enter(|| Self::ask(&mut Self::connect(guest)?, looks))
     }
 
-    /// The least distance from the host's clock that the measurement allows.
-    pub fn at_least_ns(&self) -> u64 {
-        self.ahead_ns.unsigned_abs().saturating_sub(self.uncertain_ns)
+    /// Sets the guest's clock to the host's, as a time service in a guest does.
+    ///
+    /// # Errors
+    /// The guest does not answer.
+    pub fn correct(from: &Netns, guest: IpAddr, looks: u32) -> Result<Self> {
+        from.enter(|| {
+            let mut service = Self::connect(guest)?;
+            let found = Self::ask(&mut service, looks)?;
+            Self::look(&mut service, &format!("set {}", -found.ahead_ns))?;
+            Self::ask(&mut service, looks)
+        })
+    }
+
+    fn connect(guest: IpAddr) -> Result<BufReader<TcpStream>> {
+        let stream =
+            TcpStream::connect_timeout(&SocketAddr::new(guest, 37), LIMIT).context("the guest's time service")?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(LIMIT))?;
+        Ok(BufReader::new(stream))
+    }
+
+    fn ask(service: &mut BufReader<TcpStream>, looks: u32) -> Result<Self> {
+        let all = (0..looks.max(1)).map(|_| Self::look(service, "now")).collect::<Result<Vec<_>>>()?;
+        all.into_iter().min_by_key(|look| look.uncertain_ns).context("no look")
+    }
+
+    fn look(service: &mut BufReader<TcpStream>, question: &str) -> Result<Self> {
+        let mut line = String::new();
+        let (before, began) = (SystemTime::now().duration_since(UNIX_EPOCH)?, Instant::now());
+        service.get_mut().write_all(format!("{question}\n").as_bytes())?;
+        service.read_line(&mut line).context("the guest's time service")?;
+        let took = began.elapsed();
+        let guest_ns: i64 = line.trim().parse().with_context(|| format!("time `{line}`"))?;
+        let middle_ns = (before + took / 2).as_nanos() as i64;
+        Ok(Self { ahead_ns: guest_ns - middle_ns, uncertain_ns: took.as_nanos() as u64 / 2 })
+    }
+}
+
+impl std::fmt::Display for ClockOffset {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:+.3} ms (± {:.3} ms)", self.ahead_ns as f64 / 1e6, self.uncertain_ns as f64 / 1e6)
     }
 }

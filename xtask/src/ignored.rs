@@ -18,6 +18,16 @@ pub(crate) struct Ignored {
     reason: String,
 }
 
+/// How the reason of a test ends that `cargo xtask test-vm` runs.
+const IN_VM: &str = "`cargo xtask test-vm` runs it";
+
+impl Ignored {
+    /// Whether the test machine runs it.
+    pub(crate) fn runs_in_vm(&self) -> bool {
+        self.reason.ends_with(IN_VM)
+    }
+}
+
 impl fmt::Display for Ignored {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "left out unless asked for: {} ({}): {}", self.name, self.file.display(), self.reason)

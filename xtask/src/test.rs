@@ -14,6 +14,7 @@ use crate::ignored;
 use crate::run;
 use crate::setup;
 use crate::summary::{Runner, Totals};
+use crate::test_vm;
 use crate::workspace::root;
 
 /// Options of `cargo xtask test`.
@@ -22,6 +23,12 @@ pub(crate) struct Arguments {
     /// Run the tests only: no formatting, no lints.
     #[arg(long)]
     tests_only: bool,
+    /// Boot every pinned kernel in the test machine, not only the first.
+    #[arg(long)]
+    all: bool,
+    /// Leave the test machine out.
+    #[arg(long, conflicts_with = "all")]
+    no_vm: bool,
     /// Passed on to the test runner, after `--`.
     #[arg(last = true)]
     runner: Vec<String>,
@@ -68,7 +75,17 @@ pub(crate) fn run(arguments: &Arguments) -> Result<bool> {
         // No totals: they would say that nothing failed.
         bail!("the test runner itself failed, so not all tests have run; its words are above");
     }
-    for test in ignored::list(root())? {
+    let (left_out, in_vm): (Vec<_>, Vec<_>) = ignored::list(root())?.into_iter().partition(|test| !test.runs_in_vm());
+    if arguments.no_vm {
+        println!("left out: the test machine, and with it {} tests (--no-vm)", in_vm.len());
+    } else {
+        let machine = test_vm::test(&test_vm::Arguments::of_test(arguments.all))?;
+        fine &= machine.failed == 0;
+        totals.add(machine);
+        // The host's runner has counted them as skipped; they have just been run.
+        totals.skipped = totals.skipped.saturating_sub(in_vm.len() as u64);
+    }
+    for test in left_out {
         println!("{test}");
     }
     println!("{totals}");

@@ -169,10 +169,10 @@ fn a_bzimage_starts_in_long_mode_reads_its_initrd_and_switches_off_by_acpi() {
         return;
     }
     // Another sleep type first, which is none that the machine has: it goes on.
-    let off = [out(SLEEP_CONTROL_PORT, 0x2c), out(SLEEP_CONTROL_PORT, 0x34)].concat();
+    let (sleep, off) = (out(SLEEP_CONTROL_PORT, 0x2c), out(SLEEP_CONTROL_PORT, 0x34));
     // mov eax, cs; add al, 'A' - 0x10; out to the console: the selector that the boot protocol wants, as a letter.
     let selector = [0x8c, 0xc8, 0x04, b'A' - 0x10, 0x66, 0xba, 0xf8, 0x03, 0xee];
-    let image = initrd_printer(b"from the initrd ", &[&selector[..], &off].concat());
+    let image = initrd_printer(b"from the initrd ", &[&sleep[..], &selector, &off].concat());
     let machine = boot(image, 2, DirtyLogKind::Bitmap);
     machine.resume().unwrap();
     assert_eq!(machine.wait_exit(Duration::from_secs(10)), Some(MachineExit::PowerOff));

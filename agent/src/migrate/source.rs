@@ -24,6 +24,8 @@ use crate::port::{BulkSender, Clock, ControlChannel, Fate, LinkError, Machine, M
 const RESERVATION_STALLS: u32 = 6;
 /// How long the paused VM waits for its target's `prepared`, hashing apart: restoring takes milliseconds.
 const PAUSED_STALL: Duration = Duration::from_secs(3);
+/// How many pings measure the link.
+const PINGS: u32 = 4;
 /// The boot image travels in parts of at most this size; a bandwidth limit makes them smaller, as it does runs of pages.
 const IMAGE_PART_BYTES: usize = 256 << 10;
 /// A last round that is expected to take no longer has the state saved beside it.
@@ -224,15 +226,8 @@ impl Source<'_> {
             streams.push(self.link.open_bulk(self.id, index)?);
         }
         let mut rtt = Duration::MAX;
-        for number in 0..4 {
-            let sent = self.clock.now();
-            control.send(&ControlMessage::Ping(number))?;
-            match self.expect(control, self.options.stall, "pong")? {
-                ControlMessage::Pong(echo) if echo == number => {
-                    rtt = rtt.min(self.clock.now().saturating_sub(sent));
-                }
-                other => return Err(unexpected(&other, "pong")),
-            }
+        for number in 0..PINGS {
+            rtt = rtt.min(self.ping(control, number)?);
         }
         progress.rtt = rtt;
         let reservation = Duration::from_nanos(accept.reservation_ns);
@@ -240,7 +235,18 @@ impl Source<'_> {
         Ok(streams)
     }
 
-    /// Sends what the guest boots from when it resets; it is not among the VM's memory.
+    /// Waits until the target has dealt with all that was sent so far; returns how long that took.
+    fn ping(&mut self, control: &dyn ControlChannel<ControlMessage>, number: u32) -> Result<Duration, SourceError> {
+        let sent = self.clock.now();
+        control.send(&ControlMessage::Ping(number))?;
+        match self.expect(control, self.options.stall, "pong")? {
+            ControlMessage::Pong(echo) if echo == number => Ok(self.clock.now().saturating_sub(sent)),
+            other => Err(unexpected(&other, "pong")),
+        }
+    }
+
+    /// Sends what the guest boots from when it resets; it is not among the VM's memory. Returns when the target has put it
+    /// away: a large one would else be in the way of the state, while the VM stands.
     fn send_boot_image(&mut self, progress: &mut Progress, way: &Way<'_>) -> Result<(), SourceError> {
         let Some(image) = self.machine.boot_image()? else {
             tracing::warn!(vm = %self.shape.name, migration = %self.id, "no boot image: a reset will end the VM there");
@@ -257,6 +263,7 @@ impl Source<'_> {
             way.control.send(&message).map_err(|error| peers_reason(way.control.as_ref(), error.into()))?;
             progress.image_bytes += part.len() as u64;
         }
+        self.ping(way.control.as_ref(), PINGS)?;
         Ok(())
     }
 

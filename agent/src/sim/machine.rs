@@ -144,8 +144,9 @@ impl MachineState for SimMachine {
     }
 
     fn set_boot_image(&mut self, image: &[u8]) -> Result<(), MachineError> {
-        self.on_vm("set boot image", |vm| {
-            vm.boot_image = Some(image.to_vec());
+        let cost = self.sim.with(|world| world.scenario.image_cost);
+        self.order("set boot image", cost, |world, side| {
+            world.vm(side).ok_or_else(|| gone("set boot image"))?.boot_image = Some(image.to_vec());
             Ok(())
         })
     }

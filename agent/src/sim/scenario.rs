@@ -149,6 +149,8 @@ pub struct Scenario {
     pub network: NetworkModel,
     /// The managers' stall limit.
     pub stall: Duration,
+    /// How long the target's machine takes to put its boot image away.
+    pub image_cost: Duration,
     /// What strikes.
     pub faults: Vec<(Trigger, Fault)>,
     /// A machine that is broken on purpose. Proves that the checks bite.
@@ -175,6 +177,7 @@ impl Scenario {
             },
             network: NetworkModel { bandwidth: BytesPerSecond(100 << 20), latency: Duration::from_micros(100) },
             stall: Duration::from_secs(2),
+            image_cost: Duration::from_micros(30),
             faults: Vec::new(),
             sabotage: None,
         }

@@ -176,6 +176,20 @@ fn several_faults_break_no_invariant() {
     }
 }
 
+/// Longer than a paused VM waits for its target: it is waited for while the VM runs.
+#[test]
+fn a_boot_image_that_takes_long_does_not_lengthen_the_blackout() {
+    for strategy in [crate::migrate::Strategy::PreCopy, crate::migrate::Strategy::StopAndCopy] {
+        let mut scenario = Scenario::new(1);
+        scenario.strategy = strategy;
+        scenario.stall = Duration::from_secs(10);
+        scenario.image_cost = Duration::from_secs(5);
+        let run = simulate(&scenario);
+        assert_unbroken(&run, &scenario);
+        assert_eq!((run.ending(), run.left), (Some(Ending::Moved), Whereabouts::RunsAtTarget), "{run:#?}");
+    }
+}
+
 #[test]
 fn a_flipped_bit_is_found_by_digest_or_verify() {
     for seed in 0..20 {

@@ -152,8 +152,9 @@ fn qemu(config: &Config<'_>, socket: &Path) -> Command {
     command.args(["-device", &format!("vhost-user-fs-pci,chardev=files,tag={ROOT_TAG}")]);
     command.args(["-device", &format!("isa-debug-exit,iobase={EXIT_PORT:#x},iosize=1")]);
     command.arg("-kernel").arg(config.image).arg("-initrd").arg(config.initramfs);
-    // A panic restarts, which QEMU takes for the end.
-    command.args(["-append", "console=ttyS0 panic=-1 oops=panic quiet loglevel=4"]);
+    // A panic restarts, which QEMU takes for the end. No watchdog of the TSC: on a busy host the emulated counter would be found unstable,
+    // and then VMs inside lose timers.
+    command.args(["-append", "console=ttyS0 panic=-1 oops=panic quiet loglevel=4 tsc=nowatchdog"]);
     command
 }
 

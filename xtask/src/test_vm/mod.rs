@@ -7,6 +7,7 @@ mod initramfs;
 mod kernels;
 mod machine;
 mod modules;
+mod record;
 mod report;
 mod suites;
 
@@ -57,6 +58,10 @@ pub(crate) struct Arguments {
     #[arg(long)]
     shell: bool,
 
+    /// Keep the results in docs/compatibility, with this host's beside, and make docs/src/compatibility.md of them.
+    #[arg(long, conflicts_with_all = ["shell", "filter"])]
+    record: bool,
+
     /// RAM of the machine in MiB.
     #[arg(long, value_name = "MIB", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(256..=1_048_576))]
     memory: u32,
@@ -71,7 +76,7 @@ impl Arguments {
     pub(crate) fn of_test(all: bool) -> Self {
         let count = if all { PINS.len() } else { 1 };
         let kernels = PINS[..count].iter().map(|pin| pin.name.to_owned()).collect();
-        Self { kernels, filter: None, shell: false, memory: 2048, limit: 14 }
+        Self { kernels, filter: None, shell: false, record: false, memory: 2048, limit: 14 }
     }
 }
 
@@ -109,6 +114,9 @@ pub(crate) fn test(arguments: &Arguments) -> Result<Totals> {
             println!("kernel {}: {problem} ({})", report.label, results(&report.label).join("console.log").display());
         }
         totals.add(report.totals());
+    }
+    if arguments.record {
+        record::record(&reports, &programs)?;
     }
     Ok(totals)
 }

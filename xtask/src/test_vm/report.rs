@@ -100,11 +100,7 @@ impl Gatherer {
             }
             Message::Object { suite, object } => {
                 if suite == "doctor" {
-                    for check in object["checks"].as_array().into_iter().flatten() {
-                        if let (Some(name), Some(result)) = (check["name"].as_str(), check["result"].as_str()) {
-                            self.report.doctor.insert(name.to_owned(), result.to_owned());
-                        }
-                    }
+                    self.report.take_doctor(&object);
                 }
                 Vec::new()
             }
@@ -157,6 +153,15 @@ impl Gatherer {
 }
 
 impl Report {
+    /// Takes in what `dunlin doctor --json` printed.
+    pub(super) fn take_doctor(&mut self, object: &serde_json::Value) {
+        for check in object["checks"].as_array().into_iter().flatten() {
+            if let (Some(name), Some(result)) = (check["name"].as_str(), check["result"].as_str()) {
+                self.doctor.insert(name.to_owned(), result.to_owned());
+            }
+        }
+    }
+
     /// How many tests ended how; a run that is none counts as a failed test.
     pub(crate) fn totals(&self) -> Totals {
         let passed = self.tests.iter().filter(|test| test.verdict == Verdict::Passed).count() as u64;

@@ -46,17 +46,10 @@ const IMAGE_VERSION: u32 = 1;
 /// The most that the framing of an image takes.
 const FRAMING_BYTES: usize = 4096;
 
-/// All the firmware that there is: a jump to the reset vector in real mode resets the machine. Linux has no other way on
-/// hardware-reduced ACPI without EFI (arch/x86/kernel/reboot.c: `BOOT_EFI`, then `BOOT_BIOS`).
-const RESET_CODE: [u8; 7] = [
-    0xb0,
-    RESET_BYTE, // mov al, RESET_BYTE
-    0xe6,
-    RESET_PORT as u8, // out RESET_PORT, al
-    0xf4,             // hlt
-    0xeb,
-    0xfd, // jmp to the hlt
-];
+/// All the firmware that there is: `mov al, RESET_BYTE; out RESET_PORT, al; hlt; jmp` to the `hlt`. A jump there in real mode
+/// resets the machine. Linux has no other way on hardware-reduced ACPI without EFI (arch/x86/kernel/reboot.c: `BOOT_EFI`, then
+/// `BOOT_BIOS`).
+const RESET_CODE: [u8; 7] = [0xb0, RESET_BYTE, 0xe6, RESET_PORT as u8, 0xf4, 0xeb, 0xfd];
 
 const _: () = assert!(MAX_LOADED_BYTES as usize + MAX_COMMAND_LINE_BYTES + FRAMING_BYTES <= MAX_BOOT_IMAGE_BYTES);
 

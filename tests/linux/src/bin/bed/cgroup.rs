@@ -16,15 +16,20 @@ const GONE: Duration = Duration::from_secs(20);
 /// Mounts the hierarchy (version 2) and hands its controllers to groups below.
 pub(crate) fn mount() -> Result<()> {
     system::mount_kernel_fs("cgroup2", ROOT, "")?;
-    let controllers = fs::read_to_string(format!("{ROOT}/cgroup.controllers"))?;
+    hand_on(Path::new(ROOT))
+}
+
+/// Hands all controllers of a group to those below it. One that the kernel keeps is the tests' to miss.
+fn hand_on(group: &Path) -> Result<()> {
+    let controllers = fs::read_to_string(group.join("cgroup.controllers"))?;
     for controller in controllers.split_whitespace() {
-        // Process 1 stands in the root group, where all but a few controllers can be handed on; a refusal is the tests' to see.
-        let _ = fs::write(format!("{ROOT}/cgroup.subtree_control"), format!("+{controller}"));
+        let _ = fs::write(group.join("cgroup.subtree_control"), format!("+{controller}"));
     }
     Ok(())
 }
 
-/// One test's group; on drop what is left in it is killed, and it is removed.
+/// One test's group; on drop what is left in it is killed, and it is removed. The test starts in the group `test` below it, so that it can make
+/// others beside its own, with controllers: a group that hands controllers on must have no processes.
 #[derive(Debug)]
 pub(crate) struct Group(PathBuf);
 
@@ -33,12 +38,15 @@ impl Group {
     pub(crate) fn new(number: usize) -> Result<Self> {
         let path = Path::new(ROOT).join(format!("bed-{number}"));
         fs::create_dir(&path).with_context(|| format!("make {}", path.display()))?;
-        Ok(Self(path))
+        let group = Self(path);
+        hand_on(&group.0)?;
+        fs::create_dir(group.0.join("test"))?;
+        Ok(group)
     }
 
     /// Has `command` start inside.
     pub(crate) fn start_in(&self, command: &mut Command) -> Result<()> {
-        let procs = fs::File::options().write(true).open(self.0.join("cgroup.procs"))?;
+        let procs = fs::File::options().write(true).open(self.0.join("test/cgroup.procs"))?;
         // SAFETY: only a write to an open descriptor between fork and exec; `0` stands for the writer itself.
         unsafe {
             command.pre_exec(move || rustix::io::write(&procs, b"0").map(drop).map_err(Into::into));

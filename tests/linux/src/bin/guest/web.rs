@@ -3,7 +3,6 @@
 //! | path | what |
 //! |---|---|
 //! | `/state` | everything, see [`crate::state`] |
-//! | `/time` | the clocks now: made and sent with nothing between |
 //! | `/verify` | compares the original file on the disk with what it must be |
 //! | `/grab/64M` | writes so much memory, and frees it |
 //! | `/entropy` | reads the hardware random number generator |
@@ -17,10 +16,8 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use dunlin_linux::arguments::bytes;
 use dunlin_linux::system;
-use rustix::time::ClockId;
 use serde_json::{Value, json};
 
-use crate::clock::{now_ns, tsc};
 use crate::copier;
 use crate::state::State;
 
@@ -63,10 +60,6 @@ fn serve_one(stream: &TcpStream, state: &State) {
 fn answer(path: &str, state: &State) -> Result<Value> {
     match path {
         "/state" => Ok(state.report()),
-        "/time" => {
-            let monotonic_ns = now_ns(ClockId::Monotonic);
-            Ok(json!({ "realtime_ns": now_ns(ClockId::Realtime), "monotonic_ns": monotonic_ns, "tsc": tsc() }))
-        }
         "/verify" => Ok(json!({ "ok": true, "bytes": copier::verify()? })),
         "/entropy" => {
             let mut bytes = [0; 32];
