@@ -25,9 +25,11 @@ use crate::model::{
     BlackoutLedger, BytesPerSecond, DirtyLogKind, DiskSpec, MacAddress, MachineShape, MigrationId, NetSpec, PageCount,
     PageRun, RegionId, SerialSpec, Step, VmId, VmRef,
 };
+use crate::service::balloon::BalloonReport;
 use crate::service::config;
 use crate::service::control::Outcome;
 use crate::service::machine::VmInfo;
+use crate::service::prove;
 use crate::service::registry::MachineEntry;
 use crate::service::session::{Reply, Request, SESSION_VERSION, SessionSocket};
 use crate::store;
@@ -59,6 +61,8 @@ pub const TARGETS: &[Target] = &[
     target("saved_device", virtio::read_state, || vec![virtio::sample_state()]),
     target("virtio_net", |input| virtio::drive(virtio::Target::Net, input), virtio_seeds),
     target("virtio_disk", |input| virtio::drive(virtio::Target::Disk, input), virtio_seeds),
+    target("virtio_rng", |input| virtio::drive(virtio::Target::Rng, input), virtio_seeds),
+    target("virtio_balloon", |input| virtio::drive(virtio::Target::Balloon, input), virtio_seeds),
     target("kernel", kvm::fuzz::kernel, kvm::fuzz::kernel_seeds),
     target("bzimage", kvm::fuzz::bzimage, kvm::fuzz::bzimage_seeds),
     target("boot_image", kvm::fuzz::boot_image, kvm::fuzz::boot_image_seeds),
@@ -66,6 +70,7 @@ pub const TARGETS: &[Target] = &[
     target("json", json, json_seeds),
     target("words", words, word_seeds),
     target("config", config_file, config_seeds),
+    target("guest_words", prove::fuzz_line, prove::fuzz_seeds),
 ];
 
 /// The target called `name`.
@@ -150,6 +155,8 @@ fn shape() -> MachineShape {
         cpuid: Vec::new(),
         nets: "tap=t0,mac=02:00:00:00:00:01,ip=10.0.0.2".parse().into_iter().collect(),
         disks: "path=/d.img,readonly".parse().into_iter().collect(),
+        rng: true,
+        balloon: false,
     }
 }
 
@@ -207,6 +214,7 @@ fn json(input: &[u8]) {
         assert!(!entry.name.as_str().contains('/'), "a name that is a path");
     }
     let _ = serde_json::from_slice::<VmInfo>(input);
+    let _ = serde_json::from_slice::<BalloonReport>(input);
     let _ = serde_json::from_slice::<Outcome>(input);
 }
 

@@ -7,11 +7,13 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::vm;
+use crate::kvm::virtio::GuestStats;
 use crate::model::schema::Schema;
 use crate::model::{
     AnnounceReport, AnnounceRound, BlackoutLedger, BlackoutPhase, Ending, MigrationId, MigrationReport, Owner,
     RoundReport, Stage, Station, VmId,
 };
+use crate::service::balloon::{BalloonReport, HintReport};
 use crate::service::control::Outcome;
 use crate::service::doctor::{DoctorReport, Finding, ResultKind, Tier};
 use crate::service::machine::{RunState, VmInfo};
@@ -65,6 +67,8 @@ fn machines() -> [Value; 2] {
         dirty_log_on: false,
         nets: vec!["tap=t,mac=02:00:00:00:00:01,ip=10.0.0.1".parse().unwrap()],
         disks: vec!["path=/d".parse().unwrap()],
+        rng: false,
+        balloon: true,
         uptime_ns: 0,
         migration_id: Some(MigrationId::random()),
         kvm_shortcomings: vec![String::new()],
@@ -80,6 +84,38 @@ fn machines() -> [Value; 2] {
         state_dir: "/".into(),
     };
     [tagged(&info), tagged(&entry)]
+}
+
+fn balloon() -> Value {
+    let value = Some(0);
+    tagged(&BalloonReport {
+        name: String::new(),
+        memory_bytes: 0,
+        target_bytes: 0,
+        actual_bytes: 0,
+        resident_bytes: 0,
+        driver: true,
+        reporting: true,
+        hinting: true,
+        poisoned: false,
+        held: false,
+        inflated_bytes: 0,
+        reported_bytes: 0,
+        hints: Some(HintReport { command_id: 2, pages: 0, complete: true }),
+        guest: Some(GuestStats {
+            swap_in_bytes: value,
+            swap_out_bytes: value,
+            major_faults: value,
+            minor_faults: value,
+            free_bytes: value,
+            total_bytes: value,
+            available_bytes: value,
+            disk_cache_bytes: value,
+            hugetlb_allocations: value,
+            hugetlb_failures: value,
+        }),
+        progress: 0,
+    })
 }
 
 fn dirty_rate() -> Value {
@@ -150,7 +186,7 @@ fn proof() -> Value {
 
 /// An object of every schema, with every member that it can have.
 fn samples() -> Vec<Value> {
-    let mut all = vec![migration(), dirty_rate(), doctor(), proof(), audit::sample(), vm::run::sample()];
+    let mut all = vec![migration(), dirty_rate(), doctor(), proof(), audit::sample(), vm::run::sample(), balloon()];
     all.extend(machines());
     all.extend(announcements());
     all.extend(vm::receive::samples());

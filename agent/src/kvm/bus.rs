@@ -2,6 +2,7 @@
 //!
 //! Owns addresses, interrupt numbers and dispatch. Must not know what any device does, nor KVM.
 
+use std::any::Any;
 use std::io;
 use std::sync::Arc;
 
@@ -85,8 +86,8 @@ pub struct IoEvent<'a> {
 }
 
 /// A device that runs, stands, and whose state moves. Made standing; the machine resumes it before the first guest
-/// instruction.
-pub trait Device: MmioDevice {
+/// instruction. Whoever made it can ask for what only its kind can do, by its type.
+pub trait Device: MmioDevice + Any {
     /// Its name, `net0`, `disk0`: also the name of its section in the saved state. At most 32 bytes.
     fn name(&self) -> String;
 

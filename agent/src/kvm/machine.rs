@@ -7,6 +7,7 @@
 //! waits for memory (through [`Machine::memory`]) and [`Machine::restore_state`]. Either way it stands until
 //! [`Machine::resume`].
 
+use std::any::Any;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -25,6 +26,7 @@ use super::ports::{Ports, SERIAL_IRQ};
 use super::serial::Serial;
 use super::sys::KvmError;
 use super::vcpu::{self, Surroundings, Vcpu};
+use super::virtio::VirtioBalloon;
 use super::vm::Vm;
 use super::x86::acpi::{Board, Window};
 use super::x86::cpuid::{self, CpuidError};
@@ -134,6 +136,10 @@ pub struct BootConfig {
     pub nets: Vec<NetSpec>,
     /// Disks, for the shape.
     pub disks: Vec<DiskSpec>,
+    /// Whether there is a source of entropy, for the shape.
+    pub rng: bool,
+    /// Whether there is a balloon, for the shape.
+    pub balloon: bool,
     /// The kernel, and the operator's part of the command line: the machine adds what the guest must know of it.
     pub image: BootImage,
 }
@@ -189,6 +195,8 @@ impl Machine {
             cpuid: Vec::new(),
             nets: config.nets,
             disks: config.disks,
+            rng: config.rng,
+            balloon: config.balloon,
         };
         let machine = Self::build(shape, hosting, devices)?;
         let mut image = config.image;
@@ -370,6 +378,14 @@ impl Machine {
     /// The devices, in the order of their windows.
     pub fn devices(&self) -> &[Arc<dyn Device>] {
         self.around.bus.devices()
+    }
+
+    /// The balloon, if the machine has one.
+    pub fn balloon(&self) -> Option<&VirtioBalloon> {
+        self.devices().iter().find_map(|device| {
+            let any: &dyn Any = device.as_ref();
+            any.downcast_ref()
+        })
     }
 
     /// The console's outside.

@@ -15,7 +15,7 @@ use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
 
-use crate::model::{PAGE_SIZE, PageCount, PageIndex};
+use crate::model::{PAGE_SIZE, PageCount, PageIndex, PageRun};
 use crate::shm::{SharedBitmap, ram_file};
 
 /// Where the hole below 4 GiB starts: low RAM ends here, devices and interrupt controllers lie above.
@@ -190,11 +190,50 @@ impl Memory {
 
     /// Makes all of RAM zero again, giving it back to the host, and marks it.
     pub fn clear(&self) -> Result<(), MemoryError> {
-        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        rustix::fs::fallocate(&self.file, punch, 0, self.pages.bytes())
-            .map_err(|e| MemoryError::Io { action: "clearing", source: e.into() })?;
-        self.dirty.set_run(0, self.pages.0);
+        self.punch(0, self.pages.0)
+    }
+
+    /// Gives the pages of a run back to the host: they read as zero from now on, and are marked, so that a migration under
+    /// way sends them as what they are now. Pages beyond RAM are left out.
+    pub fn give_back(&self, run: PageRun) -> Result<(), MemoryError> {
+        let first = run.first.0.min(self.pages.0);
+        let count = u64::from(run.count).min(self.pages.0 - first);
+        if count == 0 { Ok(()) } else { self.punch(first, count) }
+    }
+
+    /// The marks come last: who takes one sees the page's zeros.
+    fn punch(&self, first: u64, count: u64) -> Result<(), MemoryError> {
+        let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(&self.file, how, first * PAGE_SIZE as u64, count * PAGE_SIZE as u64)
+            .map_err(|e| MemoryError::Io { action: "giving pages back", source: e.into() })?;
+        self.dirty.set_run(first, count);
         Ok(())
+    }
+
+    /// The pages of the memory file that lie whole in guest-physical `[address, address + bytes)`, as runs of at most
+    /// `longest` pages in ascending order. What is no RAM is left out.
+    pub fn runs_in(&self, address: u64, bytes: u64, longest: u32) -> impl Iterator<Item = PageRun> + '_ {
+        let page = PAGE_SIZE as u64;
+        let (begin, end) = (address.div_ceil(page), address.saturating_add(bytes) / page);
+        self.ranges.iter().flat_map(move |range| {
+            let base = range.guest_address / page;
+            let from = begin.clamp(base, base + range.pages.0);
+            let to = end.clamp(from, base + range.pages.0);
+            let first = range.first_page.0 + (from - base);
+            let step = u64::from(longest.max(1));
+            (0..to - from)
+                .step_by(step as usize)
+                .map(move |inside| PageRun::new(first + inside, (to - from - inside).min(step) as u32))
+        })
+    }
+
+    /// What the host keeps for guest RAM at the moment, in bytes.
+    ///
+    /// # Errors
+    /// What the kernel answered.
+    pub fn resident_bytes(&self) -> Result<u64, MemoryError> {
+        let failed = |e: rustix::io::Errno| MemoryError::Io { action: "asking for its size", source: e.into() };
+        Ok(rustix::fs::fstat(&self.file).map_err(failed)?.st_blocks as u64 * 512)
     }
 
     /// Where in the file the page with guest frame number `gfn` lies, if it is RAM.
@@ -253,6 +292,45 @@ mod tests {
         let slice = memory.ram().get_slice(GuestAddress((1 << 32) + 4096), 8192).unwrap();
         slice.subslice(4096, 4).unwrap().copy_from(&[1u8, 2, 3, 4]);
         assert_eq!(dirty_pages(&memory), [high + 2]);
+    }
+
+    #[test]
+    fn runs_are_whole_pages_of_ram_at_their_place_in_the_file() {
+        let memory = Memory::new(4 << 30, MemoryOptions { huge_pages: false }).unwrap();
+        let high = HOLE_START / 4096;
+        let runs = |address, bytes, longest| {
+            memory.runs_in(address, bytes, longest).map(|run| (run.first.0, run.count)).collect::<Vec<_>>()
+        };
+        assert_eq!(runs(4096, 8192, 9), [(1, 2)]);
+        assert_eq!(runs(4095, 8192, 9), [(1, 1)], "pages that are covered in part");
+        assert_eq!(runs(4097, 4096, 9), []);
+        assert_eq!(runs(0, 5 * 4096, 2), [(0, 2), (2, 2), (4, 1)]);
+        assert_eq!(runs(HOLE_START - 4096, HIGH_RAM_START - HOLE_START + 8192, 9), [(high - 1, 1), (high, 1)]);
+        assert_eq!(runs(HOLE_START, HIGH_RAM_START - HOLE_START, 9), [], "the hole is no RAM");
+        assert_eq!(runs(HIGH_RAM_START + (1 << 30) - 4096, u64::MAX, 9), [((4 << 30) / 4096 - 1, 1)]);
+        assert_eq!(runs(u64::MAX, u64::MAX, 9), []);
+        assert_eq!(runs(0, u64::MAX, u32::MAX).iter().map(|run| u64::from(run.1)).sum::<u64>(), (4 << 30) / 4096);
+    }
+
+    #[test]
+    fn what_is_given_back_is_zero_marked_and_no_longer_kept() {
+        let memory = Memory::new(4 << 20, MemoryOptions { huge_pages: false }).unwrap();
+        memory.ram().write_slice(&vec![7; 4 << 20], GuestAddress(0)).unwrap();
+        dirty_pages(&memory);
+        let before = memory.resident_bytes().unwrap();
+        memory.give_back(PageRun::new(3, 5)).unwrap();
+        memory.give_back(PageRun::new(1023, 99)).unwrap();
+        memory.give_back(PageRun::new(5000, 1)).unwrap();
+        assert_eq!(dirty_pages(&memory), [3, 4, 5, 6, 7, 1023]);
+        for (page, value) in [(2, 7), (3, 0), (7, 0), (8, 7), (1023, 0)] {
+            assert_eq!(memory.ram().read_obj::<u8>(GuestAddress(page * 4096)).unwrap(), value, "page {page}");
+        }
+        // Reading made none of them anew in the file before it was asked.
+        assert!(memory.resident_bytes().unwrap() <= before);
+        let memory = Memory::new(4 << 20, MemoryOptions { huge_pages: false }).unwrap();
+        memory.ram().write_slice(&vec![7; 4 << 20], GuestAddress(0)).unwrap();
+        memory.give_back(PageRun::new(0, 512)).unwrap();
+        assert_eq!(memory.resident_bytes().unwrap(), 2 << 20);
     }
 
     #[test]

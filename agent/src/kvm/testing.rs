@@ -114,6 +114,8 @@ pub(crate) fn config(image: BootImage, cpus: u32, dirty_log: DirtyLogKind) -> Bo
         dirty_log,
         nets: Vec::new(),
         disks: Vec::new(),
+        rng: false,
+        balloon: false,
         image,
     }
 }

@@ -1,6 +1,12 @@
 //! The shape of a machine: what a target must be able to offer before it accepts a VM.
+//!
+//! Owns its form on the wire too. Postcard knows no field that may be absent, so what was added to version 1 is a list of
+//! names behind the last field, and [`MORE`] in the number of vCPUs says that it is there. A machine without any of it is
+//! written as it always was, and an old reader refuses one that it could not make: no machine has so many vCPUs.
 
-use serde::{Deserialize, Serialize};
+use serde::de::{Error as _, SeqAccess, Visitor};
+use serde::ser::SerializeTuple;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::config::{DirtyLogKind, DiskSpec, NetSpec};
 use super::id::{VmId, VmName};
@@ -20,6 +26,14 @@ pub const MAX_BOOT_IMAGE_BYTES: usize = 513 << 20;
 /// The frequencies in kHz that a time-stamp counter may have: 10 MHz to 100 GHz, far beyond what has been built.
 pub const TSC_KHZ: std::ops::RangeInclusive<u32> = 10_000..=100_000_000;
 
+/// Set in the number of vCPUs on the wire when names of further devices follow the last field.
+const MORE: u32 = 1 << 31;
+/// The most names that may follow.
+const MAX_NAMES: usize = 16;
+/// The names: never changed, never given to anything else.
+const RNG: &str = "rng";
+const BALLOON: &str = "balloon";
+
 /// One CPUID leaf as the guest sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CpuidLeaf {
@@ -35,7 +49,7 @@ pub struct CpuidLeaf {
 
 /// What a machine is made of. Sent with the offer; every count is checked against the limits of this module
 /// before anything is allocated for it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MachineShape {
     /// The VM's identity.
     pub vm_id: VmId,
@@ -55,6 +69,106 @@ pub struct MachineShape {
     pub nets: Vec<NetSpec>,
     /// Disks, in device order. Paths are the source's; the target maps them to its own.
     pub disks: Vec<DiskSpec>,
+    /// Whether it has a source of entropy; behind the disks in device order.
+    pub rng: bool,
+    /// Whether it has a balloon; the last in device order.
+    pub balloon: bool,
+}
+
+impl MachineShape {
+    /// What the wire's version 1 at first had no place for.
+    fn names(&self) -> Vec<&'static str> {
+        [(self.rng, RNG), (self.balloon, BALLOON)]
+            .into_iter()
+            .filter(|(there, _)| *there)
+            .map(|(_, name)| name)
+            .collect()
+    }
+
+    fn take_names(&mut self, names: &[String]) -> Result<(), String> {
+        if names.len() > MAX_NAMES {
+            return Err(format!("{} further devices are more than {MAX_NAMES}", names.len()));
+        }
+        for name in names {
+            match name.as_str() {
+                RNG => self.rng = true,
+                BALLOON => self.balloon = true,
+                other => {
+                    return Err(format!(
+                        "the VM has a device `{}`, which this build does not know",
+                        other.escape_debug()
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Fields that every shape has on the wire.
+const FIELDS: usize = 9;
+
+impl Serialize for MachineShape {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let names = self.names();
+        let mut fields = serializer.serialize_tuple(FIELDS + usize::from(!names.is_empty()))?;
+        fields.serialize_element(&self.vm_id)?;
+        fields.serialize_element(&self.name)?;
+        fields.serialize_element(&self.memory_bytes)?;
+        fields.serialize_element(&(if names.is_empty() { self.cpus } else { self.cpus | MORE }))?;
+        fields.serialize_element(&self.dirty_log)?;
+        fields.serialize_element(&self.tsc_khz)?;
+        fields.serialize_element(&self.cpuid)?;
+        fields.serialize_element(&self.nets)?;
+        fields.serialize_element(&self.disks)?;
+        if !names.is_empty() {
+            fields.serialize_element(&names)?;
+        }
+        fields.end()
+    }
+}
+
+impl<'de> Deserialize<'de> for MachineShape {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Fields;
+
+        fn field<'de, A: SeqAccess<'de>, T: Deserialize<'de>>(fields: &mut A) -> Result<T, A::Error> {
+            fields.next_element()?.ok_or_else(|| A::Error::custom("a machine's shape ends early"))
+        }
+
+        impl<'de> Visitor<'de> for Fields {
+            type Value = MachineShape;
+
+            fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                formatter.write_str("the shape of a machine")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut fields: A) -> Result<MachineShape, A::Error> {
+                let mut shape = MachineShape {
+                    vm_id: field(&mut fields)?,
+                    name: field(&mut fields)?,
+                    memory_bytes: field(&mut fields)?,
+                    cpus: field(&mut fields)?,
+                    dirty_log: field(&mut fields)?,
+                    tsc_khz: field(&mut fields)?,
+                    cpuid: field(&mut fields)?,
+                    nets: field(&mut fields)?,
+                    disks: field(&mut fields)?,
+                    rng: false,
+                    balloon: false,
+                };
+                if shape.cpus & MORE != 0 {
+                    shape.cpus &= !MORE;
+                    let names: Vec<String> = field(&mut fields)?;
+                    shape.take_names(&names).map_err(A::Error::custom)?;
+                }
+                Ok(shape)
+            }
+        }
+
+        // Postcard writes no count: whether the last field is there is for the mark to say.
+        deserializer.deserialize_tuple(FIELDS + 1, Fields)
+    }
 }
 
 /// Why an offered shape is not one.
@@ -108,5 +222,80 @@ impl MachineShape {
     /// The regions that move: RAM, as one file.
     pub fn regions(&self) -> Vec<RegionSpec> {
         vec![RegionSpec { id: RegionId::RAM, kind: RegionKind::Ram, pages: PageCount::covering(self.memory_bytes) }]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shape() -> MachineShape {
+        MachineShape {
+            vm_id: VmId(uuid::Uuid::from_u128(7)),
+            name: "web1".parse().unwrap(),
+            memory_bytes: 256 << 20,
+            cpus: 2,
+            dirty_log: DirtyLogKind::Ring,
+            tsc_khz: 2_000_000,
+            cpuid: vec![CpuidLeaf { function: 1, index: 0, flags: 0, registers: [1, 2, 3, 4] }],
+            nets: "tap=t0,mac=02:00:00:00:00:01,ip=10.0.0.2".parse().into_iter().collect(),
+            disks: "path=/d.img,readonly".parse().into_iter().collect(),
+            rng: false,
+            balloon: false,
+        }
+    }
+
+    /// What builds before the entropy source and the balloon wrote and read.
+    const OLD: &[u8] = &[
+        16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7, 4, 119, 101, 98, 49, 128, 128, 128, 128, 1, 2, 1, 128, 137,
+        122, 1, 1, 0, 0, 1, 2, 3, 4, 1, 2, 116, 48, 17, 48, 50, 58, 48, 48, 58, 48, 48, 58, 48, 48, 58, 48, 48, 58, 48,
+        49, 1, 0, 10, 0, 0, 2, 1, 6, 47, 100, 46, 105, 109, 103, 1,
+    ];
+    /// The same machine with both.
+    const NEW: &[u8] = &[
+        16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7, 4, 119, 101, 98, 49, 128, 128, 128, 128, 1, 130, 128, 128,
+        128, 8, 1, 128, 137, 122, 1, 1, 0, 0, 1, 2, 3, 4, 1, 2, 116, 48, 17, 48, 50, 58, 48, 48, 58, 48, 48, 58, 48,
+        48, 58, 48, 48, 58, 48, 49, 1, 0, 10, 0, 0, 2, 1, 6, 47, 100, 46, 105, 109, 103, 1, 2, 3, 114, 110, 103, 7, 98,
+        97, 108, 108, 111, 111, 110,
+    ];
+
+    #[test]
+    fn machines_without_the_later_devices_are_written_as_they_always_were() {
+        /// The form as it was derived then.
+        #[derive(Serialize)]
+        struct Old(VmId, VmName, u64, u32, DirtyLogKind, u32, Vec<CpuidLeaf>, Vec<NetSpec>, Vec<DiskSpec>);
+
+        let MachineShape { vm_id, name, memory_bytes, cpus, dirty_log, tsc_khz, cpuid, nets, disks, .. } = shape();
+        let old = Old(vm_id, name, memory_bytes, cpus, dirty_log, tsc_khz, cpuid, nets, disks);
+        assert_eq!(postcard::to_stdvec(&old).unwrap(), OLD);
+        assert_eq!(postcard::to_stdvec(&shape()).unwrap(), OLD);
+        assert_eq!(postcard::from_bytes::<MachineShape>(OLD).unwrap(), shape());
+    }
+
+    #[test]
+    fn later_devices_travel_in_the_midst_of_other_messages() {
+        for (rng, balloon) in [(false, false), (true, false), (false, true), (true, true)] {
+            let shape = MachineShape { rng, balloon, ..shape() };
+            let bytes = postcard::to_stdvec(&(1u8, &shape, 0xabcd_u32)).unwrap();
+            assert_eq!(postcard::from_bytes::<(u8, MachineShape, u32)>(&bytes).unwrap(), (1, shape, 0xabcd));
+        }
+        let both = MachineShape { rng: true, balloon: true, ..shape() };
+        assert_eq!(postcard::to_stdvec(&both).unwrap(), NEW);
+        assert_eq!(postcard::from_bytes::<MachineShape>(NEW).unwrap(), both);
+    }
+
+    #[test]
+    fn devices_that_this_build_does_not_know_are_refused() {
+        let mut bytes = NEW.to_vec();
+        let last = bytes.len() - 1;
+        bytes[last] = b'm';
+        assert!(postcard::from_bytes::<MachineShape>(&bytes).is_err());
+        assert!(postcard::from_bytes::<MachineShape>(&NEW[..last]).is_err());
+        let error = shape().take_names(&["rng".to_owned(), "tpm".to_owned()]).unwrap_err();
+        assert!(error.contains("`tpm`"), "{error}");
+        assert!(shape().take_names(&vec!["rng".to_owned(); MAX_NAMES + 1]).is_err());
+        // What an old reader says to a new shape: refused, not misread.
+        let (.., cpus) = postcard::take_from_bytes::<(VmId, VmName, u64, u32)>(NEW).unwrap().0;
+        assert!(MachineShape { cpus, ..shape() }.check().is_err());
     }
 }

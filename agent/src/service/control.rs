@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 
+use super::balloon::BalloonReport;
 use super::machine::{Host, VmInfo};
 use crate::model::Owner;
 use crate::model::schema::Schema;
@@ -118,8 +119,34 @@ async fn console(State(host): State<Arc<Host>>, Query(Position { from }): Query<
     }
 }
 
+#[derive(Deserialize)]
+struct BalloonQuestion {
+    /// Wait for progress beyond this.
+    #[serde(default)]
+    seen: Option<u64>,
+    /// Ask the guest how its memory is used.
+    #[serde(default)]
+    stats: bool,
+}
+
+#[derive(Deserialize)]
+struct BalloonSize {
+    size_bytes: u64,
+}
+
+async fn balloon(
+    State(host): State<Arc<Host>>,
+    Query(BalloonQuestion { seen, stats }): Query<BalloonQuestion>,
+) -> Response {
+    match tokio::task::spawn_blocking(move || super::balloon::report(host.machine(), seen, stats)).await {
+        Ok(Ok(report)) => Json(report.tagged()).into_response(),
+        Ok(Err(error)) => answer(Err(error)),
+        Err(error) => answer(Err(error.to_string())),
+    }
+}
+
 fn observing() -> Router<Arc<Host>> {
-    Router::new().route("/v1/machine", get(info)).route("/v1/console", get(console))
+    Router::new().route("/v1/machine", get(info)).route("/v1/console", get(console)).route("/v1/balloon", get(balloon))
 }
 
 fn acting() -> Router<Arc<Host>> {
@@ -146,6 +173,18 @@ fn acting() -> Router<Arc<Host>> {
             post(|ConnectInfo(caller): From, State(host): At, Query(Switch { on }): Query<Switch>| {
                 order(caller, move |_| host.set_dirty_log(on))
             }),
+        )
+        .route(
+            "/v1/balloon",
+            post(
+                |ConnectInfo(caller): From, State(host): At, Query(BalloonSize { size_bytes }): Query<BalloonSize>| {
+                    order(caller, move |who| host.set_balloon(who, size_bytes))
+                },
+            ),
+        )
+        .route(
+            "/v1/balloon/ask-free",
+            post(|ConnectInfo(caller): From, State(host): At| order(caller, move |_| host.ask_free())),
         )
         .route(
             "/v1/console",
@@ -271,6 +310,18 @@ pub fn give_order(socket: &Path, target: &str, body: &[u8]) -> Result<(), Contro
 /// A socket nobody serves, or an answer that is none.
 pub fn ask_info(socket: &Path) -> Result<VmInfo, ControlError> {
     let (_, body) = blocking(request(socket, "GET", "/v1/machine", Vec::new()))?;
+    serde_json::from_slice(&body)
+        .map_err(|error| ControlError::Exchange { socket: socket.display().to_string(), problem: error.to_string() })
+}
+
+/// Asks how the VM's balloon stands; with `seen`, when there is progress beyond it or a second is over; with `stats`, how
+/// the guest uses its memory.
+///
+/// # Errors
+/// A VM without a balloon, a socket nobody serves, or an answer that is none.
+pub fn ask_balloon(socket: &Path, seen: Option<u64>, stats: bool) -> Result<BalloonReport, ControlError> {
+    let seen = seen.map_or_else(String::new, |seen| format!("&seen={seen}"));
+    let (_, body) = blocking(request(socket, "GET", &format!("/v1/balloon?stats={stats}{seen}"), Vec::new()))?;
     serde_json::from_slice(&body)
         .map_err(|error| ControlError::Exchange { socket: socket.display().to_string(), problem: error.to_string() })
 }

@@ -25,7 +25,7 @@ use crate::kvm::bus::{Device, DeviceError};
 use crate::kvm::machine::{BootConfig, HostedError, Hosting, Machine};
 use crate::kvm::memory::Memory;
 use crate::kvm::sys::KvmError;
-use crate::kvm::virtio::{VirtioBlk, VirtioNet};
+use crate::kvm::virtio::{VirtioBalloon, VirtioBlk, VirtioNet, VirtioRng};
 use crate::model::schema::Schema;
 use crate::model::{
     DirtyLogKind, DiskSpec, MachineShape, MigrationId, NetSpec, Owner, PageCount, PageRun, SerialSpec, Station, VmId,
@@ -140,6 +140,12 @@ pub struct VmInfo {
     pub nets: Vec<NetSpec>,
     /// Disks.
     pub disks: Vec<DiskSpec>,
+    /// Whether it has a source of entropy.
+    #[serde(default)]
+    pub rng: bool,
+    /// Whether it has a balloon.
+    #[serde(default)]
+    pub balloon: bool,
     /// How long this process has held the machine.
     pub uptime_ns: u64,
     /// The migration that has the machine, or had it last.
@@ -181,8 +187,18 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Makes the devices of a shape: network ports first, then disks.
-fn devices(nets: &[NetSpec], disks: &[DiskSpec], memory: &Memory) -> Result<Vec<Arc<dyn Device>>, DeviceError> {
+/// What the devices of a machine are made from.
+struct Parts {
+    nets: Vec<NetSpec>,
+    disks: Vec<DiskSpec>,
+    rng: bool,
+    balloon: bool,
+}
+
+/// Makes the devices of a shape: network ports first, then disks, the source of entropy, the balloon. The order decides
+/// windows and interrupts, so it is the same for ever.
+fn devices(parts: &Parts, memory: &Memory) -> Result<Vec<Arc<dyn Device>>, DeviceError> {
+    let Parts { nets, disks, rng, balloon } = parts;
     let mut devices: Vec<Arc<dyn Device>> = Vec::new();
     for (index, net) in nets.iter().enumerate() {
         let failed = |problem: String| DeviceError::Worker { device: format!("net{index}"), problem };
@@ -193,6 +209,12 @@ fn devices(nets: &[NetSpec], disks: &[DiskSpec], memory: &Memory) -> Result<Vec<
         let failed = |problem: String| DeviceError::Worker { device: format!("disk{index}"), problem };
         let raw = RawDisk::open(disk).map_err(|error| failed(chain(&error)))?;
         devices.push(Arc::new(VirtioBlk::new(index, memory.ram().clone(), raw)?));
+    }
+    if *rng {
+        devices.push(Arc::new(VirtioRng::new(memory.ram().clone())?));
+    }
+    if *balloon {
+        devices.push(Arc::new(VirtioBalloon::new(memory)?));
     }
     Ok(devices)
 }
@@ -224,8 +246,9 @@ impl Host {
         check_undoubted(&journal, config.vm_id)?;
         let gate = OwnershipGate::open(config.vm_id, Box::new(journal));
         let (nets, disks) = (config.nets.clone(), config.disks.clone());
+        let parts = Parts { nets, disks, rng: config.rng, balloon: config.balloon };
         let hosting = Hosting { serial, ..Hosting::default() };
-        let maker = Box::new(move |memory: &Memory| devices(&nets, &disks, memory));
+        let maker = Box::new(move |memory: &Memory| devices(&parts, memory));
         let machine = Machine::boot(config, &hosting, maker)?;
         Self::enter(machine, gate, places)
     }
@@ -257,7 +280,8 @@ impl Host {
         let journal = FileJournal::open(&creation.state_dir)?;
         let hosting = Hosting { serial: creation.serial.clone(), ..Hosting::default() };
         let (nets, disks) = (shape.nets.clone(), shape.disks.clone());
-        let maker = Box::new(move |memory: &Memory| devices(&nets, &disks, memory));
+        let parts = Parts { nets, disks, rng: shape.rng, balloon: shape.balloon };
+        let maker = Box::new(move |memory: &Memory| devices(&parts, memory));
         let machine = Machine::incoming(shape.clone(), &hosting, maker)?;
         let gate = OwnershipGate::receiving(shape.vm_id, creation.migration, Box::new(journal))?;
         let places = Places { run_dir: creation.run_dir.clone(), state_dir: creation.state_dir.clone() };
@@ -349,6 +373,8 @@ impl Host {
             dirty_log_on: self.machine.log().is_on(),
             nets: shape.nets.clone(),
             disks: shape.disks.clone(),
+            rng: shape.rng,
+            balloon: shape.balloon,
             uptime_ns: self.since.elapsed().as_nanos() as u64,
             migration_id,
             kvm_shortcomings: self.machine.shortcomings(),
@@ -412,6 +438,23 @@ impl Host {
             self.machine.stop();
             Ok(())
         })
+    }
+
+    /// Sets how much memory the guest is to have.
+    pub fn set_balloon(&self, who: &str, size_bytes: u64) -> Result<(), String> {
+        self.act(who, &format!("balloon --size {size_bytes}"), || {
+            let _turn = self.unless_migrating("change the balloon")?;
+            super::balloon::set_size(&self.machine, size_bytes)
+        })
+    }
+
+    /// Asks the guest once for its free pages.
+    pub fn ask_free(&self) -> Result<(), String> {
+        let _turn = self.unless_migrating("ask for free pages")?;
+        if !self.machine.is_running() {
+            return Err("the VM does not run".to_owned());
+        }
+        super::balloon::ask_free(&self.machine)
     }
 
     /// Decides who owns a VM in doubt.
@@ -696,4 +739,26 @@ pub fn session_from_fd(fd: OwnedFd) -> Result<SessionSocket, HostError> {
     let failed = |source| HostError::Io { action: "taking the session's descriptor".to_owned(), source };
     rustix::net::sockopt::socket_type(fd.as_fd()).map_err(|error| failed(error.into()))?;
     Ok(SessionSocket::new(UnixStream::from(fd)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kvm::memory::MemoryOptions;
+
+    /// A source and a target make the same windows, and so does a later build.
+    #[test]
+    fn devices_have_one_order_for_ever() {
+        let memory = Memory::new(1 << 20, MemoryOptions { huge_pages: false }).unwrap();
+        let disk = tempfile::NamedTempFile::new().unwrap();
+        disk.as_file().set_len(4096).unwrap();
+        let names = |rng, balloon| {
+            let disks = vec![DiskSpec { path: disk.path().to_owned(), readonly: true }; 2];
+            let made = devices(&Parts { nets: Vec::new(), disks, rng, balloon }, &memory).unwrap();
+            made.iter().map(|device| device.name()).collect::<Vec<_>>()
+        };
+        assert_eq!(names(false, false), ["disk0", "disk1"]);
+        assert_eq!(names(true, true), ["disk0", "disk1", "rng0", "balloon0"]);
+        assert_eq!(names(false, true), ["disk0", "disk1", "balloon0"]);
+    }
 }

@@ -4,6 +4,7 @@
 //! - [`migration`] is the manager at a source, [`receive`] the one at a target.
 //! - [`registry`] knows which VMs this host runs.
 //! - [`config`] reads the configuration file.
+//! - [`balloon`] answers for a guest's memory.
 //! - [`announce`] announces by hand, on an interface that an operator names.
 //! - [`observe`] watches how one VM writes its memory; [`doctor`] tries what this host can do.
 //!
@@ -12,6 +13,7 @@
 pub mod announce;
 pub mod arm;
 pub mod audit;
+pub mod balloon;
 pub mod clock;
 pub mod config;
 pub mod control;

@@ -115,6 +115,8 @@ fn shape(scenario: &Scenario) -> MachineShape {
         cpuid: Vec::new(),
         nets: Vec::new(),
         disks: Vec::new(),
+        rng: false,
+        balloon: false,
     }
 }
 

@@ -1,5 +1,6 @@
 //! `dunlin vm …`: machines hosted by Dunlin itself.
 
+pub(super) mod balloon;
 pub(super) mod orders;
 pub(super) mod receive;
 pub(super) mod run;
@@ -19,6 +20,7 @@ pub(super) enum VmCommand {
     Resume(orders::ResumeArgs),
     Stop(orders::StopArgs),
     Console(orders::ConsoleArgs),
+    Balloon(balloon::BalloonArgs),
 }
 
 impl VmCommand {
@@ -37,6 +39,7 @@ impl VmCommand {
             Self::Resume(arguments) => arguments.run(json, config),
             Self::Stop(arguments) => arguments.run(json, config),
             Self::Console(arguments) => arguments.run(json, config),
+            Self::Balloon(arguments) => arguments.run(json, config),
         }
     }
 }

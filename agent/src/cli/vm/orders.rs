@@ -89,6 +89,12 @@ impl InfoArgs {
         for disk in &info.disks {
             say!("disk         {}{}", disk.path.display(), if disk.readonly { ", readonly" } else { "" });
         }
+        if info.rng {
+            say!("rng          random bytes of this host's kernel");
+        }
+        if info.balloon {
+            say!("balloon      see dunlin vm balloon");
+        }
         if let Some(migration) = info.migration_id {
             say!("migration    {migration}");
         }

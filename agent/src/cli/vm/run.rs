@@ -82,6 +82,14 @@ pub(in crate::cli) struct RunArgs {
     #[arg(long = "disk", value_name = "SPEC")]
     disks: Vec<DiskSpec>,
 
+    /// Give the guest random bytes of this host's kernel (virtio-rng).
+    #[arg(long)]
+    rng: bool,
+
+    /// Let the guest give memory back: balloon, free-page reporting and hinting (virtio-balloon).
+    #[arg(long)]
+    balloon: bool,
+
     /// Console: stdio, none, file=F or socket=F.
     #[arg(long, value_name = "SPEC", default_value = "none")]
     serial: SerialSpec,
@@ -160,6 +168,8 @@ impl RunArgs {
             dirty_log: self.dirty_log,
             nets: self.nets,
             disks: self.disks,
+            rng: self.rng,
+            balloon: self.balloon,
             image,
         };
         let places = Places { run_dir: self.run_dir.path(defaults), state_dir: self.state_dir.path(defaults) };

@@ -11,10 +11,12 @@ use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress};
 
+use super::balloon::BalloonBackend;
 use super::blk::BlkBackend;
 use super::driver::{Descriptor, Driver};
 use super::mmio::{Backend, Transport, register};
 use super::net::NetBackend;
+use super::rng::RngBackend;
 use super::state::{DeviceState, QueueState};
 use crate::block::raw::RawDisk;
 use crate::kvm::bus::MmioDevice;
@@ -35,6 +37,10 @@ pub enum Target {
     Net,
     /// The block device.
     Disk,
+    /// The source of entropy.
+    Rng,
+    /// The balloon; some of its requests come in the midst of what a host asks of it.
+    Balloon,
 }
 
 /// Runs `input` against a fresh device.
@@ -49,12 +55,19 @@ pub fn drive(target: Target, input: &[u8]) {
             wire.set_nonblocking(true).expect("nonblocking");
             network.set_nonblocking(true).expect("nonblocking");
             let mac = MacAddress::new([2, 0, 0, 0, 0, 1]).expect("MAC");
-            attack(&memory, NetBackend::new(wire.into(), mac), input, &|frame| {
+            attack(&memory, NetBackend::new(wire.into(), mac), input, &|_, frame| {
                 let _ = network.send(frame);
                 while network.recv(&mut [0; 16]).is_ok() {}
             });
         }
-        Target::Disk => attack(&memory, BlkBackend::new(0, scratch_disk()), input, &|_| ()),
+        Target::Disk => attack(&memory, BlkBackend::new(0, scratch_disk()), input, &|_, _| ()),
+        Target::Rng => attack(&memory, RngBackend::default(), input, &|_, _| ()),
+        Target::Balloon => {
+            let backend = BalloonBackend::new(memory.clone(), Arc::default());
+            attack(&memory, backend, input, &|transport, order| {
+                transport.with_live(|balloon, _| balloon.order(order.len()));
+            });
+        }
     }
 }
 
@@ -82,7 +95,7 @@ fn scratch_disk() -> RawDisk {
     disk
 }
 
-fn attack<B: Backend>(memory: &Memory, backend: B, input: &[u8], deliver: &dyn Fn(&[u8])) {
+fn attack<B: Backend>(memory: &Memory, backend: B, input: &[u8], deliver: &dyn Fn(&Transport<B>, &[u8])) {
     let ram: Arc<GuestRam> = memory.ram().clone();
     let queues = backend.queue_sizes().len();
     let transport = Transport::new("fuzz0", ram.clone(), backend).expect("eventfd");
@@ -121,7 +134,7 @@ fn attack<B: Backend>(memory: &Memory, backend: B, input: &[u8], deliver: &dyn F
                 let wanted = u64::from(bytes.word()) & driver.offered();
                 driver.start(wanted | 1 << 32);
             }
-            8 => deliver(&[0xff; 1600][..usize::from(bytes.half()) % 1601]),
+            8 => deliver(&transport, &[0xff; 1600][..usize::from(bytes.half()) % 1601]),
             9 => {
                 // A request of the right shape with guest-chosen contents.
                 let (header, data) = (0x10_0000, bytes.address());
@@ -223,6 +236,16 @@ mod tests {
         #[test]
         fn a_hostile_guest_of_a_network_device_hurts_nobody(input in proptest::collection::vec(any::<u8>(), 0..600)) {
             drive(Target::Net, &input);
+        }
+
+        #[test]
+        fn a_hostile_guest_of_an_entropy_source_hurts_nobody(input in proptest::collection::vec(any::<u8>(), 0..600)) {
+            drive(Target::Rng, &input);
+        }
+
+        #[test]
+        fn a_hostile_guest_of_a_balloon_hurts_nobody(input in proptest::collection::vec(any::<u8>(), 0..600)) {
+            drive(Target::Balloon, &input);
         }
 
         #[test]

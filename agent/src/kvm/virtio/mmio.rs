@@ -3,8 +3,8 @@
 //! Owns every register and what a guest may do to it in which state. Must not know threads (whoever calls
 //! [`Transport::serve`] is the worker), KVM, or what the requests of a queue mean.
 //!
-//! Locks: `registers` before `engine`. Interrupt registers and notifications take neither, so a vCPU never waits there
-//! for a disk.
+//! Locks: `registers` before `engine` before `config`. Interrupt registers, notifications and loads from the configuration
+//! space take neither of the first two, so a vCPU never waits there for a disk.
 
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -145,8 +145,30 @@ pub trait Backend: Send + 'static {
     /// Features of this type of device; [`feature::TRANSPORT`] is added.
     fn features(&self) -> u64;
 
-    /// The configuration space. Constant.
+    /// The configuration space as it is now. Whoever changes it does so in [`Transport::with_backend`], and the driver is told.
     fn config(&self) -> Vec<u8>;
+
+    /// A store by the driver into the configuration space; false if it changes nothing. The guest chooses both: beyond the
+    /// end of [`Backend::config`], for instance.
+    fn write_config(&mut self, offset: u64, data: &[u8]) -> bool {
+        let _ = (offset, data);
+        false
+    }
+
+    /// What of the backend moves. By default the configuration space, which then must be the same at both hosts.
+    fn save(&self) -> Vec<u8> {
+        self.config()
+    }
+
+    /// Whether [`Backend::restore`] can take what was saved. The bytes are a peer's word.
+    fn fits(&self, saved: &[u8]) -> bool {
+        saved == self.save()
+    }
+
+    /// Takes what fits, after a reset.
+    fn restore(&mut self, saved: &[u8]) {
+        let _ = saved;
+    }
 
     /// Serves the queues: a bounded number of requests, each in bounded pieces between which it asks [`Pass::hold`].
     ///
@@ -156,6 +178,9 @@ pub trait Backend: Send + 'static {
 
     /// The guest reset the device, or the machine was reset.
     fn reset(&mut self) {}
+
+    /// The machine was reset: also what a driver's reset leaves is as after power-on. Follows [`Backend::reset`].
+    fn power_on(&mut self) {}
 
     /// Before the device runs: takes what only the running VM may hold.
     ///
@@ -183,7 +208,7 @@ pub trait Backend: Send + 'static {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// What about the two configuration spaces differs, in words; they do.
+    /// What about the saved backend and this one does not fit, in words; it does not.
     fn explain_config(&self, saved: &[u8]) -> String;
 }
 
@@ -235,11 +260,18 @@ struct Engine<B> {
     live: bool,
 }
 
+/// The configuration space as vCPUs read it: they never wait for the worker.
+struct ConfigSpace {
+    bytes: Vec<u8>,
+    /// `ConfigGeneration`: counts the changes (virtio 1.2, 2.5.2).
+    generation: u32,
+}
+
 /// One device on the transport, without its thread.
 pub(super) struct Transport<B> {
     device_id: u32,
     offered: u64,
-    config: Vec<u8>,
+    config: Mutex<ConfigSpace>,
     queue_sizes: &'static [u16],
     ram: Arc<GuestRam>,
     complaints: Complaints,
@@ -287,7 +319,7 @@ impl<B: Backend> Transport<B> {
         Ok(Self {
             device_id: backend.device_id(),
             offered: backend.features() | feature::TRANSPORT,
-            config: backend.config(),
+            config: Mutex::new(ConfigSpace { bytes: backend.config(), generation: 0 }),
             queue_sizes,
             ram,
             complaints: Complaints::new(name),
@@ -317,9 +349,32 @@ impl<B: Backend> Transport<B> {
         &self.notifications
     }
 
-    /// Uses the backend, making the worker stop after the piece it is at.
+    /// Uses the backend, making the worker stop after the piece it is at. If that changes the configuration space, the
+    /// driver is told.
     pub(super) fn with_backend<T>(&self, action: impl FnOnce(&mut B) -> T) -> T {
-        action(&mut self.engine().backend)
+        self.with_live(|backend, _| action(backend))
+    }
+
+    /// The same, with the features that the driver accepted; `None` while no driver runs the device.
+    pub(super) fn with_live<T>(&self, action: impl FnOnce(&mut B, Option<u64>) -> T) -> T {
+        let mut engine = self.engine();
+        let features = engine.live.then_some(engine.features);
+        let value = action(&mut engine.backend, features);
+        if self.publish_config(&engine) && engine.live {
+            self.interrupt.raise(interrupt::CONFIGURATION);
+        }
+        value
+    }
+
+    /// Shows the backend's configuration space to the guest. True if it changed.
+    fn publish_config(&self, engine: &Engine<B>) -> bool {
+        let bytes = engine.backend.config();
+        let mut config = lock(&self.config);
+        let changed = config.bytes != bytes;
+        if changed {
+            *config = ConfigSpace { bytes, generation: config.generation.wrapping_add(1) };
+        }
+        changed
     }
 
     /// One pass over the queues, if the device is live. `hold` is asked between pieces of work.
@@ -354,7 +409,11 @@ impl<B: Backend> Transport<B> {
 
     /// Back to the state after power-on, backend included.
     pub(super) fn reset(&self) {
-        self.reset_registers(&mut lock(&self.registers));
+        let mut registers = lock(&self.registers);
+        self.reset_registers(&mut registers);
+        let mut engine = self.engine();
+        engine.backend.power_on();
+        self.publish_config(&engine);
     }
 
     /// The state, of a device that nobody uses at the moment.
@@ -372,7 +431,7 @@ impl<B: Backend> Transport<B> {
         });
         DeviceState {
             device_id: self.device_id,
-            config: self.config.clone(),
+            config: engine.backend.save(),
             driver_features: registers.driver_features,
             device_features_select: registers.device_features_select,
             driver_features_select: registers.driver_features_select,
@@ -394,8 +453,11 @@ impl<B: Backend> Transport<B> {
         if state.device_id != self.device_id {
             return Err(RestoreError::Device(state.device_id, self.device_id));
         }
-        if state.config != self.config {
-            return Err(RestoreError::Config(self.engine().backend.explain_config(&state.config)));
+        {
+            let engine = self.engine();
+            if !engine.backend.fits(&state.config) {
+                return Err(RestoreError::Config(engine.backend.explain_config(&state.config)));
+            }
         }
         // Before FEATURES_OK the driver may have written any features; they were not accepted.
         let agreed = state.status & status::FEATURES_OK != 0;
@@ -433,6 +495,8 @@ impl<B: Backend> Transport<B> {
             queues: state.queues.iter().map(|q| QueueRegisters { geometry: q.geometry(), ready: q.ready }).collect(),
         };
         engine.backend.reset();
+        engine.backend.restore(&state.config);
+        self.publish_config(&engine);
         engine.rings = rings;
         engine.features = state.driver_features;
         engine.live = live;
@@ -447,8 +511,7 @@ impl<B: Backend> Transport<B> {
             register::DEVICE_ID => return self.device_id,
             register::VENDOR_ID => return VENDOR_VALUE,
             register::INTERRUPT_STATUS => return self.interrupt.status(),
-            // The configuration space is constant.
-            register::CONFIG_GENERATION => return 0,
+            register::CONFIG_GENERATION => return lock(&self.config).generation,
             register::SHM_FIRST..=register::SHM_LAST => return u32::MAX,
             _ => (),
         }
@@ -594,6 +657,7 @@ impl<B: Backend> Transport<B> {
         engine.features = 0;
         engine.live = false;
         engine.backend.reset();
+        self.publish_config(&engine);
         self.interrupt.set(0, false);
     }
 
@@ -617,7 +681,7 @@ impl<B: Backend> MmioDevice for Transport<B> {
         data.fill(0);
         if let Some(start) = offset.checked_sub(register::CONFIG) {
             let start = usize::try_from(start).unwrap_or(usize::MAX);
-            for (byte, value) in data.iter_mut().zip(self.config.iter().skip(start)) {
+            for (byte, value) in data.iter_mut().zip(lock(&self.config).bytes.iter().skip(start)) {
                 *byte = *value;
             }
         } else if data.len() == 4 && offset.is_multiple_of(4) {
@@ -629,6 +693,13 @@ impl<B: Backend> MmioDevice for Transport<B> {
 
     /// A store by the guest. One that is not allowed has no effect.
     fn write(&self, offset: u64, data: &[u8]) {
+        if let Some(inside) = offset.checked_sub(register::CONFIG) {
+            let mut engine = self.engine();
+            if engine.backend.write_config(inside, data) {
+                self.publish_config(&engine);
+                return;
+            }
+        }
         match data.try_into().map(u32::from_le_bytes) {
             Ok(value) if offset < register::CONFIG && offset.is_multiple_of(4) => self.write_register(offset, value),
             _ => self.complaints.warn(&format_args!("guest wrote {} bytes at {offset:#x}", data.len())),

@@ -117,7 +117,17 @@ impl Geometry {
 #[derive(Debug, Default)]
 pub struct Buffers<'m> {
     slices: Vec<RamSlice<'m>>,
+    places: Vec<Place>,
     len: usize,
+}
+
+/// Where in guest-physical space a buffer lies: all of it in RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Its first byte.
+    pub address: u64,
+    /// Its length.
+    pub bytes: u64,
 }
 
 impl<'m> Buffers<'m> {
@@ -129,6 +139,11 @@ impl<'m> Buffers<'m> {
     /// Whether there is not one byte.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// Where the buffers lie, one entry a descriptor: for requests that are about the memory itself.
+    pub fn places(&self) -> &[Place] {
+        &self.places
     }
 
     /// The part `[offset, offset + len)`, cut off where the buffers end.
@@ -172,6 +187,7 @@ impl<'m> Buffers<'m> {
         for slice in GuestMemoryBackend::get_slices(ram, address, len) {
             self.slices.push(slice.map_err(|_| ChainFault::OutsideRam)?);
         }
+        self.places.push(Place { address: address.0, bytes: len as u64 });
         self.len += len;
         Ok(())
     }

@@ -259,6 +259,32 @@ pub(super) fn lines_of(console: &Path) -> Vec<String> {
     String::from_utf8_lossy(&bytes[..whole]).lines().map(str::to_owned).collect()
 }
 
+/// For fuzzing: reads a line of the guest's console. A rate that comes of it is a number.
+///
+/// # Panics
+/// If that promise is broken.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) fn fuzz_line(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    let stats: Vec<Stat> = text.lines().filter_map(Stat::parse).collect();
+    for pair in stats.windows(2) {
+        assert!(pair[1].rate_since(&pair[0]).is_none_or(f64::is_finite));
+    }
+    for line in text.lines() {
+        let _ = heartbeat(line);
+    }
+}
+
+/// Lines that are right.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) fn fuzz_seeds() -> Vec<Vec<u8>> {
+    let stat = |uptime: u64| {
+        let errors = ERRORS.join("=0 ");
+        format!("STAT uptime_ns={uptime} pages_written={uptime} {errors}=0\n")
+    };
+    vec![b"HB 7 ff".to_vec(), (stat(1_000_000) + &stat(2_000_000)).into_bytes()]
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

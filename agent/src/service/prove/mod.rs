@@ -10,6 +10,9 @@
 
 mod lab;
 
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) use self::lab::{fuzz_line, fuzz_seeds};
+
 use std::fs;
 use std::io;
 use std::path::PathBuf;
