@@ -7,6 +7,7 @@ mod demo;
 mod ignored;
 mod interrupt;
 mod process;
+mod qmp;
 mod run;
 mod setup;
 mod summary;

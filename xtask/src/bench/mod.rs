@@ -9,7 +9,6 @@ mod measure;
 mod migrate;
 mod ours;
 mod qemu;
-mod qmp;
 mod raw_tcp;
 
 use std::fs;

@@ -11,9 +11,9 @@ use serde_json::{Value, json};
 use super::fresh;
 use super::guest::{self, CPUS, Console, HEARTBEAT_MS, MEMORY_MIB, Rate};
 use super::heartbeat::{Gaps, gaps};
-use super::qmp::Qmp;
 use crate::interrupt;
 use crate::process::OwnChild;
+use crate::qmp::Qmp;
 use crate::run;
 
 /// The program.

@@ -4,7 +4,7 @@
 //! kernel's patching of its own text (`Oops: int3`, seen with QEMU 7.2 and 8.0).
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -13,10 +13,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use dunlin_linux::protocol::{EXIT_FINE, EXIT_NOT_FINE, EXIT_PORT, Message, PORT, ROOT_TAG};
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
 use tempfile::TempDir;
 
 use crate::interrupt;
 use crate::process::OwnChild;
+use crate::qmp::Qmp;
 use crate::run;
 use crate::workspace::root;
 
@@ -127,6 +129,17 @@ fn folder() -> Result<TempDir> {
     tempfile::Builder::new().prefix("dunlin-vm-").tempdir().context("a folder for sockets")
 }
 
+/// What the CPU and its interrupt controllers stand at, for the log of a machine that hangs.
+fn inspect(monitor: &Path, machine: &mut OwnChild) -> Result<String> {
+    let mut monitor = Qmp::connect(monitor, machine)?;
+    let mut text = String::from("\n--- the machine, when its time was up ---\n");
+    for what in ["info registers", "info lapic", "info pic"] {
+        let answer = monitor.order("human-monitor-command", json!({ "command-line": what }))?;
+        text += answer.as_str().unwrap_or_default();
+    }
+    Ok(text)
+}
+
 fn qemu(config: &Config<'_>, socket: &Path) -> Command {
     let memory = config.memory_mib;
     let mut command = Command::new("qemu-system-x86_64");
@@ -152,9 +165,9 @@ fn qemu(config: &Config<'_>, socket: &Path) -> Command {
     command.args(["-device", &format!("vhost-user-fs-pci,chardev=files,tag={ROOT_TAG}")]);
     command.args(["-device", &format!("isa-debug-exit,iobase={EXIT_PORT:#x},iosize=1")]);
     command.arg("-kernel").arg(config.image).arg("-initrd").arg(config.initramfs);
-    // A panic restarts, which QEMU takes for the end. No watchdog of the TSC: on a busy host the emulated counter would be found unstable,
+    // A panic restarts, which QEMU takes for the end. The TSC is declared reliable: on a busy host the emulated counter would be found unstable,
     // and then VMs inside lose timers.
-    command.args(["-append", "console=ttyS0 panic=-1 oops=panic quiet loglevel=4 tsc=nowatchdog"]);
+    command.args(["-append", "console=ttyS0 panic=-1 oops=panic quiet loglevel=4 tsc=reliable"]);
     command
 }
 
@@ -168,6 +181,8 @@ pub(crate) fn run(config: &Config<'_>, mut hear: impl FnMut(Message)) -> Result<
     // Not QEMU's `stdio`: at the end of our empty standard input it would shut the port.
     command.args(["-device", "virtio-serial-pci", "-chardev", "file,id=port,path=/proc/self/fd/1"]);
     command.args(["-device", &format!("virtserialport,chardev=port,name={PORT}")]);
+    let monitor = folder.path().join("monitor");
+    command.args(["-qmp", &format!("unix:{},server=on,wait=off", monitor.display())]);
     command.stdout(Stdio::piped());
     let mut machine = OwnChild::start(&mut command, &folder.path().join("qemu.err"))?;
     let output = machine.child_mut().stdout.take().context("no output")?;
@@ -197,6 +212,14 @@ pub(crate) fn run(config: &Config<'_>, mut hear: impl FnMut(Message)) -> Result<
                 return Ok(true);
             }
         })();
+        if matches!(heard, Ok(true)) {
+            let words = inspect(&monitor, &mut machine).unwrap_or_else(|error| format!("\n{error:#}\n"));
+            // The console's log is QEMU's, which appends in place: what is written behind its end stays.
+            let _ = fs::File::options()
+                .append(true)
+                .open(config.console)
+                .and_then(|mut log| log.write_all(words.as_bytes()));
+        }
         if !matches!(heard, Ok(false)) {
             // Ends the reader too. The number is still ours: the child has not been waited for.
             let _ = kill_process(pid, Signal::KILL);

@@ -16,13 +16,13 @@ const LIMIT: Duration = Duration::from_secs(10);
 
 /// A connection to a monitor.
 #[derive(Debug)]
-pub(super) struct Qmp {
+pub(crate) struct Qmp {
     reader: BufReader<UnixStream>,
 }
 
 impl Qmp {
     /// Connects as soon as `qemu` listens at `socket`.
-    pub(super) fn connect(socket: &Path, qemu: &mut OwnChild) -> Result<Self> {
+    pub(crate) fn connect(socket: &Path, qemu: &mut OwnChild) -> Result<Self> {
         let stream = interrupt::wait_for(LIMIT, "QEMU's monitor", || {
             qemu.check_alive()?;
             Ok(UnixStream::connect(socket).ok())
@@ -36,7 +36,7 @@ impl Qmp {
     }
 
     /// Gives an order and returns what it returned.
-    pub(super) fn order(&mut self, name: &str, arguments: Value) -> Result<Value> {
+    pub(crate) fn order(&mut self, name: &str, arguments: Value) -> Result<Value> {
         let mut text = json!({ "execute": name, "arguments": arguments }).to_string();
         text.push('\n');
         self.reader.get_mut().write_all(text.as_bytes()).with_context(|| format!("sending {name} to QEMU"))?;
