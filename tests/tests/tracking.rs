@@ -226,12 +226,14 @@ fn the_command_shows_a_foreign_vms_pages_and_what_they_mean() {
     writer.write(200);
     let rest: Vec<Value> = reports.collect();
     let sum = |field: &str| rest.iter().map(|report| report[field].as_u64().unwrap()).sum::<u64>();
-    assert_eq!(sum("unique_pages"), 200, "{rest:?}");
+    // Where the hardware walks the guest's three page tables, it writes to them too.
+    let unique = sum("unique_pages");
+    assert!((200..=203).contains(&unique), "{rest:?}");
     let pages: f64 = rest
         .iter()
         .map(|report| report["pages_per_second"].as_f64().unwrap() * report["interval_ns"].as_f64().unwrap() / 1e9)
         .sum();
-    assert!((pages - 200.0).abs() < 0.01, "{pages}");
+    assert!((pages - unique as f64).abs() < 0.01, "{pages}");
     // A bitmap log that someone else armed cannot be seen from outside, so the regime is the cautious one.
     assert!(rest.iter().all(|report| report["regime"] == "passive" && report["is_lower_bound"] == true));
     assert!(rest.iter().all(|report| report["lost_events"]["total"] == 0));

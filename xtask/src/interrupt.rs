@@ -13,6 +13,9 @@ const TICK: Duration = Duration::from_millis(5);
 
 /// Takes over the signals. A second one ends the process at once.
 pub(crate) fn install() -> Result<()> {
+    if FLAG.get().is_some() {
+        return Ok(());
+    }
     let flag = FLAG.get_or_init(Arc::default);
     for signal in [SIGINT, SIGTERM] {
         signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(flag)).context("signal handler")?;

@@ -227,7 +227,7 @@ impl Source<'_> {
         }
         let mut rtt = Duration::MAX;
         for number in 0..PINGS {
-            rtt = rtt.min(self.ping(control, number)?);
+            rtt = rtt.min(self.ping(control, number, self.options.stall)?);
         }
         progress.rtt = rtt;
         let reservation = Duration::from_nanos(accept.reservation_ns);
@@ -236,10 +236,15 @@ impl Source<'_> {
     }
 
     /// Waits until the target has dealt with all that was sent so far; returns how long that took.
-    fn ping(&mut self, control: &dyn ControlChannel<ControlMessage>, number: u32) -> Result<Duration, SourceError> {
+    fn ping(
+        &mut self,
+        control: &dyn ControlChannel<ControlMessage>,
+        number: u32,
+        patience: Duration,
+    ) -> Result<Duration, SourceError> {
         let sent = self.clock.now();
         control.send(&ControlMessage::Ping(number))?;
-        match self.expect(control, self.options.stall, "pong")? {
+        match self.expect(control, patience, "pong")? {
             ControlMessage::Pong(echo) if echo == number => Ok(self.clock.now().saturating_sub(sent)),
             other => Err(unexpected(&other, "pong")),
         }
@@ -263,7 +268,8 @@ impl Source<'_> {
             way.control.send(&message).map_err(|error| peers_reason(way.control.as_ref(), error.into()))?;
             progress.image_bytes += part.len() as u64;
         }
-        self.ping(way.control.as_ref(), PINGS)?;
+        // All that the sockets still hold comes before the pong; the VM runs meanwhile.
+        self.ping(way.control.as_ref(), PINGS, self.options.stall * RESERVATION_STALLS)?;
         Ok(())
     }
 

@@ -133,24 +133,38 @@ pub(super) fn set_size(machine: &Machine, bytes: u64) -> Result<(), String> {
     balloon.set_target(pages).map_err(|error| error.to_string())
 }
 
-/// Asks the guest once for its free pages, waits until it has named them, and lets it use them again.
+/// Asks the guest once for its free pages; the number of the question.
 ///
 /// # Errors
-/// A VM without a balloon, a guest that names none, or one that takes too long.
-pub(super) fn ask_free(machine: &Machine) -> Result<(), String> {
+/// A VM without a balloon, or a guest that names none.
+pub(super) fn start_asking(machine: &Machine) -> Result<u32, String> {
+    of(machine)?.start_hint().map_err(|error| error.to_string())
+}
+
+/// Waits until the guest has named its free pages, and lets it use them again. A question that somebody else has replaced meanwhile is theirs to
+/// end.
+///
+/// # Errors
+/// A VM without a balloon, or a guest that takes too long.
+pub(super) fn await_answer(machine: &Machine, id: u32) -> Result<(), String> {
     let balloon = of(machine)?;
     let deadline = Instant::now() + HINT_LIMIT;
     let mut seen = balloon.wait_progress(0, Duration::ZERO);
-    let id = balloon.start_hint().map_err(|error| error.to_string())?;
     let complete = loop {
         let round = balloon.status().round.filter(|round| round.id == id);
         if round.is_none_or(|round| round.complete) || Instant::now() >= deadline {
-            break round.is_some_and(|round| round.complete);
+            break round.map(|round| round.complete);
         }
         seen = balloon.wait_progress(seen, PATIENCE);
     };
-    balloon.finish_hint();
-    if complete { Ok(()) } else { Err(format!("the guest did not name its free pages within {HINT_LIMIT:?}")) }
+    if complete.is_some() {
+        balloon.finish_hint();
+    }
+    match complete {
+        Some(true) => Ok(()),
+        Some(false) => Err(format!("the guest did not name its free pages within {HINT_LIMIT:?}")),
+        None => Err("the question was replaced by another one, or the guest's driver began anew".to_owned()),
+    }
 }
 
 #[cfg(test)]
@@ -186,7 +200,7 @@ mod tests {
         assert_eq!((report.memory_bytes, report.target_bytes, report.actual_bytes), (all, all - 8192, all));
         assert!(!report.has_followed() && !report.driver && report.guest.is_none() && report.hints.is_none());
         assert!((4096..all).contains(&report.resident_bytes));
-        assert!(ask_free(&machine).unwrap_err().contains("virtio_balloon"));
+        assert!(start_asking(&machine).unwrap_err().contains("virtio_balloon"));
         set_size(&machine, all).unwrap();
         assert!(super::report(&machine, None, false).unwrap().has_followed());
     }

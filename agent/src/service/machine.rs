@@ -450,11 +450,15 @@ impl Host {
 
     /// Asks the guest once for its free pages.
     pub fn ask_free(&self) -> Result<(), String> {
-        let _turn = self.unless_migrating("ask for free pages")?;
-        if !self.machine.is_running() {
-            return Err("the VM does not run".to_owned());
-        }
-        super::balloon::ask_free(&self.machine)
+        let id = {
+            let _turn = self.unless_migrating("ask for free pages")?;
+            if !self.machine.is_running() {
+                return Err("the VM does not run".to_owned());
+            }
+            super::balloon::start_asking(&self.machine)?
+        };
+        // Without a turn: how long it takes is the guest's choice, and nobody else may be kept waiting for that.
+        super::balloon::await_answer(&self.machine, id)
     }
 
     /// Decides who owns a VM in doubt.

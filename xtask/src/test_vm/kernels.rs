@@ -196,7 +196,9 @@ fn by_image(image: &Path, word: &str) -> Result<Kernel> {
     let modules =
         [beside, also, Some(Path::new("/lib/modules").join(&version))].into_iter().flatten().find(|path| path.is_dir());
     let modules = modules.with_context(|| format!("{word}: no modules of {version} beside it or in /lib/modules"))?;
-    Ok(Kernel { label: label_of(word), image: image.to_owned(), modules })
+    let label = label_of(word);
+    ensure!(!label.is_empty(), "{word}: give a path that ends in a name");
+    Ok(Kernel { label, image: image.to_owned(), modules })
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -95,7 +96,7 @@ pub(crate) fn sharer() -> Option<PathBuf> {
     SHARERS.iter().map(PathBuf::from).find(|path| path.is_file()).or_else(|| run::find("virtiofsd"))
 }
 
-/// Shares `/`, and the checkout where that is another file system. The bind mount is read only in the sharer's own mount
+/// Shares `/`, and the file system of the checkout where that is another one. The bind mount is read only in the sharer's own mount
 /// namespace, so that not even root in the machine can write: what the guest mounts how does not matter.
 fn share(folder: &Path, socket: &Path) -> Result<OwnChild> {
     let sharer = sharer().context("no virtiofsd: `cargo xtask setup` installs it")?;
@@ -103,8 +104,9 @@ fn share(folder: &Path, socket: &Path) -> Result<OwnChild> {
     fs::create_dir(&source)?;
     let script = "set -e; source=$1; checkout=$2; shift 2
         mount --bind / \"$source\"; mount -o remount,bind,ro \"$source\"
-        if [ \"$(stat -c %d /)\" != \"$(stat -c %d \"$checkout\")\" ]; then
-            mount --bind \"$checkout\" \"$source$checkout\"; mount -o remount,bind,ro \"$source$checkout\"
+        point=$(stat -c %m \"$checkout\")
+        if [ \"$point\" != / ]; then
+            mount --bind \"$point\" \"$source$point\"; mount -o remount,bind,ro \"$source$point\"
         fi
         exec \"$@\"";
     let mut command = Command::new("unshare");
@@ -251,7 +253,11 @@ pub(crate) fn shell(config: &Config<'_>) -> Result<()> {
     let _sharer = share(folder.path(), &socket)?;
     let mut command = qemu(config, &socket);
     command.args(["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]);
-    // Not one of our own children's ways: it must have our terminal.
+    // It has our terminal, and else is as our other children are: it does not outlive us.
+    // SAFETY: between fork and exec only prctl is called, which is a plain system call.
+    unsafe {
+        command.pre_exec(|| Ok(rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?));
+    }
     let status = command.status().with_context(|| format!("{} could not be started", run::words(&command)))?;
     if !status.success() {
         bail!("QEMU ended with {status}");

@@ -9,6 +9,7 @@ mod machine;
 mod modules;
 mod record;
 mod report;
+mod self_test;
 mod suites;
 
 use std::collections::VecDeque;
@@ -62,6 +63,10 @@ pub(crate) struct Arguments {
     #[arg(long, conflicts_with_all = ["shell", "filter"])]
     record: bool,
 
+    /// Check that the machine notices tests that fail, hang, leave processes or run out of memory, and a kernel that panics.
+    #[arg(long, conflicts_with_all = ["shell", "filter", "record"])]
+    self_test: bool,
+
     /// RAM of the machine in MiB.
     #[arg(long, value_name = "MIB", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(256..=1_048_576))]
     memory: u32,
@@ -76,7 +81,12 @@ impl Arguments {
     pub(crate) fn of_test(all: bool) -> Self {
         let count = if all { PINS.len() } else { 1 };
         let kernels = PINS[..count].iter().map(|pin| pin.name.to_owned()).collect();
-        Self { kernels, filter: None, shell: false, record: false, memory: 2048, limit: 14 }
+        Self { kernels, filter: None, shell: false, record: false, self_test: false, memory: 2048, limit: 14 }
+    }
+
+    /// Whether the machine notices what goes wrong, on one kernel.
+    pub(crate) fn of_self_test() -> Self {
+        Self { self_test: true, ..Self::of_test(false) }
     }
 }
 
@@ -96,6 +106,10 @@ pub(crate) fn test(arguments: &Arguments) -> Result<Totals> {
     let words = if arguments.kernels.is_empty() { &default[..] } else { &arguments.kernels };
     let programs = Programs::build()?;
     let kernels = words.iter().map(|word| kernels::find(word)).collect::<Result<Vec<_>>>()?;
+    for (index, kernel) in kernels.iter().enumerate() {
+        let again = kernels[..index].iter().any(|other| other.label == kernel.label);
+        ensure!(!again, "two kernels are called {}: their results would mix, so run one after the other", kernel.label);
+    }
     let guests = guests(&programs, &kernels)?;
     interrupt::install()?;
     if arguments.shell {
@@ -103,6 +117,21 @@ pub(crate) fn test(arguments: &Arguments) -> Result<Totals> {
         let job = Job { shell: true, environment: environment(&guests), folder: root().to_owned(), ..Job::default() };
         shell(arguments, &programs, &kernels[0], job)?;
         return Ok(Totals::default());
+    }
+    if arguments.self_test {
+        let environment = vec![(self_test::ALLOWED.to_owned(), "1".to_owned())];
+        // Files of its own: what a failed run has left is still there.
+        let kernels: Vec<Kernel> = kernels
+            .into_iter()
+            .map(|kernel| Kernel { label: format!("{}-self-test", kernel.label), ..kernel })
+            .collect();
+        let job = Job { suites: vec![programs.faults()?], environment, folder: root().to_owned(), ..Job::default() };
+        let reports = side_by_side(arguments, &programs, &kernels, &job)?;
+        let mut totals = Totals::default();
+        for report in &reports {
+            totals.add(self_test::judge(report));
+        }
+        return Ok(totals);
     }
     let suites = programs.suites(arguments.filter.as_deref())?;
     let job = Job { suites, environment: environment(&guests), folder: root().to_owned(), ..Job::default() };
@@ -223,7 +252,8 @@ fn one(arguments: &Arguments, programs: &Programs, kernel: &Kernel, job: Job) ->
         // The log is for people; a full disk shows at the report.
         let _ = writeln!(log, "{}", serde_json::to_string(&message).unwrap_or_default());
         for line in gatherer.hear(message) {
-            println!("{} | {line}", kernel.label);
+            // Nor does a reader that has gone away end a run: a panic here would leave the machine to nobody.
+            let _ = writeln!(std::io::stdout(), "{} | {line}", kernel.label);
         }
     })?;
     let report = gatherer.finish(end, began.elapsed().as_millis() as u64);

@@ -102,6 +102,7 @@ impl Gatherer {
                 if suite == "doctor" {
                     self.report.take_doctor(&object);
                 }
+                self.words.push(object.to_string());
                 Vec::new()
             }
             Message::Test { suite, test, verdict, detail, took_ms } => {

@@ -10,6 +10,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, ensure};
 use dunlin_linux::protocol::{Suite, SuiteKind};
 
+use super::self_test;
 use crate::build_ebpf;
 use crate::build_guest;
 use crate::run;
@@ -156,6 +157,17 @@ impl Programs {
                 Some((name, PathBuf::from(artifact["executable"].as_str()?)))
             })
             .collect())
+    }
+
+    /// The suite of tests that go wrong on purpose.
+    pub(super) fn faults(&self) -> Result<Suite> {
+        Ok(Suite {
+            name: self_test::SUITE.to_owned(),
+            program: self.tests.get(self_test::SUITE).cloned().context("no tests that go wrong were built")?,
+            arguments: Vec::new(),
+            kind: SuiteKind::Tests { only: Vec::new(), ignored_too: true },
+            limit_s: self_test::LIMIT_S,
+        })
     }
 
     /// The table's suites, or those in which `filter` finds something.

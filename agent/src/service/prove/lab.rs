@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
+
 use super::ProveError;
 use crate::migrate::CancelFlag;
 use crate::model::chain;
@@ -16,6 +18,7 @@ use crate::model::units::display_duration;
 use crate::probe::ProbeError;
 use crate::service::machine::Places;
 use crate::service::out::complain;
+use crate::service::registry::Registry;
 
 /// How long a guest may take to be ready, or to say something.
 pub(super) const GUEST_LIMIT: Duration = Duration::from_secs(15);
@@ -148,6 +151,15 @@ impl Lab<'_> {
 
     pub(super) fn places(&self, host: &str) -> Places {
         Places { run_dir: self.folder.join(host).join("run"), state_dir: self.folder.join(host).join("state") }
+    }
+}
+
+/// Kills the machines at a place of a laboratory: nobody else's are listed there.
+pub(super) fn kill_machines(places: &Places) {
+    for entry in Registry::new(&places.run_dir).list() {
+        if let Some(pid) = Pid::from_raw(entry.pid as i32) {
+            let _gone_already = kill_process(pid, Signal::KILL);
+        }
     }
 }
 

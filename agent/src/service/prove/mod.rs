@@ -20,7 +20,9 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use self::lab::{Folder, Guest, LIMIT, Lab, MEMORY_BYTES, NAME, Obstacle, OwnChild, failed, file, heartbeat};
+use self::lab::{
+    Folder, Guest, LIMIT, Lab, MEMORY_BYTES, NAME, Obstacle, OwnChild, failed, file, heartbeat, kill_machines,
+};
 use crate::announce::Schedule;
 use crate::link::{Address, Listener};
 use crate::migrate::{CancelFlag, SourceOptions};
@@ -438,6 +440,10 @@ fn migration(lab: &Lab<'_>, verify: bool) -> Result<Success, Obstacle> {
         while !receiver.is_finished() {
             if lab.cancel.is_set() || Instant::now() > end {
                 waiting.set();
+            }
+            if Instant::now() > end + MOVE_LIMIT {
+                // A manager in doubt waits for its machine's fate, whatever else; this is one.
+                kill_machines(&places);
             }
             std::thread::sleep(Duration::from_millis(5));
         }
