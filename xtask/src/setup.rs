@@ -1,5 +1,6 @@
 //! Installing what is missing. The table below says what each thing is for and how it is known to be there.
 
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
@@ -101,7 +102,7 @@ fn missing() -> Result<Vec<Missing>> {
             missing.push(Missing { what: program.to_owned(), why, way: Way::Packages(vec![package]) });
         }
     }
-    if crate::test_vm::sharer().is_none() {
+    if sharer().is_none() {
         // Debian 12 has it in QEMU's common files, later ones in a package of its own.
         let package = if run::output("apt-cache", &["show", "virtiofsd"]).is_some_and(|text| !text.is_empty()) {
             "virtiofsd"
@@ -112,6 +113,14 @@ fn missing() -> Result<Vec<Missing>> {
         missing.push(Missing { what: "virtiofsd".into(), why, way: Way::Packages(vec![package]) });
     }
     Ok(missing)
+}
+
+/// Where a distribution puts the program that shares files: QEMU's own in C, or its successor.
+const SHARERS: [&str; 3] = ["/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/lib/virtiofsd"];
+
+/// The program that shares files.
+pub(crate) fn sharer() -> Option<PathBuf> {
+    SHARERS.iter().map(PathBuf::from).find(|path| path.is_file()).or_else(|| run::find("virtiofsd"))
 }
 
 fn count(missing: &[Missing]) -> String {

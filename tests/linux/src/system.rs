@@ -40,16 +40,22 @@ pub fn mount_basics() -> Result<()> {
     mount_kernel_fs("devtmpfs", "/dev", "")
 }
 
-/// Loads a module from an uncompressed file; one that is loaded already is fine.
+/// Loads a module from an uncompressed file `NAME.ko`; one that is loaded already is fine.
 ///
 /// # Errors
 /// What the kernel said.
 pub fn load_module(path: &Path, parameters: &str) -> Result<()> {
     let file = File::open(path).with_context(|| format!("open {}", path.display()))?;
     match rustix::system::finit_module(&file, &CString::new(parameters)?, 0) {
-        Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),
+        Ok(()) => Ok(()),
+        // Also the answer of a module whose place another one has (one KVM vendor beside the other).
+        Err(rustix::io::Errno::EXIST) if is_loaded(path) => Ok(()),
         Err(error) => Err(error).with_context(|| format!("load {}", path.display())),
     }
+}
+
+fn is_loaded(path: &Path) -> bool {
+    path.file_stem().is_some_and(|name| Path::new("/sys/module").join(name).exists())
 }
 
 /// Takes the end of every child that has ended and was not waited for: process 1 inherits orphans.

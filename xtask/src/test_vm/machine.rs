@@ -6,7 +6,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
@@ -21,6 +21,7 @@ use crate::interrupt;
 use crate::process::OwnChild;
 use crate::qmp::Qmp;
 use crate::run;
+use crate::setup::sharer;
 use crate::workspace::root;
 
 /// How QEMU runs guest code.
@@ -86,14 +87,6 @@ pub(crate) enum End {
     Silent(Option<i32>),
     /// It had to be killed.
     OutOfTime,
-}
-
-/// Where a distribution puts the program that shares files: QEMU's own in C, or its successor.
-const SHARERS: [&str; 3] = ["/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/lib/virtiofsd"];
-
-/// The program that shares files.
-pub(crate) fn sharer() -> Option<PathBuf> {
-    SHARERS.iter().map(PathBuf::from).find(|path| path.is_file()).or_else(|| run::find("virtiofsd"))
 }
 
 /// Shares `/`, and the file system of the checkout where that is another one. The bind mount is read only in the sharer's own mount

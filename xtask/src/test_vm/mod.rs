@@ -34,8 +34,6 @@ use modules::Modules;
 use report::{Gatherer, Report, table};
 use suites::{BED_MODULES, GUEST_MODULES, Programs};
 
-pub(crate) use machine::sharer;
-
 /// Options of `cargo xtask test-vm`.
 #[derive(Clone, Debug, Args)]
 #[command(after_help = "\
@@ -93,7 +91,9 @@ impl Arguments {
 /// Runs the verb; false when a test failed.
 pub(crate) fn run(arguments: &Arguments) -> Result<bool> {
     let totals = test(arguments)?;
-    println!("{totals}");
+    if !arguments.shell {
+        println!("{totals}");
+    }
     Ok(totals.failed == 0)
 }
 

@@ -36,12 +36,16 @@ pub(crate) fn start(copy: &Copy, state: Arc<State>) -> Result<()> {
         for number in 0u64.. {
             let path = format!("{FOLDER}/copy-{}", number % 2);
             match copy_once(Path::new(&path), bytes, rate, wanted, &state) {
-                Ok(()) => state.copies.fetch_add(1, Ordering::Relaxed),
+                Ok(()) => {
+                    state.copies.fetch_add(1, Ordering::Relaxed);
+                }
                 Err(error) => {
                     println!("GUEST copy {number}: {error:#}");
-                    state.copy_errors.fetch_add(1, Ordering::Relaxed)
+                    state.copy_errors.fetch_add(1, Ordering::Relaxed);
+                    // A disk that is gone stays so; who switches the machine off wants the console too.
+                    std::thread::sleep(Duration::from_secs(1));
                 }
-            };
+            }
         }
     };
     std::thread::Builder::new().name("copier".into()).spawn(body).context("thread of the copier")?;
