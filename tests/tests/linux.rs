@@ -102,7 +102,9 @@ fn a_working_linux_is_moved_twenty_times_under_delay_and_loss_and_loses_nothing(
     for hop in 1..=20 {
         let moved = rig.hop(&options).unwrap_or_else(|error| panic!("move {hop}: {error:#}"));
         assert!(moved.relearned_at_monotonic_ns.is_some(), "move {hop}: the switch did not relearn: {moved:#?}");
-        assert!(moved.announced_before_running(), "move {hop}: {moved:#?}");
+        // One frame of the announcement may be among the lost ones; not all of them.
+        let announced = moved.says_announced_before_running() && moved.first_announcement_ns().is_some();
+        assert!(announced, "move {hop}: {moved:#?}");
         echo.wait_answers(5, LIMIT).unwrap();
         check(&state(&rig));
         let offset = ClockOffset::measure(&rig.host(rig.at()).netns, Rig::guest_ip(), LOOKS).unwrap();

@@ -64,13 +64,16 @@ impl Hop {
         self.frames.first().filter(|frame| frame.kind != FrameKind::Traffic).map(|frame| frame.at_monotonic_ns)
     }
 
+    /// The target announced before it let the guest run, by its own log.
+    pub fn says_announced_before_running(&self) -> bool {
+        let step = |name| self.target_steps.iter().position(|step| step == name);
+        matches!((step("announced"), step("running")), (Some(announced), Some(running)) if announced < running)
+    }
+
     /// The target announced before it let the guest run: in its own log, and on the wire.
     pub fn announced_before_running(&self) -> bool {
-        let step = |name| self.target_steps.iter().position(|step| step == name);
-        let in_log =
-            matches!((step("announced"), step("running")), (Some(announced), Some(running)) if announced < running);
         let rounds = |kind| self.frames.iter().take_while(|f| f.kind != FrameKind::Traffic).any(|f| f.kind == kind);
-        in_log && rounds(FrameKind::Rarp) && rounds(FrameKind::GratuitousArp)
+        self.says_announced_before_running() && rounds(FrameKind::Rarp) && rounds(FrameKind::GratuitousArp)
     }
 }
 
