@@ -94,7 +94,9 @@ fn kept() -> Result<Vec<Report>> {
 
 /// This host: `dunlin doctor`, and those of the suites that it can run, as the bed runs them.
 fn host(programs: &Programs) -> Result<Report> {
+    // Only the version: what a host's owner has put behind it says nothing to others.
     let kernel = run::output("uname", &["-r"]).unwrap_or_default();
+    let kernel = kernel.split('-').next().unwrap_or_default().to_owned();
     let mut report = Report { schema: SCHEMA.into(), label: HOST.into(), kernel, ..Report::default() };
     report.accelerator = "directly".into();
     for suite in programs.suites(None)? {
