@@ -58,7 +58,7 @@ fn run() -> Result<()> {
     }
     let (passed, failed) = runner::run_all(&job, &port)?;
     port.say(&Message::Done { nonce: job.nonce, passed, failed });
-    port.drain();
+    port::drain();
     exit::end(if failed == 0 { EXIT_FINE } else { EXIT_NOT_FINE })
 }
 
