@@ -358,8 +358,7 @@ fn accept_offer(listener: &TcpListener) -> Result<RawPeer> {
 fn reserved(listener: &TcpListener) -> Result<RawPeer> {
     let mut peer = accept_offer(listener)?;
     for _ in 0..4 {
-        let Some(ControlMessage::Ping(number)) = peer.recv()? else { anyhow::bail!("no ping") };
-        peer.send(&ControlMessage::Pong(number))?;
+        answer_ping(&mut peer)?;
     }
     while let Some(message) = peer.recv()? {
         let ControlMessage::BootImage { last, .. } = message else { anyhow::bail!("`{}`", message.name()) };
@@ -367,7 +366,14 @@ fn reserved(listener: &TcpListener) -> Result<RawPeer> {
             break;
         }
     }
+    // The source waits until the image has been put away.
+    answer_ping(&mut peer)?;
     Ok(peer)
+}
+
+fn answer_ping(peer: &mut RawPeer) -> Result<()> {
+    let Some(ControlMessage::Ping(number)) = peer.recv()? else { anyhow::bail!("no ping") };
+    peer.send(&ControlMessage::Pong(number))
 }
 
 fn say_early(listener: &TcpListener, message: &ControlMessage) -> Result<()> {
