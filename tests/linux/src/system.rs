@@ -8,7 +8,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use rustix::mount::{MountFlags, mount};
-use rustix::process::{Pid, WaitOptions, wait};
+use rustix::process::{WaitOptions, wait};
 
 /// Mounts a file system of the kernel's at `target`, which is made.
 ///
@@ -59,10 +59,8 @@ fn is_loaded(path: &Path) -> bool {
 }
 
 /// Takes the end of every child that has ended and was not waited for: process 1 inherits orphans.
-pub fn reap(mut ended: impl FnMut(Pid)) {
-    while let Ok(Some((pid, _))) = wait(WaitOptions::NOHANG) {
-        ended(pid);
-    }
+pub fn reap() {
+    while let Ok(Some(_)) = wait(WaitOptions::NOHANG) {}
 }
 
 /// Milliseconds since the kernel started.

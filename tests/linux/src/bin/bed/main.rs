@@ -84,12 +84,8 @@ fn enter_new_root() -> Result<()> {
     system::mount_kernel_fs("bpf", "/sys/fs/bpf", "")?;
     cgroup::mount()?;
     let _ = rustix::system::sethostname(b"bed");
-    run_quietly("ip", &["link", "set", "lo", "up"])
-}
-
-fn run_quietly(program: &str, arguments: &[&str]) -> Result<()> {
-    let status = command(program).args(arguments).status().with_context(|| format!("start {program}"))?;
-    anyhow::ensure!(status.success(), "{program} {}: {status}", arguments.join(" "));
+    let status = command("ip").args(["link", "set", "lo", "up"]).status().context("start ip")?;
+    anyhow::ensure!(status.success(), "ip link set lo up: {status}");
     Ok(())
 }
 

@@ -121,7 +121,7 @@ fn run(job: &Job, suite: &Suite, test: &str, arguments: &[String], port: &Port) 
         }
     };
     drop(group);
-    dunlin_linux::system::reap(|_| {});
+    dunlin_linux::system::reap();
     say_test(port, suite, test, verdict, detail, began.elapsed());
     Ok(verdict)
 }
@@ -139,7 +139,7 @@ fn judge(status: Option<ExitStatus>, left: &[String], limit: Duration) -> (Verdi
 fn leftovers(group: &Group) -> Vec<String> {
     let deadline = Instant::now() + PATIENCE;
     loop {
-        dunlin_linux::system::reap(|_| {});
+        dunlin_linux::system::reap();
         let left = group.inmates();
         if left.is_empty() || Instant::now() >= deadline {
             return left;
