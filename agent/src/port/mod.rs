@@ -6,6 +6,7 @@
 pub mod clock;
 pub mod events;
 pub mod frame;
+pub mod guest_memory;
 pub mod journal;
 pub mod link;
 pub mod machine;
@@ -14,6 +15,7 @@ pub mod region;
 pub use clock::{Bell, Clock, Job};
 pub use events::{Arm, ArmError, EventHook, EventSample, EventSource, EventSourceError, LostEvents, ThreadEvents};
 pub use frame::FramePort;
+pub use guest_memory::{GuestMemory, GuestMemoryError};
 pub use journal::{Journal, JournalError, JournalRecord};
 pub use link::{BulkItem, BulkReceiver, BulkSender, ControlChannel, LinkError, SourceLink, TargetLink};
 pub use machine::{DirtyLog, Fate, Gate, Machine, MachineError, MachineState, PauseTiming, Vcpus};
