@@ -8,7 +8,7 @@
 //! | faces | [`cli`] | arguments in, human or JSON out |
 //! | service | [`service`] | the composition root: machine host, migration managers, observer |
 //! | policy | [`migrate`], [`announce`], [`track`] | the subject itself, generic over ports |
-//! | mechanism | [`kvm`], [`block`], [`net`], [`link`], [`shm`], [`probe`], [`trial`], [`foreign`], [`store`] | one kernel interface each, thin |
+//! | mechanism | [`kvm`], [`block`], [`net`], [`link`], [`shm`], [`probe`], [`btf`], [`trial`], [`foreign`], [`store`] | one kernel interface each, thin |
 //! | ports | [`port`] | the traits that join policy to mechanism |
 //! | words | [`model`] | newtypes with units, neutral names |
 //!
@@ -19,6 +19,7 @@
 
 pub mod announce;
 pub mod block;
+pub mod btf;
 pub mod cli;
 pub mod foreign;
 #[cfg(any(test, feature = "fuzz"))]

@@ -11,12 +11,12 @@ use dunlin_ebpf::{
     ExitKey, Loss, MAX_EXITS, MAX_THREADS, OFFSET_UNKNOWN, ThreadCounters, ThreadKey, TrackedVm, constant, map,
 };
 
-use super::btf::KernelTypes;
 use super::exit_reason;
 use super::hook::{HOOKS, Hook};
 use super::log::ProbeLog;
 use super::mapped::MappedArray;
 use super::object::{NoObject, embedded_object};
+use crate::btf::KernelTypes;
 use crate::model::{PageBitmap, PageCount};
 use crate::port::{EventHook, EventSample, EventSource, EventSourceError, LostEvents, ThreadEvents};
 

@@ -2,7 +2,6 @@
 //!
 //! Nothing is pinned: when the process ends, however it ends, the kernel detaches and frees everything.
 
-pub mod btf;
 mod counters;
 mod exit_reason;
 mod hook;

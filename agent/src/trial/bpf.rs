@@ -3,7 +3,7 @@
 use std::ffi::CString;
 use std::io;
 
-use crate::probe::btf::{BtfError, KernelTypes, Kind};
+use crate::btf::{BtfError, KernelTypes, Kind};
 use crate::probe::syscall::{self, ProgramKind};
 
 /// A tracepoint of the kernel itself, for trying a kind of program without KVM.
