@@ -12,12 +12,12 @@ pub(crate) unsafe fn add(counter: *mut u64, by: u64) {
     unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(counter, by) };
 }
 
-/// Sets bits in a word, losing none that another CPU sets and none that the agent has not taken.
+/// Sets bits in a word, losing none that another CPU sets and none that the agent has not taken. Returns what the word was.
 ///
 /// # Safety
 /// `word` must point to a live, aligned map value.
 #[inline(always)]
-pub(crate) unsafe fn set_bits(word: *mut u64, bits: u64) {
+pub(crate) unsafe fn set_bits(word: *mut u64, bits: u64) -> u64 {
     // SAFETY: the caller's promise.
-    unsafe { atomic_or::<u64, u64, { AtomicOrdering::SeqCst }>(word, bits) };
+    unsafe { atomic_or::<u64, u64, { AtomicOrdering::SeqCst }>(word, bits) }
 }

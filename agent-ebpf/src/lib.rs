@@ -1,43 +1,75 @@
-//! Types that the BPF programs and the agent share. No code, no dependencies, fixed layout.
+//! Types that the BPF programs and the agent share. No dependencies, fixed layout, no code but the bins of times.
 //!
 //! Owns the names of maps, programs and load-time constants too, so that the two sides cannot disagree. Every field is
 //! 4 or 8 bytes and no struct has padding: the kernel refuses to copy bytes that nobody wrote.
 #![no_std]
 
 /// Load-time constants, by the name under which the loader overrides them.
+///
+/// Those that end in `_OFFSET` are offsets in bytes into structures of this kernel, or [`crate::OFFSET_UNKNOWN`].
 pub mod constant {
     /// `u32`: when not 0, events of every other process are dropped before any map is touched.
     pub const ONLY_TGID: &str = "ONLY_TGID";
-    /// `u32`: offset of `gfn` in `struct kvm_page_fault`, or [`crate::OFFSET_UNKNOWN`].
+    /// `u32`: `gfn` in `struct kvm_page_fault`.
     pub const PAGE_FAULT_GFN_OFFSET: &str = "PAGE_FAULT_GFN_OFFSET";
+    /// `u32`: the guest's instruction pointer in `struct kvm_vcpu`.
+    pub const VCPU_RIP_OFFSET: &str = "VCPU_RIP_OFFSET";
+    /// `u32`: a pointer in `struct kvm_vcpu` (or in what encloses it) to what [`ROOT_OFFSET`] and [`EXIT_REASON_OFFSET`] are relative to;
+    /// unknown where they are in the vCPU's structure itself.
+    pub const VCPU_AREA_OFFSET: &str = "VCPU_AREA_OFFSET";
+    /// `u32`: the root of the guest's page tables (CR3).
+    pub const ROOT_OFFSET: &str = "ROOT_OFFSET";
+    /// `u32`: the processor's number for why guest code was left.
+    pub const EXIT_REASON_OFFSET: &str = "EXIT_REASON_OFFSET";
 }
 
 /// Maps, by name.
 pub mod map {
     /// Hash, process id to [`crate::TrackedVm`]: whose events are counted.
     pub const TRACKED: &str = "TRACKED";
-    /// Hash, [`crate::ThreadKey`] to [`crate::ThreadCounters`].
+    /// Hash, [`crate::ThreadKey`] to [`crate::Thread`].
     pub const THREADS: &str = "THREADS";
-    /// Hash, [`crate::ExitKey`] to `u64`.
+    /// Hash, thread id to `u64`: where the kernel has the vCPU (`struct kvm_vcpu`) that the thread runs.
+    pub const VCPUS: &str = "VCPUS";
+    /// Hash, [`crate::ExitKey`] to [`crate::ExitTimes`].
     pub const EXITS: &str = "EXITS";
+    /// LRU hash, [`crate::SpaceKey`] to [`crate::SpaceCounters`].
+    pub const SPACES: &str = "SPACES";
+    /// LRU hash, [`crate::CodeKey`] to `u64`.
+    pub const CODE: &str = "CODE";
     /// Array of `u64`, mappable: one bit a guest frame, in one window a tracked VM. Sized at load.
     pub const PAGES: &str = "PAGES";
+    /// Array of `u64`, mappable: for each [`crate::TrackedVm::slot`], when its window of write protection began, by the monotonic
+    /// clock in nanoseconds; 0 while there is none.
+    pub const ARMED: &str = "ARMED";
+    /// Array of `u64`, mappable: one value a [`crate::Setting`].
+    pub const SETTINGS: &str = "SETTINGS";
     /// Array of `u64`, mappable: one counter a [`crate::Loss`].
     pub const LOSSES: &str = "LOSSES";
+    /// Array of [`crate::PEEK_BYTES`] bytes, mappable: what the program `peek` has read.
+    pub const PEEKED: &str = "PEEKED";
 }
 
-/// Programs, by name; each is a raw tracepoint program.
+/// Programs, by name.
 pub mod program {
-    /// On `kvm_mmu_set_spte`.
+    /// Raw tracepoint `kvm_mmu_set_spte`.
     pub const SET_SPTE: &str = "set_spte";
-    /// On `fast_page_fault`.
+    /// Raw tracepoint `fast_page_fault`.
     pub const FAST_PAGE_FAULT: &str = "fast_page_fault";
-    /// On `kvm_dirty_ring_push`.
+    /// Raw tracepoint `kvm_dirty_ring_push`.
     pub const DIRTY_RING_PUSH: &str = "dirty_ring_push";
-    /// On `kvm_userspace_exit`.
+    /// Raw tracepoint `kvm_userspace_exit`.
     pub const USERSPACE_EXIT: &str = "userspace_exit";
-    /// On `kvm_exit`.
+    /// Raw tracepoint `kvm_fpu`.
+    pub const GUEST_FPU: &str = "guest_fpu";
+    /// Raw tracepoint `kvm_exit`.
     pub const GUEST_EXIT: &str = "guest_exit";
+    /// Raw tracepoint `kvm_entry`.
+    pub const GUEST_ENTRY: &str = "guest_entry";
+    /// Kernel probe on `mark_page_dirty_in_slot`.
+    pub const PAGE_LOGGED: &str = "page_logged";
+    /// Raw tracepoint program that is attached to nothing: run by hand, it reads kernel memory into [`super::map::PEEKED`].
+    pub const PEEK: &str = "peek";
 }
 
 /// Processes that can be tracked at once.
@@ -46,10 +78,42 @@ pub const MAX_TRACKED: u32 = 1024;
 pub const MAX_THREADS: u32 = 4096;
 /// Pairs of thread and exit reason that can be counted at once.
 pub const MAX_EXITS: u32 = 16 * MAX_THREADS;
-/// [`constant::PAGE_FAULT_GFN_OFFSET`] when this kernel's type information does not tell.
+/// Address spaces that are remembered, those that wrote last.
+pub const MAX_SPACES: u32 = 4096;
+/// Places in guest code that are remembered, those that wrote last.
+pub const MAX_CODE: u32 = 16384;
+/// An offset that this kernel's type information does not tell.
 pub const OFFSET_UNKNOWN: u32 = u32::MAX;
-/// The reason in [`ExitKey`] of an exit that KVM ended with an error instead of a reason.
+/// The reason in [`ExitKey`] of an exit that KVM ended with an error instead of a reason, or whose reason could not be read.
 pub const EXIT_REASON_ERROR: u32 = u32::MAX;
+/// Bytes that `peek` reads at most.
+pub const PEEK_BYTES: u32 = 4096;
+
+/// Entries of [`map::SETTINGS`].
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Setting {
+    /// Counts changes of [`map::VCPUS`]: threads look there again.
+    Vcpus = 0,
+    /// What events are attributed to, beside their thread: a sum of [`attribute`]'s bits.
+    Attribute = 1,
+}
+
+impl Setting {
+    /// How many there are.
+    pub const COUNT: u32 = 2;
+}
+
+/// Bits of [`Setting::Attribute`].
+pub mod attribute {
+    /// Guest address spaces.
+    pub const SPACES: u64 = 1;
+    /// Guest code: the instruction that wrote.
+    pub const CODE: u64 = 2;
+    /// Pages of a log that someone else has switched on are marked as they are logged (where the processor logs by itself, page tables
+    /// show next to nothing).
+    pub const LOGGED_PAGES: u64 = 4;
+}
 
 /// The window of [`map::PAGES`] that belongs to one VM.
 #[repr(C)]
@@ -59,6 +123,10 @@ pub struct TrackedVm {
     pub first_word: u32,
     /// Its length in words; a guest frame beyond it counts as [`Loss::OutOfRange`].
     pub words: u32,
+    /// Index into [`map::ARMED`].
+    pub slot: u32,
+    /// Zero.
+    pub reserved: u32,
 }
 
 /// One thread of one process.
@@ -71,23 +139,68 @@ pub struct ThreadKey {
     pub tid: u32,
 }
 
-/// What one thread did. Only that thread writes it, so plain additions do.
+/// What one thread did, and what it is doing. Only that thread writes it, so plain additions do.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ThreadCounters {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Thread {
     /// Guest pages (4 KiB) that a mapping made writable, huge mappings counted by what they cover.
     pub pages_made_writable: u64,
     /// Mappings of 2 MiB and larger among them.
     pub huge_mappings: u64,
     /// Entries pushed to a KVM dirty ring.
     pub dirty_ring_pushes: u64,
+    /// Pages that KVM marked in a dirty log.
+    pub pages_logged: u64,
     /// Exits to user space, all reasons.
     pub userspace_exits: u64,
     /// Exits from guest code, those that KVM handles itself among them.
     pub guest_exits: u64,
+    /// Where the kernel has the vCPU; 0 while that is not known.
+    pub vcpu: u64,
+    /// [`Setting::Vcpus`] when that was looked up.
+    pub vcpu_as_of: u64,
+    /// When guest code was left last, by the monotonic clock in nanoseconds; 0 while it runs.
+    pub left_guest_ns: u64,
+    /// When KVM returned to user space last; 0 while it is in KVM.
+    pub left_kvm_ns: u64,
+    /// The reason that belongs to [`Thread::left_guest_ns`].
+    pub guest_exit_reason: u32,
+    /// The reason that belongs to [`Thread::left_kvm_ns`].
+    pub userspace_exit_reason: u32,
+    /// Pages by the time of their first write since their VM was armed: see [`first_write_bin`].
+    pub first_writes: [u32; FIRST_WRITE_SLOTS],
 }
 
-/// One reason for which one thread left KVM.
+impl Thread {
+    /// A thread that has done nothing.
+    pub const NEW: Self = Self {
+        pages_made_writable: 0,
+        huge_mappings: 0,
+        dirty_ring_pushes: 0,
+        pages_logged: 0,
+        userspace_exits: 0,
+        guest_exits: 0,
+        vcpu: 0,
+        vcpu_as_of: 0,
+        left_guest_ns: 0,
+        left_kvm_ns: 0,
+        guest_exit_reason: 0,
+        userspace_exit_reason: 0,
+        first_writes: [0; FIRST_WRITE_SLOTS],
+    };
+}
+
+/// Where in KVM's layers an exit was taken.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExitKind {
+    /// From KVM to the VMM; the reason is `KVM_EXIT_*`.
+    Userspace = 0,
+    /// From guest code to KVM; the reason is the processor's.
+    Guest = 1,
+}
+
+/// One reason for which one thread left guest code or KVM.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ExitKey {
@@ -95,8 +208,106 @@ pub struct ExitKey {
     pub tgid: u32,
     /// Thread id.
     pub tid: u32,
-    /// `KVM_EXIT_*`, or [`EXIT_REASON_ERROR`].
+    /// An [`ExitKind`].
+    pub kind: u32,
+    /// The reason, or [`EXIT_REASON_ERROR`].
     pub reason: u32,
+}
+
+/// Powers of two of nanoseconds that [`ExitTimes`] tells apart.
+pub const EXIT_TIME_BINS: usize = 40;
+
+/// How often, and for how long.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExitTimes {
+    /// Exits.
+    pub count: u64,
+    /// Sum of the times until the guest (or KVM) was entered again, in nanoseconds.
+    pub total_ns: u64,
+    /// The longest of them.
+    pub longest_ns: u64,
+    /// How many took [2^n, 2^(n+1)) nanoseconds; the last bin has no end.
+    pub bins: [u32; EXIT_TIME_BINS],
+}
+
+impl ExitTimes {
+    /// No exit yet.
+    pub const NONE: Self = Self { count: 0, total_ns: 0, longest_ns: 0, bins: [0; EXIT_TIME_BINS] };
+}
+
+/// One guest address space as one vCPU had it loaded.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SpaceKey {
+    /// Process id.
+    pub tgid: u32,
+    /// Thread id.
+    pub tid: u32,
+    /// The guest physical address of its root page table.
+    pub root: u64,
+}
+
+/// What was written while an address space was loaded.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SpaceCounters {
+    /// As [`Thread::pages_made_writable`].
+    pub pages_made_writable: u64,
+    /// As [`Thread::first_writes`].
+    pub first_writes: [u32; FIRST_WRITE_SLOTS],
+}
+
+impl SpaceCounters {
+    /// Nothing yet.
+    pub const NONE: Self = Self { pages_made_writable: 0, first_writes: [0; FIRST_WRITE_SLOTS] };
+}
+
+/// One guest instruction of one address space.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CodeKey {
+    /// Process id.
+    pub tgid: u32,
+    /// Thread id.
+    pub tid: u32,
+    /// The root page table.
+    pub root: u64,
+    /// The instruction's guest virtual address.
+    pub instruction: u64,
+}
+
+/// Bins of a histogram of first-write times: below 2^14 ns, 8 for each power of two up to 2^37 ns (137 s), above.
+pub const FIRST_WRITE_BINS: usize = 2 + 8 * (LAST_POWER - FIRST_POWER) as usize;
+/// Elements of an array of such bins: a power of two, so that an index is bounded by a mask, which the verifier understands.
+pub const FIRST_WRITE_SLOTS: usize = 256;
+/// The element that stands for no bin: whatever is counted there counts nowhere.
+pub const NO_FIRST_WRITE_BIN: u32 = FIRST_WRITE_SLOTS as u32 - 1;
+const FIRST_POWER: u32 = 14;
+const LAST_POWER: u32 = 37;
+
+/// The bin of a page that was first written `ns` nanoseconds after its VM was armed.
+#[inline(always)]
+#[must_use]
+pub const fn first_write_bin(ns: u64) -> u32 {
+    if ns < 1 << FIRST_POWER {
+        return 0;
+    }
+    let power = 63 - ns.leading_zeros();
+    if power >= LAST_POWER {
+        return FIRST_WRITE_BINS as u32 - 1;
+    }
+    1 + (power - FIRST_POWER) * 8 + ((ns >> (power - 3)) & 7) as u32
+}
+
+/// The shortest time, in nanoseconds, that belongs to a bin.
+#[must_use]
+pub const fn first_write_bin_start_ns(bin: u32) -> u64 {
+    if bin == 0 {
+        return 0;
+    }
+    let power = FIRST_POWER + (bin - 1) / 8;
+    (8 + (bin as u64 - 1) % 8) << (power - 3)
 }
 
 /// Ways in which an event can fail to be counted in full: indices of [`map::LOSSES`].
@@ -113,9 +324,26 @@ pub enum Loss {
     TooLarge = 3,
     /// A page table entry or guest frame number that could not be read: not counted.
     Unreadable = 4,
+    /// A guest's address space or instruction could not be read: the write is counted, and belongs to nobody.
+    Unattributed = 5,
 }
 
 impl Loss {
     /// All of them, in order of index.
-    pub const ALL: [Self; 5] = [Self::OutOfRange, Self::ThreadsFull, Self::ExitsFull, Self::TooLarge, Self::Unreadable];
+    pub const ALL: [Self; 6] =
+        [Self::OutOfRange, Self::ThreadsFull, Self::ExitsFull, Self::TooLarge, Self::Unreadable, Self::Unattributed];
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bins_follow_one_another() {
+        for bin in 1..FIRST_WRITE_BINS as u32 {
+            let start = first_write_bin_start_ns(bin);
+            assert_eq!((first_write_bin(start), first_write_bin(start - 1)), (bin, bin - 1), "{start} ns");
+        }
+        assert_eq!((first_write_bin(0), first_write_bin(u64::MAX)), (0, FIRST_WRITE_BINS as u32 - 1));
+    }
 }

@@ -4,13 +4,15 @@
 //! Built for the BPF target by `cargo xtask build-ebpf`.
 #![no_std]
 #![no_main]
-#![feature(core_intrinsics)]
+#![feature(core_intrinsics, asm_experimental_arch)]
 #![allow(internal_features, reason = "the BPF target has no atomic types, only the intrinsics")]
 
 mod atomic;
+mod constants;
 mod maps;
 mod probes;
 mod tracked;
+mod vcpu;
 
 /// The kernel refuses a program that is not under a licence compatible with its helpers'.
 #[unsafe(link_section = "license")]

@@ -2,21 +2,25 @@
 
 use aya_ebpf::EbpfContext;
 use aya_ebpf::bindings::BPF_NOEXIST;
-use aya_ebpf::helpers::bpf_get_current_pid_tgid;
+use aya_ebpf::helpers::{bpf_get_current_pid_tgid, bpf_ktime_get_ns};
 use aya_log_ebpf::{debug, warn};
-use dunlin_ebpf::{ExitKey, Loss, ThreadCounters, ThreadKey, TrackedVm};
+use dunlin_ebpf::{
+    CodeKey, EXIT_TIME_BINS, ExitKey, ExitKind, ExitTimes, FIRST_WRITE_SLOTS, Loss, NO_FIRST_WRITE_BIN, Setting,
+    SpaceCounters, SpaceKey, Thread, ThreadKey, TrackedVm, attribute, first_write_bin,
+};
 
-use crate::atomic;
-use crate::maps::{EXITS, LOSSES, PAGES, THREADS, TRACKED};
-
-/// See [`dunlin_ebpf::constant::ONLY_TGID`].
-#[unsafe(no_mangle)]
-static ONLY_TGID: u32 = 0;
+use crate::maps::{ARMED, CODE, EXITS, LOSSES, PAGES, SETTINGS, SPACES, THREADS, TRACKED, VCPUS};
+use crate::{atomic, constants, vcpu};
 
 /// Pages under one entry of each higher page table level.
 const LEVEL_SHIFT: u32 = 9;
 /// 64-bit words of the bitmap that a 2 MiB mapping fills.
 const WORDS_IN_2_MIB: u32 = 8;
+
+/// What map entries begin as; too large for a program's stack.
+static NEW_THREAD: Thread = Thread::NEW;
+static NEW_SPACE: SpaceCounters = SpaceCounters::NONE;
+static NEW_TIMES: ExitTimes = ExitTimes::NONE;
 
 /// An event of a tracked VM, with the thread that caused it.
 pub(crate) struct Event {
@@ -30,8 +34,7 @@ impl Event {
     pub(crate) fn current() -> Option<Self> {
         let both = bpf_get_current_pid_tgid();
         let key = ThreadKey { tgid: (both >> 32) as u32, tid: both as u32 };
-        // SAFETY: a static of this program; volatile, since the loader writes it where the compiler cannot see.
-        let only = unsafe { core::ptr::read_volatile(&raw const ONLY_TGID) };
+        let only = constants::only_tgid();
         if only != 0 && only != key.tgid {
             return None;
         }
@@ -40,72 +43,188 @@ impl Event {
         Some(Self { key, vm })
     }
 
-    /// The counters of the thread, made on its first event.
+    /// The thread's own record, made on its first event.
     #[inline(always)]
-    pub(crate) fn counters(&self, ctx: &impl EbpfContext) -> Option<&mut ThreadCounters> {
-        if THREADS.get_ptr_mut(self.key).is_none() {
-            debug!(ctx, "thread {} of process {} seen for the first time", self.key.tid, self.key.tgid);
-            let zero = ThreadCounters::default();
-            // Only this thread inserts its own key: an error means that the map is full, and the lookup below says so.
-            let _ = THREADS.insert(self.key, zero, u64::from(BPF_NOEXIST));
-        }
-        match THREADS.get_ptr_mut(self.key) {
-            // SAFETY: a live map value that only the current thread writes; entries are never deleted under a
-            // tracked VM.
-            Some(counters) => Some(unsafe { &mut *counters }),
+    pub(crate) fn thread(&self, ctx: &impl EbpfContext) -> Option<&mut Thread> {
+        let thread = match THREADS.get_ptr_mut(self.key) {
+            Some(thread) => thread,
             None => {
-                self.lose(ctx, Loss::ThreadsFull);
-                None
+                debug!(ctx, "thread {} of process {} seen for the first time", self.key.tid, self.key.tgid);
+                // Only this thread inserts its own key: an error means that the map is full, and the lookup below says so.
+                let _ = THREADS.insert(self.key, &NEW_THREAD, u64::from(BPF_NOEXIST));
+                let Some(thread) = THREADS.get_ptr_mut(self.key) else {
+                    self.lose(ctx, Loss::ThreadsFull);
+                    return None;
+                };
+                thread
             }
+        };
+        // SAFETY: a live map value that only the current thread writes; entries are never deleted under a tracked VM.
+        Some(unsafe { &mut *thread })
+    }
+
+    /// Counts one exit to user space, or from guest code.
+    #[inline(always)]
+    pub(crate) fn left(&self, ctx: &impl EbpfContext, kind: ExitKind, reason: u32) {
+        if let Some(times) = self.times(ctx, kind, reason) {
+            times.count += 1;
         }
     }
 
-    /// Counts one exit to user space by reason.
+    /// Adds the time that such an exit took.
     #[inline(always)]
-    pub(crate) fn exit(&self, ctx: &impl EbpfContext, reason: u32) {
-        let key = ExitKey { tgid: self.key.tgid, tid: self.key.tid, reason };
-        if let Some(count) = EXITS.get_ptr_mut(key) {
-            // SAFETY: a live map value that only the current thread writes.
-            unsafe { *count += 1 };
-        } else if EXITS.insert(key, 1, u64::from(BPF_NOEXIST)).is_err() {
-            self.lose(ctx, Loss::ExitsFull);
+    pub(crate) fn came_back(&self, ctx: &impl EbpfContext, kind: ExitKind, reason: u32, ns: u64) {
+        let Some(times) = self.times(ctx, kind, reason) else { return };
+        times.total_ns += ns;
+        if ns > times.longest_ns {
+            times.longest_ns = ns;
         }
+        let power = 63 - (ns | 1).leading_zeros();
+        if let Some(bin) = times.bins.get_mut((power as usize).min(EXIT_TIME_BINS - 1)) {
+            *bin += 1;
+        }
+    }
+
+    #[inline(always)]
+    fn times(&self, ctx: &impl EbpfContext, kind: ExitKind, reason: u32) -> Option<&mut ExitTimes> {
+        let key = ExitKey { tgid: self.key.tgid, tid: self.key.tid, kind: kind as u32, reason };
+        let times = match EXITS.get_ptr_mut(key) {
+            Some(times) => times,
+            None => {
+                let _ = EXITS.insert(key, &NEW_TIMES, u64::from(BPF_NOEXIST));
+                let Some(times) = EXITS.get_ptr_mut(key) else {
+                    self.lose(ctx, Loss::ExitsFull);
+                    return None;
+                };
+                times
+            }
+        };
+        // SAFETY: as in `thread`.
+        Some(unsafe { &mut *times })
     }
 
     /// Counts the pages of a mapping at `level` (1 is 4 KiB) that covers `gfn` and has become writable.
     #[inline(always)]
     pub(crate) fn made_writable(&self, ctx: &impl EbpfContext, gfn: u64, level: u32) {
-        let Some(counters) = self.counters(ctx) else { return };
-        match level {
-            1 => {
-                counters.pages_made_writable += 1;
-                self.mark_word(ctx, gfn / 64, 1 << (gfn % 64));
-            }
+        let Some(thread) = self.thread(ctx) else { return };
+        let (pages, fresh) = match level {
+            1 => (1, self.mark_word(ctx, gfn / 64, 1 << (gfn % 64))),
             2 => {
-                counters.pages_made_writable += 1 << LEVEL_SHIFT;
-                counters.huge_mappings += 1;
+                thread.huge_mappings += 1;
                 let first = (gfn >> LEVEL_SHIFT) * u64::from(WORDS_IN_2_MIB);
+                let mut fresh = 0;
                 for word in 0..u64::from(WORDS_IN_2_MIB) {
-                    self.mark_word(ctx, first + word, u64::MAX);
+                    fresh += self.mark_word(ctx, first + word, u64::MAX);
                 }
+                (1 << LEVEL_SHIFT, fresh)
             }
             _ => {
-                counters.pages_made_writable += 1 << (2 * LEVEL_SHIFT);
-                counters.huge_mappings += 1;
+                thread.huge_mappings += 1;
                 self.lose(ctx, Loss::TooLarge);
+                (1 << (2 * LEVEL_SHIFT), 0)
+            }
+        };
+        thread.pages_made_writable += pages;
+        let bin = if fresh == 0 { NO_FIRST_WRITE_BIN } else { self.bin_now() };
+        add_at(&mut thread.first_writes, bin, fresh);
+        self.attribute(ctx, thread, pages, fresh, bin);
+    }
+
+    /// Marks a page that KVM has logged, where the page tables do not show it.
+    #[inline(always)]
+    pub(crate) fn logged(&self, ctx: &impl EbpfContext, gfn: u64) {
+        let Some(thread) = self.thread(ctx) else { return };
+        thread.pages_logged += 1;
+        if setting(Setting::Attribute) & attribute::LOGGED_PAGES != 0 {
+            let fresh = self.mark_word(ctx, gfn / 64, 1 << (gfn % 64));
+            if fresh != 0 {
+                add_at(&mut thread.first_writes, self.bin_now(), fresh);
             }
         }
     }
 
+    /// Counts the pages for the address space and the instruction that the vCPU was in.
     #[inline(always)]
-    fn mark_word(&self, ctx: &impl EbpfContext, word: u64, bits: u64) {
+    fn attribute(&self, ctx: &impl EbpfContext, thread: &mut Thread, pages: u64, fresh: u32, bin: u32) {
+        let wanted = setting(Setting::Attribute);
+        if wanted & (attribute::SPACES | attribute::CODE) == 0 {
+            return;
+        }
+        let Some(vcpu) = self.vcpu(thread) else {
+            return self.lose(ctx, Loss::Unattributed);
+        };
+        let Some(root) = vcpu::root(vcpu) else {
+            return self.lose(ctx, Loss::Unattributed);
+        };
+        if wanted & attribute::SPACES != 0 {
+            let key = SpaceKey { tgid: self.key.tgid, tid: self.key.tid, root };
+            let space = match SPACES.get_ptr_mut(key) {
+                Some(space) => Some(space),
+                None => {
+                    let _ = SPACES.insert(key, &NEW_SPACE, u64::from(BPF_NOEXIST));
+                    SPACES.get_ptr_mut(key)
+                }
+            };
+            if let Some(space) = space {
+                // SAFETY: a live map value of this thread only; the kernel may forget the entry meanwhile, not its memory.
+                let space = unsafe { &mut *space };
+                space.pages_made_writable += pages;
+                add_at(&mut space.first_writes, bin, fresh);
+            }
+        }
+        if wanted & attribute::CODE != 0 {
+            let Some(instruction) = vcpu::instruction(vcpu) else {
+                return self.lose(ctx, Loss::Unattributed);
+            };
+            let key = CodeKey { tgid: self.key.tgid, tid: self.key.tid, root, instruction };
+            if let Some(count) = CODE.get_ptr_mut(key) {
+                // SAFETY: as above.
+                unsafe { *count += pages };
+            } else {
+                let _ = CODE.insert(key, pages, u64::from(BPF_NOEXIST));
+            }
+        }
+    }
+
+    /// Where the kernel has the vCPU that this thread runs.
+    #[inline(always)]
+    fn vcpu(&self, thread: &mut Thread) -> Option<u64> {
+        let as_of = setting(Setting::Vcpus);
+        if thread.vcpu_as_of != as_of {
+            // SAFETY: the value is copied at once.
+            if let Some(vcpu) = unsafe { VCPUS.get(self.key.tid).copied() } {
+                thread.vcpu = vcpu;
+            }
+            thread.vcpu_as_of = as_of;
+        }
+        (thread.vcpu != 0).then_some(thread.vcpu)
+    }
+
+    /// The bin of a first write at this moment; [`NO_FIRST_WRITE_BIN`] while the VM is not armed.
+    #[inline(always)]
+    fn bin_now(&self) -> u32 {
+        let Some(began) = ARMED.get_ptr(self.vm.slot) else { return NO_FIRST_WRITE_BIN };
+        // SAFETY: a live map value, which the agent changes in one piece.
+        let began = unsafe { core::ptr::read_volatile(began) };
+        if began == 0 {
+            return NO_FIRST_WRITE_BIN;
+        }
+        // SAFETY: has no precondition.
+        first_write_bin(unsafe { bpf_ktime_get_ns() }.saturating_sub(began))
+    }
+
+    /// Sets bits of the VM's window; returns how many were not set before.
+    #[inline(always)]
+    fn mark_word(&self, ctx: &impl EbpfContext, word: u64, bits: u64) -> u32 {
         if word < u64::from(self.vm.words)
             && let Some(word) = PAGES.get_ptr_mut(self.vm.first_word + word as u32)
         {
             // SAFETY: a live map value.
-            unsafe { atomic::set_bits(word, bits) };
+            let before = unsafe { atomic::set_bits(word, bits) };
+            (bits & !before).count_ones()
         } else {
             self.lose(ctx, Loss::OutOfRange);
+            0
         }
     }
 
@@ -118,4 +237,27 @@ impl Event {
         }
         warn!(ctx, "an event of thread {} was lost: reason {}", self.key.tid, loss as u32);
     }
+}
+
+#[inline(always)]
+fn add_at(bins: &mut [u32; FIRST_WRITE_SLOTS], bin: u32, pages: u32) {
+    let count = &mut bins[masked(bin) as usize % FIRST_WRITE_SLOTS];
+    *count = count.wrapping_add(pages);
+}
+
+/// The number modulo [`FIRST_WRITE_SLOTS`], by an instruction that stays. The compiler can tell that a bin is small and would leave it
+/// out; the verifier cannot.
+#[inline(always)]
+fn masked(number: u32) -> u64 {
+    const { assert!(FIRST_WRITE_SLOTS == 256) };
+    let mut number = u64::from(number);
+    // SAFETY: changes nothing but its register.
+    unsafe { core::arch::asm!("{0} &= 255", inout(reg) number, options(nomem, nostack)) };
+    number
+}
+
+#[inline(always)]
+fn setting(which: Setting) -> u64 {
+    // SAFETY: a live map value, which the agent changes in one piece.
+    SETTINGS.get_ptr(which as u32).map_or(0, |value| unsafe { core::ptr::read_volatile(value) })
 }

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use dunlin::model::{DirtyLogKind, PageCount};
-use dunlin::port::{EventSample, EventSource};
+use dunlin::port::{EventSample, EventSource, ThreadEvents};
 use dunlin::probe::{KernelCounters, ProbeOptions};
 use dunlin::trial::tiny_vm::{FIRST_FRAME, TinyVm};
 
@@ -93,9 +93,10 @@ fn exits_counted_by_bpf_are_those_that_tracefs_counts() {
     let after = look(&mut counters);
     let of = |sample: &EventSample| sample.threads.get(&thread()).cloned().unwrap_or_default();
     let (before, after) = (of(&before), of(&after));
+    let sum = |events: &ThreadEvents| events.exits.values().map(|times| times.count).sum::<u64>();
     let ours = after.guest_exits - before.guest_exits;
     let kernels = histograms.count(exits) - started[0];
-    let ours_userspace = after.exits.values().sum::<u64>() - before.exits.values().sum::<u64>();
+    let ours_userspace = sum(&after) - sum(&before);
     let kernels_userspace = histograms.count(userspace) - started[1];
     println!(
         "shows kvm_exit: {ours} by BPF, {kernels} by tracefs; kvm_userspace_exit: {ours_userspace} and {kernels_userspace}"

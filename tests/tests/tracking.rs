@@ -7,10 +7,10 @@ use std::process::{Child, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
-use dunlin::model::{DirtyLogKind, PageBitmap, PageCount, PageRun};
+use dunlin::model::{AddressSpace, DirtyLogKind, Gpa, Gva, PageBitmap, PageCount, PageRun};
 use dunlin::port::{EventSample, EventSource};
-use dunlin::probe::{KernelCounters, ProbeOptions};
-use dunlin::trial::tiny_vm::{FIRST_FRAME, TinyVm};
+use dunlin::probe::{KernelCounters, KvmDescriptors, LoadOptions, ProbeOptions, Probes};
+use dunlin::trial::tiny_vm::{self, FIRST_FRAME, TinyVm};
 use dunlin_tests::dunlin;
 use serde_json::Value;
 
@@ -52,7 +52,7 @@ impl Watch {
             pages,
             events: after.pages_made_writable - before.pages_made_writable - own,
             pushes: after.dirty_ring_pushes - before.dirty_ring_pushes,
-            mmio: after.exits.get("mmio").unwrap_or(&0) - before.exits.get("mmio").unwrap_or(&0),
+            mmio: after.exits.get("mmio").map_or(0, |t| t.count) - before.exits.get("mmio").map_or(0, |t| t.count),
             lost: now.lost.since(&self.before.lost).total(),
         };
         self.before = now;
@@ -376,4 +376,85 @@ fn doctor_finds_on_this_host_what_the_other_tests_use() {
     let broken = dunlin().args(["doctor", "--state-dir", "/proc/none"]).output().unwrap();
     assert_eq!(broken.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&broken.stdout).contains("NOT READY"));
+}
+
+/// This process's KVM descriptors, as `/proc` shows them.
+fn own_descriptors() -> KvmDescriptors {
+    let links = std::fs::read_dir("/proc/self/fd").unwrap().flatten().filter_map(|entry| {
+        let target = std::fs::read_link(entry.path()).ok()?.to_str()?.to_owned();
+        Some((entry.file_name().to_str()?.parse::<u32>().ok()?, target))
+    });
+    let links: Vec<(u32, String)> = links.collect();
+    let of =
+        |what: &str| links.iter().filter(|(_, link)| link.starts_with(what)).map(|(fd, _)| *fd).collect::<Vec<_>>();
+    KvmDescriptors { pid: std::process::id(), machines: of("anon_inode:kvm-vm"), vcpus: of("anon_inode:kvm-vcpu") }
+}
+
+#[test]
+fn writes_are_those_of_an_address_space_an_instruction_and_a_moment() {
+    let _alone = alone();
+    let mut vm = TinyVm::new(PageCount(300), DirtyLogKind::Bitmap).unwrap();
+    vm.write_pages(PageCount(300)).unwrap();
+    let mut watch = Watch::new(FRAMES);
+    // Before the vCPU is known, a write is counted and nobody's, unless the backend's exits have told.
+    vm.set_logging(true).unwrap();
+    vm.write_pages(PageCount(50)).unwrap();
+    assert_eq!(watch.look().events, 50);
+    let mut probes = watch.counters.probes();
+    let vms = probes.inventory(&[own_descriptors()]).unwrap().remove(0).unwrap();
+    probes.set_vcpus(&vms).unwrap();
+    drop(probes);
+    vm.set_logging(false).unwrap();
+    vm.set_logging(true).unwrap();
+    watch.counters.armed(true);
+    let before = watch.before.threads[&watch.thread].clone();
+    let unattributed = watch.before.lost.unattributed;
+    vm.write_pages(PageCount(200)).unwrap();
+    watch.look();
+    watch.counters.armed(false);
+    let new = watch.before.threads[&watch.thread].since(&before);
+    assert_eq!(watch.before.lost.unattributed, unattributed);
+    // With nested paging the walk of the guest's own tables is among them, which any instruction may cause.
+    let own = new.pages_made_writable - 200;
+    assert!(own <= 3, "{own}");
+    let space = &new.spaces[&AddressSpace(tiny_vm::ROOT)];
+    assert_eq!(space.pages_made_writable, 200 + own, "{new:?}");
+    let at_write = new.code[&(AddressSpace(tiny_vm::ROOT), Gva(tiny_vm::WRITE))];
+    assert!((200..=200 + own).contains(&at_write), "{new:?}");
+    for bins in [&new.first_writes, &space.first_writes] {
+        assert_eq!(u64::from(bins.iter().sum::<u32>()), 200 + own);
+        // All in far less than the ten seconds that this may take on any host.
+        let last = bins.iter().rposition(|&pages| pages > 0).unwrap() as u32;
+        assert!(dunlin_ebpf::first_write_bin_start_ns(last) < 10_000_000_000);
+    }
+}
+
+#[test]
+fn the_kernels_own_structures_show_a_vms_slots_and_vcpus() {
+    let _alone = alone();
+    let mut vm = TinyVm::new(PageCount(300), DirtyLogKind::Bitmap).unwrap();
+    vm.write_pages(PageCount(300)).unwrap();
+    let descriptors = own_descriptors();
+    let pid = descriptors.pid;
+    let options = LoadOptions { only: Some(pid), capacity: FRAMES, wanted: Vec::new(), attribute: false, log: false };
+    let mut probes = Probes::load(&options).unwrap();
+    for log in [false, true] {
+        vm.set_logging(log).unwrap();
+        let vms = probes.inventory(std::slice::from_ref(&descriptors)).unwrap().remove(0).unwrap();
+        let [found] = vms.as_slice() else { panic!("{vms:?}") };
+        let [slot] = found.slots.as_slice() else { panic!("{found:?}") };
+        assert_eq!(
+            (slot.range.start, slot.range.bytes, slot.dirty_log, slot.read_only),
+            (Gpa(0), (300 + FIRST_FRAME) * 4096, log, false)
+        );
+        let [(vcpu, address)] = found.vcpus.as_slice() else { panic!("{found:?}") };
+        let thread = rustix::thread::gettid().as_raw_nonzero().get() as u32;
+        assert_eq!((vcpu.index, vcpu.thread_id), (0, Some(thread)));
+        assert_ne!(*address, 0);
+    }
+    // A process that is no more, and one whose descriptors are others.
+    let gone = KvmDescriptors { pid: 4_194_303, ..descriptors.clone() };
+    let wrong = KvmDescriptors { machines: vec![0, 1_000_000], ..descriptors };
+    let answers = probes.inventory(&[gone, wrong]).unwrap();
+    assert!(answers.iter().all(Result::is_err), "{answers:?}");
 }

@@ -1,5 +1,6 @@
 //! One file a kernel subsystem's events. Each program reads its arguments, and counts through [`crate::tracked`].
 
 mod exit;
+mod log;
 mod page_table;
-mod ring;
+mod peek;

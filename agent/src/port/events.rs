@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::model::PageBitmap;
+use crate::model::{AddressSpace, ExitTimes, Gva, PageBitmap};
 
 /// What one thread of the VM's process (a vCPU, or one that acts for it) has done since tracking began.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -13,10 +13,83 @@ pub struct ThreadEvents {
     pub huge_mappings: u64,
     /// Pages that KVM pushed to a dirty ring.
     pub dirty_ring_pushes: u64,
+    /// Pages that KVM marked in a dirty log; zero where that cannot be seen.
+    pub pages_logged: u64,
     /// Exits from guest code, those that KVM handles itself among them; zero where the KVM backend does not tell.
     pub guest_exits: u64,
     /// Exits to user space, by reason.
-    pub exits: BTreeMap<String, u64>,
+    pub exits: BTreeMap<String, ExitTimes>,
+    /// Exits from guest code, by reason; empty where the KVM backend does not tell.
+    pub guest_exit_reasons: BTreeMap<String, ExitTimes>,
+    /// Pages by the time of their first write in a window of write protection, in the bins of [`dunlin_ebpf::first_write_bin`].
+    pub first_writes: Vec<u32>,
+    /// What was written in each guest address space that the thread had loaded; those that wrote long ago may be forgotten.
+    pub spaces: BTreeMap<AddressSpace, SpaceEvents>,
+    /// Pages by address space and guest instruction; likewise.
+    pub code: BTreeMap<(AddressSpace, Gva), u64>,
+}
+
+impl ThreadEvents {
+    /// What the thread did since `before`. A counter that went back belongs to a new thread of the same number.
+    #[must_use]
+    pub fn since(&self, before: &Self) -> Self {
+        let difference = |now: u64, before: u64| now.checked_sub(before).unwrap_or(now);
+        let times = |now: &BTreeMap<String, ExitTimes>, before: &BTreeMap<String, ExitTimes>| {
+            let since = |(reason, times): (&String, &ExitTimes)| {
+                (reason.clone(), before.get(reason).map_or_else(|| times.clone(), |before| times.since(before)))
+            };
+            now.iter().map(since).collect()
+        };
+        let spaces = self.spaces.iter().map(|(&space, now)| {
+            (space, before.spaces.get(&space).map_or_else(|| now.clone(), |before| now.since(before)))
+        });
+        let code = self
+            .code
+            .iter()
+            .map(|(&place, &pages)| (place, difference(pages, before.code.get(&place).copied().unwrap_or_default())));
+        Self {
+            pages_made_writable: difference(self.pages_made_writable, before.pages_made_writable),
+            huge_mappings: difference(self.huge_mappings, before.huge_mappings),
+            dirty_ring_pushes: difference(self.dirty_ring_pushes, before.dirty_ring_pushes),
+            pages_logged: difference(self.pages_logged, before.pages_logged),
+            guest_exits: difference(self.guest_exits, before.guest_exits),
+            exits: times(&self.exits, &before.exits),
+            guest_exit_reasons: times(&self.guest_exit_reasons, &before.guest_exit_reasons),
+            first_writes: bins_since(&self.first_writes, &before.first_writes),
+            spaces: spaces.collect(),
+            code: code.collect(),
+        }
+    }
+}
+
+impl SpaceEvents {
+    /// As [`ThreadEvents::since`]; an entry that was forgotten and made anew counts from then.
+    #[must_use]
+    pub fn since(&self, before: &Self) -> Self {
+        match self.pages_made_writable.checked_sub(before.pages_made_writable) {
+            Some(pages_made_writable) => {
+                Self { pages_made_writable, first_writes: bins_since(&self.first_writes, &before.first_writes) }
+            }
+            None => self.clone(),
+        }
+    }
+}
+
+fn bins_since(now: &[u32], before: &[u32]) -> Vec<u32> {
+    if before.len() == now.len() {
+        now.iter().zip(before).map(|(&now, &before)| now.wrapping_sub(before)).collect()
+    } else {
+        now.to_vec()
+    }
+}
+
+/// What was written in one address space.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SpaceEvents {
+    /// As [`ThreadEvents::pages_made_writable`].
+    pub pages_made_writable: u64,
+    /// As [`ThreadEvents::first_writes`].
+    pub first_writes: Vec<u32>,
 }
 
 /// Events that were not, or not fully, counted since tracking began, by what was missing.
@@ -32,10 +105,12 @@ pub struct LostEvents {
     pub too_large: u64,
     /// Page table entries that could not be read.
     pub unreadable: u64,
+    /// Writes whose address space or instruction could not be read: counted, and nobody's.
+    pub unattributed: u64,
 }
 
 impl LostEvents {
-    /// All of them.
+    /// All that make a figure of pages too low. Writes that are nobody's do not.
     pub const fn total(&self) -> u64 {
         self.out_of_range + self.threads_full + self.exits_full + self.too_large + self.unreadable
     }
@@ -48,6 +123,7 @@ impl LostEvents {
             exits_full: self.exits_full.saturating_sub(before.exits_full),
             too_large: self.too_large.saturating_sub(before.too_large),
             unreadable: self.unreadable.saturating_sub(before.unreadable),
+            unattributed: self.unattributed.saturating_sub(before.unattributed),
         }
     }
 }
@@ -90,6 +166,10 @@ pub trait EventSource: Send {
     /// # Errors
     /// The counters can no longer be read.
     fn sample(&mut self, pages: &mut PageBitmap) -> Result<EventSample, EventSourceError>;
+
+    /// Says that every page is write-protected from now on, so that the times of first writes count from now; or, with `false`, that
+    /// none is any more.
+    fn armed(&mut self, on: bool);
 }
 
 /// The VM's own process refused to switch its dirty log, or is gone.

@@ -13,7 +13,9 @@ pub mod machine;
 pub mod region;
 
 pub use clock::{Bell, Clock, Job};
-pub use events::{Arm, ArmError, EventHook, EventSample, EventSource, EventSourceError, LostEvents, ThreadEvents};
+pub use events::{
+    Arm, ArmError, EventHook, EventSample, EventSource, EventSourceError, LostEvents, SpaceEvents, ThreadEvents,
+};
 pub use frame::FramePort;
 pub use guest_memory::{GuestMemory, GuestMemoryError};
 pub use journal::{Journal, JournalError, JournalRecord};

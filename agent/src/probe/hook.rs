@@ -1,51 +1,103 @@
-//! The attach plan: which program goes on which tracepoint, and what it gives. The loader and `dunlin doctor` read this
-//! one table.
+//! The attach plan: which program goes where, what it gives, and what can be done without. The loader, `dunlin doctor` and the
+//! metrics read this one table.
 
 use dunlin_ebpf::program;
 
-/// One program on one tracepoint.
+/// How a program is attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attach {
+    /// As a raw tracepoint: works for a built-in and for a modular KVM, and needs no tracefs.
+    RawTracepoint,
+    /// As a kernel probe at a function's entry.
+    KernelProbe,
+}
+
+/// What a program is good for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Gives {
+    /// Pages that turn writable; one program that does must attach, or there is nothing to track with.
+    Pages,
+    /// Pages of a dirty ring that someone switched on.
+    RingPages,
+    /// Pages that the processor logs by itself (Intel's page modification log), where page tables show next to nothing.
+    HardwareLog,
+    /// Exits to the VMM, and how long it took.
+    VmmExits,
+    /// Exits from guest code, and how long KVM took.
+    GuestExits,
+}
+
+/// One program at one place in the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hook {
     /// The program's name in the object.
     pub program: &'static str,
-    /// The tracepoint, attached as a raw tracepoint (works for a built-in and for a modular KVM).
-    pub tracepoint: &'static str,
-    /// What it sees.
-    pub gives: &'static str,
-    /// Whether it brings pages that turn writable; one of those must attach, or there is nothing to track with.
-    pub sees_writable_pages: bool,
+    /// The tracepoint or function.
+    pub place: &'static str,
+    /// How it is attached there.
+    pub attach: Attach,
+    /// What it sees, in words.
+    pub what: &'static str,
+    /// What it is good for.
+    pub gives: Gives,
 }
 
 /// All of them.
-pub const HOOKS: [Hook; 5] = [
+pub const HOOKS: [Hook; 8] = [
     Hook {
         program: program::SET_SPTE,
-        tracepoint: "kvm_mmu_set_spte",
-        gives: "pages turning writable, by guest frame",
-        sees_writable_pages: true,
+        place: "kvm_mmu_set_spte",
+        attach: Attach::RawTracepoint,
+        what: "pages turning writable, by guest frame",
+        gives: Gives::Pages,
     },
     Hook {
         program: program::FAST_PAGE_FAULT,
-        tracepoint: "fast_page_fault",
-        gives: "write-protect faults that KVM resolves without its lock",
-        sees_writable_pages: true,
+        place: "fast_page_fault",
+        attach: Attach::RawTracepoint,
+        what: "write-protect faults that KVM resolves without its lock",
+        gives: Gives::Pages,
     },
     Hook {
         program: program::DIRTY_RING_PUSH,
-        tracepoint: "kvm_dirty_ring_push",
-        gives: "pages as KVM logs them, while a dirty ring is on",
-        sees_writable_pages: false,
+        place: "kvm_dirty_ring_push",
+        attach: Attach::RawTracepoint,
+        what: "pages as KVM logs them, while a dirty ring is on",
+        gives: Gives::RingPages,
+    },
+    Hook {
+        program: program::PAGE_LOGGED,
+        place: "mark_page_dirty_in_slot",
+        attach: Attach::KernelProbe,
+        what: "pages as KVM logs them, those that the processor logged by itself among them",
+        gives: Gives::HardwareLog,
     },
     Hook {
         program: program::USERSPACE_EXIT,
-        tracepoint: "kvm_userspace_exit",
-        gives: "exits to the VMM by reason",
-        sees_writable_pages: false,
+        place: "kvm_userspace_exit",
+        attach: Attach::RawTracepoint,
+        what: "exits to the VMM by reason",
+        gives: Gives::VmmExits,
+    },
+    Hook {
+        program: program::GUEST_FPU,
+        place: "kvm_fpu",
+        attach: Attach::RawTracepoint,
+        what: "when the VMM came back: how long an exit to it took",
+        gives: Gives::VmmExits,
     },
     Hook {
         program: program::GUEST_EXIT,
-        tracepoint: "kvm_exit",
-        gives: "exits from guest code, those that KVM handles itself among them",
-        sees_writable_pages: false,
+        place: "kvm_exit",
+        attach: Attach::RawTracepoint,
+        what: "exits from guest code by reason, those that KVM handles itself among them",
+        gives: Gives::GuestExits,
+    },
+    Hook {
+        program: program::GUEST_ENTRY,
+        place: "kvm_entry",
+        attach: Attach::RawTracepoint,
+        what: "how long each exit from guest code took",
+        gives: Gives::GuestExits,
     },
 ];

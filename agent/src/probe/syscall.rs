@@ -3,11 +3,12 @@
 //! Needs no BPF object, so `dunlin doctor` works in a build without one. Distinguishes what `aya` hides: the errno.
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 /// `BPF_MAP_CREATE` and so on (`enum bpf_cmd`, include/uapi/linux/bpf.h).
 const MAP_CREATE: libc::c_long = 0;
 const PROG_LOAD: libc::c_long = 5;
+const PROG_TEST_RUN: libc::c_long = 10;
 const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const RAW_TRACEPOINT_OPEN: libc::c_long = 17;
 const ENABLE_STATS: libc::c_long = 32;
@@ -141,14 +142,66 @@ pub fn count_runs() -> io::Result<OwnedFd> {
 /// # Errors
 /// What the kernel answered.
 pub fn run_count(program: &OwnedFd) -> io::Result<u64> {
+    run_stats(program).map(|stats| stats.run_count)
+}
+
+/// How often, and for how long in all, a program has run while runs were counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RunStats {
+    /// Nanoseconds.
+    pub run_time_ns: u64,
+    /// Runs.
+    pub run_count: u64,
+}
+
+/// See [`RunStats`].
+///
+/// # Errors
+/// What the kernel answered.
+pub fn run_stats(program: impl AsFd) -> io::Result<RunStats> {
     let mut info = [0u64; RUN_COUNT_WORD + 1];
     let attr = InfoAttr {
-        program: program.as_raw_fd() as u32,
+        program: program.as_fd().as_raw_fd() as u32,
         length: size_of_val(&info) as u32,
         info: info.as_mut_ptr() as u64,
     };
     call(OBJ_GET_INFO_BY_FD, &attr)?;
-    Ok(info[RUN_COUNT_WORD])
+    Ok(RunStats { run_time_ns: info[RUN_COUNT_WORD - 1], run_count: info[RUN_COUNT_WORD] })
+}
+
+/// `test` of `union bpf_attr`.
+#[repr(C)]
+#[derive(Default)]
+struct RunAttr {
+    program: u32,
+    answer: u32,
+    data_sizes: [u32; 2],
+    data: [u64; 2],
+    repeat: u32,
+    duration: u32,
+    context_sizes: [u32; 2],
+    contexts: [u64; 2],
+    flags: u32,
+    cpu: u32,
+    batch_size: u32,
+    padding: u32,
+}
+
+/// Runs a raw tracepoint program once, here and now, with these arguments; what it returned.
+///
+/// # Errors
+/// What the kernel answered; it does not run programs by hand before Linux 5.10.
+pub fn run(program: impl AsFd, arguments: &[u64]) -> io::Result<u32> {
+    let mut attr = RunAttr {
+        program: program.as_fd().as_raw_fd() as u32,
+        context_sizes: [size_of_val(arguments) as u32, 0],
+        contexts: [arguments.as_ptr() as u64, 0],
+        ..RunAttr::default()
+    };
+    // SAFETY: a whole, initialised C structure without padding that the kernel may write its answer to; `arguments` lives during the
+    // call.
+    let answer = unsafe { libc::syscall(libc::SYS_bpf, PROG_TEST_RUN, &raw mut attr, size_of::<RunAttr>()) };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(attr.answer) }
 }
 
 /// One `bpf(2)` that answers with a descriptor.

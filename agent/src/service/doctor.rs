@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use crate::model::schema::Schema;
-use crate::probe::{self, HOOKS};
+use crate::probe::{self, Attach, HOOKS};
 use crate::trial::{self, Verdict};
 
 /// What a capability is needed for.
@@ -167,10 +167,7 @@ const CHECKS: [Check; 17] = [
 ];
 
 /// Tracepoints that other KVM backends emit and that tell more: what for.
-const MORE_TRACEPOINTS: [(&str, &str); 2] = [
-    ("kvm_entry", "time in the host for each exit"),
-    ("kvm_page_fault", "guest instruction and address space of a write"),
-];
+const MORE_TRACEPOINTS: [(&str, &str); 1] = [("kvm_page_fault", "faults by guest address")];
 
 /// All findings.
 #[derive(Clone, Debug, Serialize)]
@@ -257,7 +254,7 @@ fn object() -> Finding {
                 .filter_map(|hook| Some(format!("{} ({})", hook.name, hook.missing.as_ref()?)))
                 .collect();
             if missing.is_empty() {
-                Verdict::Works(format!("{} programs loaded and attached", HOOKS.len()))
+                Verdict::Works(format!("{} programs loaded and attached", counters.hooks().len()))
             } else {
                 Verdict::Missing(format!("not attached: {}", missing.join(", ")))
             }
@@ -271,9 +268,9 @@ fn object() -> Finding {
 
 /// Which of KVM's tracepoints are really emitted while a VM runs: some KVM backends have them and never do.
 fn tracepoints() -> Vec<Finding> {
-    let ours = HOOKS.iter().map(|hook| {
+    let ours = HOOKS.iter().filter(|hook| hook.attach == Attach::RawTracepoint).map(|hook| {
         let tier = if hook.program == dunlin_ebpf::program::SET_SPTE { Tier::Tracking } else { Tier::Optional };
-        (hook.tracepoint, hook.gives, tier)
+        (hook.place, hook.what, tier)
     });
     let more = MORE_TRACEPOINTS.iter().map(|&(name, gives)| (name, gives, Tier::Optional));
     let all: Vec<(&str, &str, Tier)> = ours.chain(more).collect();

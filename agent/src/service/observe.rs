@@ -229,9 +229,15 @@ mod tests {
 
     #[test]
     fn the_reports_form_is_kept() {
-        let exits = [("mmio".to_owned(), 4)].into();
-        let thread =
-            ThreadEvents { pages_made_writable: 2, dirty_ring_pushes: 3, huge_mappings: 0, guest_exits: 6, exits };
+        let mmio = crate::model::ExitTimes { count: 4, ..Default::default() };
+        let exits = [("mmio".to_owned(), mmio)].into();
+        let thread = ThreadEvents {
+            pages_made_writable: 2,
+            dirty_ring_pushes: 3,
+            guest_exits: 6,
+            exits,
+            ..ThreadEvents::default()
+        };
         let after = EventSample { threads: [(7, thread)].into(), ..EventSample::default() };
         let rate = track::rate_between(&EventSample::default(), &after, Duration::from_millis(500), PageCount(2), true);
         let vm = Observed { name: "a".to_owned(), vm_id: None, pid: 5, cpus: 1 };
@@ -252,7 +258,8 @@ mod tests {
             "threads": [{"thread_id": 7, "pages_per_second": 4.0, "share": 1.0, "exits_per_second": 8.0, "guest_exits_per_second": 12.0}],
             "exits": {"mmio": 4},
             "lost_events": {
-                "total": 0, "out_of_range": 0, "threads_full": 0, "exits_full": 0, "too_large": 0, "unreadable": 0
+                "total": 0, "out_of_range": 0, "threads_full": 0, "exits_full": 0, "too_large": 0, "unreadable": 0,
+                "unattributed": 0
             },
             "missing_sources": [],
         });

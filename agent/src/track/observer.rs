@@ -50,6 +50,7 @@ impl<S: EventSource, C: Clock> Observer<S, C> {
             observer.arm = None;
             return Err(error.into());
         }
+        observer.source.armed(observer.arm.is_some());
         // What is there already is no event of any interval.
         observer.before = observer.sample()?;
         Ok(observer)
@@ -71,6 +72,7 @@ impl<S: EventSource, C: Clock> Observer<S, C> {
         let rate = rate_between(&self.before.1, &now.1, interval, unique, self.arm.is_some());
         if let Some(arm) = &mut self.arm {
             arm.rearm()?;
+            self.source.armed(true);
         }
         self.before = now;
         Ok(rate)
@@ -81,6 +83,7 @@ impl<S: EventSource, C: Clock> Observer<S, C> {
     /// # Errors
     /// The VM did not confirm that it does.
     pub fn stop(mut self) -> Result<(), ArmError> {
+        self.source.armed(false);
         self.arm.take().map_or(Ok(()), |mut arm| arm.disarm())
     }
 
@@ -152,6 +155,8 @@ mod tests {
             let thread = ThreadEvents { pages_made_writable: self.events, ..ThreadEvents::default() };
             Ok(EventSample { threads: [(1, thread)].into(), ..EventSample::default() })
         }
+
+        fn armed(&mut self, _: bool) {}
     }
 
     struct Protect(Arc<Mutex<PageBitmap>>, Arc<Mutex<Vec<&'static str>>>, bool);

@@ -85,6 +85,8 @@ pub struct Lost {
     pub too_large: u64,
     /// Page table entries that could not be read.
     pub unreadable: u64,
+    /// Writes whose address space or instruction could not be read: counted, not lost, and nobody's.
+    pub unattributed: u64,
 }
 
 impl From<LostEvents> for Lost {
@@ -96,6 +98,7 @@ impl From<LostEvents> for Lost {
             exits_full: lost.exits_full,
             too_large: lost.too_large,
             unreadable: lost.unreadable,
+            unattributed: lost.unattributed,
         }
     }
 }
@@ -111,7 +114,7 @@ pub fn rate_between(
 ) -> DirtyRate {
     let nothing = ThreadEvents::default();
     let threads: Vec<(u32, ThreadEvents)> =
-        after.threads.iter().map(|(&id, now)| (id, since(now, before.threads.get(&id).unwrap_or(&nothing)))).collect();
+        after.threads.iter().map(|(&id, now)| (id, now.since(before.threads.get(&id).unwrap_or(&nothing)))).collect();
     let sum = |of: fn(&ThreadEvents) -> u64| threads.iter().map(|(_, events)| of(events)).sum::<u64>();
     let (pushed, mapped) = (sum(|e| e.dirty_ring_pushes), sum(|e| e.pages_made_writable));
     let from_ring = pushed > mapped.saturating_mul(PUSHES_A_PAGE);
@@ -127,8 +130,8 @@ pub fn rate_between(
     let pages = sum(pages_of);
     let rate = PagesPerSecond::over(PageCount(pages), interval);
     let mut exits = BTreeMap::new();
-    for (reason, &count) in threads.iter().flat_map(|(_, events)| &events.exits) {
-        *exits.entry(reason.clone()).or_default() += count;
+    for (reason, times) in threads.iter().flat_map(|(_, events)| &events.exits) {
+        *exits.entry(reason.clone()).or_default() += times.count;
     }
     exits.retain(|_, count| *count > 0);
     let mut rates: Vec<ThreadRate> = threads
@@ -138,7 +141,11 @@ pub fn rate_between(
             name: None,
             pages_per_second: PagesPerSecond::over(PageCount(pages_of(events)), interval).0,
             share: if pages == 0 { 0.0 } else { pages_of(events) as f64 / pages as f64 },
-            exits_per_second: PagesPerSecond::over(PageCount(events.exits.values().sum()), interval).0,
+            exits_per_second: PagesPerSecond::over(
+                PageCount(events.exits.values().map(|times| times.count).sum()),
+                interval,
+            )
+            .0,
             guest_exits_per_second: PagesPerSecond::over(PageCount(events.guest_exits), interval).0,
         })
         .collect();
@@ -161,28 +168,15 @@ pub fn rate_between(
     }
 }
 
-/// What one thread did since `before`. A counter that went back belongs to a new thread of the same id.
-fn since(now: &ThreadEvents, before: &ThreadEvents) -> ThreadEvents {
-    let difference = |now: u64, before: u64| now.checked_sub(before).unwrap_or(now);
-    let exits = now.exits.iter().map(|(reason, &count)| {
-        (reason.clone(), difference(count, before.exits.get(reason).copied().unwrap_or_default()))
-    });
-    ThreadEvents {
-        pages_made_writable: difference(now.pages_made_writable, before.pages_made_writable),
-        huge_mappings: difference(now.huge_mappings, before.huge_mappings),
-        dirty_ring_pushes: difference(now.dirty_ring_pushes, before.dirty_ring_pushes),
-        guest_exits: difference(now.guest_exits, before.guest_exits),
-        exits: exits.collect(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::ExitTimes;
 
     fn sample(threads: &[(u32, u64, u64)]) -> EventSample {
         let threads = threads.iter().map(|&(id, pages_made_writable, dirty_ring_pushes)| {
-            let exits = BTreeMap::from([("mmio".to_owned(), pages_made_writable / 10)]);
+            let mmio = ExitTimes { count: pages_made_writable / 10, ..ExitTimes::default() };
+            let exits = BTreeMap::from([("mmio".to_owned(), mmio)]);
             (id, ThreadEvents { pages_made_writable, dirty_ring_pushes, exits, ..ThreadEvents::default() })
         });
         EventSample { threads: threads.collect(), lost: LostEvents::default() }

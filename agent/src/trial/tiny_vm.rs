@@ -20,6 +20,10 @@ const DIRECTORY: u64 = 0x3000;
 const CODE: u64 = 0x4000;
 /// The first page that the guest writes.
 pub const FIRST_FRAME: u64 = 16;
+/// The root of the guest's page tables.
+pub const ROOT: u64 = PML4;
+/// The address of the guest's instruction that writes.
+pub const WRITE: u64 = CODE + 6;
 /// An address that the guest's page tables map, and no memory backs.
 const BELL: u64 = 0x3000_0000;
 /// Entries of the dirty ring: what every host that has one allows.

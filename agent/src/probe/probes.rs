@@ -1,0 +1,572 @@
+//! The BPF programs of one process of ours, and their maps: loaded once, attached as far as asked for, shared by all VMs that are
+//! watched.
+//!
+//! Owns loading, attaching, who is tracked and in which window. Must not know what a rate means. Dropping it detaches everything.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering;
+
+use aya::maps::{HashMap, Map, MapData, MapError};
+use aya::programs::raw_trace_point::RawTracePointLinkId;
+use aya::programs::{KProbe, ProgramError, RawTracePoint, kprobe::KProbeLinkId};
+use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
+use dunlin_ebpf::{
+    CodeKey, ExitKey, ExitKind, ExitTimes as RawTimes, FIRST_WRITE_BINS, Loss, MAX_CODE, MAX_EXITS, MAX_SPACES,
+    MAX_THREADS, MAX_TRACKED, Setting, SpaceCounters, SpaceKey, Thread, ThreadKey, TrackedVm, attribute, constant, map,
+    program,
+};
+
+use super::exit_reason;
+use super::hook::{Attach, Gives, HOOKS, Hook};
+use super::inventory::{self, InventoryError, KvmDescriptors, Tasks};
+use super::kernel_memory::KernelMemory;
+use super::layout::{Backend, KernelLayout};
+use super::log::ProbeLog;
+use super::mapped::MappedArray;
+use super::object::{NoObject, embedded_object};
+use super::syscall::{self, RunStats};
+use super::windows::Windows;
+use crate::model::{AddressSpace, EXIT_TIME_BINS, ExitTimes, Gva, KernelVm, PageBitmap, PageCount};
+use crate::port::{EventHook, EventSample, EventSourceError, LostEvents, SpaceEvents, ThreadEvents};
+
+/// The widest guest physical address space that is tracked: 16 TiB, a bitmap of 512 MiB.
+pub(super) const MAX_FRAMES: u64 = 1 << 32;
+
+/// What to load.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// The only process that will ever be tracked, if that is known: the others' events cost least then.
+    pub only: Option<u32>,
+    /// Guest frames that can be told apart, of all VMs together.
+    pub capacity: PageCount,
+    /// What is wanted. Nothing else is attached, so nothing else costs anything.
+    pub wanted: Vec<Gives>,
+    /// Whether writes are attributed to address spaces and instructions from the start.
+    pub attribute: bool,
+    /// Whether the programs' own diagnostics are printed.
+    pub log: bool,
+}
+
+/// Why there is nothing to count with.
+#[derive(Debug, thiserror::Error)]
+pub enum ProbeError {
+    /// See [`NoObject`].
+    #[error(transparent)]
+    NoObject(#[from] NoObject),
+    /// The policy forbids BPF to this process.
+    #[error(
+        "the kernel does not let this process use BPF: run as root, or give it CAP_BPF and CAP_PERFMON (`dunlin doctor` shows what is allowed)"
+    )]
+    Refused(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The kernel cannot load the object.
+    #[error("the BPF object could not be loaded; `dunlin doctor` shows what this kernel lacks")]
+    Load(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// Nothing that brings what is wanted could be attached.
+    #[error(
+        "none of the tracepoints that are needed could be attached: {0}; `dunlin doctor` shows what this kernel lacks"
+    )]
+    NothingAttached(String),
+    /// A map is not what this program wrote, or could not be mapped.
+    #[error("BPF map {name}: {problem}")]
+    Map {
+        /// Its name.
+        name: &'static str,
+        /// What happened.
+        problem: String,
+    },
+    /// There is no room for another VM.
+    #[error("no room to track another VM: {0}")]
+    Full(&'static str),
+}
+
+impl ProbeError {
+    fn map(name: &'static str, problem: impl ToString) -> Self {
+        Self::Map { name, problem: problem.to_string() }
+    }
+}
+
+/// A shared type as a map's key or value.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug)]
+struct Plain<T>(T);
+
+macro_rules! plain {
+    ($($shared:ty),*) => {$(
+        // SAFETY: integers only, no padding (the shared crate's rule), any bits are valid.
+        unsafe impl aya::Pod for Plain<$shared> {}
+    )*};
+}
+
+plain!(ThreadKey, Thread, ExitKey, RawTimes, SpaceKey, SpaceCounters, CodeKey, TrackedVm);
+
+type SharedMap<K, V> = HashMap<MapData, Plain<K>, Plain<V>>;
+
+/// How a program is attached at present.
+#[derive(Debug)]
+enum Link {
+    Raw(RawTracePointLinkId),
+    Probe(KProbeLinkId),
+}
+
+/// One program's state.
+#[derive(Debug)]
+struct Attached {
+    hook: &'static Hook,
+    /// Whether it is to be attached at all.
+    wanted: bool,
+    /// While detached, the reason.
+    link: Result<Link, String>,
+    program: Option<OwnedFd>,
+}
+
+/// What one program has cost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProgramCost {
+    /// Which.
+    pub hook: &'static Hook,
+    /// Whether it is attached.
+    pub attached: bool,
+    /// Since its run time is counted.
+    pub stats: RunStats,
+}
+
+/// One VM's place in the maps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    pub(super) pid: u32,
+    window: TrackedVm,
+}
+
+/// The programs and their maps.
+#[derive(Debug)]
+pub struct Probes {
+    attached: Vec<Attached>,
+    threads: SharedMap<ThreadKey, Thread>,
+    exits: SharedMap<ExitKey, RawTimes>,
+    spaces: SharedMap<SpaceKey, SpaceCounters>,
+    code: HashMap<MapData, Plain<CodeKey>, u64>,
+    pages: MappedArray,
+    armed: MappedArray,
+    settings: MappedArray,
+    losses: MappedArray,
+    windows: Windows,
+    slots: Vec<bool>,
+    memory: Option<KernelMemory>,
+    layout: KernelLayout,
+    log: Option<ProbeLog>,
+    /// Holds programs, links and the remaining maps.
+    bpf: Ebpf,
+}
+
+impl Probes {
+    /// Loads the object and attaches what is wanted.
+    ///
+    /// # Errors
+    /// Each says whether the policy refuses or the kernel lacks something, and what to do. Whatever was attached by then is detached
+    /// again.
+    pub fn load(options: &LoadOptions) -> Result<Self, ProbeError> {
+        let object = embedded_object()?;
+        let words = options.capacity.0.clamp(64, MAX_FRAMES).div_ceil(64) as u32;
+        let layout = KernelLayout::of_running_kernel();
+        let log_level = if options.log { aya_log::Level::Debug as u8 } else { 0 };
+        let only = options.only.unwrap_or(0);
+        let offsets = layout.programs;
+        let mut bpf = EbpfLoader::new()
+            .verifier_log_level(VerifierLogLevel::STATS)
+            .map_max_entries(map::PAGES, words)
+            .override_global(constant::ONLY_TGID, &only, true)
+            .override_global(constant::PAGE_FAULT_GFN_OFFSET, &offsets.page_fault_gfn, true)
+            .override_global(constant::VCPU_RIP_OFFSET, &offsets.vcpu_rip, true)
+            .override_global(constant::VCPU_AREA_OFFSET, &offsets.vcpu_area, true)
+            .override_global(constant::ROOT_OFFSET, &offsets.root, true)
+            .override_global(constant::EXIT_REASON_OFFSET, &offsets.exit_reason, true)
+            .override_global(aya_log::LEVEL, &log_level, true)
+            .load(object)
+            .map_err(classify)?;
+        let log =
+            if options.log { Some(ProbeLog::open(&mut bpf).map_err(|e| ProbeError::Load(Box::new(e)))?) } else { None };
+        let mut probes = Self {
+            threads: hash(&mut bpf, map::THREADS)?,
+            exits: hash(&mut bpf, map::EXITS)?,
+            spaces: hash(&mut bpf, map::SPACES)?,
+            code: hash(&mut bpf, map::CODE)?,
+            pages: array(&bpf, map::PAGES, words as usize)?,
+            armed: array(&bpf, map::ARMED, MAX_TRACKED as usize)?,
+            settings: array(&bpf, map::SETTINGS, Setting::COUNT as usize)?,
+            losses: array(&bpf, map::LOSSES, Loss::ALL.len())?,
+            windows: Windows::new(words),
+            slots: vec![false; MAX_TRACKED as usize],
+            memory: None,
+            attached: Vec::new(),
+            layout,
+            log,
+            bpf,
+        };
+        probes.attribute(options.attribute);
+        probes.memory = probes.kernel_memory();
+        for hook in &HOOKS {
+            let wanted = options.wanted.contains(&hook.gives) && probes.is_of_use(hook);
+            let link = if wanted { probes.attach_one(hook) } else { Err("not asked for".to_owned()) };
+            let program = probes.program_fd(hook.program);
+            probes.attached.push(Attached { hook, wanted, link, program });
+        }
+        probes.check_attached(&options.wanted)?;
+        Ok(probes)
+    }
+
+    /// Whether a program would tell anything that no other does, on this processor.
+    fn is_of_use(&self, hook: &Hook) -> bool {
+        hook.gives != Gives::HardwareLog || self.logs_by_hardware()
+    }
+
+    fn logs_by_hardware(&self) -> bool {
+        self.layout.backend == Backend::Vmx
+            && std::fs::read_to_string("/sys/module/kvm_intel/parameters/pml").is_ok_and(|pml| pml.starts_with('Y'))
+    }
+
+    /// What is wanted above all must be there: pages, or exits where only those are asked for.
+    fn check_attached(&self, wanted: &[Gives]) -> Result<(), ProbeError> {
+        let needed = if wanted.contains(&Gives::Pages) { Gives::Pages } else { Gives::VmmExits };
+        if !wanted.contains(&needed) || self.attached.iter().any(|a| a.hook.gives == needed && a.link.is_ok()) {
+            return Ok(());
+        }
+        let reasons = self.attached.iter().filter(|a| a.hook.gives == needed);
+        let reasons: Vec<String> =
+            reasons.filter_map(|a| Some(format!("{}: {}", a.hook.place, a.link.as_ref().err()?))).collect();
+        Err(ProbeError::NothingAttached(reasons.join("; ")))
+    }
+
+    /// What was asked for, and whether it is attached.
+    pub fn hooks(&self) -> Vec<EventHook> {
+        let hooks = self.attached.iter().filter(|attached| attached.wanted).map(|attached| EventHook {
+            name: attached.hook.place.to_owned(),
+            gives: attached.hook.what.to_owned(),
+            missing: attached.link.as_ref().err().cloned(),
+        });
+        hooks.collect()
+    }
+
+    /// The processor's kind of virtualisation.
+    pub fn backend(&self) -> Backend {
+        self.layout.backend
+    }
+
+    /// What each program has cost since the kernel counts run times (see [`syscall::count_runs`]).
+    pub fn costs(&self) -> Vec<ProgramCost> {
+        let costs = self.attached.iter().map(|attached| ProgramCost {
+            hook: attached.hook,
+            attached: attached.link.is_ok(),
+            stats: attached.program.as_ref().and_then(|fd| syscall::run_stats(fd).ok()).unwrap_or_default(),
+        });
+        costs.collect()
+    }
+
+    /// Detaches every program that gives this; `reason` is what is said of it from now on.
+    pub fn shed(&mut self, gives: Gives, reason: &str) {
+        let Self { attached, bpf, .. } = self;
+        for attached in attached.iter_mut().filter(|a| a.hook.gives == gives) {
+            let Ok(link) = std::mem::replace(&mut attached.link, Err(reason.to_owned())) else { continue };
+            let Some(program) = bpf.program_mut(attached.hook.program) else { continue };
+            // Fails only for a link that is none any more: then it is detached.
+            let _ = match link {
+                Link::Raw(id) => <&mut RawTracePoint>::try_from(program).map(|p| p.detach(id)).map(drop),
+                Link::Probe(id) => <&mut KProbe>::try_from(program).map(|p| p.detach(id)).map(drop),
+            };
+        }
+    }
+
+    /// Attaches them again.
+    pub fn restore(&mut self, gives: Gives) {
+        for index in 0..self.attached.len() {
+            let hook = self.attached[index].hook;
+            if hook.gives == gives && self.attached[index].wanted && self.attached[index].link.is_err() {
+                self.attached[index].link = self.attach_one(hook);
+            }
+        }
+    }
+
+    /// Whether writes are attributed to guest address spaces and instructions from now on.
+    pub fn attribute(&mut self, on: bool) {
+        let logged = if self.logs_by_hardware() { attribute::LOGGED_PAGES } else { 0 };
+        let attributed = if on { attribute::SPACES | attribute::CODE } else { 0 };
+        self.settings.words()[Setting::Attribute as usize].store(attributed | logged, Ordering::Relaxed);
+    }
+
+    /// The VMs of some processes as the kernel has them; one answer a process, in order.
+    ///
+    /// # Errors
+    /// The kernel's structures are not known, or cannot be read at all; a single process's trouble is in its own answer.
+    pub fn inventory(
+        &mut self,
+        processes: &[KvmDescriptors],
+    ) -> Result<Vec<Result<Vec<KernelVm>, InventoryError>>, InventoryError> {
+        let at = self.layout.walk.as_ref().map_err(|why| InventoryError::NoLayout(why.clone()))?;
+        let no_memory = || InventoryError::NoLayout("the program that reads kernel memory was not loaded".to_owned());
+        let memory = self.memory.as_mut().ok_or_else(no_memory)?;
+        let tasks = Tasks::walk(memory, at)?;
+        Ok(processes.iter().map(|process| inventory::vms_of(memory, at, &tasks, process)).collect())
+    }
+
+    /// Tells the programs which vCPU each thread runs, so that writes can be attributed where no event says it.
+    ///
+    /// # Errors
+    /// The map is full.
+    pub fn set_vcpus(&mut self, vms: &[KernelVm]) -> Result<(), ProbeError> {
+        let mut vcpus: HashMap<_, u32, u64> = self.map_mut(map::VCPUS)?;
+        for (facts, address) in vms.iter().flat_map(|vm| &vm.vcpus) {
+            if let Some(thread) = facts.thread_id {
+                vcpus.insert(thread, *address, 0).map_err(|e| ProbeError::map(map::VCPUS, e))?;
+            }
+        }
+        self.settings.words()[Setting::Vcpus as usize].fetch_add(1, Ordering::Release);
+        Ok(())
+    }
+
+    /// Gives a process its window of `frames` guest frames.
+    pub(super) fn track(&mut self, pid: u32, frames: PageCount) -> Result<Place, ProbeError> {
+        let slot = self.slots.iter().position(|used| !used).ok_or(ProbeError::Full("1024 VMs are tracked"))?;
+        let words = frames.0.clamp(64, MAX_FRAMES).div_ceil(64) as u32;
+        let first_word =
+            self.windows.take(words).ok_or(ProbeError::Full("the bitmap was made for less guest memory"))?;
+        let window = TrackedVm { first_word, words, slot: slot as u32, reserved: 0 };
+        let mut tracked: HashMap<_, u32, Plain<TrackedVm>> = self.map_mut(map::TRACKED)?;
+        if let Err(error) = tracked.insert(pid, Plain(window), 0) {
+            self.windows.give_back(first_word, words);
+            return Err(ProbeError::map(map::TRACKED, error));
+        }
+        self.slots[slot] = true;
+        Ok(Place { pid, window })
+    }
+
+    /// Forgets a process and all that was counted of it.
+    pub(super) fn untrack(&mut self, place: &Place) {
+        if let Ok(mut tracked) = self.map_mut::<u32, Plain<TrackedVm>>(map::TRACKED) {
+            let _ = tracked.remove(&place.pid);
+        }
+        // A thread that is in the middle of an event may make its entry anew; it is forgotten with the next VM of that thread's number.
+        let pid = place.pid;
+        forget(&mut self.threads, MAX_THREADS, |Plain(key)| key.tgid == pid);
+        forget(&mut self.exits, MAX_EXITS, |Plain(key)| key.tgid == pid);
+        forget(&mut self.spaces, MAX_SPACES, |Plain(key)| key.tgid == pid);
+        forget(&mut self.code, MAX_CODE, |Plain(key)| key.tgid == pid);
+        self.set_armed(place, None);
+        for word in self.words(place) {
+            word.store(0, Ordering::Relaxed);
+        }
+        self.windows.give_back(place.window.first_word, place.window.words);
+        self.slots[place.window.slot as usize] = false;
+    }
+
+    /// Says since when the VM is armed, by the monotonic clock; none: it is not.
+    pub(super) fn set_armed(&self, place: &Place, since_ns: Option<u64>) {
+        self.armed.words()[place.window.slot as usize].store(since_ns.unwrap_or(0), Ordering::Release);
+    }
+
+    /// Moves the bits that the programs set into `into`.
+    pub(super) fn take_pages(&self, place: &Place, into: &mut PageBitmap) {
+        for (index, word) in self.words(place).iter().enumerate() {
+            // A plain load first: almost all words are zero, and a read does not take the line from the vCPUs.
+            if word.load(Ordering::Relaxed) != 0 {
+                into.or_word(index, word.swap(0, Ordering::AcqRel));
+            }
+        }
+    }
+
+    fn words(&self, place: &Place) -> &[std::sync::atomic::AtomicU64] {
+        let first = place.window.first_word as usize;
+        &self.pages.words()[first..first + place.window.words as usize]
+    }
+
+    /// Reads the counters of all tracked processes.
+    ///
+    /// # Errors
+    /// A map cannot be read.
+    pub(super) fn sweep(&mut self, only: Option<u32>) -> Result<BTreeMap<u32, EventSample>, EventSourceError> {
+        if let Some(log) = &mut self.log {
+            log.print();
+        }
+        let mut samples: BTreeMap<u32, EventSample> = BTreeMap::new();
+        let lost = self.lost();
+        if let Some(pid) = only {
+            samples.entry(pid).or_default().lost = lost;
+        }
+        let mut thread = |tgid: u32, tid: u32, fill: &mut dyn FnMut(&mut ThreadEvents)| {
+            if only.is_none_or(|pid| pid == tgid) {
+                let sample = samples.entry(tgid).or_default();
+                sample.lost = lost;
+                fill(sample.threads.entry(tid).or_default());
+            }
+        };
+        each(&self.threads, MAX_THREADS, |Plain(key), Plain(counters)| {
+            thread(key.tgid, key.tid, &mut |events| {
+                events.pages_made_writable = counters.pages_made_writable;
+                events.huge_mappings = counters.huge_mappings;
+                events.dirty_ring_pushes = counters.dirty_ring_pushes;
+                events.pages_logged = counters.pages_logged;
+                events.guest_exits = counters.guest_exits;
+                events.first_writes = counters.first_writes[..FIRST_WRITE_BINS].to_vec();
+            });
+        })?;
+        let backend = self.layout.backend;
+        each(&self.exits, MAX_EXITS, |Plain(key), Plain(times)| {
+            thread(key.tgid, key.tid, &mut |events| {
+                if key.kind == ExitKind::Guest as u32 {
+                    events.guest_exit_reasons.insert(exit_reason::guest(backend, key.reason), times_of(&times));
+                } else {
+                    events.exits.insert(exit_reason::name(key.reason), times_of(&times));
+                }
+            });
+        })?;
+        each(&self.spaces, MAX_SPACES, |Plain(key), Plain(counters)| {
+            thread(key.tgid, key.tid, &mut |events| {
+                let space = SpaceEvents {
+                    pages_made_writable: counters.pages_made_writable,
+                    first_writes: counters.first_writes[..FIRST_WRITE_BINS].to_vec(),
+                };
+                events.spaces.insert(AddressSpace(key.root), space);
+            });
+        })?;
+        each(&self.code, MAX_CODE, |Plain(key), pages| {
+            thread(key.tgid, key.tid, &mut |events| {
+                events.code.insert((AddressSpace(key.root), Gva(key.instruction)), pages);
+            });
+        })?;
+        Ok(samples)
+    }
+
+    fn lost(&self) -> LostEvents {
+        let count = |loss: Loss| self.losses.words()[loss as usize].load(Ordering::Relaxed);
+        LostEvents {
+            out_of_range: count(Loss::OutOfRange),
+            threads_full: count(Loss::ThreadsFull),
+            exits_full: count(Loss::ExitsFull),
+            too_large: count(Loss::TooLarge),
+            unreadable: count(Loss::Unreadable),
+            unattributed: count(Loss::Unattributed),
+        }
+    }
+
+    /// Loads the program that reads kernel memory; none where the kernel does not take it.
+    fn kernel_memory(&mut self) -> Option<KernelMemory> {
+        let peek: &mut RawTracePoint = self.bpf.program_mut(program::PEEK)?.try_into().ok()?;
+        peek.load().ok()?;
+        let fd = self.program_fd(program::PEEK)?;
+        let peeked = array(&self.bpf, map::PEEKED, dunlin_ebpf::PEEK_BYTES as usize / 8).ok()?;
+        Some(KernelMemory::new(fd, peeked))
+    }
+
+    fn program_fd(&self, name: &str) -> Option<OwnedFd> {
+        let fd = self.bpf.program(name)?.fd().ok()?;
+        std::os::fd::AsFd::as_fd(fd).try_clone_to_owned().ok()
+    }
+
+    /// Loads and attaches one program; a failure is a fact about this host, not an error.
+    fn attach_one(&mut self, hook: &Hook) -> Result<Link, String> {
+        let mut attempt = || -> Result<Link, ProgramError> {
+            let program = self.bpf.program_mut(hook.program).ok_or(ProgramError::NotLoaded)?;
+            match hook.attach {
+                Attach::RawTracepoint => {
+                    let program: &mut RawTracePoint = program.try_into()?;
+                    loaded(program.load())?;
+                    program.attach(hook.place).map(Link::Raw)
+                }
+                Attach::KernelProbe => {
+                    let program: &mut KProbe = program.try_into()?;
+                    loaded(program.load())?;
+                    program.attach(hook.place, 0).map(Link::Probe)
+                }
+            }
+        };
+        attempt().map_err(|error| match errno(&error) {
+            Some(libc::ENOENT) => match hook.attach {
+                Attach::RawTracepoint => "this kernel has no such tracepoint (is KVM loaded?)".to_owned(),
+                Attach::KernelProbe => "this kernel has no probes of functions, or no such function".to_owned(),
+            },
+            Some(libc::EPERM | libc::EACCES) if !matches!(error, ProgramError::LoadError { .. }) => {
+                "refused by the policy of this host".to_owned()
+            }
+            _ => error.to_string(),
+        })
+    }
+
+    /// A map that stays with `bpf`: programs that are loaded later refer to its descriptor.
+    fn map_mut<K: aya::Pod, V: aya::Pod>(
+        &mut self,
+        name: &'static str,
+    ) -> Result<HashMap<&mut MapData, K, V>, ProbeError> {
+        let map = self.bpf.map_mut(name).ok_or_else(|| ProbeError::map(name, "is not in the object"))?;
+        HashMap::try_from(map).map_err(|e| ProbeError::map(name, e))
+    }
+}
+
+/// Loading again what is loaded is no failure.
+fn loaded(result: Result<(), ProgramError>) -> Result<(), ProgramError> {
+    match result {
+        Err(ProgramError::AlreadyLoaded) => Ok(()),
+        other => other,
+    }
+}
+
+fn times_of(raw: &RawTimes) -> ExitTimes {
+    const { assert!(dunlin_ebpf::EXIT_TIME_BINS == EXIT_TIME_BINS) };
+    ExitTimes { count: raw.count, total_ns: raw.total_ns, longest_ns: raw.longest_ns, bins: raw.bins }
+}
+
+/// Visits the entries of a map that the kernel bounds; a walk that a concurrent insert restarts is bounded here too. An entry that
+/// goes meanwhile ends nothing.
+fn each<K: aya::Pod, V: aya::Pod>(
+    map: &HashMap<MapData, K, V>,
+    most: u32,
+    mut visit: impl FnMut(K, V),
+) -> Result<(), EventSourceError> {
+    for entry in map.iter().take(2 * most as usize) {
+        match entry {
+            Ok((key, value)) => visit(key, value),
+            Err(MapError::KeyNotFound) => {}
+            Err(error) => return Err(EventSourceError(error.to_string())),
+        }
+    }
+    Ok(())
+}
+
+fn forget<K: aya::Pod, V: aya::Pod>(map: &mut HashMap<MapData, K, V>, most: u32, which: impl Fn(&K) -> bool) {
+    let keys: Vec<K> = map.keys().take(2 * most as usize).flatten().filter(which).collect();
+    for key in keys {
+        // What is gone already is forgotten.
+        let _ = map.remove(&key);
+    }
+}
+
+/// The errno at the bottom of an error chain.
+fn errno(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(io) = error.downcast_ref::<io::Error>() {
+            return io.raw_os_error();
+        }
+        next = error.source();
+    }
+    None
+}
+
+fn classify(error: aya::EbpfError) -> ProbeError {
+    match errno(&error) {
+        Some(libc::EPERM) => ProbeError::Refused(Box::new(error)),
+        _ => ProbeError::Load(Box::new(error)),
+    }
+}
+
+fn hash<K: aya::Pod, V: aya::Pod>(bpf: &mut Ebpf, name: &'static str) -> Result<HashMap<MapData, K, V>, ProbeError> {
+    let map = bpf.take_map(name).ok_or_else(|| ProbeError::map(name, "is not in the object"))?;
+    HashMap::try_from(map).map_err(|e| ProbeError::map(name, e))
+}
+
+/// Maps an array. The map stays with `bpf`, as in [`Probes::map_mut`].
+fn array(bpf: &Ebpf, name: &'static str, words: usize) -> Result<MappedArray, ProbeError> {
+    match bpf.map(name).ok_or_else(|| ProbeError::map(name, "is not in the object"))? {
+        Map::Array(data) => MappedArray::of(data.fd(), words).map_err(|e| ProbeError::map(name, format!("mmap: {e}"))),
+        other => Err(ProbeError::map(name, format!("is no array but {other:?}"))),
+    }
+}
