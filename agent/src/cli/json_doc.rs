@@ -16,11 +16,12 @@ use crate::model::{
 use crate::service::balloon::{BalloonReport, HintReport};
 use crate::service::control::Outcome;
 use crate::service::doctor::{DoctorReport, Finding, ResultKind, Tier};
+use crate::service::exits::{ExitRow, ExitsReport};
 use crate::service::machine::{RunState, VmInfo};
 use crate::service::observe::{DirtyRateReport, MissingSource, Observed};
 use crate::service::prove::{Figure, Proof, ProofReport};
 use crate::service::registry::MachineEntry;
-use crate::service::{audit, events};
+use crate::service::{audit, events, inventory};
 use crate::track::{DirtyRate, Lost, Regime, ThreadRate};
 
 fn tagged(object: &impl Schema) -> Value {
@@ -141,11 +142,39 @@ fn dirty_rate() -> Value {
         huge_mappings: 0,
         threads: vec![thread],
         exits: BTreeMap::from([("REASON".to_owned(), 1)]),
-        lost_events: Lost { total: 0, out_of_range: 0, threads_full: 0, exits_full: 0, too_large: 0, unreadable: 0 },
+        lost_events: Lost {
+            total: 0,
+            out_of_range: 0,
+            threads_full: 0,
+            exits_full: 0,
+            too_large: 0,
+            unreadable: 0,
+            unattributed: 0,
+        },
     };
     let [name, gives, reason] = [const { String::new() }; 3];
     let vm = Observed { name: String::new(), vm_id: Some(VmId::random()), pid: 1, cpus: 1 };
     tagged(&DirtyRateReport { vm, rate, missing_sources: vec![MissingSource { name, gives, reason }] })
+}
+
+fn exits() -> Value {
+    let row = ExitRow {
+        to: "kvm",
+        thread_id: Some(1),
+        reason: String::new(),
+        count: 0,
+        exits_per_second: 0.,
+        total_ns: Some(0),
+        time_share: Some(0.),
+        mean_ns: Some(0.),
+        p50_ns: Some(0),
+        p99_ns: Some(0),
+        longest_ns: Some(0),
+    };
+    let [name, gives, reason] = [const { String::new() }; 3];
+    let vm = Observed { name: String::new(), vm_id: Some(VmId::random()), pid: 1, cpus: 1 };
+    let missing_sources = vec![MissingSource { name, gives, reason }];
+    tagged(&ExitsReport { vm, interval_ns: 0, backend: "svm", exits: vec![row], missing_sources })
 }
 
 fn announcements() -> [Value; 2] {
@@ -187,6 +216,8 @@ fn proof() -> Value {
 /// An object of every schema, with every member that it can have.
 fn samples() -> Vec<Value> {
     let mut all = vec![migration(), dirty_rate(), doctor(), proof(), audit::sample(), vm::run::sample(), balloon()];
+    all.push(exits());
+    all.push(tagged(&inventory::sample()));
     all.extend(machines());
     all.extend(announcements());
     all.extend(vm::receive::samples());

@@ -3,6 +3,7 @@
 mod announce;
 mod dirty_rate;
 mod doctor;
+mod exits;
 #[cfg(test)]
 mod json_doc;
 mod migrate;
@@ -44,6 +45,7 @@ enum Command {
     #[command(subcommand)]
     Vm(vm::VmCommand),
     DirtyRate(dirty_rate::DirtyRateArgs),
+    Exits(exits::ExitsArgs),
     Doctor(doctor::DoctorArgs),
 }
 
@@ -71,6 +73,7 @@ impl Cli {
             Command::Resolve(arguments) => arguments.run(json, &config),
             Command::Vm(command) => command.run(json, &config),
             Command::DirtyRate(arguments) => arguments.run(json, &config),
+            Command::Exits(arguments) => arguments.run(json, &config),
             Command::Doctor(arguments) => arguments.run(json, &config),
         }
     }

@@ -3,6 +3,8 @@
 use std::fs;
 use std::io;
 
+use crate::model::KvmDescriptors;
+
 /// Why a process is no VM that can be looked at.
 #[derive(Debug, thiserror::Error)]
 pub enum ProcessError {
@@ -38,14 +40,31 @@ pub struct KvmProcess {
     pub pid: u32,
     /// Its name as the kernel has it (at most 15 characters).
     pub name: String,
-    /// Descriptors of vCPUs.
-    pub cpus: u32,
+    /// What it was started with: the program and its arguments.
+    pub command: Vec<String>,
+    /// Its KVM descriptors.
+    pub descriptors: KvmDescriptors,
     /// The size of its address space: never smaller than its guest's RAM.
     pub address_space_bytes: u64,
-    start_time_ticks: u64,
+    /// When it started, in clock ticks since boot (field 22 of /proc/PID/stat).
+    pub start_time_ticks: u64,
 }
 
 impl KvmProcess {
+    /// All that this process may look at, by process id. Those that end meanwhile are left out.
+    pub fn all() -> Vec<Self> {
+        let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+        let mut found: Vec<Self> = pids.filter_map(|pid| Self::open(pid).ok()).collect();
+        found.sort_by_key(|process| process.pid);
+        found
+    }
+
+    /// How many vCPUs it has.
+    pub fn cpus(&self) -> u32 {
+        self.descriptors.vcpus.len() as u32
+    }
+
     /// Looks at a process.
     ///
     /// # Errors
@@ -60,20 +79,27 @@ impl KvmProcess {
         let kibibytes = field("VmSize").and_then(|size| size.split_whitespace().next()?.parse::<u64>().ok());
         let entries =
             fs::read_dir(format!("/proc/{pid}/fd")).map_err(|source| ProcessError::Refused { pid, source })?;
-        let (mut machines, mut cpus) = (0, 0);
+        let mut descriptors = KvmDescriptors { pid, ..KvmDescriptors::default() };
         for entry in entries.flatten() {
+            let Some(number) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
             let Ok(target) = fs::read_link(entry.path()) else { continue };
             let target = target.to_string_lossy();
-            // The kernel numbers the second: `anon_inode:kvm-vcpu:0`.
-            machines += u32::from(target == "anon_inode:kvm-vm");
-            cpus += u32::from(target.starts_with("anon_inode:kvm-vcpu"));
+            if target == "anon_inode:kvm-vm" {
+                descriptors.machines.push(number);
+            } else if target.starts_with("anon_inode:kvm-vcpu") {
+                // The kernel numbers them: `anon_inode:kvm-vcpu:0`.
+                descriptors.vcpus.push(number);
+            }
         }
-        if machines == 0 {
+        if descriptors.machines.is_empty() {
             return Err(ProcessError::NoVm(pid));
         }
+        let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let command = command.split(|&byte| byte == 0).map(|word| String::from_utf8_lossy(word).into_owned());
+        let command = command.filter(|word| !word.is_empty()).collect();
         let start_time_ticks = start_time(pid).ok_or(ProcessError::Gone(pid))?;
         let address_space_bytes = kibibytes.unwrap_or_default().saturating_mul(1024);
-        Ok(Self { pid, name, cpus, address_space_bytes, start_time_ticks })
+        Ok(Self { pid, name, command, descriptors, address_space_bytes, start_time_ticks })
     }
 
     /// Whether the process that was opened is still there, and not another with its number.
@@ -132,9 +158,10 @@ mod tests {
         let _vm = crate::trial::tiny_vm::TinyVm::new(PageCount(4), DirtyLogKind::Bitmap).unwrap();
         let process = KvmProcess::open(std::process::id()).unwrap();
         // Tests of one process may run side by side, each with a VM of its own.
-        assert!(process.cpus >= 1 && process.address_space_bytes > 1 << 20 && process.is_alive());
+        assert!(process.cpus() >= 1 && process.address_space_bytes > 1 << 20 && process.is_alive());
         assert!(process.thread_name(process.pid).is_some());
         let earlier = KvmProcess { start_time_ticks: process.start_time_ticks - 1, ..process };
         assert!(!earlier.is_alive());
+        assert!(KvmProcess::all().iter().any(|process| process.pid == std::process::id()));
     }
 }

@@ -4,6 +4,17 @@ use serde::{Deserialize, Serialize};
 
 use super::guest::MemoryRange;
 
+/// A process and its KVM descriptors, as `/proc` shows them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct KvmDescriptors {
+    /// The process.
+    pub pid: u32,
+    /// Its descriptors of VMs.
+    pub machines: Vec<u32>,
+    /// Its descriptors of vCPUs.
+    pub vcpus: Vec<u32>,
+}
+
 /// One memory slot of a VM (`struct kvm_memory_slot`).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemorySlot {

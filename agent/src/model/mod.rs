@@ -29,7 +29,7 @@ pub use config::{DirtyLogKind, DiskSpec, NetSpec, SerialSpec};
 pub use exits::{EXIT_TIME_BINS, ExitTimes};
 pub use guest::{AddressSpace, Gfn, Gpa, Gva, MemoryRange};
 pub use id::{MigrationId, VmId, VmRef};
-pub use inventory::{KernelVm, MemorySlot, VcpuFacts};
+pub use inventory::{KernelVm, KvmDescriptors, MemorySlot, VcpuFacts};
 pub use mac::MacAddress;
 pub use outcome::{Ending, Owner};
 pub use region::{PageRun, RegionId, RegionKind, RegionSpec};

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use super::kernel_memory::{KernelMemory, PeekError, half_at, word_at};
 use super::layout::WalkOffsets;
-use crate::model::{Gpa, KernelVm, MemoryRange, MemorySlot, PageCount, VcpuFacts};
+use crate::model::{Gpa, KernelVm, KvmDescriptors, MemoryRange, MemorySlot, PageCount, VcpuFacts};
 
 /// Tasks that are walked before the list counts as broken: the kernel's own limit of process ids.
 const MAX_TASKS: usize = 1 << 22;
@@ -34,17 +34,6 @@ pub enum InventoryError {
     /// See [`PeekError`].
     #[error(transparent)]
     Peek(#[from] PeekError),
-}
-
-/// Where to look: a process and its KVM descriptors, as `/proc` shows them.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct KvmDescriptors {
-    /// The process.
-    pub pid: u32,
-    /// Its descriptors of VMs.
-    pub machines: Vec<u32>,
-    /// Its descriptors of vCPUs.
-    pub vcpus: Vec<u32>,
 }
 
 /// Where the kernel has processes.

@@ -18,7 +18,7 @@ mod windows;
 
 pub use counters::{KernelCounters, ProbeOptions, SharedProbes};
 pub use hook::{Attach, Gives, HOOKS, Hook};
-pub use inventory::{InventoryError, KvmDescriptors};
+pub use inventory::InventoryError;
 pub use kernel_memory::PeekError;
 pub use layout::{Backend, KernelLayout};
 pub use object::{NoObject, embedded_object};

@@ -20,7 +20,7 @@ use dunlin_ebpf::{
 
 use super::exit_reason;
 use super::hook::{Attach, Gives, HOOKS, Hook};
-use super::inventory::{self, InventoryError, KvmDescriptors, Tasks};
+use super::inventory::{self, InventoryError, Tasks};
 use super::kernel_memory::KernelMemory;
 use super::layout::{Backend, KernelLayout};
 use super::log::ProbeLog;
@@ -28,7 +28,7 @@ use super::mapped::MappedArray;
 use super::object::{NoObject, embedded_object};
 use super::syscall::{self, RunStats};
 use super::windows::Windows;
-use crate::model::{AddressSpace, EXIT_TIME_BINS, ExitTimes, Gva, KernelVm, PageBitmap, PageCount};
+use crate::model::{AddressSpace, EXIT_TIME_BINS, ExitTimes, Gva, KernelVm, KvmDescriptors, PageBitmap, PageCount};
 use crate::port::{EventHook, EventSample, EventSourceError, LostEvents, SpaceEvents, ThreadEvents};
 
 /// The widest guest physical address space that is tracked: 16 TiB, a bitmap of 512 MiB.

@@ -6,7 +6,8 @@
 //! - [`config`] reads the configuration file.
 //! - [`balloon`] answers for a guest's memory.
 //! - [`announce`] announces by hand, on an interface that an operator names.
-//! - [`observe`] watches how one VM writes its memory; [`doctor`] tries what this host can do.
+//! - [`inventory`] finds every KVM VM of this host.
+//! - [`observe`] watches how one VM writes its memory, [`exits`] why it leaves its guest; [`doctor`] tries what this host can do.
 //!
 //! Everything that acts on a VM passes [`audit::record`].
 
@@ -19,8 +20,10 @@ pub mod config;
 pub mod control;
 pub mod doctor;
 pub mod events;
+pub mod exits;
 pub mod gate;
 pub mod interrupt;
+pub mod inventory;
 pub mod lease;
 pub mod machine;
 pub mod migration;
@@ -32,3 +35,4 @@ pub mod registry;
 pub mod resolve;
 mod seat;
 pub mod session;
+pub mod watch;

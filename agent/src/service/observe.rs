@@ -1,4 +1,4 @@
-//! Observing how one VM writes its memory: joins the registry, `/proc`, the BPF counters and the policy of rates.
+//! Observing how one VM writes its memory, interval after interval: joins a watched VM and the policy of rates.
 
 use std::io;
 use std::path::PathBuf;
@@ -6,20 +6,16 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::arm::ControlSocketArm;
 use super::clock::MonotonicClock;
 use super::interrupt::Interrupt;
+use super::inventory::HostVm;
 use super::machine::TRACKING_TIME;
-use super::registry::{MachineEntry, Registry, RegistryError};
-use crate::foreign::{KvmProcess, ProcessError};
+use super::watch::{WatchError, WatchRequest, WatchedVm};
 use crate::model::schema::Schema;
-use crate::model::{PageCount, VmId, VmRef};
-use crate::port::{Arm, ArmError};
-use crate::probe::{KernelCounters, ProbeError, ProbeOptions};
+use crate::model::{VmId, VmRef};
+use crate::port::{ArmError, EventHook};
+use crate::probe::Gives;
 use crate::track::{self, DirtyRate, Observer};
-
-/// Guest memory above the size that was asked for may lie behind a hole below 4 GiB.
-const HOLE_BYTES: u64 = 4 << 30;
 
 /// What to observe and how.
 #[derive(Clone, Debug)]
@@ -59,15 +55,22 @@ impl Schema for DirtyRateReport {
 /// The VM that is observed.
 #[derive(Clone, Debug, Serialize)]
 pub struct Observed {
-    /// Its name: of a hosted VM its own, else its process's.
+    /// Its name: its own, or its VMM's and its process id.
     pub name: String,
-    /// Its identity, where it is known.
+    /// Its identity.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vm_id: Option<VmId>,
     /// Its process.
     pub pid: u32,
     /// Its vCPUs.
     pub cpus: u32,
+}
+
+impl Observed {
+    /// What is printed of a VM.
+    pub fn of(vm: &HostVm) -> Self {
+        Self { name: vm.name.clone(), vm_id: Some(vm.vm_id), pid: vm.pid, cpus: vm.vcpus.len() as u32 }
+    }
 }
 
 /// A tracepoint that is not listened to.
@@ -97,15 +100,9 @@ pub enum Ended {
 /// Why there is nothing to report.
 #[derive(Debug, thiserror::Error)]
 pub enum ObserveVmError {
-    /// No hosted VM of that name.
+    /// The VM cannot be watched.
     #[error(transparent)]
-    Registry(#[from] RegistryError),
-    /// The process is no VM, or may not be looked at.
-    #[error(transparent)]
-    Process(#[from] ProcessError),
-    /// The counters could not be attached.
-    #[error(transparent)]
-    Probe(#[from] ProbeError),
+    Watch(#[from] WatchError),
     /// The observation broke off.
     #[error(transparent)]
     Track(#[from] track::ObserveError),
@@ -120,9 +117,6 @@ pub enum ObserveVmError {
         "with --arm an interval may last {0:?} at most: the VM ends its write protection by itself if nobody asks again"
     )]
     TooLong(Duration),
-    /// Only hosted VMs can be write-protected.
-    #[error("process {0} is no VM that dunlin runs, so its pages cannot be write-protected; leave --arm out")]
-    NotHosted(u32),
 }
 
 /// Reports interval after interval to `each`.
@@ -134,34 +128,20 @@ pub fn observe(
     interrupt: &Interrupt,
     mut each: impl FnMut(&DirtyRateReport) -> io::Result<()>,
 ) -> Result<Ended, ObserveVmError> {
-    let registry = Registry::new(&request.run_dir);
-    let (pid, hosted) = match find(&registry, &request.vm)? {
-        Found::Hosted(entry) => (entry.pid, Some(entry)),
-        Found::Process(pid) => (pid, None),
-    };
-    let process = KvmProcess::open(pid)?;
     if request.arm && request.interval > TRACKING_TIME / 2 {
         return Err(ObserveVmError::TooLong(TRACKING_TIME / 2));
     }
-    let arm = match (request.arm, &hosted) {
-        (false, _) => None,
-        (true, Some(entry)) => {
-            Some(Box::new(ControlSocketArm::new(registry.socket(&entry.name, "control"))) as Box<dyn Arm>)
-        }
-        (true, None) => return Err(ObserveVmError::NotHosted(pid)),
-    };
-    let memory_bytes = hosted.as_ref().map_or(process.address_space_bytes, |entry| entry.memory_bytes);
-    let end_bytes = request.max_address_bytes.unwrap_or_else(|| memory_bytes.saturating_add(HOLE_BYTES));
-    let counters =
-        KernelCounters::attach(ProbeOptions { pid, frames: PageCount::covering(end_bytes), log: request.probe_log })?;
-    let vm = Observed {
-        name: hosted.as_ref().map_or_else(|| process.name.clone(), |entry| entry.name.to_string()),
-        vm_id: hosted.as_ref().map(|entry| entry.vm_id),
-        pid,
-        cpus: process.cpus,
-    };
+    let (mut watched, counters) = WatchedVm::open(&WatchRequest {
+        run_dir: request.run_dir.clone(),
+        vm: request.vm.clone(),
+        wanted: vec![Gives::Pages, Gives::RingPages, Gives::HardwareLog, Gives::VmmExits, Gives::GuestExits],
+        max_address_bytes: request.max_address_bytes,
+        probe_log: request.probe_log,
+    })?;
+    let arm = if request.arm { Some(watched.arm()?) } else { None };
+    let vm = Observed::of(&watched.vm);
     let mut observer = Observer::start(counters, MonotonicClock, arm)?;
-    let missing_sources = missing_sources(&observer);
+    let missing_sources = missing_sources(observer.hooks());
     let mut deadline = Instant::now();
     let mut left = request.count;
     let ended = loop {
@@ -173,12 +153,14 @@ pub fn observe(
         if interrupt.wait_until(deadline) {
             break Ended::Interrupted;
         }
-        if !process.is_alive() {
+        // Whether someone has its dirty log on counts as it was during the interval.
+        let logged = watched.vm.logged_bytes > 0;
+        if !watched.refresh() {
             break Ended::VmGone;
         }
-        let mut rate = observer.measure()?;
+        let mut rate = observer.measure(logged || watched.vm.logged_bytes > 0)?;
         for thread in &mut rate.threads {
-            thread.name = process.thread_name(thread.thread_id);
+            thread.name = watched.vm.process.thread_name(thread.thread_id);
         }
         let printed = each(&DirtyRateReport { vm: vm.clone(), rate, missing_sources: missing_sources.clone() });
         if let Err(error) = printed {
@@ -196,24 +178,9 @@ pub fn observe(
     Ok(ended)
 }
 
-/// What a VM argument points at.
-enum Found {
-    /// A VM that dunlin runs.
-    Hosted(MachineEntry),
-    /// Some other process.
-    Process(u32),
-}
-
-fn find(registry: &Registry, vm: &VmRef) -> Result<Found, RegistryError> {
-    match (registry.find(vm), vm) {
-        (Ok(entry), _) => Ok(Found::Hosted(entry)),
-        (Err(_), VmRef::Pid(pid)) => Ok(Found::Process(*pid)),
-        (Err(error), _) => Err(error),
-    }
-}
-
-fn missing_sources(observer: &Observer<KernelCounters, MonotonicClock>) -> Vec<MissingSource> {
-    let missing = observer.hooks().iter().filter_map(|hook| {
+/// The sources that were asked for and are not there.
+pub(super) fn missing_sources(hooks: &[EventHook]) -> Vec<MissingSource> {
+    let missing = hooks.iter().filter_map(|hook| {
         let reason = hook.missing.clone()?;
         Some(MissingSource { name: hook.name.clone(), gives: hook.gives.clone(), reason })
     });
@@ -225,7 +192,9 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::model::PageCount;
     use crate::port::{EventSample, ThreadEvents};
+    use crate::track::Protection;
 
     #[test]
     fn the_reports_form_is_kept() {
@@ -239,7 +208,13 @@ mod tests {
             ..ThreadEvents::default()
         };
         let after = EventSample { threads: [(7, thread)].into(), ..EventSample::default() };
-        let rate = track::rate_between(&EventSample::default(), &after, Duration::from_millis(500), PageCount(2), true);
+        let rate = track::rate_between(
+            &EventSample::default(),
+            &after,
+            Duration::from_millis(500),
+            PageCount(2),
+            Protection::Ours,
+        );
         let vm = Observed { name: "a".to_owned(), vm_id: None, pid: 5, cpus: 1 };
         let report = DirtyRateReport { vm, rate, missing_sources: Vec::new() };
         let mut golden = json!({

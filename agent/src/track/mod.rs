@@ -8,4 +8,4 @@ mod regime;
 
 pub use observer::{ObserveError, Observer};
 pub use rate::{DirtyRate, Lost, ThreadRate, rate_between};
-pub use regime::Regime;
+pub use regime::{Protection, Regime};

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::rate::{DirtyRate, rate_between};
+use super::regime::Protection;
 use crate::model::PageBitmap;
 use crate::port::{Arm, ArmError, Clock, EventHook, EventSample, EventSource, EventSourceError};
 
@@ -61,15 +62,20 @@ impl<S: EventSource, C: Clock> Observer<S, C> {
         self.source.hooks()
     }
 
-    /// Ends the interval under way, reports it, and begins the next.
+    /// Ends the interval under way, reports it, and begins the next. `logged`: someone else had the VM's dirty log on.
     ///
     /// # Errors
     /// The observation cannot go on.
-    pub fn measure(&mut self) -> Result<DirtyRate, ObserveError> {
+    pub fn measure(&mut self, logged: bool) -> Result<DirtyRate, ObserveError> {
         let now = self.sample()?;
         let unique = self.pages.count();
         let interval = now.0.saturating_sub(self.before.0);
-        let rate = rate_between(&self.before.1, &now.1, interval, unique, self.arm.is_some());
+        let protection = match (&self.arm, logged) {
+            (Some(_), _) => Protection::Ours,
+            (None, true) => Protection::Others,
+            (None, false) => Protection::Unseen,
+        };
+        let rate = rate_between(&self.before.1, &now.1, interval, unique, protection);
         if let Some(arm) = &mut self.arm {
             arm.rearm()?;
             self.source.armed(true);
@@ -191,15 +197,15 @@ mod tests {
     fn rewrites_are_seen_only_when_armed() {
         let (passive, _) = guest();
         let mut observer = Observer::start(passive, Ticks::default(), None).unwrap();
-        let second = observer.measure().unwrap();
+        let second = observer.measure(false).unwrap();
         assert_eq!((second.unique_pages, second.regime), (0, Regime::Passive));
 
         let (armed, protected) = guest();
         let calls = Arc::default();
         let arm = Protect(protected, Arc::clone(&calls), false);
         let mut observer = Observer::start(armed, Ticks::default(), Some(Box::new(arm))).unwrap();
-        observer.measure().unwrap();
-        let later = observer.measure().unwrap();
+        observer.measure(false).unwrap();
+        let later = observer.measure(false).unwrap();
         assert_eq!((later.unique_pages, later.regime, later.interval_ns), (10, Regime::Armed, 1_000_000_000));
         observer.stop().unwrap();
         assert_eq!(*calls.lock().unwrap(), ["on", "again", "again", "off"]);

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::regime::Regime;
+use super::regime::{Protection, Regime};
 use crate::model::{PageCount, PagesPerSecond};
 use crate::port::{EventSample, LostEvents, ThreadEvents};
 
@@ -104,13 +104,12 @@ impl From<LostEvents> for Lost {
 }
 
 /// What happened between two samples that lie `interval` apart, in which `unique` different pages turned writable.
-/// `armed`: whether every page was write-protected at its start.
 pub fn rate_between(
     before: &EventSample,
     after: &EventSample,
     interval: Duration,
     unique: PageCount,
-    armed: bool,
+    protection: Protection,
 ) -> DirtyRate {
     let nothing = ThreadEvents::default();
     let threads: Vec<(u32, ThreadEvents)> =
@@ -120,12 +119,12 @@ pub fn rate_between(
     let from_ring = pushed > mapped.saturating_mul(PUSHES_A_PAGE);
     let pages_of: fn(&ThreadEvents) -> u64 =
         if from_ring { |e| e.dirty_ring_pushes } else { |e| e.pages_made_writable };
-    let regime = if armed {
-        Regime::Armed
-    } else if pushed > 0 {
-        Regime::Logged
-    } else {
-        Regime::Passive
+    let regime = match protection {
+        Protection::Ours => Regime::Armed,
+        Protection::Others => Regime::Logged,
+        // Where the kernel's structures cannot be read, a ring in use still shows.
+        Protection::Unseen if pushed > 0 => Regime::Logged,
+        Protection::Unseen => Regime::Passive,
     };
     let pages = sum(pages_of);
     let rate = PagesPerSecond::over(PageCount(pages), interval);
@@ -190,7 +189,7 @@ mod tests {
     fn only_what_happened_in_the_interval_counts() {
         let before = sample(&[(1, 100, 0), (2, 50, 0)]);
         let after = sample(&[(1, 400, 0), (2, 150, 0), (3, 100, 0)]);
-        let rate = rate_between(&before, &after, Duration::from_millis(500), PageCount(350), false);
+        let rate = rate_between(&before, &after, Duration::from_millis(500), PageCount(350), Protection::Unseen);
         assert!(close(rate.pages_per_second, 1000.0) && close(rate.bytes_per_second, 4_096_000.0));
         assert_eq!((rate.unique_pages, rate.regime, rate.is_lower_bound), (350, Regime::Passive, true));
         assert_eq!(rate.threads.iter().map(|t| t.thread_id).collect::<Vec<_>>(), [1, 2, 3]);
@@ -201,25 +200,30 @@ mod tests {
     #[test]
     fn a_ring_names_its_regime_and_is_believed_only_where_page_tables_show_nothing() {
         let before = sample(&[(1, 0, 0)]);
-        let measure = |mapped, pushed, armed| {
-            rate_between(&before, &sample(&[(1, mapped, pushed)]), Duration::from_secs(1), PageCount(100), armed)
+        let measure = |mapped, pushed, protection| {
+            rate_between(&before, &sample(&[(1, mapped, pushed)]), Duration::from_secs(1), PageCount(100), protection)
         };
-        let emulating = measure(100, 517, false);
+        let emulating = measure(100, 517, Protection::Unseen);
         assert_eq!((emulating.regime, emulating.source), (Regime::Logged, FROM_PAGE_TABLES));
         assert!(close(emulating.pages_per_second, 100.0) && close(emulating.dirty_ring_pushes_per_second, 517.0));
-        let hardware_log = measure(1, 5000, false);
+        let hardware_log = measure(1, 5000, Protection::Others);
         assert_eq!((hardware_log.regime, hardware_log.source), (Regime::Logged, FROM_RING));
         assert!(close(hardware_log.pages_per_second, 5000.0));
-        let armed = measure(100, 103, true);
+        let armed = measure(100, 103, Protection::Ours);
         assert_eq!((armed.regime, armed.is_lower_bound), (Regime::Armed, false));
     }
 
     #[test]
     fn an_empty_interval_and_a_reused_thread_id_are_no_nonsense() {
-        let empty = rate_between(&sample(&[]), &sample(&[]), Duration::ZERO, PageCount(0), false);
+        let empty = rate_between(&sample(&[]), &sample(&[]), Duration::ZERO, PageCount(0), Protection::Unseen);
         assert!(close(empty.pages_per_second, 0.0));
-        let reused =
-            rate_between(&sample(&[(1, 500, 0)]), &sample(&[(1, 7, 0)]), Duration::from_secs(1), PageCount(7), false);
+        let reused = rate_between(
+            &sample(&[(1, 500, 0)]),
+            &sample(&[(1, 7, 0)]),
+            Duration::from_secs(1),
+            PageCount(7),
+            Protection::Unseen,
+        );
         assert!(close(reused.pages_per_second, 7.0));
     }
 
@@ -229,7 +233,7 @@ mod tests {
         let mut after = sample(&[]);
         before.lost.out_of_range = 5;
         after.lost = LostEvents { out_of_range: 8, unreadable: 1, ..before.lost };
-        let rate = rate_between(&before, &after, Duration::from_secs(1), PageCount(0), false);
+        let rate = rate_between(&before, &after, Duration::from_secs(1), PageCount(0), Protection::Unseen);
         assert_eq!((rate.lost_events.total, rate.lost_events.out_of_range), (4, 3));
     }
 }

@@ -3,6 +3,17 @@
 
 use serde::Serialize;
 
+/// Who write-protects a VM's pages, as far as is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protection {
+    /// We do, all of them at the start of the interval.
+    Ours,
+    /// Someone else has the VM's dirty log on.
+    Others,
+    /// Nobody, as far as can be seen.
+    Unseen,
+}
+
 /// What made pages turn writable during an interval.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -11,7 +22,7 @@ pub enum Regime {
     Passive,
     /// We had every page write-protected at the start of the interval.
     Armed,
-    /// Someone else has a dirty ring switched on: a migration, most likely.
+    /// Someone else has a dirty log switched on: a migration, most likely.
     Logged,
 }
 
@@ -28,7 +39,7 @@ impl Regime {
                  it; pages that only devices or KVM itself wrote are not among them"
             }
             Self::Logged => {
-                "someone else has a dirty ring switched on (a migration?): a page counts once between two of its harvests; pages \
+                "someone else has a dirty log switched on (a migration?): a page counts once between two of its harvests; pages \
                  that only devices or KVM itself wrote are not among the unique ones"
             }
         }

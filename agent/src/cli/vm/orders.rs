@@ -15,14 +15,26 @@ use crate::model::schema::Schema;
 use crate::model::units::{display_bytes, display_duration};
 use crate::service::config::Config;
 use crate::service::control::{Outcome, ask_console, ask_info, give_order};
+use crate::service::inventory::{self, Host};
 use crate::service::machine::VmInfo;
 use crate::service::out::{bytes, complain, say};
 use crate::service::registry::Registry;
 
-/// List the VMs that Dunlin hosts here.
+/// List the VMs that Dunlin hosts here, or every KVM VM of this host
+///
+/// With --all also those of other VMMs: their names, vCPU threads, memory and dirty log are read from /proc and from the kernel's own
+/// structures; no VMM is asked.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  dunlin vm list\n  dunlin vm list --json --run-dir /run/dunlin")]
+#[command(after_help = "Examples:\n  dunlin vm list\n  dunlin vm list --all --slots\n  dunlin vm list --all --json")]
 pub(in crate::cli) struct ListArgs {
+    /// Every KVM VM of this host, whoever runs it.
+    #[arg(long)]
+    all: bool,
+
+    /// Show each VM's memory slots too (guest address, size, host address, dirty log).
+    #[arg(long, requires = "all")]
+    slots: bool,
+
     #[command(flatten)]
     run_dir: RunDir,
 }
@@ -33,7 +45,11 @@ fn state(info: &VmInfo) -> String {
 
 impl ListArgs {
     pub(in crate::cli) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
-        let registry = Registry::new(self.run_dir.path(config));
+        let run_dir = self.run_dir.path(config);
+        if self.all {
+            return list_all(&run_dir, self.slots, json);
+        }
+        let registry = Registry::new(run_dir);
         let entries = registry.list();
         if !json {
             say!("{:<20} {:<9} {:>8} {:>5} {:>11}  UUID", "NAME", "STATE", "PID", "CPUS", "MEMORY");
@@ -55,6 +71,61 @@ impl ListArgs {
         }
         Ok(exit::DONE)
     }
+}
+
+/// Every KVM VM of this host.
+fn list_all(run_dir: &Path, slots: bool, json: bool) -> anyhow::Result<u8> {
+    let mut view = inventory::kernel_view();
+    let vms = inventory::all(run_dir, view.as_mut());
+    if json {
+        for vm in &vms {
+            say!("{}", serde_json::to_string(&vm.tagged())?);
+        }
+        return Ok(exit::DONE);
+    }
+    say!(
+        "{:<24} {:<8} {:<16} {:>8} {:>5} {:>11} {:>8}  UUID",
+        "NAME",
+        "HOST",
+        "VMM",
+        "PID",
+        "CPUS",
+        "MEMORY",
+        "LOGGED"
+    );
+    for vm in &vms {
+        let host = if vm.host == Host::Hosted { "hosted" } else { "foreign" };
+        let memory = vm.memory_bytes.map_or_else(|| "unknown".to_owned(), display_bytes);
+        let logged = match (vm.logged_bytes, vm.memory_bytes) {
+            _ if vm.kernel_view_missing.is_some() => "unknown".to_owned(),
+            (0, _) => "no".to_owned(),
+            (logged, Some(memory)) if logged < memory => "partly".to_owned(),
+            _ => "yes".to_owned(),
+        };
+        say!(
+            "{:<24} {host:<8} {:<16} {:>8} {:>5} {memory:>11} {logged:>8}  {}",
+            vm.name,
+            vm.vmm,
+            vm.pid,
+            vm.vcpus.len(),
+            vm.vm_id
+        );
+        for slot in vm.slots.iter().filter(|_| slots) {
+            say!(
+                "  slot {:<5} {:>14} + {:>11}  at {:#x}{}{}",
+                slot.id,
+                slot.range.start.to_string(),
+                display_bytes(slot.range.bytes),
+                slot.host_address,
+                if slot.read_only { ", read-only" } else { "" },
+                if slot.dirty_log { ", dirty log on" } else { "" },
+            );
+        }
+    }
+    if let Some(reason) = vms.iter().find_map(|vm| vm.kernel_view_missing.as_ref()) {
+        complain!("dunlin: vCPU threads, memory slots and dirty logs are not known of some: {reason}");
+    }
+    Ok(exit::DONE)
 }
 
 /// Show one VM: state, vCPU threads, devices, dirty log.

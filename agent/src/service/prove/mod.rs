@@ -310,7 +310,7 @@ fn track(lab: &Lab<'_>, guest: &Guest, armed: bool, intervals: usize) -> Result<
         // The first interval is no whole one: it began before the guest's count did.
         for interval in 0..=intervals {
             lab.pass(INTERVAL)?;
-            let rate = observer.measure().map_err(|e| failed("tracking", &e))?;
+            let rate = observer.measure(false).map_err(|e| failed("tracking", &e))?;
             if interval > 0 {
                 told.push(rate.pages_per_second);
             }
@@ -363,7 +363,7 @@ fn tracking_cost(lab: &Lab<'_>) -> Result<Success, Obstacle> {
         let rate = guest.rate_while(lab, || {
             for _ in 0..2 {
                 lab.pass(SPELL / 2)?;
-                observer.measure().map_err(|e| failed("tracking", &e))?;
+                observer.measure(false).map_err(|e| failed("tracking", &e))?;
             }
             Ok(())
         })?;
