@@ -1,4 +1,5 @@
-//! Types that the BPF programs and the agent share. No code, no dependencies, fixed layout.
+//! Types that the BPF programs and the agent share. No dependencies, fixed layout, and no code but the arithmetic that both
+//! sides must do alike.
 //!
 //! Owns the names of maps, programs and load-time constants too, so that the two sides cannot disagree. Every field is
 //! 4 or 8 bytes and no struct has padding: the kernel refuses to copy bytes that nobody wrote.
@@ -50,6 +51,43 @@ pub const MAX_EXITS: u32 = 16 * MAX_THREADS;
 pub const OFFSET_UNKNOWN: u32 = u32::MAX;
 /// The reason in [`ExitKey`] of an exit that KVM ended with an error instead of a reason.
 pub const EXIT_REASON_ERROR: u32 = u32::MAX;
+
+/// Bins of a histogram of first-write times, nanoseconds from the arming to a page's first write: one for all below
+/// 2^14 ns (16 µs), eight an octave up to 2^37 ns (137 s), and one for what is beyond.
+pub const FIRST_WRITE_BINS: u32 = 1 + (FIRST_WRITE_END_BITS - FIRST_WRITE_START_BITS) * 8 + 1;
+
+/// Where the bins of an eighth of an octave start, as a power of two.
+const FIRST_WRITE_START_BITS: u32 = 14;
+/// Where they end.
+const FIRST_WRITE_END_BITS: u32 = 37;
+
+/// The bin of a first write `ns` nanoseconds after the arming, below [`FIRST_WRITE_BINS`]. Neither loop nor division nor panic: the
+/// kernel's verifier would refuse them.
+#[inline]
+pub const fn first_write_bin(ns: u64) -> u32 {
+    if ns >> FIRST_WRITE_START_BITS == 0 {
+        return 0;
+    }
+    if ns >> FIRST_WRITE_END_BITS != 0 {
+        return FIRST_WRITE_BINS - 1;
+    }
+    // 14 to 36: the mask changes nothing, and shows the verifier that the shift is one.
+    let octave = 63 - (ns.leading_zeros() & 63);
+    let eighth = (ns >> (octave.wrapping_sub(3) & 63)) as u32 & 7;
+    octave.wrapping_sub(FIRST_WRITE_START_BITS).wrapping_mul(8).wrapping_add(1).wrapping_add(eighth)
+}
+
+/// The shortest time of a bin, in nanoseconds; a number beyond the last bin is taken for the last.
+pub const fn first_write_bin_start_ns(bin: u32) -> u64 {
+    if bin == 0 {
+        return 0;
+    }
+    if bin >= FIRST_WRITE_BINS - 1 {
+        return 1 << FIRST_WRITE_END_BITS;
+    }
+    let octave = FIRST_WRITE_START_BITS + (bin - 1) / 8;
+    (8 + (bin as u64 - 1) % 8) << (octave - 3)
+}
 
 /// The window of [`map::PAGES`] that belongs to one VM.
 #[repr(C)]
