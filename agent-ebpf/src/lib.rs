@@ -278,7 +278,7 @@ pub struct CodeKey {
 }
 
 /// Bins of a histogram of first-write times: below 2^14 ns, 8 for each power of two up to 2^37 ns (137 s), above.
-pub const FIRST_WRITE_BINS: usize = 2 + 8 * (LAST_POWER - FIRST_POWER) as usize;
+pub const FIRST_WRITE_BINS: u32 = 2 + 8 * (LAST_POWER - FIRST_POWER);
 /// Elements of an array of such bins: a power of two, so that an index is bounded by a mask, which the verifier understands.
 pub const FIRST_WRITE_SLOTS: usize = 256;
 /// The element that stands for no bin: whatever is counted there counts nowhere.
@@ -295,16 +295,19 @@ pub const fn first_write_bin(ns: u64) -> u32 {
     }
     let power = 63 - ns.leading_zeros();
     if power >= LAST_POWER {
-        return FIRST_WRITE_BINS as u32 - 1;
+        return FIRST_WRITE_BINS - 1;
     }
     1 + (power - FIRST_POWER) * 8 + ((ns >> (power - 3)) & 7) as u32
 }
 
-/// The shortest time, in nanoseconds, that belongs to a bin.
+/// The shortest time, in nanoseconds, that belongs to a bin; a number beyond the last bin is taken for the last.
 #[must_use]
 pub const fn first_write_bin_start_ns(bin: u32) -> u64 {
     if bin == 0 {
         return 0;
+    }
+    if bin >= FIRST_WRITE_BINS - 1 {
+        return 1 << LAST_POWER;
     }
     let power = FIRST_POWER + (bin - 1) / 8;
     (8 + (bin as u64 - 1) % 8) << (power - 3)
@@ -340,10 +343,10 @@ mod tests {
 
     #[test]
     fn bins_follow_one_another() {
-        for bin in 1..FIRST_WRITE_BINS as u32 {
+        for bin in 1..FIRST_WRITE_BINS {
             let start = first_write_bin_start_ns(bin);
             assert_eq!((first_write_bin(start), first_write_bin(start - 1)), (bin, bin - 1), "{start} ns");
         }
-        assert_eq!((first_write_bin(0), first_write_bin(u64::MAX)), (0, FIRST_WRITE_BINS as u32 - 1));
+        assert_eq!((first_write_bin(0), first_write_bin(u64::MAX)), (0, FIRST_WRITE_BINS - 1));
     }
 }

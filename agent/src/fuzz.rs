@@ -7,6 +7,7 @@
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::str::FromStr;
+use std::time::Duration;
 
 use uuid::Uuid;
 
@@ -23,7 +24,7 @@ use crate::model::shape::MAX_MEMORY_BYTES;
 use crate::model::units::{parse_duration, parse_size_bytes};
 use crate::model::{
     BlackoutLedger, BytesPerSecond, DirtyLogKind, DiskSpec, MacAddress, MachineShape, MigrationId, NetSpec, PageCount,
-    PageRun, RegionId, SerialSpec, Step, VmId, VmRef,
+    PageRun, RegionId, SerialSpec, Step, VmId, VmRef, WriteCurve, Writer,
 };
 use crate::service::balloon::BalloonReport;
 use crate::service::config;
@@ -216,6 +217,13 @@ fn json(input: &[u8]) {
     let _ = serde_json::from_slice::<VmInfo>(input);
     let _ = serde_json::from_slice::<BalloonReport>(input);
     let _ = serde_json::from_slice::<Outcome>(input);
+    let _ = serde_json::from_slice::<Writer>(input).map(|writer| writer.to_string());
+    if let Ok(curve) = serde_json::from_slice::<WriteCurve>(input) {
+        let (last, beyond) = (curve.last().unique_pages, curve.at(Duration::MAX));
+        assert!(
+            last <= beyond.unique_pages && beyond.unique_pages <= beyond.high_pages && beyond.high_pages.is_finite()
+        );
+    }
 }
 
 fn json_seeds() -> Vec<Vec<u8>> {
@@ -229,8 +237,19 @@ fn json_seeds() -> Vec<Vec<u8>> {
         cpus: 1,
         state_dir: "/s".into(),
     };
-    vec![serde_json::to_vec(&entry).unwrap_or_default(), br#"{"error":"no"}"#.to_vec()]
+    vec![
+        serde_json::to_vec(&entry).unwrap_or_default(),
+        br#"{"error":"no"}"#.to_vec(),
+        JSON_CURVE.to_vec(),
+        JSON_WRITER.to_vec(),
+    ]
 }
+
+const JSON_CURVE: &[u8] =
+    br#"{"measured_until_ns":9,"points":[{"interval_ns":5,"unique_pages":2,"low_pages":1,"high_pages":3},
+{"interval_ns":9,"unique_pages":3,"low_pages":2,"high_pages":4}]}"#;
+const JSON_WRITER: &[u8] =
+    br#"{"kind":"address-space","vcpu":0,"address_space":4096,"process":{"pid":1,"name":"init"}}"#;
 
 /// Everything that an operator writes on a command line.
 fn words(input: &[u8]) {

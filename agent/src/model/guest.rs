@@ -23,7 +23,7 @@ pub struct Gva(pub u64);
 pub struct AddressSpace(pub u64);
 
 /// A range of guest RAM.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct MemoryRange {
     /// Its first byte.
     pub start: Gpa,

@@ -406,7 +406,7 @@ impl Probes {
                 events.dirty_ring_pushes = counters.dirty_ring_pushes;
                 events.pages_logged = counters.pages_logged;
                 events.guest_exits = counters.guest_exits;
-                events.first_writes = counters.first_writes[..FIRST_WRITE_BINS].to_vec();
+                events.first_writes = counters.first_writes[..FIRST_WRITE_BINS as usize].to_vec();
             });
         })?;
         let backend = self.layout.backend;
@@ -423,7 +423,7 @@ impl Probes {
             thread(key.tgid, key.tid, &mut |events| {
                 let space = SpaceEvents {
                     pages_made_writable: counters.pages_made_writable,
-                    first_writes: counters.first_writes[..FIRST_WRITE_BINS].to_vec(),
+                    first_writes: counters.first_writes[..FIRST_WRITE_BINS as usize].to_vec(),
                 };
                 events.spaces.insert(AddressSpace(key.root), space);
             });
