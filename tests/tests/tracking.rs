@@ -313,12 +313,12 @@ impl Hosted {
 #[test]
 fn a_hosted_vm_is_armed_and_let_go_again() {
     for kind in ["bitmap", "ring"] {
-        // 2048 pages, each written about ten times a second.
-        let mut vm = Hosted::start(kind, "dunlin.cpus=1 dunlin.wl0=ws:8M,rate:20000");
+        // 512 pages, each written about ten times a second.
+        let mut vm = Hosted::start(kind, "dunlin.cpus=1 dunlin.wl0=ws:2M,rate:5000");
         let armed = vm.dirty_rate(&["--arm", "--interval", "500ms", "--count", "3"]);
         for report in &armed[1..] {
             let unique = report["unique_pages"].as_u64().unwrap();
-            assert!((2048..2048 + 128).contains(&unique), "{kind}: {report:#}");
+            assert!((512..512 + 128).contains(&unique), "{kind}: {report:#}");
             assert_eq!((&report["regime"], &report["is_lower_bound"]), (&"armed".into(), &false.into()));
             assert_eq!(report["threads"][0]["name"], "vcpu0");
             assert_eq!(report["lost_events"]["total"], 0);
