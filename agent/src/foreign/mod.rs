@@ -1,5 +1,12 @@
-//! KVM processes that are not ours, as the kernel shows them. Thin: one interface a file; must not act on them.
+//! KVM processes that are not ours, as the kernel shows them. Thin: one interface a file. None of it acts on a VM, but for
+//! [`SoftDirty`], which takes a [`Permission`] for it.
 
+pub mod maps;
+pub mod memory;
+mod permission;
 pub mod process;
+mod vm_read;
 
+pub use memory::{GuessedRam, MemoryOpenError, ProcessMemory, guess_ram};
+pub use permission::Permission;
 pub use process::{KvmProcess, ProcessError};
