@@ -5,8 +5,10 @@ pub mod maps;
 pub mod memory;
 mod permission;
 pub mod process;
+pub mod soft_dirty;
 mod vm_read;
 
 pub use memory::{GuessedRam, MemoryOpenError, ProcessMemory, guess_ram};
 pub use permission::Permission;
 pub use process::{KvmProcess, ProcessError};
+pub use soft_dirty::{Granularity, SlotWrites, SoftDirty, SoftDirtyError};
