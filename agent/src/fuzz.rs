@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
+use crate::foreign::maps;
 use crate::kvm;
 use crate::kvm::virtio::fuzz as virtio;
 use crate::link::Address;
@@ -71,6 +72,7 @@ pub const TARGETS: &[Target] = &[
     target("json", json, json_seeds),
     target("words", words, word_seeds),
     target("config", config_file, config_seeds),
+    target("maps", maps::fuzz, maps::fuzz_seeds),
     target("guest_words", prove::fuzz_line, prove::fuzz_seeds),
 ];
 

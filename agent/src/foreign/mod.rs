@@ -1,6 +1,15 @@
-//! KVM processes that are not ours, as the kernel shows them. Thin: one interface a file; must not act on them.
+//! KVM processes that are not ours, as the kernel shows them. Thin: one interface a file. None of it acts on a VM, but for
+//! [`SoftDirty`], which takes a [`Permission`] for it.
 
+pub mod maps;
+pub mod memory;
+mod permission;
 pub mod process;
+pub mod soft_dirty;
+mod vm_read;
 pub mod vmm;
 
+pub use memory::{GuessedRam, MemoryOpenError, ProcessMemory, guess_ram};
+pub use permission::Permission;
 pub use process::{KvmProcess, ProcessError};
+pub use soft_dirty::{Granularity, SlotWrites, SoftDirty, SoftDirtyError};

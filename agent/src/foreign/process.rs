@@ -115,7 +115,7 @@ impl KvmProcess {
 }
 
 /// When a running process started, in clock ticks since boot. A zombie runs no guest.
-fn start_time(pid: u32) -> Option<u64> {
+pub(super) fn start_time(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name may hold anything: count from behind its closing bracket, where the state (field 3) comes first.
     let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();

@@ -31,6 +31,35 @@ pub struct MemoryRange {
     pub bytes: u64,
 }
 
+/// A piece of guest RAM and where the VM's own process has it: one of KVM's memory slots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RamSlot {
+    /// Its first byte in the guest.
+    pub start: Gpa,
+    /// Its length in bytes, a multiple of [`PAGE_SIZE`].
+    pub bytes: u64,
+    /// Its first byte in the address space of the VM's process.
+    pub host_address: u64,
+}
+
+impl RamSlot {
+    /// What it covers in the guest.
+    pub const fn range(&self) -> MemoryRange {
+        MemoryRange { start: self.start, bytes: self.bytes }
+    }
+
+    /// Whether it is whole pages, not empty, and neither of its ends lies beyond what an address can say.
+    pub const fn is_sound(&self) -> bool {
+        let page = PAGE_SIZE as u64;
+        self.bytes > 0
+            && self.bytes.is_multiple_of(page)
+            && self.start.0.is_multiple_of(page)
+            && self.host_address.is_multiple_of(page)
+            && self.start.0.checked_add(self.bytes).is_some()
+            && self.host_address.checked_add(self.bytes).is_some()
+    }
+}
+
 impl Gpa {
     /// The frame that holds this address.
     pub const fn frame(self) -> Gfn {
@@ -81,6 +110,21 @@ mod tests {
         );
         assert!(!range.contains(Gpa(0xfff), 1) && !range.contains(Gpa(0x1000), 0x2001));
         assert!(!range.contains(Gpa(0x2fff), 2) && !range.contains(Gpa(u64::MAX), u64::MAX));
+    }
+
+    #[test]
+    fn a_slot_that_wraps_or_is_no_whole_pages_is_not_sound() {
+        let slot = RamSlot { start: Gpa(0x1000), bytes: 0x2000, host_address: 0x7000 };
+        assert!(slot.is_sound() && slot.range().end() == Gpa(0x3000));
+        for bad in [
+            RamSlot { bytes: 0, ..slot },
+            RamSlot { bytes: 0x1001, ..slot },
+            RamSlot { start: Gpa(u64::MAX - 0xfff), ..slot },
+            RamSlot { host_address: u64::MAX - 0xfff, ..slot },
+            RamSlot { host_address: 0x7001, ..slot },
+        ] {
+            assert!(!bad.is_sound(), "{bad:?}");
+        }
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! Tracking: turns counters and bitmaps into rates with their regime named, and curves into what they mean for a
 //! migration: whether it would converge, and who keeps it from that. Policy: generic over ports.
 //!
-//! Must not know BPF, KVM or `/proc`: what is seen comes in through [`crate::port::EventSource`].
+//! Must not know BPF, KVM or `/proc`: what is seen comes in through [`crate::port::EventSource`], or
+//! is read through [`crate::port::GuestMemory`].
 
 mod budget;
 mod feasible;
@@ -10,6 +11,7 @@ mod observer;
 mod rate;
 mod regime;
 mod rogue;
+mod sampling;
 
 pub use budget::{
     Action, BudgetJudge, BudgetReport, DEFAULT_BUDGET, Decision, MIN_INTERVALS_AWAY, ProgramCost, SourceSpec,
@@ -21,4 +23,7 @@ pub use rate::{DirtyRate, Lost, ThreadRate, rate_between};
 pub use regime::{Protection, Regime};
 pub use rogue::{
     Allocation, DEFAULT_MARGIN, Observed, Patience, Ranked, Ranking, RogueChange, RogueWatch, max_min, rank,
+};
+pub use sampling::{
+    Compression, SampledCurve, Sampler, SamplingError, SamplingOptions, UnreadableRange, WindowEstimate, ZeroPages,
 };

@@ -24,6 +24,10 @@ pub enum Regime {
     Armed,
     /// Someone else has a dirty log switched on: a migration, most likely.
     Logged,
+    /// We had every page write-protected with soft-dirty marks: with no help from the VM, and by whole mappings.
+    SoftDirty,
+    /// Nothing was protected: pages of a random sample were compared with themselves.
+    Sampled,
 }
 
 impl Regime {
@@ -41,6 +45,14 @@ impl Regime {
             Self::Logged => {
                 "someone else has a dirty log switched on (a migration?): a page counts once between two of its harvests; pages \
                  that only devices or KVM itself wrote are not among the unique ones"
+            }
+            Self::SoftDirty => {
+                "every page was write-protected by the kernel's soft-dirty marks: the unique pages are those that anybody wrote in the \
+                 interval, the VMM too, each at the granularity of the process's mapping (a write into one of 2 MiB marks all of it)"
+            }
+            Self::Sampled => {
+                "an estimate with a 95 % interval from a random sample: pages whose content differs after the window, whoever wrote \
+                 them; a page written with what it held already, or changed back, counts as not written"
             }
         }
     }

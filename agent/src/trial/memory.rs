@@ -1,8 +1,13 @@
-//! Trials of memory: sealed memory files, huge pages in them, faults handled in user space.
+//! Trials of memory: sealed memory files, huge pages in them, marks of written pages, faults handled in user space.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::Ordering;
+use std::sync::{Mutex, PoisonError};
 
+use crate::model::PAGE_SIZE;
 use crate::shm::{Mapping, memory_file};
 
 /// Makes, seals and maps a memory file.
@@ -25,6 +30,36 @@ pub fn huge_pages() -> io::Result<String> {
         "always" | "within_size" | "advise" | "force" => Ok(chosen.to_owned()),
         other => Err(io::Error::other(format!("shmem_enabled is `{other}`"))),
     }
+}
+
+/// Bit 55 of an entry of `/proc/PID/pagemap` (Documentation/admin-guide/mm/soft-dirty.rst).
+pub const SOFT_DIRTY: u64 = 1 << 55;
+
+/// Clears the soft-dirty marks of this very process, writes a page, and looks whether it is marked.
+///
+/// # Errors
+/// It is not: the kernel has no such marks (`CONFIG_MEM_SOFT_DIRTY`); or what the kernel answered.
+pub fn soft_dirty() -> io::Result<String> {
+    // Clearing is for the whole process: two trials at once would clear one another's marks.
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let page = Mapping::of(memory_file("dunlin-trial", PAGE_SIZE as u64)?, PAGE_SIZE)?;
+    let pagemap = File::open("/proc/self/pagemap")?;
+    let is_marked = || {
+        let mut entry = [0; 8];
+        pagemap.read_exact_at(&mut entry, page.as_ptr() as u64 / PAGE_SIZE as u64 * 8)?;
+        io::Result::Ok(u64::from_le_bytes(entry) & SOFT_DIRTY != 0)
+    };
+    page.bytes()[0].store(1, Ordering::Relaxed);
+    std::fs::write("/proc/self/clear_refs", "4")?;
+    if is_marked()? {
+        return Err(io::Error::other("soft-dirty marks stay when they are cleared"));
+    }
+    page.bytes()[0].store(2, Ordering::Relaxed);
+    if !is_marked()? {
+        return Err(io::Error::other("the kernel marks no written pages (CONFIG_MEM_SOFT_DIRTY is off)"));
+    }
+    Ok(String::new())
 }
 
 #[repr(C)]
