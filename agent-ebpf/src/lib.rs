@@ -71,9 +71,9 @@ pub const fn first_write_bin(ns: u64) -> u32 {
     if ns >> FIRST_WRITE_END_BITS != 0 {
         return FIRST_WRITE_BINS - 1;
     }
-    // 14 to 36: the mask changes nothing, and shows the verifier that the shift is one.
-    let octave = 63 - (ns.leading_zeros() & 63);
-    let eighth = (ns >> (octave.wrapping_sub(3) & 63)) as u32 & 7;
+    // 14 to 36, so nothing below wraps; written so that no build of it leaves a panic behind.
+    let octave = 63u32.wrapping_sub(ns.leading_zeros());
+    let eighth = ns.wrapping_shr(octave.wrapping_sub(3)) as u32 & 7;
     octave.wrapping_sub(FIRST_WRITE_START_BITS).wrapping_mul(8).wrapping_add(1).wrapping_add(eighth)
 }
 
