@@ -244,8 +244,6 @@ mod tests {
     const MEMORY: PageCount = PageCount(4 << 20);
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(64))]
-
         /// Two classes that the window can tell apart are found again.
         #[test]
         fn two_classes_are_found_again(
