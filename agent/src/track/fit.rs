@@ -252,6 +252,10 @@ mod tests {
             let curve = curve_of(&[(hot, hot_rate), (cold, cold_rate)], &MS);
             let fit = TwoClasses::fit(&curve, MEMORY);
             prop_assert!(fit.residual < 0.01, "{fit:?}");
+            // Drawn on, it goes where the truth goes.
+            let after = fit.extend(&curve, Duration::from_secs(20), MEMORY).at(Duration::from_secs(5)).unique_pages;
+            let truth = hot * written(hot_rate, 5.0) + cold * written(cold_rate, 5.0);
+            prop_assert!((after / truth - 1.0).abs() < 0.15, "{after} {truth} {fit:?}");
             for ms in [10u64, 100, 1000, 5000] {
                 let seconds = ms as f64 / 1e3;
                 let truth = hot * written(hot_rate, seconds) + cold * written(cold_rate, seconds);
