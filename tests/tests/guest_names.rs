@@ -79,6 +79,8 @@ fn check(linux: &LinuxGuest, options: &str, more: &[&str]) {
     let took = began.elapsed();
     assert_eq!((kernel.types_from, kernel.first_task_from), (Origin::Guest, Origin::Guest));
 
+    assert_eq!(kernel.release.as_deref(), vm.state().unwrap()["identity"]["kernel"].as_str(), "{what}");
+
     // The guest's process 1, its writers, and the kernel itself: there is nobody else.
     let wanted = [vec![(0, "swapper/0".to_owned()), (1, "init".to_owned())], writers(&vm)].concat();
     let began = Instant::now();

@@ -23,8 +23,12 @@ const MAX_MARKS: usize = 1024;
 const IDLE: &[u8] = b"swapper";
 /// Magic number, version 1, no flags: see `btf`.
 const TYPES: &[u8] = &[0x9f, 0xeb, 1, 0];
+/// What `linux_banner` (init/version.c) begins with; the release follows, and a space.
+const BANNER: &[u8] = b"Linux version ";
+/// The longest release that is believed (`__NEW_UTS_LEN`).
+const MAX_RELEASE: usize = 64;
 /// Bytes of a chunk that are looked at again before the next: a mark may lie across.
-const TAIL: usize = 16;
+const TAIL: usize = BANNER.len() + MAX_RELEASE + 1;
 /// Address and presence in an entry; the others may differ between tables that map the same.
 const ENTRY: u64 = 0x000f_ffff_ffff_f001;
 /// Half a table: where the kernel's own part begins, in bytes and in entries.
@@ -48,6 +52,8 @@ pub(super) struct Marks {
     pub(super) idle_names: Vec<Gva>,
     /// The kernel's own root table (`swapper_pg_dir`): maps what the given one maps in the kernel's half, and nothing in the other.
     pub(super) root: Option<Gpa>,
+    /// What the kernel says that it is: `6.12.117+deb12-cloud-amd64`.
+    pub(super) release: Option<String>,
 }
 
 impl Image {
@@ -98,6 +104,11 @@ impl Image {
                                 note(&mut marks.idle_names, address - kept as u64 + found as u64);
                             }
                         });
+                        if marks.release.is_none() {
+                            find(&buffer, BANNER, |found| {
+                                marks.release = marks.release.take().or_else(|| release(&buffer[found..]));
+                            });
+                        }
                         if marks.root.is_none() {
                             let pages = buffer[kept..].chunks_exact(PAGE_SIZE);
                             let root = pages.enumerate().find(|(_, page)| kernel_half.is_root_of_kernel(page));
@@ -154,6 +165,14 @@ fn is_idle_name(bytes: &[u8]) -> bool {
     rest.starts_with(b"\0") || rest.starts_with(b"/0\0")
 }
 
+/// What a banner says: a word of printable ASCII that begins with a digit, as `uname -r` prints it.
+fn release(banner: &[u8]) -> Option<String> {
+    let word = banner[BANNER.len()..].iter().take(MAX_RELEASE + 1);
+    let word: String = word.take_while(|byte| byte.is_ascii_graphic()).map(|&byte| char::from(byte)).collect();
+    let ends = banner.get(BANNER.len() + word.len()) == Some(&b' ');
+    (ends && word.starts_with(|c: char| c.is_ascii_digit())).then_some(word)
+}
+
 fn find(bytes: &[u8], wanted: &[u8], mut found: impl FnMut(usize)) {
     let mut at = 0;
     while let Some(offset) = bytes[at..].iter().position(|&byte| byte == wanted[0]) {
@@ -197,13 +216,16 @@ mod tests {
                 ram.write(at.0, &[*byte]);
             }
         };
-        let names = [base + 64, base + (1 << 20) - 12, base + (2 << 20) - 3, base + (2 << 20) + 4092];
+        let names = [base + 64, base + (1 << 20) - 32, base + (2 << 20) - 3, base + (2 << 20) + 4092];
         for at in names {
             put(&ram, at, b"swapper/0\0");
         }
         put(&ram, base + 128, b"swapper\0");
         put(&ram, base + 192, b"swapper/1\0swappers");
         put(&ram, base + (2 << 20) - 2, &[0x9f, 0xeb, 1, 0]);
+        // In a format, without an end, and right.
+        put(&ram, base + 256, b"Linux version %s (x)\0Linux version 5.4.0");
+        put(&ram, base + (1 << 20) - 20, b"Linux version 6.1.0-9-amd64 (x)");
         let reader = Reader::new(&ram, 64 << 20);
         let space = Virtual::new(&reader, tables.root, Levels::Four);
         let image = Image::of(&space).unwrap().unwrap();
@@ -215,6 +237,7 @@ mod tests {
         let mut wanted = vec![Gva(base + 64), Gva(base + 128), Gva(names[1]), Gva(names[3])];
         wanted.sort();
         assert_eq!(marks.idle_names, wanted);
+        assert_eq!(marks.release.as_deref(), Some("6.1.0-9-amd64"));
         assert_eq!((marks.types, marks.root), (vec![Gva(base + (2 << 20) - 2)], None));
     }
 }

@@ -20,7 +20,7 @@ const FIND_BYTES: u64 = 2 << 30;
 /// What naming may read, in bytes: some hundred thousand processes.
 const NAME_BYTES: u64 = 512 << 20;
 /// The most type information that is read, in bytes; kernels have 4 to 10 MiB.
-const MAX_TYPES_BYTES: u64 = 64 << 20;
+const MAX_TYPES_BYTES: u64 = 32 << 20;
 /// Places that look like type information and are read.
 const MAX_TYPES: usize = 16;
 /// Root tables that are tried.
@@ -43,9 +43,13 @@ pub enum GuestOsError {
     NoKernel,
     /// There is no type information in the kernel.
     #[error(
-        "the guest's kernel carries no type information (CONFIG_DEBUG_INFO_BTF): give it as a file, made from the same kernel's vmlinux by `pahole --btf_encode_detached`"
+        "the guest's kernel ({}) carries no type information (CONFIG_DEBUG_INFO_BTF): give it as a file, made from the same kernel's vmlinux by `pahole --btf_encode_detached`",
+        release.as_deref().unwrap_or("of unknown version")
     )]
-    NoTypes,
+    NoTypes {
+        /// What the kernel says that it is.
+        release: Option<String>,
+    },
     /// There is some, of another kernel or of none.
     #[error("the type information lacks {missing}: it is not that of the guest's Linux kernel")]
     WrongTypes {
@@ -79,7 +83,7 @@ impl GuestOsError {
         match self {
             Self::NoAddressSpace => 0,
             Self::NoKernel => 1,
-            Self::NoTypes => 2,
+            Self::NoTypes { .. } => 2,
             Self::WrongTypes { .. } => 3,
             Self::NoProcesses | Self::WrongSymbols => 4,
             Self::Moved | Self::TooMuch | Self::Memory(_) => 5,
@@ -124,6 +128,8 @@ pub struct LinuxGuest {
     own_root: Option<Gpa>,
     /// Others, which may go.
     roots: Vec<Gpa>,
+    /// What the kernel says that it is (`uname -r`), where it says so; printable.
+    pub release: Option<String>,
     /// Where the structures' layout is from.
     pub types_from: Origin,
     /// Where the place of the first task is from.
@@ -257,7 +263,16 @@ impl LinuxGuest {
             None => None,
         };
         let roots = vec![space.root()];
-        Ok(Self { layout, levels: space.levels(), init_task, own_root, roots, types_from, first_task_from })
+        Ok(Self {
+            layout,
+            levels: space.levels(),
+            init_task,
+            own_root,
+            roots,
+            release: marks.release,
+            types_from,
+            first_task_from,
+        })
     }
 
     /// Names all processes that have an address space, as they are now.
@@ -308,7 +323,8 @@ fn layout_of(types: &KernelTypes) -> Result<Layout, GuestOsError> {
 
 /// The layout by the first type information in the image that has it.
 fn layout_in(space: &Virtual<'_>, image: &Image, marks: &Marks) -> Result<Layout, GuestOsError> {
-    let mut worst = GuestOsError::NoTypes;
+    let none = || GuestOsError::NoTypes { release: marks.release.clone() };
+    let mut worst = none();
     for &at in marks.types.iter().take(MAX_TYPES) {
         let mut header = [0; 24];
         let types = space.read(at, &mut header).and_then(|()| {
@@ -320,12 +336,12 @@ fn layout_in(space: &Virtual<'_>, image: &Image, marks: &Marks) -> Result<Layout
         });
         let error = match types {
             // Other programs carry such information too, the kernel's own BPF programs among them.
-            Ok(types) if types.size_of("task_struct").is_none() => GuestOsError::NoTypes,
+            Ok(types) if types.size_of("task_struct").is_none() => none(),
             Ok(types) => match layout_of(&types) {
                 Ok(layout) => return Ok(layout),
                 Err(error) => error,
             },
-            Err(error) => failed(error, GuestOsError::NoTypes),
+            Err(error) => failed(error, none()),
         };
         if error.rank() > worst.rank() {
             worst = error;

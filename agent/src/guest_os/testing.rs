@@ -251,6 +251,7 @@ impl SampleGuest {
         ram.write(IMAGE + 0x100, b"swapper\0");
         ram.write(IMAGE + 0x200, &[0x9f, 0xeb, 1, 0, 24, 0, 0, 0]);
         ram.write(IMAGE + 0x7f8, b"kthreadd\0swapper/0\0");
+        ram.write(IMAGE + 0x300, b"Linux version 6.1.0-dunlin (nobody@nowhere)");
         if kind.with_types {
             ram.write(IMAGE + TYPES_AT, &types(&[]));
         }

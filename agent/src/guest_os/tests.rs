@@ -33,6 +33,7 @@ fn processes_are_named_with_no_help_in_every_kind_of_kernel() {
             // Flag bits of CR3: a PCID, and "do not flush".
             let seen = AddressSpace(guest.roots[1].0 | 0x801 | 1 << 63);
             let mut linux = LinuxGuest::find(&guest.ram, &[seen], &Hints::default()).unwrap();
+            assert_eq!(linux.release.as_deref(), Some("6.1.0-dunlin"));
             assert_eq!((linux.types_from, linux.first_task_from), (Origin::Guest, Origin::Guest));
             let processes = linux.processes(&guest.ram).unwrap();
             assert_eq!(named(&processes, &guest.roots), names().map(Some), "{levels:?} {isolated}");
@@ -63,10 +64,16 @@ fn the_process_that_the_kernel_was_found_by_may_end() {
         if !own_root {
             // The oldest processes' tables are kept from here on.
             linux.processes(&guest.ram).unwrap();
+            // Not even the first of them is needed.
+            guest.ram.write(guest.roots[0].0, &[0; 4096]);
         }
         guest.ram.write(guest.roots[2].0, &[0; 4096]);
-        assert_eq!(linux.processes(&guest.ram).unwrap().get(guest.roots[0]), Some(&names()[0]), "{own_root}");
-        // A restart takes all of them away.
+        assert_eq!(linux.processes(&guest.ram).unwrap().get(guest.roots[1]), Some(&names()[1]), "{own_root}");
+        // A restart puts something else there, at last also where the tables were.
+        guest.ram.write(guest.tasks[0].0 + 80, b"sleeper/0");
+        assert_eq!(linux.processes(&guest.ram), Err(GuestOsError::Moved));
+        guest.ram.write(guest.tasks[0].0 + 80, b"swapper/0");
+        linux.processes(&guest.ram).unwrap();
         for root in guest.roots.iter().chain([&guest.own_root]) {
             guest.ram.write(root.0, &[0; 4096]);
         }
@@ -78,7 +85,7 @@ fn the_process_that_the_kernel_was_found_by_may_end() {
 fn an_operator_can_give_what_the_kernel_does_not_show() {
     let guest = SampleGuest::new(Kind { with_types: false, ..Kind::default() }, &some());
     let find = |hints: &Hints<'_>| LinuxGuest::find(&guest.ram, &guest.roots, hints);
-    assert_eq!(find(&Hints::default()), Err(GuestOsError::NoTypes));
+    assert_eq!(find(&Hints::default()), Err(GuestOsError::NoTypes { release: Some("6.1.0-dunlin".into()) }));
     let given = KernelTypes::parse(&types(&[])).unwrap();
     let hints = Hints { types: Some(&given), ..Hints::default() };
     let mut linux = find(&hints).unwrap();
