@@ -80,6 +80,7 @@ pub(super) struct Tables {
 
 impl Tables {
     /// None but the root, at `at`; the others follow.
+    #[cfg(test)]
     pub(super) fn new(at: Gpa, levels: Levels) -> Self {
         Self { root: at, next: at.0 + 0x1000, levels }
     }
