@@ -170,7 +170,7 @@ mod tests {
         let window = Window { length: Duration::from_millis(100), threads: [(77, events)].into() };
         let windows = [window];
         let numbers = vcpu_numbers(&[VcpuFacts { index: 3, thread_id: Some(77) }], &windows);
-        let process = GuestProcess { pid: 9, name: "db".to_owned() };
+        let process = GuestProcess { pid: 9, name: "db".to_owned(), threads: None };
         let (whole, writers) =
             curves(&windows, &numbers, &[(AddressSpace(0x1000), process.clone())].into(), Duration::ZERO);
         assert!((whole.unwrap().last().unique_pages - 300.0).abs() < 1e-6);
