@@ -10,7 +10,7 @@
 //! devices or the VMM wrote count as those that the guest wrote.
 //!
 //! The peer is QEMU's `calc-dirty-rate` in its mode `page-sampling`: 512 pages of each GiB (0.2 %), chosen with replacement, one window, no
-//! interval, CRC32, and the last page of a block never. Here the sample is stratified and without replacement, its size follows from what
+//! interval, hashes of 32 bits, and the last page of a block never. Here the sample is stratified and without replacement, its size follows from what
 //! a pilot shows, each page's own interval is t, and every figure has its interval.
 
 mod choose;
@@ -34,7 +34,7 @@ use crate::port::{Clock, GuestMemory, GuestMemoryError};
 const BATCH: usize = 32;
 /// Pages read to learn what reading costs.
 const TRIAL_PAGES: u64 = 64;
-/// The largest sample: bounds memory to some 64 MiB.
+/// The largest sample: bounds the memory that sampling takes to less than 100 MiB.
 const MOST_PAGES: u64 = 1 << 20;
 /// Changed pages that the size of a sample aims at, in parts of those that are wanted: a pilot is not exact.
 const AIM: f64 = 1.1;
