@@ -15,6 +15,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 pub use window::WindowCost;
+pub(super) use window::ram_slots;
 
 use super::config::TrackConfig;
 use super::interrupt::Interrupt;

@@ -41,7 +41,7 @@ pub(super) enum Protector {
 }
 
 /// The slots that the guest can write.
-pub(super) fn ram_slots(vm: &HostVm) -> Vec<RamSlot> {
+pub(in crate::service) fn ram_slots(vm: &HostVm) -> Vec<RamSlot> {
     let slots = vm.slots.iter().filter(|slot| !slot.read_only);
     slots
         .map(|slot| RamSlot { start: slot.range.start, bytes: slot.range.bytes, host_address: slot.host_address })
