@@ -14,6 +14,7 @@ use dunlin::service::rogues::{RogueReport, rogues};
 use dunlin::track::{DEFAULT_MARGIN, Terms};
 use dunlin::trial::tiny_vm::{OTHER_ROOT, ROOT, TinyVm};
 use dunlin_tests::rig::{Rig, VmSpec};
+use dunlin_tests::wait::wait_for;
 use serde_json::Value;
 
 const TRIALS: u64 = 100;
@@ -65,6 +66,11 @@ fn of_two_vcpus_the_one_that_writes_too_much_is_named() {
         for (cpu, rate) in trial.rates.iter().enumerate() {
             rig.get(&format!("/set?cpu={cpu}&rate={rate}")).unwrap();
         }
+        wait_for("both writers to take over their rates", Duration::from_secs(20), || {
+            let counters = rig.counters().unwrap();
+            counters["vcpus"].as_array().unwrap().iter().all(|cpu| cpu["workload"]["settled"] == true).then_some(())
+        })
+        .unwrap();
         let bandwidth = format!("{}KiB/s", LINK_PAGES * 4);
         let output = rig
             .dunlin_here(&["rogue", "wader", "--json", "--bandwidth", &bandwidth, "--downtime", "66ms"])
