@@ -15,7 +15,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 pub use window::WindowCost;
-pub(super) use window::ram_slots;
+pub(super) use window::{Single, ram_slots, single};
 
 use super::config::TrackConfig;
 use super::interrupt::Interrupt;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::writers::{self, Window};
-use super::{Allowed, Profile, ProfileError, ProfileRequest, Progress};
+use super::{Allowed, Profile, ProfileError, ProfileRequest, Progress, WriterProfile};
 use crate::foreign::{Permission, SoftDirty};
 use crate::model::{AddressSpace, GuestProcess, MemoryRange, PageBitmap, RamSlot, WriteCurve};
 use crate::port::{Arm, EventSample, EventSource, LostEvents};
@@ -73,6 +73,47 @@ impl Protector {
             Self::Others => Regime::Logged,
         }
     }
+}
+
+/// What one window of a hosted VM showed, for those who watch it anyway.
+pub(in crate::service) struct Single {
+    /// Its length.
+    pub(in crate::service) length: Duration,
+    /// Different pages that were written in it.
+    pub(in crate::service) unique_pages: u64,
+    /// The VM's curve.
+    pub(in crate::service) curve: WriteCurve,
+    /// Who wrote, and where.
+    pub(in crate::service) writers: Vec<WriterProfile>,
+    /// The counters when the VM wrote freely again, and when that was: what comes later belongs to no window.
+    pub(in crate::service) after: (Instant, EventSample),
+}
+
+/// Opens one window of a VM whose counters the caller has. The VM writes freely behind it, whatever happens.
+pub(in crate::service) fn single(
+    vm: &HostVm,
+    counters: &mut KernelCounters,
+    arm: Box<dyn Arm>,
+    window: Duration,
+    fault_cost: Duration,
+    interrupt: &Interrupt,
+) -> Result<Single, ProfileError> {
+    let mut measured = Measured {
+        windows: Vec::new(),
+        pages: counters.empty_pages(),
+        unique: Vec::new(),
+        lost: LostEvents::default(),
+    };
+    one(window, counters, &mut Protector::Log(arm), interrupt, &mut measured)?;
+    let mut nobodys = counters.empty_pages();
+    let after = (Instant::now(), counters.sample(&mut nobodys)?);
+    let numbers = writers::vcpu_numbers(&vm.vcpus, &measured.windows);
+    let (curve, mut by_writer) = writers::curves(&measured.windows, &numbers, &BTreeMap::new(), fault_cost);
+    let length: Duration = measured.windows.iter().map(|window| window.length).sum();
+    let curve = curve.unwrap_or_else(|| still((length.as_nanos() as u64).max(1)));
+    let ram: Vec<MemoryRange> = ram_slots(vm).iter().map(RamSlot::range).collect();
+    by_writer.extend(writers::regions(&writers::heat(&measured.pages, &ram), &curve));
+    Ok(Single { length, unique_pages: measured.unique.iter().sum(), curve, writers: by_writer, after })
 }
 
 /// Windows in which events were counted.
@@ -222,7 +263,7 @@ fn measure(
     while done < request.windows {
         progress(done, request.windows);
         let began = Instant::now();
-        one(request, counters, protector, interrupt, &mut measured)?;
+        one(request.window, counters, protector, interrupt, &mut measured)?;
         done += 1;
         if !watched.refresh() {
             return Err(ProfileError::Gone(watched.vm.name.clone()));
@@ -239,7 +280,7 @@ fn measure(
 
 /// One window. Whatever happens in it, the VM writes freely behind it.
 fn one(
-    request: &ProfileRequest,
+    window: Duration,
     counters: &mut KernelCounters,
     protector: &mut Protector,
     interrupt: &Interrupt,
@@ -256,7 +297,7 @@ fn one(
     }
     armed.counters.armed(true);
     let began = Instant::now();
-    let interrupted = interrupt.wait_until(began + request.window);
+    let interrupted = interrupt.wait_until(began + window);
     let length = began.elapsed();
     let after = armed.counters.sample(&mut pages)?;
     let marked = match &*armed.protector {
