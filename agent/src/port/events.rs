@@ -1,6 +1,7 @@
 //! What tracking sees of a VM from outside: counters that only grow, and pages that turned writable.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use crate::model::{AddressSpace, ExitTimes, Gva, PageBitmap};
 
@@ -180,9 +181,9 @@ pub trait EventSource: Send {
     /// The counters can no longer be read.
     fn sample(&mut self, pages: &mut PageBitmap) -> Result<EventSample, EventSourceError>;
 
-    /// Says that every page is write-protected from now on, so that the times of first writes count from now; or, with `false`, that
-    /// none is any more.
-    fn armed(&mut self, on: bool);
+    /// Says that every page has been write-protected for as long as this, so that the times of first writes count from then; or, with
+    /// none, that no page is any more.
+    fn armed(&mut self, since: Option<Duration>);
 }
 
 /// The VM's own process refused to switch its dirty log, or is gone.
