@@ -13,6 +13,7 @@ mod profiling;
 mod resolve;
 mod rogue;
 mod signals;
+mod top;
 mod vm;
 mod watch;
 mod wws;
@@ -49,6 +50,7 @@ enum Command {
     #[command(subcommand)]
     Vm(vm::VmCommand),
     DirtyRate(dirty_rate::DirtyRateArgs),
+    Top(top::TopArgs),
     Exits(exits::ExitsArgs),
     Wws(wws::WwsArgs),
     Heat(heat::HeatArgs),
@@ -80,6 +82,7 @@ impl Cli {
             Command::Resolve(arguments) => arguments.run(json, &config),
             Command::Vm(command) => command.run(json, &config),
             Command::DirtyRate(arguments) => arguments.run(json, &config),
+            Command::Top(arguments) => arguments.run(json, &config),
             Command::Exits(arguments) => arguments.run(json, &config),
             Command::Wws(arguments) => arguments.run(json, &config),
             Command::Heat(arguments) => arguments.run(json, &config),
