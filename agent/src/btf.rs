@@ -14,6 +14,9 @@ const FOLDER: &str = "/sys/kernel/btf";
 const MAGIC: u16 = 0xeb9f;
 /// Typedefs, qualifiers and anonymous members that are followed before a type counts as circular.
 const MAX_DEPTH: u32 = 32;
+/// Members that are looked at for one path, those of anonymous members included: these may branch, and lead back to where they came from. A
+/// structure has at most 65535 of its own.
+const MAX_MEMBERS: u32 = 1 << 18;
 
 /// What a type is, for those kinds that are looked up (`BTF_KIND_*`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,7 +158,7 @@ impl KernelTypes {
     /// The length in bytes that the header at the start of `bytes` announces; none if it is no header of type information.
     pub fn announced_len(bytes: &[u8]) -> Option<u64> {
         let header = Header::of(bytes)?;
-        let end = |offset: u32, len: u32| u64::from(header.header_len) + u64::from(offset) + u64::from(len);
+        let end = |offset: u32, len: u32| u64::from(header.own_len) + u64::from(offset) + u64::from(len);
         Some(end(header.type_off, header.type_len).max(end(header.str_off, header.str_len)))
     }
 
@@ -178,9 +181,9 @@ impl KernelTypes {
     /// looked into. No pointer is followed. None for a bit field.
     pub fn field(&self, structure: &str, path: &str) -> Option<Field> {
         let mut id = self.find(structure, kind::STRUCT)?;
-        let mut offset = 0u32;
+        let (mut offset, mut left) = (0u32, MAX_MEMBERS);
         for name in path.split('.') {
-            let (bits, member) = self.member(id, name.as_bytes(), 0)?;
+            let (bits, member) = self.member(id, name.as_bytes(), 0, &mut left)?;
             if !bits.is_multiple_of(8) {
                 return None;
             }
@@ -204,20 +207,21 @@ impl KernelTypes {
         })
     }
 
-    /// Offset in bits and type of a member of the structure or union `id`.
-    fn member(&self, id: u32, name: &[u8], depth: u32) -> Option<(u32, u32)> {
+    /// Offset in bits and type of a member of the structure or union `id`; none when `left` members have been looked at.
+    fn member(&self, id: u32, name: &[u8], depth: u32, left: &mut u32) -> Option<(u32, u32)> {
         let t = self.resolved(id)?;
         if depth > MAX_DEPTH || !matches!(t.kind(), kind::STRUCT | kind::UNION) {
             return None;
         }
         t.members().find_map(|(member, id, offset)| {
+            *left = left.checked_sub(1)?;
             if self.is_named(member, name) {
                 return Some((offset?, id));
             }
             if !self.is_named(member, b"") {
                 return None;
             }
-            let (inner, id) = self.member(id, name, depth + 1)?;
+            let (inner, id) = self.member(id, name, depth + 1, left)?;
             Some((offset?.checked_add(inner)?, id))
         })
     }
@@ -267,7 +271,7 @@ impl KernelTypes {
     fn append(&mut self, file: &[u8]) -> Result<(), BtfError> {
         let header = Header::of(file).ok_or(BtfError::Damaged("no magic number"))?;
         let section = |offset: u32, len: u32| {
-            let start = header.header_len.checked_add(offset)? as usize;
+            let start = header.own_len.checked_add(offset)? as usize;
             file.get(start..start.checked_add(len as usize)?)
         };
         let strings = section(header.str_off, header.str_len).ok_or(BtfError::Damaged("strings outside the file"))?;
@@ -309,7 +313,7 @@ fn words_of(info: u32) -> Option<usize> {
 
 /// The header of a file, in the kernel's own byte order: the x86 and Arm hosts that run KVM are little-endian.
 struct Header {
-    header_len: u32,
+    own_len: u32,
     type_off: u32,
     type_len: u32,
     str_off: u32,
@@ -326,8 +330,8 @@ impl Header {
         if word(0)? != u32::from(MAGIC) | 1 << 16 {
             return None;
         }
-        let [header_len, type_off, type_len, str_off, str_len] = [word(1)?, word(2)?, word(3)?, word(4)?, word(5)?];
-        Some(Self { header_len, type_off, type_len, str_off, str_len })
+        let [own_len, type_off, type_len, str_off, str_len] = [word(1)?, word(2)?, word(3)?, word(4)?, word(5)?];
+        Some(Self { own_len, type_off, type_len, str_off, str_len })
     }
 }
 
@@ -384,6 +388,10 @@ mod tests {
         let types = KernelTypes { strings: b"\0a\0b\0".to_vec(), words: words.to_vec(), starts: vec![0, 6] };
         assert_eq!(types.field("a", "x"), None);
         assert!(types.resolved(2).is_none());
+        // Two such members: each way leads on to two.
+        let words = [1, 4 << 24 | 2, 8, 0, 1, 0, 0, 1, 0];
+        let types = KernelTypes { strings: b"\0a\0".to_vec(), words: words.to_vec(), starts: vec![0] };
+        assert_eq!(types.field("a", "x"), None);
     }
 
     #[test]

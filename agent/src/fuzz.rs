@@ -11,7 +11,9 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
+use crate::btf::{KernelTypes, Kind};
 use crate::foreign::maps;
+use crate::guest_os;
 use crate::kvm;
 use crate::kvm::virtio::fuzz as virtio;
 use crate::link::Address;
@@ -73,6 +75,9 @@ pub const TARGETS: &[Target] = &[
     target("words", words, word_seeds),
     target("config", config_file, config_seeds),
     target("maps", maps::fuzz, maps::fuzz_seeds),
+    target("btf", btf, guest_os::testing::type_seeds),
+    target("guest_os", guest_os::testing::fuzz, guest_os::testing::fuzz_seeds),
+    target("kernel_symbols", guest_os::fuzz_symbols, guest_os::symbol_seeds),
     target("guest_words", prove::fuzz_line, prove::fuzz_seeds),
 ];
 
@@ -177,6 +182,20 @@ fn control_seeds() -> Vec<Vec<u8>> {
         ControlMessage::State(TargetState::Owner),
     ];
     messages.iter().map(|message| postcard::to_stdvec(message).unwrap_or_default()).collect()
+}
+
+/// Type information, a guest's among them.
+fn btf(input: &[u8]) {
+    let announced = KernelTypes::announced_len(input);
+    let Ok(types) = KernelTypes::parse(input) else { return };
+    assert!(announced.is_some_and(|bytes| bytes <= input.len() as u64), "what was taken is all there");
+    for structure in ["task_struct", "mm_struct", "signal_struct"] {
+        let _ = (types.id(structure, Kind::Struct), types.size_of(structure));
+        for member in ["tasks.next", "comm", "pgd", "thread_head", "pid.nothing"] {
+            let _ = types.field(structure, member);
+        }
+    }
+    let _ = types.enumerator("nothing");
 }
 
 /// The bytes as they arrive on a session's socket, at the machine's end and at the manager's.

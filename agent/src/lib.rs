@@ -8,7 +8,7 @@
 //! | faces | [`cli`] | arguments in, human or JSON out |
 //! | service | [`service`] | the composition root: machine host, migration managers, observer |
 //! | policy | [`migrate`], [`announce`], [`track`] | the subject itself, generic over ports |
-//! | mechanism | [`kvm`], [`block`], [`net`], [`link`], [`shm`], [`probe`], [`btf`], [`trial`], [`foreign`], [`store`], [`draw`] | one kernel interface each, thin |
+//! | mechanism | [`kvm`], [`block`], [`net`], [`link`], [`shm`], [`probe`], [`btf`], [`trial`], [`foreign`], [`guest_os`], [`store`], [`draw`] | one kernel interface each, thin |
 //! | ports | [`port`] | the traits that join policy to mechanism |
 //! | words | [`model`] | newtypes with units, neutral names |
 //!
@@ -25,6 +25,7 @@ pub mod draw;
 pub mod foreign;
 #[cfg(any(test, feature = "fuzz"))]
 pub mod fuzz;
+pub mod guest_os;
 pub mod kvm;
 pub mod link;
 pub mod migrate;

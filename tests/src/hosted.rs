@@ -118,10 +118,14 @@ impl TestHost {
     /// # Errors
     /// It cannot be started.
     pub fn start_vm(&self, kernel: &Path, options: &[&str]) -> Result<Running> {
+        self.start_vm_with(kernel, "64MiB", WORKLOAD, options)
+    }
+
+    fn start_vm_with(&self, kernel: &Path, memory: &str, workload: &str, options: &[&str]) -> Result<Running> {
         let (kernel, serial) = (kernel.display().to_string(), format!("file={}", self.serial().path().display()));
         let mut words =
-            vec!["vm", "run", "--json", "--name", VM, "--kernel", &kernel, "--memory", "64MiB", "--cpus", "1"];
-        words.extend(["--cmdline", WORKLOAD, "--serial", &serial]);
+            vec!["vm", "run", "--json", "--name", VM, "--kernel", &kernel, "--memory", memory, "--cpus", "1"];
+        words.extend(["--cmdline", workload, "--serial", &serial]);
         words.extend(options);
         self.start("vm", &words, true)
     }
@@ -131,7 +135,15 @@ impl TestHost {
     /// # Errors
     /// It does not come up.
     pub fn boot(&self, options: &[&str]) -> Result<Running> {
-        let vm = self.start_vm(&guest(), options)?;
+        self.boot_with("64MiB", WORKLOAD, options)
+    }
+
+    /// The same with another size of RAM and another command line for the guest.
+    ///
+    /// # Errors
+    /// It does not come up.
+    pub fn boot_with(&self, memory: &str, workload: &str, options: &[&str]) -> Result<Running> {
+        let vm = self.start_vm_with(&guest(), memory, workload, options)?;
         self.serial().await_ready().with_context(|| vm.output.text())?;
         Ok(vm)
     }

@@ -3,6 +3,7 @@
 //!
 //! Everything here cleans up after itself, also on panic; what a killed test left behind is swept by the next one.
 
+pub mod bare;
 pub mod binary;
 pub mod client;
 pub mod disk;

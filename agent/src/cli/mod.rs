@@ -4,14 +4,18 @@ mod announce;
 mod dirty_rate;
 mod doctor;
 mod exits;
+mod heat;
 #[cfg(test)]
 mod json_doc;
 mod migrate;
 mod places;
+mod profiling;
 mod resolve;
+mod rogue;
 mod signals;
 mod vm;
 mod watch;
+mod wws;
 
 use std::path::PathBuf;
 
@@ -46,6 +50,9 @@ enum Command {
     Vm(vm::VmCommand),
     DirtyRate(dirty_rate::DirtyRateArgs),
     Exits(exits::ExitsArgs),
+    Wws(wws::WwsArgs),
+    Heat(heat::HeatArgs),
+    Rogue(rogue::RogueArgs),
     Doctor(doctor::DoctorArgs),
 }
 
@@ -74,6 +81,9 @@ impl Cli {
             Command::Vm(command) => command.run(json, &config),
             Command::DirtyRate(arguments) => arguments.run(json, &config),
             Command::Exits(arguments) => arguments.run(json, &config),
+            Command::Wws(arguments) => arguments.run(json, &config),
+            Command::Heat(arguments) => arguments.run(json, &config),
+            Command::Rogue(arguments) => arguments.run(json, &config),
             Command::Doctor(arguments) => arguments.run(json, &config),
         }
     }

@@ -70,6 +70,15 @@ impl KvmProcess {
     /// # Errors
     /// It is gone, no VM, or may not be looked at.
     pub fn open(pid: u32) -> Result<Self, ProcessError> {
+        let process = Self::open_any(pid)?;
+        if process.descriptors.machines.is_empty() { Err(ProcessError::NoVm(pid)) } else { Ok(process) }
+    }
+
+    /// Looks at a process that need not hold a KVM machine (a VMM that emulates).
+    ///
+    /// # Errors
+    /// It is gone, or may not be looked at.
+    pub fn open_any(pid: u32) -> Result<Self, ProcessError> {
         let status = fs::read_to_string(format!("/proc/{pid}/status")).map_err(|_| ProcessError::Gone(pid))?;
         let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
         if let Some(process) = field("Tgid").and_then(|id| id.trim().parse().ok()).filter(|&id: &u32| id != pid) {
@@ -90,9 +99,6 @@ impl KvmProcess {
                 // The kernel numbers them: `anon_inode:kvm-vcpu:0`.
                 descriptors.vcpus.push(number);
             }
-        }
-        if descriptors.machines.is_empty() {
-            return Err(ProcessError::NoVm(pid));
         }
         let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let command = command.split(|&byte| byte == 0).map(|word| String::from_utf8_lossy(word).into_owned());

@@ -7,15 +7,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::guest::{AddressSpace, Gva, MemoryRange};
-
-/// A process of the guest, as the guest itself tells: its name is the guest's word and may be anything.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub struct GuestProcess {
-    /// The guest's number for it.
-    pub pid: u32,
-    /// The guest's name for it.
-    pub name: String,
-}
+use super::process::GuestProcess;
 
 /// A writer. A vCPU is part of the VM, an address space part of a vCPU, code part of an address space; a region is another cut
 /// through the VM.
@@ -100,7 +92,7 @@ mod tests {
     #[test]
     fn writers_are_told_apart_by_place_and_not_by_name() {
         let space = |process| Writer::AddressSpace { vcpu: 1, address_space: AddressSpace(0x1000), process };
-        let named = space(Some(GuestProcess { pid: 7, name: "db\u{1b}[2J".to_owned() }));
+        let named = space(Some(GuestProcess { pid: 7, name: "db\u{1b}[2J".to_owned(), threads: None }));
         assert_ne!(named, space(None));
         assert_eq!(named.identity(), space(None).identity());
         assert_eq!(named.to_string(), "process 7 `db\\u{1b}[2J` (address space 0x1000) on vCPU 1");

@@ -115,6 +115,19 @@ impl LostEvents {
         self.out_of_range + self.threads_full + self.exits_full + self.too_large + self.unreadable
     }
 
+    /// Both together.
+    #[must_use]
+    pub const fn plus(&self, other: &Self) -> Self {
+        Self {
+            out_of_range: self.out_of_range + other.out_of_range,
+            threads_full: self.threads_full + other.threads_full,
+            exits_full: self.exits_full + other.exits_full,
+            too_large: self.too_large + other.too_large,
+            unreadable: self.unreadable + other.unreadable,
+            unattributed: self.unattributed + other.unattributed,
+        }
+    }
+
     /// What was lost since `before`.
     pub const fn since(&self, before: &Self) -> Self {
         Self {

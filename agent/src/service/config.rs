@@ -14,8 +14,9 @@ use toml::Spanned;
 use super::registry::{DEFAULT_RUN_DIR, DEFAULT_STATE_DIR};
 use crate::announce::Schedule;
 use crate::migrate::SourceOptions;
-use crate::model::BytesPerSecond;
 use crate::model::units::parse_duration;
+use crate::model::{BytesPerSecond, VmRef};
+use crate::track::DEFAULT_BUDGET;
 
 /// Where the file is unless told otherwise. It need not exist.
 pub const DEFAULT_FILE: &str = "/etc/dunlin/dunlin.toml";
@@ -35,6 +36,25 @@ pub struct Config {
     pub migrate: MigrateConfig,
     /// When announcements are repeated.
     pub announce: Schedule,
+    /// Of everything that watches VMs.
+    pub track: TrackConfig,
+}
+
+/// The table `[track]`: what may be done to VMs of other VMMs, and what watching may cost.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TrackConfig {
+    /// VMs whose memory may be read: names, `uuid:U`, `pid:P`, or `*` for all.
+    pub read_memory: Vec<String>,
+    /// VMs whose memory may be write-protected by soft-dirty marks, likewise.
+    pub soft_dirty: Vec<String>,
+    /// The part of one core that all BPF programs together may take, above 0, at most 1.
+    pub budget: f64,
+}
+
+impl Default for TrackConfig {
+    fn default() -> Self {
+        Self { read_memory: Vec::new(), soft_dirty: Vec::new(), budget: DEFAULT_BUDGET }
+    }
 }
 
 /// The table `[migrate]`.
@@ -61,6 +81,7 @@ impl Default for Config {
             state_dir: DEFAULT_STATE_DIR.into(),
             migrate: MigrateConfig::default(),
             announce: Schedule::default(),
+            track: TrackConfig::default(),
         }
     }
 }
@@ -106,6 +127,42 @@ struct File {
     #[serde(default)]
     migrate: MigrateTable,
     announce: Option<Spanned<AnnounceTable>>,
+    #[serde(default)]
+    track: TrackTable,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TrackTable {
+    read_memory: Option<Vec<VmWord>>,
+    soft_dirty: Option<Vec<VmWord>>,
+    budget: Option<Share>,
+}
+
+/// `*`, or a VM as every command takes it.
+struct VmWord(String);
+/// A part of a whole: above 0, at most 1.
+struct Share(f64);
+
+impl<'de> Deserialize<'de> for VmWord {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let word = String::deserialize(deserializer)?;
+        if word != "*" {
+            word.parse::<VmRef>().map_err(de::Error::custom)?;
+        }
+        Ok(Self(word))
+    }
+}
+
+impl<'de> Deserialize<'de> for Share {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let share = f64::deserialize(deserializer)?;
+        if share > 0.0 && share <= 1.0 {
+            Ok(Self(share))
+        } else {
+            Err(D::Error::custom(format!("{share} must be above 0 and at most 1 (0.01 is 1 % of a core)")))
+        }
+    }
 }
 
 /// Looked at first: a file of another version may have other keys.
@@ -227,7 +284,16 @@ fn read(text: &str) -> Result<Config, Problem> {
             insecure_plaintext: file.migrate.insecure_plaintext.unwrap_or(insecure_plaintext),
         },
         announce,
+        track: TrackConfig {
+            read_memory: words(file.track.read_memory),
+            soft_dirty: words(file.track.soft_dirty),
+            budget: file.track.budget.map_or(defaults.track.budget, |share| share.0),
+        },
     })
+}
+
+fn words(list: Option<Vec<VmWord>>) -> Vec<String> {
+    list.into_iter().flatten().map(|word| word.0).collect()
 }
 
 /// Reads a configuration's text; `path` is only named in errors.

@@ -144,6 +144,23 @@ pub fn find(run_dir: &Path, vm: &VmRef, probes: Option<&mut Probes>) -> Result<H
     }
 }
 
+/// A VM without KVM (QEMU that emulates), which only its process id can name.
+///
+/// # Errors
+/// `otherwise`, if it is none.
+pub fn emulated(vm: &VmRef, otherwise: ProcessError) -> Result<HostVm, FindError> {
+    let (VmRef::Pid(pid), ProcessError::NoVm(_)) = (vm, &otherwise) else { return Err(otherwise.into()) };
+    let process = KvmProcess::open_any(*pid)?;
+    if vmm::facts(&process.name, &process.command).vmm != "qemu" {
+        return Err(otherwise.into());
+    }
+    Ok(host_vm(
+        process,
+        None,
+        Err("it has no KVM VM: its VMM emulates, so no event of KVM tells of its writes".to_owned()),
+    ))
+}
+
 /// Looks at one VM again; none if its process has ended, or has another VM now.
 pub fn again(vm: &HostVm, run_dir: &Path, probes: &mut Probes) -> Option<HostVm> {
     let process = KvmProcess::open(vm.pid).ok().filter(|process| process.start_time_ticks == vm.start_time_ticks)?;

@@ -7,7 +7,7 @@
 //! - [`balloon`] answers for a guest's memory.
 //! - [`announce`] announces by hand, on an interface that an operator names.
 //! - [`inventory`] finds every KVM VM of this host.
-//! - [`observe`] watches how one VM writes its memory, [`exits`] why it leaves its guest; [`doctor`] tries what this host can do.
+//! - [`observe`] watches how one VM writes its memory, [`exits`] why it leaves its guest, [`profile`] measures its curve and its writers, [`rogues`] says who keeps it from migrating; [`doctor`] tries what this host can do.
 //!
 //! Everything that acts on a VM passes [`audit::record`].
 
@@ -22,6 +22,7 @@ pub mod doctor;
 pub mod events;
 pub mod exits;
 pub mod gate;
+mod guest_names;
 pub mod interrupt;
 pub mod inventory;
 pub mod lease;
@@ -29,10 +30,12 @@ pub mod machine;
 pub mod migration;
 pub mod observe;
 pub(crate) mod out;
+pub mod profile;
 pub mod prove;
 pub mod receive;
 pub mod registry;
 pub mod resolve;
+pub mod rogues;
 mod seat;
 pub mod session;
 pub mod watch;

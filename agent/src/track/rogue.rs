@@ -547,7 +547,7 @@ mod tests {
         observe(&mut watch, &quiet, None, &none);
         observe(&mut watch, &loud, None, &none);
         // A name that becomes known meanwhile makes no new writer.
-        let process = || Some(GuestProcess { pid: 1, name: "db".to_owned() });
+        let process = || Some(GuestProcess { pid: 1, name: "db".to_owned(), threads: None });
         let changes = observe(&mut watch, &loud, process(), &none);
         assert_eq!(changes.len(), 2, "{changes:?}");
         assert!(watch.rogues().eq([&vcpu(0), &space(0, 1)]), "{:?}", watch.rogues().collect::<Vec<_>>());

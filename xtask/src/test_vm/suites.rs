@@ -62,7 +62,7 @@ struct Row {
 }
 
 /// The suites, in their order.
-const SUITES: [Row; 7] = [
+const SUITES: [Row; 9] = [
     // What this kernel can do: the compatibility table's first half.
     Row { name: "doctor", source: Source::Agent(DOCTOR), only: &[], ignored_too: false, limit_s: 120 },
     // The machine on a KVM that is a module, with hardware page tables.
@@ -86,6 +86,14 @@ const SUITES: [Row; 7] = [
     Row { name: "kernel", source: Source::Integration("kernel"), only: &[], ignored_too: true, limit_s: 120 },
     Row { name: "linux", source: Source::Integration("linux"), only: &[], ignored_too: true, limit_s: 400 },
     Row { name: "foreign", source: Source::Integration("foreign"), only: &[], ignored_too: true, limit_s: 180 },
+    Row { name: "guest-names", source: Source::Integration("guest_names"), only: &[], ignored_too: true, limit_s: 180 },
+    Row {
+        name: "regimes",
+        source: Source::Integration("regimes"),
+        only: &["with_marks"],
+        ignored_too: true,
+        limit_s: 180,
+    },
 ];
 
 const DOCTOR: &[&str] = &["doctor", "--json", "--run-dir", "/run/dunlin", "--state-dir", "/var/lib/dunlin-bed"];

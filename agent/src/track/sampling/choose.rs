@@ -141,16 +141,19 @@ mod tests {
 
     #[test]
     fn every_page_is_chosen_equally_often_the_last_one_too() {
-        const PAGES: u64 = 1000;
         let mut random = Random(1);
-        let mut chosen = vec![0u32; PAGES as usize];
-        for _ in 0..4000 {
-            for page in Sample::choose(PAGES, 500, &mut random).pages {
-                chosen[page as usize] += 1;
+        // A few of few, where one page more or less shows, and half of many.
+        for (pages, wanted, runs) in [(20, 3, 20_000), (1000, 500, 4000)] {
+            let mut chosen = vec![0u32; pages as usize];
+            for _ in 0..runs {
+                for page in Sample::choose(pages, wanted, &mut random).pages {
+                    chosen[page as usize] += 1;
+                }
             }
+            let share = wanted as f64 / pages as f64;
+            let (mean, six) = (f64::from(runs) * share, 6.0 * (f64::from(runs) * share * (1.0 - share)).sqrt());
+            assert!(chosen.iter().all(|&times| (f64::from(times) - mean).abs() < six), "{mean} {chosen:?}");
         }
-        // 2000 expected, standard deviation 32: six of them.
-        assert!(chosen.iter().all(|&times| (1800..2200).contains(&times)), "{chosen:?}");
     }
 
     #[test]

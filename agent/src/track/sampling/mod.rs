@@ -10,7 +10,7 @@
 //! devices or the VMM wrote count as those that the guest wrote.
 //!
 //! The peer is QEMU's `calc-dirty-rate` in its mode `page-sampling`: 512 pages of each GiB (0.2 %), chosen with replacement, one window, no
-//! interval, CRC32, and the last page of a block never. Here the sample is stratified and without replacement, its size follows from what
+//! interval, hashes of 32 bits, and the last page of a block never. Here the sample is stratified and without replacement, its size follows from what
 //! a pilot shows, each page's own interval is t, and every figure has its interval.
 
 mod choose;
@@ -34,16 +34,16 @@ use crate::port::{Clock, GuestMemory, GuestMemoryError};
 const BATCH: usize = 32;
 /// Pages read to learn what reading costs.
 const TRIAL_PAGES: u64 = 64;
-/// The largest sample: bounds memory to some 64 MiB.
+/// The largest sample: bounds the memory that sampling takes to less than 100 MiB.
 const MOST_PAGES: u64 = 1 << 20;
 /// Changed pages that the size of a sample aims at, in parts of those that are wanted: a pilot is not exact.
 const AIM: f64 = 1.1;
 /// Periods of a guest's own timers that a window must not fall in step with.
 const JITTER: Duration = Duration::from_millis(10);
-/// Windows shorter than this are put at random distances, and many of them are taken.
+/// Windows shorter than this are put at random distances.
 const SHORT: Duration = Duration::from_millis(100);
-/// How long short windows are spread over, and how many there are at most.
-const SPREAD: Duration = Duration::from_secs(1);
+/// How long the windows of one length take together, at least, and how many there are at most.
+const SPREAD: Duration = Duration::from_millis(1280);
 const MOST_SPREAD: u64 = 16;
 /// Pages that are compressed.
 const COMPRESSED_PAGES: usize = 512;
@@ -324,12 +324,11 @@ impl<M: GuestMemory, C: Clock> Sampler<M, C> {
         };
         let mut rest = std::mem::take(&mut observed.sample.pages);
         let pages = rest.clone();
-        // All of a small memory in one window: that leaves no doubt.
-        let is_census = pages.len() as u64 == self.population.pages() && pages.len() as u64 <= self.fitting(window);
-        let spread = if window < SHORT && !is_census {
-            (SPREAD.as_nanos() / window.as_nanos().max(1)).clamp(1, u128::from(MOST_SPREAD)) as u64
-        } else {
+        // All of a small memory in one window: that leaves no doubt. Of any other, windows differ: one alone may be no typical one.
+        let spread = if self.population.pages() <= self.options.pilot_pages {
             1
+        } else {
+            (SPREAD.as_nanos() / window.as_nanos().max(1)).clamp(1, u128::from(MOST_SPREAD)) as u64
         };
         while !rest.is_empty() {
             // The cost may change on the way.

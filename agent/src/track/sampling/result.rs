@@ -50,7 +50,8 @@ pub struct WindowEstimate {
     pub unique_pages_low: u64,
     /// Where it ends.
     pub unique_pages_high: u64,
-    /// Whether all pages were read, so that it has no width.
+    /// Whether all pages were read in one window, so that the interval has no width: exact for windows as long as they were, each between the
+    /// shortest and the longest.
     pub is_exact: bool,
     /// Pages that were read twice.
     pub sampled_pages: u64,

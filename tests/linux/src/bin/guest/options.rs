@@ -6,6 +6,7 @@
 //! | `dunlin.wl=ws:16M,rate:2000` | a process writes that many pages of 4 KiB a second, over that much memory; may be given several times |
 //! | `dunlin.copy=64M,rate:4M` | a file of that size on the first disk is copied again and again, so many bytes a second |
 //! | `dunlin.console` | the state is told on the console each second |
+//! | `dunlin.symbols` | where the kernel and its first task lie is told on the console, as `/proc/kallsyms` has it |
 
 use std::net::Ipv4Addr;
 
@@ -19,6 +20,7 @@ pub(crate) struct Options {
     pub(crate) writers: Vec<Writer>,
     pub(crate) copy: Option<Copy>,
     pub(crate) console: bool,
+    pub(crate) symbols: bool,
 }
 
 /// An address of `eth0`.
@@ -70,6 +72,7 @@ impl Options {
             writers: writers.collect::<Result<_>>()?,
             copy: copy.transpose()?,
             console: arguments.get("console").is_some(),
+            symbols: arguments.get("symbols").is_some(),
         })
     }
 }
@@ -91,7 +94,7 @@ mod tests {
             [Writer { bytes: 1 << 20, pages_per_second: 7 }, Writer { bytes: 4096, pages_per_second: 0 }]
         );
         assert_eq!(options.copy, Some(Copy { bytes: 64 << 20, bytes_per_second: 4 << 20 }));
-        assert!(options.console);
+        assert!(options.console && !options.symbols && of("dunlin.symbols").unwrap().symbols);
         for bad in ["dunlin.ip=x", "dunlin.ip=10.0.0.2/40", "dunlin.wl=ws:1M", "dunlin.wl=ws:1,rate:1", "dunlin.copy="]
         {
             assert!(of(bad).is_err(), "{bad}");

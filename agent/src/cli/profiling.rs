@@ -1,0 +1,172 @@
+//! What `dunlin wws`, `dunlin heat` and `dunlin rogue` have in common: how a VM's profile is measured, and how that goes on is shown.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use indicatif::ProgressBar;
+
+use super::places::{RunDir, StateDir};
+use crate::model::VmRef;
+use crate::model::units::{display_bytes, display_duration, parse_duration};
+use crate::service::config::Config;
+use crate::service::interrupt::Interrupt;
+use crate::service::profile::{
+    Allowed, How, LONGEST_WINDOW, Profile, ProfileError, ProfileRequest, SHORTEST_WINDOW, profile,
+};
+use crate::track::Regime;
+
+/// Which regime to measure under.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum RegimeArg {
+    /// The most exact one that is possible and allowed.
+    Auto,
+    /// Write protection by the VM's own dirty log (VMs that dunlin runs).
+    Armed,
+    /// Write protection by soft-dirty marks (needs --allow-soft-dirty).
+    SoftDirty,
+    /// What shows while someone else has the VM's dirty log on.
+    Logged,
+    /// Comparing a sample of the VM's pages (needs --allow-read-memory).
+    Sampled,
+}
+
+/// How to measure.
+#[derive(Debug, Args)]
+pub(super) struct ProfilingArgs {
+    /// The VM: NAME, uuid:U or pid:P (any KVM process, or QEMU that emulates).
+    pub(super) vm: VmRef,
+
+    /// Under which regime to measure.
+    #[arg(long, value_enum, default_value = "auto")]
+    regime: RegimeArg,
+
+    /// The length of a window.
+    #[arg(long, value_name = "TIME", default_value = "1280ms", value_parser = parse_duration)]
+    window: Duration,
+
+    /// How many windows to measure.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    windows: u32,
+
+    /// The part of the time, in percent, that windows may take; in between the VM is left alone.
+    #[arg(long, value_name = "PERCENT", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=100))]
+    duty: u32,
+
+    /// Allow reading the memory of this VM though another VMM runs it [default: as [track] read_memory has it].
+    #[arg(long)]
+    allow_read_memory: bool,
+
+    /// Allow write-protecting the memory of this VM by soft-dirty marks though another VMM runs it [default: as [track] soft_dirty has
+    /// it].
+    #[arg(long)]
+    allow_soft_dirty: bool,
+
+    /// Do not look for the names of the guest's processes.
+    #[arg(long)]
+    no_names: bool,
+
+    /// Print diagnostics of the BPF programs themselves.
+    #[arg(long)]
+    probe_log: bool,
+
+    #[command(flatten)]
+    run_dir: RunDir,
+
+    #[command(flatten)]
+    state_dir: StateDir,
+}
+
+impl ProfilingArgs {
+    /// What they ask for.
+    ///
+    /// # Errors
+    /// In words, what cannot be.
+    pub(super) fn request(self, config: &Config) -> Result<ProfileRequest, String> {
+        if !(SHORTEST_WINDOW..=LONGEST_WINDOW).contains(&self.window) {
+            let (shortest, longest) = (display_duration(SHORTEST_WINDOW), display_duration(LONGEST_WINDOW));
+            return Err(format!("--window must be {shortest} to {longest}"));
+        }
+        let how = match self.regime {
+            RegimeArg::Auto => How::Auto,
+            RegimeArg::Armed => How::Armed,
+            RegimeArg::SoftDirty => How::SoftDirty,
+            RegimeArg::Logged => How::Logged,
+            RegimeArg::Sampled => How::Sampled,
+        };
+        Ok(ProfileRequest {
+            run_dir: self.run_dir.path(config),
+            state_dir: self.state_dir.path(config),
+            vm: self.vm,
+            how,
+            allowed: Allowed { read_memory: self.allow_read_memory, soft_dirty: self.allow_soft_dirty },
+            config: config.track.clone(),
+            window: self.window,
+            windows: self.windows,
+            duty: f64::from(self.duty) / 100.0,
+            names: !self.no_names,
+            probe_log: self.probe_log,
+        })
+    }
+}
+
+/// Measures, and shows on standard error how it goes on where that is a terminal.
+pub(super) fn measured(request: &ProfileRequest, interrupt: &Interrupt) -> Result<Profile, ProfileError> {
+    let bar = ProgressBar::new(u64::from(request.windows)).with_message(format!("measuring {}", request.vm));
+    bar.set_style(
+        indicatif::ProgressStyle::with_template("{msg} {bar:30} window {pos} of {len} {elapsed}")
+            .unwrap_or_else(|_| indicatif::ProgressStyle::default_bar()),
+    );
+    bar.enable_steady_tick(Duration::from_millis(200));
+    let result = profile(request, interrupt, &mut |done, all| {
+        bar.set_length(all.into());
+        bar.set_position(done.into());
+    });
+    bar.finish_and_clear();
+    result
+}
+
+/// What stands above every report of a profile.
+pub(super) fn heading(profile: &Profile) -> String {
+    use std::fmt::Write;
+    let vm = &profile.vm;
+    let mut out = String::new();
+    let _ = writeln!(
+        out,
+        "{} (pid {}, {} vCPUs, {} of memory)",
+        vm.name,
+        vm.pid,
+        vm.cpus,
+        display_bytes(profile.memory_bytes)
+    );
+    let window = display_duration(Duration::from_nanos(profile.window_ns));
+    let windows = if profile.windows == 1 { "1 window".to_owned() } else { format!("{} windows", profile.windows) };
+    let _ = writeln!(out, "regime: {} ({windows} of {window}); {}", regime(profile.regime), profile.meaning);
+    if let Some(bytes) = profile.granularity_bytes {
+        let cost = profile.fault_cost_ns.map_or_else(String::new, |ns| {
+            format!("; a first write costs the guest {}", display_duration(Duration::from_nanos(ns)))
+        });
+        let _ = writeln!(out, "granularity: mappings of up to {}{cost}", display_bytes(bytes));
+    }
+    for missing in &profile.missing_sources {
+        let _ = writeln!(out, "not seen: {} ({}: {})", missing.gives, missing.name, missing.reason);
+    }
+    for note in &profile.notes {
+        let _ = writeln!(out, "note: {note}");
+    }
+    if let Some(lost) = profile.lost_events.filter(|lost| lost.total > 0) {
+        let _ = writeln!(out, "lost events: {} (the figures are too low by what they hold)", lost.total);
+    }
+    out
+}
+
+/// A regime's name.
+pub(super) fn regime(regime: Regime) -> String {
+    serde_json::to_value(regime).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+/// Writes a drawing.
+pub(super) fn write_drawing(path: &PathBuf, svg: &str) -> anyhow::Result<()> {
+    use anyhow::Context;
+    std::fs::write(path, svg).with_context(|| format!("{} could not be written", path.display()))
+}

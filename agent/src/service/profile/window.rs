@@ -1,0 +1,302 @@
+//! Measuring in windows in which every page is write-protected at the start, by whoever does it.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use super::writers::{self, Window};
+use super::{Allowed, Profile, ProfileError, ProfileRequest, Progress};
+use crate::foreign::{Permission, SoftDirty};
+use crate::model::{MemoryRange, PageBitmap, RamSlot, WriteCurve};
+use crate::port::{Arm, EventSample, EventSource, LostEvents};
+use crate::probe::{KernelCounters, syscall};
+use crate::service::interrupt::Interrupt;
+use crate::service::inventory::HostVm;
+use crate::service::observe::{Observed, missing_sources};
+use crate::service::watch::WatchedVm;
+use crate::service::{audit, guest_names};
+use crate::track::Regime;
+
+/// What the measurement cost the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct WindowCost {
+    /// Time that the BPF programs ran, by the kernel's count.
+    pub bpf_run_time_ns: u64,
+    /// How often they ran.
+    pub bpf_runs: u64,
+    /// The same as a part of one core, over the windows.
+    pub bpf_core_share: f64,
+}
+
+/// Who protects.
+pub(super) enum Protector {
+    /// The VM's own dirty log, switched on by us.
+    Log(Box<dyn Arm>),
+    /// Soft-dirty marks.
+    Marks(SoftDirty),
+    /// Someone else's dirty log.
+    Others,
+}
+
+/// The slots that the guest can write.
+pub(in crate::service) fn ram_slots(vm: &HostVm) -> Vec<RamSlot> {
+    let slots = vm.slots.iter().filter(|slot| !slot.read_only);
+    slots
+        .map(|slot| RamSlot { start: slot.range.start, bytes: slot.range.bytes, host_address: slot.host_address })
+        .collect()
+}
+
+impl Protector {
+    /// Soft-dirty marks, with the operator's permission; recorded.
+    pub(super) fn soft_dirty(request: &ProfileRequest, vm: &HostVm) -> Result<Self, ProfileError> {
+        let by = if request.allowed.soft_dirty { "--allow-soft-dirty" } else { "[track] soft_dirty" };
+        let marks = SoftDirty::of(&vm.process, &ram_slots(vm), Permission::granted(by));
+        let action = audit::Action {
+            who: audit::me(),
+            what: "write-protect by soft-dirty marks",
+            vm_id: vm.vm_id,
+            before: "unprotected".to_owned(),
+            after: format!("{} windows of {} ms, allowed by {by}", request.windows, request.window.as_millis()),
+            result: marks.as_ref().map_or_else(ToString::to_string, |_| "ok".to_owned()),
+        };
+        audit::record(&request.state_dir, &action);
+        Ok(Self::Marks(marks?))
+    }
+
+    fn regime(&self) -> Regime {
+        match self {
+            Self::Log(_) => Regime::Armed,
+            Self::Marks(_) => Regime::SoftDirty,
+            Self::Others => Regime::Logged,
+        }
+    }
+}
+
+/// Windows in which events were counted.
+struct Measured {
+    windows: Vec<Window>,
+    /// All pages of all windows.
+    pages: PageBitmap,
+    /// Different pages in each window.
+    unique: Vec<u64>,
+    lost: LostEvents,
+}
+
+/// Measures a VM's profile by events.
+pub(super) fn profile(
+    request: &ProfileRequest,
+    mut watched: WatchedVm,
+    mut counters: KernelCounters,
+    mut protector: Protector,
+    allowed: Allowed,
+    interrupt: &Interrupt,
+    progress: Progress<'_>,
+) -> Result<Profile, ProfileError> {
+    let regime = protector.regime();
+    let fault_cost = match regime {
+        Regime::Logged => None,
+        _ => Some(crate::trial::kvm::fault_cost().map_err(ProfileError::FaultCost)?),
+    };
+    // Kept open: while it is, the kernel counts what programs cost.
+    let counting = syscall::count_runs().ok();
+    let measured = measure(request, &mut watched, &mut counters, &mut protector, interrupt, progress)?;
+    let spent: Duration = measured.windows.iter().map(|window| window.length).sum();
+    let cost = counting.map(|counting| cost(&counters, spent, &counting));
+    let mut notes = Vec::new();
+    let processes = if request.names {
+        match guest_names::processes(
+            &watched.vm,
+            allowed.read_memory,
+            measured.windows.iter().flat_map(|w| w.threads.values()),
+        ) {
+            Ok(processes) => processes,
+            Err(reason) => {
+                notes.push(format!("the guest's processes are not named: {reason}"));
+                BTreeMap::new()
+            }
+        }
+    } else {
+        BTreeMap::new()
+    };
+    let numbers = writers::vcpu_numbers(&watched.vm.vcpus, &measured.windows);
+    let (curve, mut by_writer) =
+        writers::curves(&measured.windows, &numbers, &processes, fault_cost.unwrap_or_default());
+    let count = measured.windows.len().max(1);
+    let mean_ns = (spent.as_nanos() as u64 / count as u64).max(1);
+    let curve = curve.unwrap_or_else(|| still(mean_ns));
+    let ram: Vec<MemoryRange> = ram_slots(&watched.vm).iter().map(RamSlot::range).collect();
+    let heat = writers::heat(&measured.pages, &ram);
+    by_writer.extend(writers::regions(&heat, &curve));
+    let (granularity, note) = granularity(&protector, &measured);
+    notes.extend(note);
+    Ok(Profile {
+        vm: Observed::of(&watched.vm),
+        regime,
+        meaning: regime.meaning(),
+        is_lower_bound: regime.is_lower_bound(),
+        granularity_bytes: Some(granularity),
+        notes,
+        window_ns: mean_ns,
+        windows: measured.windows.len() as u32,
+        memory_bytes: watched.vm.memory_bytes.unwrap_or(0),
+        curve,
+        exact_unique_pages: Some(measured.unique.iter().sum::<u64>() as f64 / count as f64),
+        fault_cost_ns: fault_cost.map(|cost| cost.as_nanos() as u64),
+        writers: by_writer,
+        heat,
+        ram,
+        sampled: None,
+        lost_events: Some(measured.lost.into()),
+        cost,
+        missing_sources: missing_sources(counters.hooks()),
+    })
+}
+
+/// The curve of a VM that wrote nothing.
+fn still(window_ns: u64) -> WriteCurve {
+    let point = crate::model::CurvePoint::exact(window_ns, 0.0);
+    WriteCurve::from_measured(vec![point])
+        .unwrap_or_else(|error| unreachable!("one point of a checked length is a curve: {error}"))
+}
+
+fn granularity(protector: &Protector, measured: &Measured) -> (u64, Option<String>) {
+    const HUGE: u64 = 2 << 20;
+    match protector {
+        Protector::Marks(marks) => match marks.granularity() {
+            Ok(granularity) => (granularity.largest_bytes, Some(format!("granularity: {granularity}"))),
+            Err(error) => (4096, Some(error.to_string())),
+        },
+        _ => {
+            let huge: u64 = measured.windows.iter().flat_map(|w| w.threads.values()).map(|e| e.huge_mappings).sum();
+            (if huge > 0 { HUGE } else { 4096 }, None)
+        }
+    }
+}
+
+fn measure(
+    request: &ProfileRequest,
+    watched: &mut WatchedVm,
+    counters: &mut KernelCounters,
+    protector: &mut Protector,
+    interrupt: &Interrupt,
+    progress: Progress<'_>,
+) -> Result<Measured, ProfileError> {
+    let mut measured = Measured {
+        windows: Vec::new(),
+        pages: counters.empty_pages(),
+        unique: Vec::new(),
+        lost: LostEvents::default(),
+    };
+    let mut done = 0;
+    while done < request.windows {
+        progress(done, request.windows);
+        let began = Instant::now();
+        one(request, counters, protector, interrupt, &mut measured)?;
+        done += 1;
+        if !watched.refresh() {
+            return Err(ProfileError::Gone(watched.vm.name.clone()));
+        }
+        // Between two windows the VM writes as it likes.
+        let rest = began.elapsed().mul_f64((1.0 / request.duty.clamp(0.001, 1.0)) - 1.0);
+        if done < request.windows && interrupt.wait_until(Instant::now() + rest) {
+            return Err(ProfileError::Interrupted);
+        }
+    }
+    progress(done, request.windows);
+    Ok(measured)
+}
+
+/// One window. Whatever happens in it, the VM writes freely behind it.
+fn one(
+    request: &ProfileRequest,
+    counters: &mut KernelCounters,
+    protector: &mut Protector,
+    interrupt: &Interrupt,
+    measured: &mut Measured,
+) -> Result<(), ProfileError> {
+    let mut pages = counters.empty_pages();
+    let before = counters.sample(&mut pages)?;
+    pages.clear();
+    // From before the protection on, so that no first write is missed; and again once it is complete, which is when time begins.
+    counters.armed(true);
+    let mut armed = Armed { protector, counters };
+    if let Err(error) = armed.protect() {
+        return Err(error.into());
+    }
+    armed.counters.armed(true);
+    let began = Instant::now();
+    let interrupted = interrupt.wait_until(began + request.window);
+    let length = began.elapsed();
+    let after = armed.counters.sample(&mut pages)?;
+    let marked = match &*armed.protector {
+        Protector::Marks(marks) => {
+            let mut marked = marks.empty_pages();
+            let writes = marks.read(&mut marked)?;
+            Some((writes.iter().map(|slot| slot.pages.0).sum::<u64>(), marked))
+        }
+        _ => None,
+    };
+    drop(armed);
+    if interrupted {
+        return Err(ProfileError::Interrupted);
+    }
+    let window = Window { length, threads: since(&before, &after) };
+    let lost = after.lost.since(&before.lost);
+    // Marks hold what devices and the VMM wrote too; events do not.
+    let (unique, seen) = marked.unwrap_or_else(|| (pages.count().0, pages));
+    measured.unique.push(unique);
+    for (index, &word) in seen.words().iter().enumerate().take(measured.pages.words().len()) {
+        measured.pages.or_word(index, word);
+    }
+    measured.windows.push(window);
+    measured.lost = measured.lost.plus(&lost);
+    Ok(())
+}
+
+/// The protection of one window; gone on drop.
+struct Armed<'a> {
+    protector: &'a mut Protector,
+    counters: &'a mut KernelCounters,
+}
+
+impl Armed<'_> {
+    fn protect(&mut self) -> Result<(), crate::port::ArmError> {
+        match self.protector {
+            Protector::Log(arm) => arm.arm(),
+            Protector::Marks(marks) => marks.arm(),
+            Protector::Others => Ok(()),
+        }
+    }
+}
+
+impl Drop for Armed<'_> {
+    fn drop(&mut self) {
+        self.counters.armed(false);
+        let done = match self.protector {
+            Protector::Log(arm) => arm.disarm(),
+            Protector::Marks(marks) => marks.disarm(),
+            Protector::Others => Ok(()),
+        };
+        if let Err(error) = done {
+            // The VM ends the protection by itself when nobody asks again.
+            tracing::warn!("{error}");
+        }
+    }
+}
+
+fn since(before: &EventSample, after: &EventSample) -> BTreeMap<u32, crate::port::ThreadEvents> {
+    let nothing = crate::port::ThreadEvents::default();
+    let threads =
+        after.threads.iter().map(|(&thread, now)| (thread, now.since(before.threads.get(&thread).unwrap_or(&nothing))));
+    threads.filter(|(_, new)| new.pages_made_writable + new.pages_logged > 0).collect()
+}
+
+fn cost(counters: &KernelCounters, spent: Duration, _counting: &OwnedFd) -> WindowCost {
+    let costs = counters.probes().costs();
+    let bpf_run_time_ns = costs.iter().map(|cost| cost.stats.run_time_ns).sum();
+    let bpf_runs = costs.iter().map(|cost| cost.stats.run_count).sum();
+    let share = if spent.is_zero() { 0.0 } else { bpf_run_time_ns as f64 / spent.as_nanos() as f64 };
+    WindowCost { bpf_run_time_ns, bpf_runs, bpf_core_share: share }
+}

@@ -1,0 +1,132 @@
+//! The processes of Linux guests, named from outside: a guest's memory is read while it runs, and what is found in it is compared with what
+//! the guest says of itself. `cargo xtask test-vm` runs these.
+#![cfg(target_arch = "x86_64")]
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+use dunlin::guest_os::{Hints, LinuxGuest as GuestKernel, Origin, Processes, Symbols};
+use dunlin::model::{AddressSpace, Gpa, MemoryRange};
+use dunlin::port::{GuestMemory, GuestMemoryError};
+use dunlin_tests::foreign::ForeignVm;
+use dunlin_tests::linux::LinuxGuest;
+use dunlin_tests::wait::wait_for;
+use serde_json::json;
+
+/// Two processes that write, and a look at the kernel's symbols.
+const WORK: &str = "dunlin.wl=ws:16M,rate:1000 dunlin.wl=ws:8M,rate:300 dunlin.symbols";
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// A guest's RAM, in QEMU's memory. Below 2 GiB it is in one piece from address zero on.
+struct Ram {
+    memory: File,
+    start: u64,
+    ranges: [MemoryRange; 1],
+}
+
+impl Ram {
+    fn of(vm: &ForeignVm) -> Self {
+        let memory = File::open(format!("/proc/{}/mem", vm.pid())).unwrap();
+        let ram = vm.ram().unwrap();
+        Self { memory, start: ram.start, ranges: [MemoryRange { start: Gpa(0), bytes: ram.end - ram.start }] }
+    }
+}
+
+impl GuestMemory for Ram {
+    fn ranges(&self) -> &[MemoryRange] {
+        &self.ranges
+    }
+
+    fn read(&self, at: Gpa, into: &mut [u8]) -> Result<(), GuestMemoryError> {
+        if !self.ranges[0].contains(at, into.len() as u64) {
+            return Err(GuestMemoryError::NotRam(at));
+        }
+        let unreadable = |error: std::io::Error| GuestMemoryError::Unreadable { at, reason: error.to_string() };
+        self.memory.read_exact_at(into, self.start + at.0).map_err(unreadable)
+    }
+}
+
+/// What is in CR3 of all vCPUs, now.
+fn address_spaces(vm: &mut ForeignVm) -> Vec<AddressSpace> {
+    let text = vm.order("human-monitor-command", json!({ "command-line": "info registers -a" })).unwrap();
+    let words = text.as_str().unwrap().split_whitespace().filter_map(|word| word.strip_prefix("CR3="));
+    words.map(|word| AddressSpace(u64::from_str_radix(word, 16).unwrap())).collect()
+}
+
+/// Number and name of each process that the guest has said it started to write.
+fn writers(vm: &ForeignVm) -> Vec<(u32, String)> {
+    let state = vm.next_state().unwrap();
+    let pids = state["writers"].as_array().unwrap().iter().map(|writer| writer["pid"].as_u64().unwrap() as u32);
+    pids.enumerate().map(|(index, pid)| (pid, format!("writer{index}"))).collect()
+}
+
+fn names(processes: &Processes) -> Vec<(u32, String)> {
+    let mut names: Vec<_> = processes.iter().map(|(_, process)| (process.pid, process.name.clone())).collect();
+    names.sort();
+    names
+}
+
+/// Boots, finds, names, and compares.
+fn check(linux: &LinuxGuest, options: &str, more: &[&str]) {
+    let mut vm = ForeignVm::boot_with(linux, &format!("{WORK} {options}"), more).unwrap();
+    let what = format!("{} {options} {}", linux.label, more.join(" "));
+    let ram = Ram::of(&vm);
+    let roots = address_spaces(&mut vm);
+    let began = Instant::now();
+    let mut kernel = GuestKernel::find(&ram, &roots, &Hints::default()).unwrap_or_else(|e| panic!("{what}: {e}"));
+    let took = began.elapsed();
+    assert_eq!((kernel.types_from, kernel.first_task_from), (Origin::Guest, Origin::Guest));
+
+    assert_eq!(kernel.release.as_deref(), vm.state().unwrap()["identity"]["kernel"].as_str(), "{what}");
+
+    // The guest's process 1, its writers, and the kernel itself: there is nobody else.
+    let wanted = [vec![(0, "swapper/0".to_owned()), (1, "init".to_owned())], writers(&vm)].concat();
+    let began = Instant::now();
+    let processes = kernel.processes(&ram).unwrap();
+    println!("shows {what}: found in {took:?}, named in {:?}: {:?}", began.elapsed(), names(&processes));
+    assert_eq!((names(&processes), processes.is_whole()), (wanted.clone(), true), "{what}");
+    assert_eq!(processes.is_isolated(), options.contains("pti=on"), "{what}");
+
+    // Whatever is seen on a vCPU is somebody's; and both writers are seen.
+    let mut seen = BTreeSet::new();
+    wait_for("both writers on a vCPU", LIMIT, || {
+        for space in address_spaces(&mut vm) {
+            let process = processes.get(space).unwrap_or_else(|| panic!("{what}: nobody has {space}"));
+            seen.insert((process.pid, process.name.clone()));
+        }
+        wanted[2..].iter().all(|writer| seen.contains(writer)).then_some(())
+    })
+    .unwrap_or_else(|error| panic!("{what}: {error}; seen: {seen:?}"));
+
+    // The guest's own symbols lead to the same, and one vCPU's look at any time is enough.
+    let console = std::fs::read_to_string(vm.console()).unwrap();
+    let symbols: Vec<_> = console.lines().filter_map(|line| line.strip_prefix("SYMBOL ")).collect();
+    let symbols = Symbols::parse(symbols.join("\n").as_bytes()).unwrap_or_else(|e| panic!("{what}: {e}: {symbols:?}"));
+    let hints = Hints { symbols: Some(&symbols), ..Hints::default() };
+    let roots = address_spaces(&mut vm);
+    let mut again = GuestKernel::find(&ram, &roots[..1], &hints).unwrap_or_else(|e| panic!("{what}: {e}"));
+    assert_eq!(again.first_task_from, Origin::Operator);
+    assert_eq!(names(&again.processes(&ram).unwrap()), wanted, "{what}");
+
+    let pid = vm.pid();
+    drop(vm);
+    assert!(kernel.processes(&ram).is_err(), "{what}: process {pid} has ended");
+}
+
+#[test]
+#[ignore = "needs a KVM that runs Linux: `cargo xtask test-vm` runs it"]
+fn writers_in_a_stock_linux_are_named_from_outside() {
+    for linux in LinuxGuest::all().unwrap() {
+        check(&linux, "", &[]);
+    }
+}
+
+#[test]
+#[ignore = "needs a KVM that runs Linux: `cargo xtask test-vm` runs it"]
+fn writers_are_named_under_page_table_isolation_and_with_two_cpus() {
+    for linux in LinuxGuest::all().unwrap() {
+        check(&linux, "pti=on", &["-smp", "2"]);
+    }
+}
