@@ -10,6 +10,7 @@ mod migrate;
 mod ours;
 mod qemu;
 mod raw_tcp;
+mod tracking;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -42,12 +43,14 @@ const QUICK_BUDGET: Duration = Duration::from_secs(100);
 Examples:
   cargo xtask bench migrate
   cargo xtask bench migrate --quick
-  cargo xtask bench migrate --case idle --case unthrottled --runs 9 --json")]
+  cargo xtask bench migrate --case idle --case unthrottled --runs 9 --json
+  cargo xtask bench tracking --quick
+  cargo xtask bench tracking --case random-50k --case events")]
 pub(crate) struct Arguments {
     /// Which bench.
     name: Name,
 
-    /// Fewer cases and runs; ends within two minutes, building not counted.
+    /// Fewer cases and runs; ends within three minutes, building not counted.
     #[arg(long)]
     quick: bool,
 
@@ -77,6 +80,8 @@ pub(crate) struct Arguments {
 enum Name {
     /// One live migration over loopback, beside raw TCP and QEMU.
     Migrate,
+    /// How exact the figures of a VM's writing are, and what they cost, beside QEMU's and the guest's own truth.
+    Tracking,
 }
 
 /// How much is to be measured.
@@ -114,6 +119,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let free_memory = fresh::note()?;
     let (rows, definitions) = match arguments.name {
         Name::Migrate => (migrate::run(&places, &effort)?, migrate::DEFINITIONS),
+        Name::Tracking => (tracking::run(&places, &effort)?, tracking::DEFINITIONS),
     };
     if arguments.json {
         print!("{}", measure::json(&rows));
