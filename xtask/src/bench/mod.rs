@@ -28,9 +28,12 @@ use crate::run;
 use crate::workspace::root;
 use ours::Places;
 
-/// Runs of each case unless told otherwise.
+/// Runs of each case of `migrate` unless told otherwise.
 const RUNS: usize = 5;
 const QUICK_RUNS: usize = 3;
+/// A run of `tracking` takes more than a minute a case.
+const TRACKING_RUNS: usize = 3;
+const QUICK_TRACKING_RUNS: usize = 1;
 /// How long a peer may take to converge.
 const CAP: Duration = Duration::from_secs(20);
 const QUICK_CAP: Duration = Duration::from_secs(5);
@@ -84,6 +87,18 @@ enum Name {
     Tracking,
 }
 
+impl Name {
+    /// Runs of each case unless told otherwise.
+    fn runs(self, quick: bool) -> usize {
+        match (self, quick) {
+            (Self::Migrate, false) => RUNS,
+            (Self::Migrate, true) => QUICK_RUNS,
+            (Self::Tracking, false) => TRACKING_RUNS,
+            (Self::Tracking, true) => QUICK_TRACKING_RUNS,
+        }
+    }
+}
+
 /// How much is to be measured.
 #[derive(Debug)]
 struct Effort {
@@ -100,7 +115,7 @@ struct Effort {
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let effort = Effort {
         quick: arguments.quick,
-        runs: arguments.runs.map_or(if arguments.quick { QUICK_RUNS } else { RUNS }, |runs| runs as usize),
+        runs: arguments.runs.map_or(arguments.name.runs(arguments.quick), |runs| runs as usize),
         cases: arguments.cases.clone(),
         cap: arguments
             .cap

@@ -15,8 +15,8 @@ use crate::interrupt;
 
 /// How long a measurement may take.
 const LIMIT: Duration = Duration::from_secs(60);
-/// The intervals, in milliseconds, at which curves are held against the truth; one of 1280 ms is where they end.
-const CURVE_MS: [f64; 4] = [5.0, 20.0, 80.0, 320.0];
+/// The intervals, in milliseconds, at which curves are held against the truth; the last is where they end.
+pub(super) const CURVE_MS: [u32; 5] = [5, 20, 80, 320, 1280];
 /// Sampled changes below which a standard error of 5 % cannot be had.
 const ENOUGH_CHANGED: u64 = 400;
 /// Time of QEMU's measurements, and of ours that answer to them.
@@ -117,7 +117,7 @@ impl Profile {
         }
     }
 
-    /// The curve at the intervals that curves are shown at, beside the truth. A sampled one: each sample by itself, since the curve through them
+    /// The curve at [`CURVE_MS`] beside the truth. A sampled one: each sample by itself, since the curve through them
     /// is smoothed.
     pub(super) fn held_against(&self, truth: &Truth) -> Vec<Held> {
         let held = |pages: f64, low: f64, high: f64, ns: f64, enough: bool| {
@@ -135,8 +135,9 @@ impl Profile {
             return windows.collect();
         }
         let last = self.curve.points.last().map_or(0.0, |point| point.interval_ns as f64);
-        let intervals = CURVE_MS.iter().map(|ms| ms * 1e6).filter(|&ns| ns < last).chain([last]);
+        let intervals = CURVE_MS.iter().map(|&ms| f64::from(ms) * 1e6);
         intervals
+            .map(|ns| ns.min(last))
             .map(|ns| {
                 let point = self.curve.at(ns);
                 held(point.unique_pages, point.low_pages, point.high_pages, ns, true)

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use self::events::EVENTS;
-use self::figures::{Figure, Held, Profile};
+use self::figures::{CURVE_MS, Figure, Held, Profile};
 use self::truth::{Pace, Pattern, Truth, Window, windows};
 use super::guest::{Console, Load, Rate};
 use super::measure::{Aim, Row, Samples};
@@ -75,15 +75,16 @@ ten in a tenth of the pages (hotcold). Windows are 1280 ms, as the guest's own a
                    guest's own count lies from it, at the worst of 5 to 1280 ms; `gap` is the longest time in a window (median)
                    for which the writer wanted to run and did not
   passive          `dirty-rate`: nothing is protected, a lower bound
-  armed            `wws --regime armed`: `figure` by the bitmap; the curve at 5, 20, 80, 320, 1280 ms: `curve_error`, and `outside`: the
-                   truth is not in the stated interval; `slowdown` over ten times the window's length, so at a duty of 10 %
+  armed            `wws --regime armed`: `figure` by the bitmap; `curve_error_*`: of the curve at that interval; `outside`: the truth is not in
+                   the stated interval; `slowdown` over ten times the window's length, so at a duty of 10 %
   armed-on         `dirty-rate --arm`, an interval after the other: what protection costs while it lasts
   sampled          `wws --regime sampled` of our own VM;  sampled-qemu: the same of QEMU's process, from outside
   qemu-*           QEMU's calc-dirty-rate, one after the other; the pages are those of each GiB that its sampling looks at
-  error            |figure / truth - 1|;  slowdown: 1 - writes/s / control's;  gap_added: gap - control's;  core_share: of one core
+  error            |figure / truth_model - 1|;  counting_error: the same beside what the guest wrote meanwhile, slowed down or held up by the host
+  slowdown         1 - writes/s / control's;  gap_added: gap - control's;  core_share: of one core
   events/*         the programs' run time per event, as the kernel counts it, and that of a program that does nothing (`empty`): the
                    counting of run times sees so much of itself; `event_cost_net` is without that; `core_share`: all programs
-Values are medians of so many runs; `outside` is a part of all runs and intervals.";
+Values are medians of so many runs; `outside` is a part of all runs and intervals, in all/* of all cases too.";
 
 /// The names of all cases.
 fn names() -> Vec<String> {
@@ -136,7 +137,8 @@ struct Way {
     figure: Samples,
     truth: Samples,
     error: Samples,
-    curve_error: Samples,
+    counting_error: Samples,
+    curve_errors: [Samples; CURVE_MS.len()],
     slowdown: Samples,
     gap_added: Samples,
     core: Samples,
@@ -157,15 +159,18 @@ impl Way {
 
     fn profile(&mut self, profile: &Profile, truth: &Truth, exact: bool) -> String {
         let held = profile.held_against(truth);
-        self.curve_error.push(held.iter().map(|held| held.error).fold(0.0, f64::max));
+        for (samples, held) in self.curve_errors.iter_mut().zip(&held) {
+            samples.push(held.error);
+        }
         self.core.push(profile.core_percent());
         self.held.extend(held);
         self.figure(profile.figure(), truth, exact)
     }
 
-    /// How the guest fared meanwhile; nothing if the measurement was too short for one of its windows.
-    fn guest(&mut self, pace: Option<Pace>, control: &Truth) {
+    /// How the guest fared meanwhile, and the figure beside that; nothing if the measurement was too short for one of its windows.
+    fn guest(&mut self, figure: Figure, pace: Option<Pace>, control: &Truth) {
         if let Some(pace) = pace {
+            self.counting_error.push(figure.error(&control.at_pace(pace)));
             self.slowdown.push(pace.slowdown(&control.pace));
             self.gap_added.push(pace.gap_ms - control.pace.gap_ms);
         }
@@ -301,12 +306,12 @@ fn ours(places: &Places, pattern: Pattern, load: &Load, count: usize, found: &mu
     let listener = Listener::new(console, tsc_hz);
     let figure = figures::dirty_rate(&vm, INTERVALS + 1, true)?;
     found.armed_on.figure(figure, &truth, few_faults(figure));
-    found.armed_on.guest(listener.pace(), &truth);
+    found.armed_on.guest(figure, listener.pace(), &truth);
 
     let listener = Listener::new(console, tsc_hz);
     let profile = figures::profile(&vm, "sampled")?;
     let sampled = found.sampled.profile(&profile, &truth, profile.enough());
-    found.sampled.guest(listener.pace(), &truth);
+    found.sampled.guest(profile.figure(), listener.pace(), &truth);
     Ok(format!("truth {:.1} MiB/s, armed {armed}, sampled {sampled}", truth.counted_mib_per_second()))
 }
 
@@ -330,7 +335,7 @@ fn theirs(
     let listener = Listener::new(&side.console, tsc_hz);
     let profile = figures::profile_of_qemu(&places.dunlin, &side, qemu.folder())?;
     let sampled = found.sampled_qemu.profile(&profile, &truth, profile.enough());
-    found.sampled_qemu.guest(listener.pace(), &truth);
+    found.sampled_qemu.guest(profile.figure(), listener.pace(), &truth);
     drop(side);
 
     // A ring is chosen before the first vCPU, and shuts out the bitmap.
@@ -367,9 +372,9 @@ fn calc(
         rates.push(figure.pages);
         ns = figure.ns;
     }
-    way.guest(listener.pace(), truth);
-    let pages = rates.median().context("no rate of QEMU")?;
-    Ok(way.figure(Figure { pages, ns }, truth, false))
+    let figure = Figure { pages: rates.median().context("no rate of QEMU")?, ns };
+    way.guest(figure, listener.pace(), truth);
+    Ok(way.figure(figure, truth, false))
 }
 
 const QEMU_FEW: &str = "qemu-page-sampling-512";
@@ -413,7 +418,7 @@ impl Found {
                 name: "sampled",
                 way: &self.sampled,
                 error_aim: Some(AIM_SAMPLED_ERROR),
-                peers: &sampling,
+                peers: &[],
                 averaged: true,
             },
             Shown {
@@ -431,6 +436,7 @@ impl Found {
             let figure = of(name, "figure", "MiB/s", &way.figure, Aim::None);
             rows.extend(figure.map(|row| row.beside("truth_model", &way.truth, Aim::None)));
             rows.extend(of(name, "error", "percent", &way.error, Aim::None));
+            rows.extend(of(name, "counting_error", "percent", &way.counting_error, Aim::None));
             rows.extend(of(name, "slowdown", "percent", &way.slowdown, Aim::None));
             rows.extend(of(name, "gap_added", "ms", &way.gap_added, Aim::None));
         }
@@ -451,7 +457,7 @@ struct Shown<'a> {
 
 impl Shown<'_> {
     fn rows(&self, case: &str) -> Vec<Row> {
-        let Self { name, way, error_aim, peers, averaged } = *self;
+        let Self { name, way, error_aim, averaged, .. } = *self;
         let case = format!("{case}/{name}");
         let row = |metric, unit, samples: &Samples, aim| {
             (samples.runs() > 0).then(|| Row::new(BENCH, &case, metric, unit, samples, aim))
@@ -461,31 +467,52 @@ impl Shown<'_> {
         rows.extend(figure.map(|row| row.beside("truth_model", &way.truth, Aim::None)));
         if let Some(limit) = error_aim {
             let aim = if way.exact == Some(true) { Aim::AtMost(limit) } else { Aim::None };
-            rows.extend(row("error", "percent", &way.error, aim));
-            for (peer, theirs) in peers {
-                let row = row("error", "percent", &way.error, Aim::None);
-                rows.extend(row.map(|row| row.beside(peer, &theirs.error, Aim::Peer(None))));
-            }
+            rows.extend(self.compared(&case, "error", "percent", aim, |way| &way.error));
+            rows.extend(self.compared(&case, "counting_error", "percent", Aim::None, |way| &way.counting_error));
         }
-        rows.extend(row("curve_error", "percent", &way.curve_error, Aim::None));
+        for (metric, samples) in CURVE_ERRORS.iter().zip(&way.curve_errors) {
+            rows.extend(row(metric, "percent", samples, Aim::None));
+        }
+        if !way.held.is_empty() {
+            rows.extend(row("outside", "percent", &outside(&way.held), Aim::None));
+        }
         let aim = if averaged { Aim::AtMost(AIM_SLOWDOWN) } else { Aim::None };
-        rows.extend(row("slowdown", "percent", &way.slowdown, aim));
-        if !averaged {
-            for (peer, theirs) in peers {
-                let row = row("slowdown", "percent", &way.slowdown, Aim::None);
-                rows.extend(row.map(|row| row.beside(peer, &theirs.slowdown, Aim::Peer(None))));
-            }
-        }
-        rows.extend(row("gap_added", "ms", &way.gap_added, Aim::AtMost(AIM_GAP_MS)));
-        if !averaged {
-            for (peer, theirs) in peers {
-                let row = row("gap_added", "ms", &way.gap_added, Aim::None);
-                rows.extend(row.map(|row| row.beside(peer, &theirs.gap_added, Aim::Peer(None))));
-            }
-        }
+        rows.extend(self.compared(&case, "slowdown", "percent", aim, |way| &way.slowdown));
+        rows.extend(self.compared(&case, "gap_added", "ms", Aim::AtMost(AIM_GAP_MS), |way| &way.gap_added));
         rows.extend(row("core_share", "percent", &way.core, Aim::None));
         rows
     }
+
+    /// A row against an aim, and one against each peer.
+    fn compared(
+        &self,
+        case: &str,
+        metric: &'static str,
+        unit: &'static str,
+        aim: Aim,
+        of: fn(&Way) -> &Samples,
+    ) -> Vec<Row> {
+        let samples = of(self.way);
+        if samples.runs() == 0 {
+            return Vec::new();
+        }
+        let row = |aim| Row::new(BENCH, case, metric, unit, samples, aim);
+        let peers = self.peers.iter().filter(|(_, theirs)| of(theirs).runs() > 0);
+        let beside = peers.map(|(peer, theirs)| row(Aim::None).beside(peer, of(theirs), Aim::Peer(None)));
+        [row(aim)].into_iter().chain(beside).collect()
+    }
+}
+
+/// Names of the errors at each of [`CURVE_MS`].
+const CURVE_ERRORS: [&str; CURVE_MS.len()] =
+    ["curve_error_5ms", "curve_error_20ms", "curve_error_80ms", "curve_error_320ms", "curve_error_1280ms"];
+
+/// How many of the truths lie outside of what was stated, in percent.
+fn outside(held: &[Held]) -> Samples {
+    let outside = held.iter().filter(|held| held.outside).count();
+    let mut share = Samples::default();
+    share.push(outside as f64 * 100.0 / held.len() as f64);
+    share
 }
 
 /// How to come by one of our ways.
@@ -500,9 +527,7 @@ fn pooled(found: &[Found]) -> Vec<Row> {
     ];
     let rows = ways.iter().flat_map(|(name, way)| {
         let held: Vec<Held> = found.iter().flat_map(|found| way(found).held.clone()).collect();
-        let outside = held.iter().filter(|held| held.outside).count();
-        let mut share = Samples::default();
-        share.push(outside as f64 * 100.0 / held.len() as f64);
+        let share = outside(&held);
         let mut errors = Samples::default();
         held.iter().filter(|held| held.enough).for_each(|held| errors.push(held.error));
         let case = format!("all/{name}");

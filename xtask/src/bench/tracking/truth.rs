@@ -87,21 +87,34 @@ pub(super) struct Pace {
 }
 
 impl Pace {
-    /// None without windows.
+    /// The mean over the windows; none without any.
     pub(super) fn of(windows: &[Window], tsc_hz: u64) -> Option<Self> {
         let cycles: u64 = windows.iter().map(|window| window.cycles).sum();
         let written: u64 = windows.iter().map(|window| window.written).sum();
-        let mut gaps = Samples::default();
+        Some(Self { pages_per_second: written as f64 * tsc_hz as f64 / cycles as f64, gap_ms: gap_ms(windows)? })
+    }
+
+    /// The window in the middle: where nothing is measured, one that the host held up says nothing of the guest.
+    fn median(windows: &[Window], tsc_hz: u64) -> Option<Self> {
+        let mut paces = Samples::default();
         for window in windows {
-            gaps.push(window.longest_gap_ns as f64 / 1e6);
+            paces.push(window.written as f64 * tsc_hz as f64 / window.cycles as f64);
         }
-        Some(Self { pages_per_second: written as f64 * tsc_hz as f64 / cycles as f64, gap_ms: gaps.median()? })
+        Some(Self { pages_per_second: paces.median()?, gap_ms: gap_ms(windows)? })
     }
 
     /// How much slower than `control`, in percent of it.
     pub(super) fn slowdown(&self, control: &Self) -> f64 {
         (1.0 - self.pages_per_second / control.pages_per_second) * 100.0
     }
+}
+
+fn gap_ms(windows: &[Window]) -> Option<f64> {
+    let mut gaps = Samples::default();
+    for window in windows {
+        gaps.push(window.longest_gap_ns as f64 / 1e6);
+    }
+    gaps.median()
 }
 
 /// U(t) of a guest that is left alone.
@@ -117,7 +130,7 @@ pub(super) struct Truth {
 impl Truth {
     /// From the windows of a control run; none without any.
     pub(super) fn of(pattern: Pattern, windows: &[Window], tsc_hz: u64) -> Option<Self> {
-        let pace = Pace::of(windows, tsc_hz)?;
+        let pace = Pace::median(windows, tsc_hz)?;
         let mean = |index: usize| {
             let of: Vec<&(f64, f64, f64)> = windows.iter().filter_map(|window| window.marks.get(index)).collect();
             let sum =
@@ -126,6 +139,11 @@ impl Truth {
         };
         let marks = (0..windows.first()?.marks.len()).map(mean).collect();
         Some(Self { pattern, pace, marks })
+    }
+
+    /// The same guest at the pace that it had while it was measured.
+    pub(super) fn at_pace(&self, pace: Pace) -> Self {
+        Self { pace, ..self.clone() }
     }
 
     /// Different pages in `ns`, of all that the VM writes: by the pattern and the pace that it had, and with the books and the other pages.
