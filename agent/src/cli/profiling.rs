@@ -62,10 +62,6 @@ pub(super) struct ProfilingArgs {
     #[arg(long)]
     allow_soft_dirty: bool,
 
-    /// Do not look for the names of the guest's processes.
-    #[arg(long)]
-    no_names: bool,
-
     /// Print diagnostics of the BPF programs themselves.
     #[arg(long)]
     probe_log: bool,
@@ -104,7 +100,7 @@ impl ProfilingArgs {
             window: self.window,
             windows: self.windows,
             duty: f64::from(self.duty) / 100.0,
-            names: !self.no_names,
+            names: false,
             probe_log: self.probe_log,
         })
     }

@@ -12,7 +12,7 @@ use crate::model::{BytesPerSecond, Writer};
 use crate::service::config::Config;
 use crate::service::interrupt::Interrupt;
 use crate::service::out::{complain, say};
-use crate::service::profile::ProfileError;
+use crate::service::profile::{ProfileError, ProfileRequest};
 use crate::service::rogues::{RogueError, RogueReport, rogues};
 use crate::track::{DEFAULT_MARGIN, Terms};
 
@@ -48,6 +48,10 @@ pub(super) struct RogueArgs {
     #[arg(long, value_name = "TIME", default_value = "1ms", value_parser = parse_duration)]
     rtt: Duration,
 
+    /// Do not look for the names of the guest's processes.
+    #[arg(long)]
+    no_names: bool,
+
     /// How often to look.
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
     looks: u32,
@@ -56,9 +60,9 @@ pub(super) struct RogueArgs {
 impl RogueArgs {
     /// Runs the command.
     pub(super) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
-        let Self { profiling, bandwidth, downtime, switch_cost, rtt, looks } = self;
+        let Self { profiling, bandwidth, downtime, switch_cost, rtt, no_names, looks } = self;
         let request = match profiling.request(config) {
-            Ok(request) => request,
+            Ok(request) => ProfileRequest { names: !no_names, ..request },
             Err(words) => {
                 complain!("dunlin: {words}");
                 return Ok(exit::USAGE);

@@ -84,8 +84,10 @@ fn text(profile: &Profile, downtime: Option<Duration>, glyphs: Glyphs) -> String
     let bytes = |pages: f64| display_bytes((pages * PAGE_SIZE as f64) as u64);
     let _ =
         writeln!(out, "\n{:>10} {:>12} {:>12}   {:<25} {:>14}", "INTERVAL", "PAGES", "BYTES", "95 % INTERVAL", "RATE");
-    let lengths =
-        SHOWN_MS.map(Duration::from_millis).into_iter().filter(|length| *length < profile.curve.measured_until());
+    let lengths = SHOWN_MS
+        .map(Duration::from_millis)
+        .into_iter()
+        .filter(|length| length.mul_f64(1.05) < profile.curve.measured_until());
     for length in lengths.chain([profile.curve.measured_until()]) {
         let at = profile.curve.at(length);
         let _ = writeln!(

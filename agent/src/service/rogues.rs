@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::interrupt::Interrupt;
 use super::observe::Observed as ObservedVm;
-use super::profile::{Profile, ProfileError, ProfileRequest, Progress, profile};
+use super::profile::{Profile, ProfileError, ProfileRequest, Profiler, Progress};
 use crate::model::schema::Schema;
 use crate::model::{PageCount, WriteCurve, Writer};
 use crate::track::{Forecast, Observed, Patience, Ranking, Regime, RogueWatch, Terms, TermsError, forecast, rank};
@@ -80,10 +80,11 @@ pub fn rogues(
     terms.memory_time()?;
     let observations = observations.max(1);
     let mut watch = RogueWatch::new(Patience::new((observations as usize * 3).div_ceil(4), observations as usize));
+    let mut profiler = Profiler::open(request)?;
     let mut step = 0;
     loop {
         progress(step, observations);
-        let taken = profile(request, interrupt, &mut |_, _| {})?;
+        let taken = profiler.measure(interrupt, &mut |_, _| {})?;
         let ranking = ranked(&taken, terms, margin)?;
         watch.observe(&ranking, &BTreeMap::new());
         step += 1;
