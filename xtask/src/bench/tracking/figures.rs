@@ -21,9 +21,6 @@ pub(super) const CURVE_MS: [u32; 5] = [5, 20, 80, 320, 1280];
 const ENOUGH_CHANGED: u64 = 400;
 /// Time of QEMU's measurements, and of ours that answer to them.
 const CALC_SECONDS: u64 = 1;
-/// How often QEMU is asked whether it is done.
-const TICK: Duration = Duration::from_millis(20);
-
 /// Different pages in an interval.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Figure {
@@ -187,13 +184,13 @@ impl Curve {
 pub(super) fn profile(vm: &Vm<'_>, regime: &str) -> Result<Profile> {
     let state = vm.state_dir();
     let state = state.to_str().context("a folder's name")?;
-    Profile::parse(&vm.ask("wws", &["--regime", regime, "--no-names", "--state-dir", state], LIMIT)?)
+    Profile::parse(&vm.ask("wws", &["--regime", regime, "--state-dir", state], LIMIT)?)
 }
 
 /// `dunlin wws` on a process of QEMU, by its memory.
 pub(super) fn profile_of_qemu(dunlin: &Path, side: &Side, folder: &Path) -> Result<Profile> {
     let mut command = Command::new(dunlin);
-    command.args(["wws", &format!("pid:{}", side.process.id()), "--json", "--no-names"]);
+    command.args(["wws", &format!("pid:{}", side.process.id()), "--json"]);
     command.args(["--regime", "sampled", "--allow-read-memory", "--run-dir"]).arg(folder.join("run"));
     command.arg("--state-dir").arg(folder.join("state"));
     Profile::parse(&answer(command, folder, LIMIT)?)
@@ -224,16 +221,16 @@ pub(super) fn calc_dirty_rate(side: &mut Side, mode: &str, sample_pages: Option<
         arguments.insert("sample-pages".to_owned(), pages.into());
     }
     side.qmp.order("calc-dirty-rate", arguments)?;
-    let rate = loop {
-        interrupt::sleep(TICK)?;
+    // It begins on a thread of its own, and is `unstarted` until that runs.
+    let rate = interrupt::wait_for(LIMIT, "QEMU's dirty rate", || {
         side.process.check_alive()?;
         let answer = side.qmp.order("query-dirty-rate", json!({}))?;
         match answer.get("status").and_then(Value::as_str) {
-            Some("measured") => break answer.get("dirty-rate").and_then(Value::as_f64).context("no rate of QEMU")?,
-            Some("measuring") => {}
+            Some("measured") => Ok(Some(answer.get("dirty-rate").and_then(Value::as_f64).context("no rate of QEMU")?)),
+            Some("measuring" | "unstarted") => Ok(None),
             _ => bail!("QEMU's measurement failed: {answer}"),
         }
-    };
+    })?;
     // MiB/s in whole numbers.
     Ok(Figure { pages: rate * CALC_SECONDS as f64 * 256.0, ns: CALC_SECONDS as f64 * 1e9 })
 }
