@@ -26,7 +26,7 @@ pub(super) fn profile(
             key: "read_memory",
         });
     }
-    let mut notes = Vec::new();
+    let mut notes = vec!["sampling shows what was written, not by whom nor where".to_owned()];
     let vm = match inventory::kernel_view() {
         Some(mut view) => inventory::again(&found, &request.run_dir, &mut view).unwrap_or(found),
         None => found,
