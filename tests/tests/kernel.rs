@@ -137,3 +137,60 @@ fn without_type_information_counting_goes_on_and_says_what_is_lost() {
     println!("shows {seen} pages seen, {} faults whose frame could not be read", sample.lost.unreadable);
     assert!(seen + sample.lost.unreadable >= 100, "{events:?} {:?}", sample.lost);
 }
+
+#[test]
+#[ignore = "needs a KVM that emits kvm_exit: `cargo xtask test-vm` runs it"]
+fn exits_have_the_processors_reasons_and_times() {
+    let (stop, stopped) = std::sync::mpsc::channel::<()>();
+    let writer = std::thread::spawn(move || {
+        let mut vm = TinyVm::new(PageCount(200), DirtyLogKind::Bitmap).unwrap();
+        let mut faults = 0u64;
+        while stopped.try_recv().is_err() {
+            vm.set_logging(false).unwrap();
+            vm.set_logging(true).unwrap();
+            vm.write_pages(PageCount(200)).unwrap();
+            faults += 200;
+        }
+        faults
+    });
+    let output = dunlin_tests::dunlin()
+        .args(["exits", &format!("pid:{}", std::process::id()), "--json", "--interval", "2s", "--count", "2"])
+        .output()
+        .unwrap();
+    stop.send(()).unwrap();
+    let faults = writer.join().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    let last = String::from_utf8(output.stdout).unwrap().lines().last().unwrap().to_owned();
+    let report: serde_json::Value = serde_json::from_str(&last).unwrap();
+    assert_eq!(report["backend"], "svm", "{report:#}");
+    let row = |to: &str, reason: &str| {
+        let rows = report["exits"].as_array().unwrap().iter();
+        rows.clone()
+            .find(|row| row["to"] == to && row["reason"] == reason)
+            .unwrap_or_else(|| panic!("{to} {reason}: {report:#}"))
+            .clone()
+    };
+    let (fault, bell) = (row("kvm", "npf"), row("vmm", "mmio"));
+    let number = |row: &serde_json::Value, name: &str| row[name].as_f64().unwrap();
+    println!(
+        "shows nested page faults: {} in 2 s, mean {:.1} µs, 99 % within {:.1} µs; bells: {}, mean {:.1} µs in the VMM",
+        fault["count"],
+        number(&fault, "mean_ns") / 1e3,
+        number(&fault, "p99_ns") / 1e3,
+        bell["count"],
+        number(&bell, "mean_ns") / 1e3
+    );
+    // 200 faults for each bell, and the bell's own page; the last pass of the interval may be cut.
+    let (count, bells) = (number(&fault, "count"), number(&bell, "count"));
+    assert!(
+        count >= 200.0 * (bells - 1.0) && count <= 205.0 * (bells + 1.0),
+        "{count} faults, {bells} bells, {faults} in all"
+    );
+    for row in [&fault, &bell] {
+        assert!(
+            number(row, "p50_ns") <= number(row, "p99_ns") && number(row, "p99_ns") <= number(row, "longest_ns") * 2.0,
+            "{row}"
+        );
+        assert!(number(row, "total_ns") > 0.0 && number(row, "time_share") < 1.01, "{row}");
+    }
+}

@@ -2,8 +2,12 @@
 
 use std::fs;
 use std::io;
+use std::time::Duration;
 
 use crate::model::KvmDescriptors;
+
+/// What user space is told times in: 100 a second on every Linux, whatever its own ticks (`USER_HZ`).
+const USER_TICK_MS: u64 = 10;
 
 /// Why a process is no VM that can be looked at.
 #[derive(Debug, thiserror::Error)]
@@ -51,11 +55,15 @@ pub struct KvmProcess {
 }
 
 impl KvmProcess {
+    /// The ids of all processes, in no order.
+    pub fn ids() -> Vec<u32> {
+        let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+    }
+
     /// All that this process may look at, by process id. Those that end meanwhile are left out.
     pub fn all() -> Vec<Self> {
-        let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-        let mut found: Vec<Self> = pids.filter_map(|pid| Self::open(pid).ok()).collect();
+        let mut found: Vec<Self> = Self::ids().into_iter().filter_map(|pid| Self::open(pid).ok()).collect();
         found.sort_by_key(|process| process.pid);
         found
     }
@@ -120,6 +128,22 @@ impl KvmProcess {
     }
 }
 
+/// The time that a thread has had a CPU for, guest and host together. None: it has ended.
+///
+/// `/proc/PID/task/TID/schedstat` tells it in nanoseconds (first field; Documentation/scheduler/sched-stats.rst); where the kernel has no such file, `stat`
+/// in ticks of 10 ms (fields 14 and 15, user and system).
+pub fn thread_cpu_time(pid: u32, thread: u32) -> Option<Duration> {
+    let folder = format!("/proc/{pid}/task/{thread}");
+    if let Ok(text) = fs::read_to_string(format!("{folder}/schedstat")) {
+        return text.split_ascii_whitespace().next()?.parse().ok().map(Duration::from_nanos);
+    }
+    let stat = fs::read_to_string(format!("{folder}/stat")).ok()?;
+    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
+    let user: u64 = fields.nth(11)?.parse().ok()?;
+    let system: u64 = fields.next()?.parse().ok()?;
+    Some(Duration::from_millis(user.saturating_add(system).saturating_mul(USER_TICK_MS)))
+}
+
 /// When a running process started, in clock ticks since boot. A zombie runs no guest.
 pub(super) fn start_time(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
@@ -143,6 +167,18 @@ mod tests {
         child.wait().unwrap();
         assert!(matches!(KvmProcess::open(child.id()), Err(ProcessError::Gone(_))));
         assert!(matches!(KvmProcess::open(u32::MAX), Err(ProcessError::Gone(_))));
+    }
+
+    #[test]
+    fn a_thread_that_works_uses_a_cpu() {
+        let thread = rustix::thread::gettid().as_raw_nonzero().get() as u32;
+        let used = || thread_cpu_time(std::process::id(), thread).unwrap();
+        let before = used();
+        let began = std::time::Instant::now();
+        while used() < before + Duration::from_millis(20) {
+            assert!(began.elapsed() < Duration::from_secs(20), "no time was counted");
+        }
+        assert_eq!(thread_cpu_time(std::process::id(), u32::MAX), None);
     }
 
     #[test]

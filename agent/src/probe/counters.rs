@@ -56,6 +56,11 @@ impl KernelCounters {
         Ok(Self { probes: Arc::clone(probes), place, frames, hooks })
     }
 
+    /// How many different pages have turned writable since they were last taken; takes them.
+    pub fn count_pages(&self) -> PageCount {
+        lock(&self.probes).count_pages(&self.place)
+    }
+
     /// The programs.
     pub fn probes(&self) -> MutexGuard<'_, Probes> {
         lock(&self.probes)

@@ -3,7 +3,7 @@
 //!
 //! Owns loading, attaching, who is tracked and in which window. Must not know what a rate means. Dropping it detaches everything.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
@@ -248,6 +248,24 @@ impl Probes {
         hooks.collect()
     }
 
+    /// Whether anything that gives this is attached.
+    ///
+    /// # Errors
+    /// Why nothing is.
+    pub fn is_attached(&self, gives: Gives) -> Result<(), String> {
+        let mut reasons = Vec::new();
+        for attached in self.attached.iter().filter(|attached| attached.hook.gives == gives) {
+            match &attached.link {
+                Ok(_) => return Ok(()),
+                Err(reason) if self.is_of_use(attached.hook) => {
+                    reasons.push(format!("{}: {reason}", attached.hook.place));
+                }
+                Err(_) => reasons.push(format!("{}: tells nothing more on this processor", attached.hook.place)),
+            }
+        }
+        Err(reasons.join("; "))
+    }
+
     /// The processor's kind of virtualisation.
     pub fn backend(&self) -> Backend {
         self.layout.backend
@@ -324,6 +342,22 @@ impl Probes {
         Ok(())
     }
 
+    /// Forgets threads that run no vCPU of these VMs any more, and tells of those that do, as [`Probes::set_vcpus`].
+    ///
+    /// # Errors
+    /// The map is full.
+    pub fn replace_vcpus(&mut self, vms: &[KernelVm]) -> Result<(), ProbeError> {
+        let threads: BTreeSet<u32> =
+            vms.iter().flat_map(|vm| &vm.vcpus).filter_map(|(facts, _)| facts.thread_id).collect();
+        let mut vcpus: HashMap<_, u32, u64> = self.map_mut(map::VCPUS)?;
+        let gone: Vec<u32> =
+            vcpus.keys().take(2 * MAX_THREADS as usize).flatten().filter(|thread| !threads.contains(thread)).collect();
+        for thread in gone {
+            let _ = vcpus.remove(&thread);
+        }
+        self.set_vcpus(vms)
+    }
+
     /// Gives a process its window of `frames` guest frames.
     pub(super) fn track(&mut self, pid: u32, frames: PageCount) -> Result<Place, ProbeError> {
         let slot = self.slots.iter().position(|used| !used).ok_or(ProbeError::Full("1024 VMs are tracked"))?;
@@ -343,7 +377,10 @@ impl Probes {
     /// Forgets a process and all that was counted of it.
     pub(super) fn untrack(&mut self, place: &Place) {
         if let Ok(mut tracked) = self.map_mut::<u32, Plain<TrackedVm>>(map::TRACKED) {
-            let _ = tracked.remove(&place.pid);
+            // A process that has the number by now has a window of its own, and keeps it.
+            if tracked.get(&place.pid, 0).is_ok_and(|Plain(window)| window == place.window) {
+                let _ = tracked.remove(&place.pid);
+            }
         }
         // A thread that is in the middle of an event may make its entry anew; it is forgotten with the next VM of that thread's number.
         let pid = place.pid;
@@ -379,7 +416,25 @@ impl Probes {
         &self.pages.words()[first..first + place.window.words as usize]
     }
 
-    /// Reads the counters of all tracked processes.
+    /// Takes the bits that the programs set, and says how many there were.
+    pub(super) fn count_pages(&self, place: &Place) -> PageCount {
+        let taken = self.words(place).iter().map(|word| match word.load(Ordering::Relaxed) {
+            0 => 0,
+            _ => u64::from(word.swap(0, Ordering::AcqRel).count_ones()),
+        });
+        PageCount(taken.sum())
+    }
+
+    /// Reads the counters of all tracked processes in one go: threads and their exits, but not what is attributed to address spaces and
+    /// code, which is much and told for one VM at a time ([`crate::port::EventSource::sample`]). A process that has done nothing has no entry.
+    ///
+    /// # Errors
+    /// A map cannot be read.
+    pub fn sweep_all(&mut self) -> Result<BTreeMap<u32, EventSample>, EventSourceError> {
+        self.sweep(None)
+    }
+
+    /// Reads the counters of all tracked processes, or everything of one.
     ///
     /// # Errors
     /// A map cannot be read.
@@ -419,6 +474,9 @@ impl Probes {
                 }
             });
         })?;
+        if only.is_none() {
+            return Ok(samples);
+        }
         each(&self.spaces, MAX_SPACES, |Plain(key), Plain(counters)| {
             thread(key.tgid, key.tid, &mut |events| {
                 let space = SpaceEvents {
@@ -436,7 +494,8 @@ impl Probes {
         Ok(samples)
     }
 
-    fn lost(&self) -> LostEvents {
+    /// Events of all VMs together that were not counted in full since the programs were loaded.
+    pub fn lost(&self) -> LostEvents {
         let count = |loss: Loss| self.losses.words()[loss as usize].load(Ordering::Relaxed);
         LostEvents {
             out_of_range: count(Loss::OutOfRange),

@@ -304,6 +304,21 @@ pub fn give_order(socket: &Path, target: &str, body: &[u8]) -> Result<(), Contro
     blocking(request(socket, "POST", target, body.to_vec())).map(drop)
 }
 
+/// As [`give_order`], but waits no longer than `limit`: the machine's process may be stopped.
+///
+/// # Errors
+/// As [`give_order`]; no answer in time, and then it is not known whether the order was carried out.
+pub fn give_order_within(socket: &Path, target: &str, limit: Duration) -> Result<(), ControlError> {
+    blocking(async {
+        let late = || ControlError::Exchange {
+            socket: socket.display().to_string(),
+            problem: format!("no answer within {limit:?}: is the VM's process stopped?"),
+        };
+        tokio::time::timeout(limit, request(socket, "POST", target, Vec::new())).await.map_err(|_| late())?
+    })
+    .map(drop)
+}
+
 /// Asks for the VM's state.
 ///
 /// # Errors

@@ -6,10 +6,17 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-/// Has the next SIGINT or SIGTERM end a wait instead of the process.
+/// Has the next SIGINT or SIGTERM, or another thread, end a wait.
 #[derive(Debug)]
 pub struct Interrupt {
     woken: UnixStream,
+}
+
+/// Interrupts when it is dropped.
+#[derive(Debug)]
+pub struct Wake {
+    /// The other end notices that it is closed.
+    _wake: UnixStream,
 }
 
 impl Interrupt {
@@ -23,6 +30,15 @@ impl Interrupt {
             signal_hook::low_level::pipe::register(signal, wake.try_clone()?)?;
         }
         Ok(Self { woken })
+    }
+
+    /// One that no signal wakes, but a [`Wake`].
+    ///
+    /// # Errors
+    /// What the kernel answered.
+    pub fn by_hand() -> io::Result<(Self, Wake)> {
+        let (woken, wake) = UnixStream::pair()?;
+        Ok((Self { woken }, Wake { _wake: wake }))
     }
 
     /// Waits until `deadline`; true if a signal has come, then at once and ever after.
@@ -43,6 +59,15 @@ impl Interrupt {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn another_thread_ends_the_wait() {
+        let (interrupt, wake) = Interrupt::by_hand().unwrap();
+        assert!(!interrupt.wait_until(Instant::now() + Duration::from_millis(5)));
+        let waking = std::thread::spawn(move || drop(wake));
+        assert!(interrupt.wait_until(Instant::now() + Duration::from_secs(60)));
+        waking.join().unwrap();
+    }
 
     #[test]
     fn a_signal_ends_the_wait_and_all_later_ones() {

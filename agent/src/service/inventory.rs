@@ -167,7 +167,8 @@ pub fn again(vm: &HostVm, run_dir: &Path, probes: &mut Probes) -> Option<HostVm>
     of_processes(vec![process], run_dir, Some(probes)).pop()
 }
 
-fn of_processes(processes: Vec<KvmProcess>, run_dir: &Path, probes: Option<&mut Probes>) -> Vec<HostVm> {
+/// The VMs of these processes, in their order.
+pub(super) fn of_processes(processes: Vec<KvmProcess>, run_dir: &Path, probes: Option<&mut Probes>) -> Vec<HostVm> {
     let entries = Registry::new(run_dir).list();
     let descriptors: Vec<KvmDescriptors> = processes.iter().map(|process| process.descriptors.clone()).collect();
     let views: Vec<Result<KernelVm, String>> = match probes.map(|probes| probes.inventory(&descriptors)) {

@@ -8,6 +8,7 @@
 //! - [`announce`] announces by hand, on an interface that an operator names.
 //! - [`inventory`] finds every KVM VM of this host.
 //! - [`observe`] watches how one VM writes its memory, [`exits`] why it leaves its guest, [`profile`] measures its curve and its writers, [`rogues`] says who keeps it from migrating; [`doctor`] tries what this host can do.
+//! - [`fleet`] watches all VMs together; [`sources`] is the plan of what can be seen of them.
 //!
 //! Everything that acts on a VM passes [`audit::record`].
 
@@ -21,6 +22,7 @@ pub mod control;
 pub mod doctor;
 pub mod events;
 pub mod exits;
+pub mod fleet;
 pub mod gate;
 mod guest_names;
 pub mod interrupt;
@@ -38,4 +40,5 @@ pub mod resolve;
 pub mod rogues;
 mod seat;
 pub mod session;
+pub mod sources;
 pub mod watch;

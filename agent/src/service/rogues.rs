@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::interrupt::Interrupt;
 use super::observe::Observed as ObservedVm;
-use super::profile::{Profile, ProfileError, ProfileRequest, Progress, profile};
+use super::profile::{Profile, ProfileError, ProfileRequest, Profiler, Progress, WriterProfile};
 use crate::model::schema::Schema;
 use crate::model::{PageCount, WriteCurve, Writer};
 use crate::track::{Forecast, Observed, Patience, Ranking, Regime, RogueWatch, Terms, TermsError, forecast, rank};
@@ -80,11 +80,12 @@ pub fn rogues(
     terms.memory_time()?;
     let observations = observations.max(1);
     let mut watch = RogueWatch::new(Patience::new((observations as usize * 3).div_ceil(4), observations as usize));
+    let mut profiler = Profiler::open(request)?;
     let mut step = 0;
     loop {
         progress(step, observations);
-        let taken = profile(request, interrupt, &mut |_, _| {})?;
-        let ranking = ranked(&taken, terms, margin)?;
+        let taken = profiler.measure(interrupt, &mut |_, _| {})?;
+        let ranking = ranked(&taken.curve, &taken.writers, terms, margin)?;
         watch.observe(&ranking, &BTreeMap::new());
         step += 1;
         if step == observations {
@@ -94,14 +95,16 @@ pub fn rogues(
     }
 }
 
-/// The ranking of one profile's writers.
-fn ranked(profile: &Profile, terms: &Terms, margin: f64) -> Result<Ranking, TermsError> {
-    let whole = Observed { writer: Writer::Vm, curve: &profile.curve, share: 1.0 };
-    let parts = profile.writers.iter().map(|part| Observed {
-        writer: part.writer.clone(),
-        curve: &part.curve,
-        share: part.share,
-    });
+/// The ranking of the writers of one curve.
+pub(super) fn ranked(
+    curve: &WriteCurve,
+    writers: &[WriterProfile],
+    terms: &Terms,
+    margin: f64,
+) -> Result<Ranking, TermsError> {
+    let whole = Observed { writer: Writer::Vm, curve, share: 1.0 };
+    let parts =
+        writers.iter().map(|part| Observed { writer: part.writer.clone(), curve: &part.curve, share: part.share });
     let observed: Vec<Observed<'_>> = std::iter::once(whole).chain(parts).collect();
     rank(&observed, terms, margin)
 }
@@ -114,6 +117,24 @@ fn report(
     observations: u32,
 ) -> Result<RogueReport, TermsError> {
     let memory = PageCount::covering(profile.memory_bytes);
+    let rogues = named(watch, &ranking);
+    let curve: &WriteCurve = &profile.curve;
+    Ok(RogueReport {
+        vm: profile.vm.clone(),
+        regime: profile.regime,
+        is_lower_bound: profile.is_lower_bound,
+        notes: profile.notes.clone(),
+        bandwidth_bytes_per_second: terms.bandwidth.0,
+        downtime_ns: terms.downtime.as_nanos() as u64,
+        forecast: forecast(curve, memory, terms)?,
+        ranking,
+        observations,
+        rogues,
+    })
+}
+
+/// The rogues of a watch, with what the last ranking has of them.
+pub(super) fn named(watch: &RogueWatch, ranking: &Ranking) -> Vec<Rogue> {
     // A thread, an address space, code: what can be slowed. The VM and its memory are not who writes.
     let culprits = watch.rogues().filter(|writer| !matches!(writer, Writer::Vm | Writer::Region { .. }));
     let rogues = culprits.map(|writer| {
@@ -128,17 +149,5 @@ fn report(
     });
     let mut rogues: Vec<Rogue> = rogues.collect();
     rogues.sort_by(|a, b| b.pages_per_second.total_cmp(&a.pages_per_second));
-    let curve: &WriteCurve = &profile.curve;
-    Ok(RogueReport {
-        vm: profile.vm.clone(),
-        regime: profile.regime,
-        is_lower_bound: profile.is_lower_bound,
-        notes: profile.notes.clone(),
-        bandwidth_bytes_per_second: terms.bandwidth.0,
-        downtime_ns: terms.downtime.as_nanos() as u64,
-        forecast: forecast(curve, memory, terms)?,
-        ranking,
-        observations,
-        rogues,
-    })
+    rogues
 }

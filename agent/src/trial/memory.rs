@@ -1,4 +1,4 @@
-//! Trials of memory: sealed memory files, huge pages in them, marks of written pages, faults handled in user space.
+//! Trials of memory: sealed memory files, huge pages in them, marks of written pages, other processes' memory, faults handled in user space.
 
 use std::fs::File;
 use std::io;
@@ -30,6 +30,14 @@ pub fn huge_pages() -> io::Result<String> {
         "always" | "within_size" | "advise" | "force" => Ok(chosen.to_owned()),
         other => Err(io::Error::other(format!("shmem_enabled is `{other}`"))),
     }
+}
+
+/// Opens the memory of the first process, which takes the right to trace processes of other users; reads nothing.
+///
+/// # Errors
+/// What the kernel answered.
+pub fn read_of_another_process() -> io::Result<String> {
+    File::open("/proc/1/mem").map(|_| String::new())
 }
 
 /// Bit 55 of an entry of `/proc/PID/pagemap` (Documentation/admin-guide/mm/soft-dirty.rst).

@@ -22,6 +22,8 @@ const CODE: u64 = 0x4000;
 pub const FIRST_FRAME: u64 = 16;
 /// The root of the guest's page tables.
 pub const ROOT: u64 = PML4;
+/// The root of its second address space, which maps the same.
+pub const OTHER_ROOT: u64 = 0x5000;
 /// The address of the guest's instruction that writes.
 pub const WRITE: u64 = CODE + 6;
 /// An address that the guest's page tables map, and no memory backs.
@@ -90,11 +92,30 @@ impl TinyVm {
     /// # Errors
     /// KVM refused to run, or ended the run with anything but the guest's bell.
     pub fn write_pages(&mut self, pages: PageCount) -> io::Result<()> {
+        self.write_from(0, pages)
+    }
+
+    /// Has the guest run in the address space with this root from now on: [`ROOT`] or [`OTHER_ROOT`].
+    ///
+    /// # Errors
+    /// What KVM answered.
+    pub fn load_root(&self, root: u64) -> io::Result<()> {
+        let mut special = self.vcpu.get_sregs()?;
+        special.cr3 = root;
+        Ok(self.vcpu.set_sregs(&special)?)
+    }
+
+    /// Runs one pass over `pages` pages from the page `first` on.
+    ///
+    /// # Errors
+    /// As [`TinyVm::write_pages`].
+    pub fn write_from(&mut self, first: u64, pages: PageCount) -> io::Result<()> {
         let room = (self.memory.len() / PAGE_SIZE) as u64 - FIRST_FRAME;
+        let first = first.min(room - 1);
         let mut registers = self.vcpu.get_regs()?;
         registers.rip = CODE;
-        registers.r8 = FIRST_FRAME * PAGE_SIZE as u64;
-        registers.r9 = pages.0.clamp(1, room);
+        registers.r8 = (FIRST_FRAME + first) * PAGE_SIZE as u64;
+        registers.r9 = pages.0.clamp(1, room - first);
         self.vcpu.set_regs(&registers)?;
         match self.vcpu.run()? {
             VcpuExit::MmioWrite(BELL, _) => {}
@@ -148,6 +169,7 @@ impl TinyVm {
             words[address as usize / 8].store(value, std::sync::atomic::Ordering::Relaxed);
         };
         put(PML4, PDPT | TABLE);
+        put(OTHER_ROOT, PDPT | TABLE);
         put(PDPT, DIRECTORY | TABLE);
         for entry in 0..512 {
             put(DIRECTORY + entry * 8, entry << 21 | LARGE);

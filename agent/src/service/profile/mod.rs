@@ -15,7 +15,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 pub use window::WindowCost;
-pub(super) use window::ram_slots;
+pub(super) use window::{Single, ram_slots, single};
 
 use super::config::TrackConfig;
 use super::interrupt::Interrupt;
@@ -226,34 +226,65 @@ impl From<FindError> for ProfileError {
 /// Told while it goes on: windows done, windows in all.
 pub type Progress<'a> = &'a mut dyn FnMut(u32, u32);
 
-/// Measures.
-///
-/// # Errors
-/// No such VM, no way to see it, or none that is allowed; says what to do. Whatever was switched on is off again.
-pub fn profile(
+/// What measures one VM: found, allowed, and loaded once. Dropping it leaves nothing behind.
+pub struct Profiler {
+    request: ProfileRequest,
+    by: By,
+}
+
+enum By {
+    Events(Box<window::Events>),
+    Reading(Box<sampled::Reading>),
+}
+
+impl Profiler {
+    /// Finds the VM, chooses the regime and loads what it needs. Nothing is protected or read yet.
+    ///
+    /// # Errors
+    /// No such VM, no way to see it, or none that is allowed; says what to do.
+    pub fn open(request: &ProfileRequest) -> Result<Self, ProfileError> {
+        let found = match inventory::find(&request.run_dir, &request.vm, None) {
+            Err(FindError::Process(error)) => inventory::emulated(&request.vm, error)?,
+            other => other?,
+        };
+        let allowed = allowed(request, &found);
+        // Without KVM there are no events, whatever was asked for.
+        let emulated = found.process.descriptors.machines.is_empty();
+        let how = match (request.how, found.entry.is_some()) {
+            _ if emulated => How::Sampled,
+            (How::Auto, true) => How::Armed,
+            (How::Auto, false) if allowed.soft_dirty && crate::trial::memory::soft_dirty().is_ok() => How::SoftDirty,
+            (How::Auto, false) if allowed.read_memory => How::Sampled,
+            (How::Auto, false) => How::Logged,
+            (how, _) => how,
+        };
+        let by = if how == How::Sampled {
+            By::Reading(Box::new(sampled::Reading::open(request, found, allowed)?))
+        } else {
+            By::Events(Box::new(events(request, &found, how, allowed)?))
+        };
+        Ok(Self { request: request.clone(), by })
+    }
+
+    /// Measures as many windows as were asked for.
+    ///
+    /// # Errors
+    /// The VM ended, a signal came, or what is read fails. Whatever was switched on is off again.
+    pub fn measure(&mut self, interrupt: &Interrupt, progress: Progress<'_>) -> Result<Profile, ProfileError> {
+        match &mut self.by {
+            By::Events(events) => events.measure(&self.request, interrupt, progress),
+            By::Reading(reading) => reading.measure(interrupt, progress),
+        }
+    }
+}
+
+/// What measures by events.
+fn events(
     request: &ProfileRequest,
-    interrupt: &Interrupt,
-    progress: Progress<'_>,
-) -> Result<Profile, ProfileError> {
-    let found = match inventory::find(&request.run_dir, &request.vm, None) {
-        Err(FindError::Process(error)) => inventory::emulated(&request.vm, error)?,
-        other => other?,
-    };
-    let allowed = allowed(request, &found);
-    // Without KVM there are no events, whatever was asked for.
-    if found.process.descriptors.machines.is_empty() {
-        return sampled::profile(request, found, allowed, interrupt, progress);
-    }
-    let how = match (request.how, found.entry.is_some()) {
-        (How::Auto, true) => How::Armed,
-        (How::Auto, false) if allowed.soft_dirty && crate::trial::memory::soft_dirty().is_ok() => How::SoftDirty,
-        (How::Auto, false) if allowed.read_memory => How::Sampled,
-        (How::Auto, false) => How::Logged,
-        (how, _) => how,
-    };
-    if how == How::Sampled {
-        return sampled::profile(request, found, allowed, interrupt, progress);
-    }
+    found: &HostVm,
+    how: How,
+    allowed: Allowed,
+) -> Result<window::Events, ProfileError> {
     let (watched, counters) = WatchedVm::open(&WatchRequest {
         run_dir: request.run_dir.clone(),
         vm: VmRef::Pid(found.pid),
@@ -261,24 +292,33 @@ pub fn profile(
         max_address_bytes: None,
         probe_log: request.probe_log,
     })?;
+    let name = || watched.vm.name.clone();
     let protector = match how {
         How::Armed => window::Protector::Log(watched.arm()?),
         How::SoftDirty if allowed.soft_dirty => window::Protector::soft_dirty(request, &watched.vm)?,
         How::SoftDirty => {
-            return Err(ProfileError::NeedsPermission {
-                vm: watched.vm.name.clone(),
-                what: "soft-dirty",
-                flag: "--allow-soft-dirty",
-                key: "soft_dirty",
-            });
+            let (flag, key) = ("--allow-soft-dirty", "soft_dirty");
+            return Err(ProfileError::NeedsPermission { vm: name(), what: "soft-dirty", flag, key });
         }
         _ if watched.vm.logged_bytes > 0 => window::Protector::Others,
         _ if request.how == How::Auto => {
-            return Err(ProfileError::NotAllowed { vm: watched.vm.name.clone(), vmm: watched.vm.vmm.clone() });
+            return Err(ProfileError::NotAllowed { vm: name(), vmm: watched.vm.vmm.clone() });
         }
-        _ => return Err(ProfileError::NotLogged(watched.vm.name.clone())),
+        _ => return Err(ProfileError::NotLogged(name())),
     };
-    window::profile(request, watched, counters, protector, allowed, interrupt, progress)
+    window::Events::new(watched, counters, protector, allowed)
+}
+
+/// Measures once.
+///
+/// # Errors
+/// As [`Profiler::open`] and [`Profiler::measure`].
+pub fn profile(
+    request: &ProfileRequest,
+    interrupt: &Interrupt,
+    progress: Progress<'_>,
+) -> Result<Profile, ProfileError> {
+    Profiler::open(request)?.measure(interrupt, progress)
 }
 
 /// What is allowed on this VM: everything on one of our own.

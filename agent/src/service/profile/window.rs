@@ -7,16 +7,17 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::writers::{self, Window};
-use super::{Allowed, Profile, ProfileError, ProfileRequest, Progress};
+use super::{Allowed, Profile, ProfileError, ProfileRequest, Progress, WriterProfile};
 use crate::foreign::{Permission, SoftDirty};
-use crate::model::{MemoryRange, PageBitmap, RamSlot, WriteCurve};
+use crate::model::{AddressSpace, GuestProcess, MemoryRange, PageBitmap, RamSlot, WriteCurve};
 use crate::port::{Arm, EventSample, EventSource, LostEvents};
-use crate::probe::{KernelCounters, syscall};
+use crate::probe::{KernelCounters, ProgramCost, syscall};
+use crate::service::audit;
+use crate::service::guest_names::GuestNames;
 use crate::service::interrupt::Interrupt;
 use crate::service::inventory::HostVm;
 use crate::service::observe::{Observed, missing_sources};
 use crate::service::watch::WatchedVm;
-use crate::service::{audit, guest_names};
 use crate::track::Regime;
 
 /// What the measurement cost the host.
@@ -74,6 +75,47 @@ impl Protector {
     }
 }
 
+/// What one window of a hosted VM showed, for those who watch it anyway.
+pub(in crate::service) struct Single {
+    /// Its length.
+    pub(in crate::service) length: Duration,
+    /// Different pages that were written in it.
+    pub(in crate::service) unique_pages: u64,
+    /// The VM's curve.
+    pub(in crate::service) curve: WriteCurve,
+    /// Who wrote, and where.
+    pub(in crate::service) writers: Vec<WriterProfile>,
+    /// The counters when the VM wrote freely again, and when that was: what comes later belongs to no window.
+    pub(in crate::service) after: (Instant, EventSample),
+}
+
+/// Opens one window of a VM whose counters the caller has. The VM writes freely behind it, whatever happens.
+pub(in crate::service) fn single(
+    vm: &HostVm,
+    counters: &mut KernelCounters,
+    arm: Box<dyn Arm>,
+    window: Duration,
+    fault_cost: Duration,
+    interrupt: &Interrupt,
+) -> Result<Single, ProfileError> {
+    let mut measured = Measured {
+        windows: Vec::new(),
+        pages: counters.empty_pages(),
+        unique: Vec::new(),
+        lost: LostEvents::default(),
+    };
+    one(window, counters, &mut Protector::Log(arm), interrupt, &mut measured)?;
+    let mut nobodys = counters.empty_pages();
+    let after = (Instant::now(), counters.sample(&mut nobodys)?);
+    let numbers = writers::vcpu_numbers(&vm.vcpus, &measured.windows);
+    let (curve, mut by_writer) = writers::curves(&measured.windows, &numbers, &BTreeMap::new(), fault_cost);
+    let length: Duration = measured.windows.iter().map(|window| window.length).sum();
+    let curve = curve.unwrap_or_else(|| still((length.as_nanos() as u64).max(1)));
+    let ram: Vec<MemoryRange> = ram_slots(vm).iter().map(RamSlot::range).collect();
+    by_writer.extend(writers::regions(&writers::heat(&measured.pages, &ram), &curve));
+    Ok(Single { length, unique_pages: measured.unique.iter().sum(), curve, writers: by_writer, after })
+}
+
 /// Windows in which events were counted.
 struct Measured {
     windows: Vec<Window>,
@@ -84,74 +126,102 @@ struct Measured {
     lost: LostEvents,
 }
 
-/// Measures a VM's profile by events.
-pub(super) fn profile(
-    request: &ProfileRequest,
-    mut watched: WatchedVm,
-    mut counters: KernelCounters,
-    mut protector: Protector,
+/// What measures one VM by events.
+pub(super) struct Events {
+    watched: WatchedVm,
+    counters: KernelCounters,
+    protector: Protector,
     allowed: Allowed,
-    interrupt: &Interrupt,
-    progress: Progress<'_>,
-) -> Result<Profile, ProfileError> {
-    let regime = protector.regime();
-    let fault_cost = match regime {
-        Regime::Logged => None,
-        _ => Some(crate::trial::kvm::fault_cost().map_err(ProfileError::FaultCost)?),
-    };
-    // Kept open: while it is, the kernel counts what programs cost.
-    let counting = syscall::count_runs().ok();
-    let measured = measure(request, &mut watched, &mut counters, &mut protector, interrupt, progress)?;
-    let spent: Duration = measured.windows.iter().map(|window| window.length).sum();
-    let cost = counting.map(|counting| cost(&counters, spent, &counting));
-    let mut notes = Vec::new();
-    let processes = if request.names {
-        match guest_names::processes(
-            &watched.vm,
-            allowed.read_memory,
-            measured.windows.iter().flat_map(|w| w.threads.values()),
-        ) {
-            Ok(processes) => processes,
-            Err(reason) => {
-                notes.push(format!("the guest's processes are not named: {reason}"));
-                BTreeMap::new()
+    fault_cost: Option<Duration>,
+    names: GuestNames,
+    /// While it is open, the kernel counts what programs cost.
+    _counting: Option<OwnedFd>,
+}
+
+impl Events {
+    /// Measures what a fault costs on this host.
+    pub(super) fn new(
+        watched: WatchedVm,
+        counters: KernelCounters,
+        protector: Protector,
+        allowed: Allowed,
+    ) -> Result<Self, ProfileError> {
+        let fault_cost = match protector.regime() {
+            Regime::Logged => None,
+            _ => Some(crate::trial::kvm::fault_cost().map_err(ProfileError::FaultCost)?),
+        };
+        let (names, _counting) = (GuestNames::default(), syscall::count_runs().ok());
+        Ok(Self { watched, counters, protector, allowed, fault_cost, names, _counting })
+    }
+
+    /// Measures the VM's profile.
+    pub(super) fn measure(
+        &mut self,
+        request: &ProfileRequest,
+        interrupt: &Interrupt,
+        progress: Progress<'_>,
+    ) -> Result<Profile, ProfileError> {
+        let before = self.counters.probes().costs();
+        let Self { watched, counters, protector, .. } = self;
+        let measured = measure(request, watched, counters, protector, interrupt, progress)?;
+        let spent = measured.windows.iter().map(|window| window.length).sum();
+        let cost = cost(&before, &self.counters.probes().costs(), spent);
+        let mut notes = Vec::new();
+        let mut processes = BTreeMap::new();
+        if request.names {
+            let threads = measured.windows.iter().flat_map(|window| window.threads.values());
+            match self.names.processes(&self.watched.vm, self.allowed.read_memory, threads) {
+                Ok(found) => processes = found,
+                Err(reason) => notes.push(format!("the guest's processes are not named: {reason}")),
             }
         }
-    } else {
-        BTreeMap::new()
-    };
-    let numbers = writers::vcpu_numbers(&watched.vm.vcpus, &measured.windows);
-    let (curve, mut by_writer) =
-        writers::curves(&measured.windows, &numbers, &processes, fault_cost.unwrap_or_default());
-    let count = measured.windows.len().max(1);
-    let mean_ns = (spent.as_nanos() as u64 / count as u64).max(1);
-    let curve = curve.unwrap_or_else(|| still(mean_ns));
-    let ram: Vec<MemoryRange> = ram_slots(&watched.vm).iter().map(RamSlot::range).collect();
-    let heat = writers::heat(&measured.pages, &ram);
-    by_writer.extend(writers::regions(&heat, &curve));
-    let (granularity, note) = granularity(&protector, &measured);
-    notes.extend(note);
-    Ok(Profile {
-        vm: Observed::of(&watched.vm),
-        regime,
-        meaning: regime.meaning(),
-        is_lower_bound: regime.is_lower_bound(),
-        granularity_bytes: Some(granularity),
-        notes,
-        window_ns: mean_ns,
-        windows: measured.windows.len() as u32,
-        memory_bytes: watched.vm.memory_bytes.unwrap_or(0),
-        curve,
-        exact_unique_pages: Some(measured.unique.iter().sum::<u64>() as f64 / count as f64),
-        fault_cost_ns: fault_cost.map(|cost| cost.as_nanos() as u64),
-        writers: by_writer,
-        heat,
-        ram,
-        sampled: None,
-        lost_events: Some(measured.lost.into()),
-        cost,
-        missing_sources: missing_sources(counters.hooks()),
-    })
+        Ok(self.told(measured, spent, cost, &processes, notes))
+    }
+
+    /// The profile of what was measured.
+    fn told(
+        &self,
+        measured: Measured,
+        spent: Duration,
+        cost: WindowCost,
+        processes: &BTreeMap<AddressSpace, GuestProcess>,
+        mut notes: Vec<String>,
+    ) -> Profile {
+        let Self { watched, counters, protector, fault_cost, .. } = self;
+        let regime = protector.regime();
+        let numbers = writers::vcpu_numbers(&watched.vm.vcpus, &measured.windows);
+        let (curve, mut by_writer) =
+            writers::curves(&measured.windows, &numbers, processes, fault_cost.unwrap_or_default());
+        let count = measured.windows.len().max(1);
+        let mean_ns = (spent.as_nanos() as u64 / count as u64).max(1);
+        let curve = curve.unwrap_or_else(|| still(mean_ns));
+        let ram: Vec<MemoryRange> = ram_slots(&watched.vm).iter().map(RamSlot::range).collect();
+        let heat = writers::heat(&measured.pages, &ram);
+        by_writer.extend(writers::regions(&heat, &curve));
+        let (granularity, note) = granularity(protector, &measured);
+        notes.extend(note);
+        Profile {
+            vm: Observed::of(&watched.vm),
+            regime,
+            meaning: regime.meaning(),
+            is_lower_bound: regime.is_lower_bound(),
+            granularity_bytes: Some(granularity),
+            notes,
+            window_ns: mean_ns,
+            windows: measured.windows.len() as u32,
+            memory_bytes: watched.vm.memory_bytes.unwrap_or(0),
+            curve,
+            exact_unique_pages: Some(measured.unique.iter().sum::<u64>() as f64 / count as f64),
+            fault_cost_ns: fault_cost.map(|cost| cost.as_nanos() as u64),
+            writers: by_writer,
+            heat,
+            ram,
+            sampled: None,
+            lost_events: Some(measured.lost.into()),
+            cost: Some(cost),
+            missing_sources: missing_sources(counters.hooks()),
+        }
+    }
 }
 
 /// The curve of a VM that wrote nothing.
@@ -193,7 +263,7 @@ fn measure(
     while done < request.windows {
         progress(done, request.windows);
         let began = Instant::now();
-        one(request, counters, protector, interrupt, &mut measured)?;
+        one(request.window, counters, protector, interrupt, &mut measured)?;
         done += 1;
         if !watched.refresh() {
             return Err(ProfileError::Gone(watched.vm.name.clone()));
@@ -210,7 +280,7 @@ fn measure(
 
 /// One window. Whatever happens in it, the VM writes freely behind it.
 fn one(
-    request: &ProfileRequest,
+    window: Duration,
     counters: &mut KernelCounters,
     protector: &mut Protector,
     interrupt: &Interrupt,
@@ -227,7 +297,7 @@ fn one(
     }
     armed.counters.armed(true);
     let began = Instant::now();
-    let interrupted = interrupt.wait_until(began + request.window);
+    let interrupted = interrupt.wait_until(began + window);
     let length = began.elapsed();
     let after = armed.counters.sample(&mut pages)?;
     let marked = match &*armed.protector {
@@ -293,10 +363,12 @@ fn since(before: &EventSample, after: &EventSample) -> BTreeMap<u32, crate::port
     threads.filter(|(_, new)| new.pages_made_writable + new.pages_logged > 0).collect()
 }
 
-fn cost(counters: &KernelCounters, spent: Duration, _counting: &OwnedFd) -> WindowCost {
-    let costs = counters.probes().costs();
-    let bpf_run_time_ns = costs.iter().map(|cost| cost.stats.run_time_ns).sum();
-    let bpf_runs = costs.iter().map(|cost| cost.stats.run_count).sum();
+/// What the programs have cost between two looks.
+fn cost(before: &[ProgramCost], after: &[ProgramCost], spent: Duration) -> WindowCost {
+    let sum = |costs: &[ProgramCost], of: fn(&ProgramCost) -> u64| costs.iter().map(of).sum::<u64>();
+    let since = |of| sum(after, of).saturating_sub(sum(before, of));
+    let bpf_run_time_ns = since(|cost| cost.stats.run_time_ns);
+    let bpf_runs = since(|cost| cost.stats.run_count);
     let share = if spent.is_zero() { 0.0 } else { bpf_run_time_ns as f64 / spent.as_nanos() as f64 };
     WindowCost { bpf_run_time_ns, bpf_runs, bpf_core_share: share }
 }

@@ -1,0 +1,226 @@
+//! What the fleet shows of itself after each interval: plain values, the same for the terminal, for JSON and for metrics.
+
+use std::collections::VecDeque;
+
+use serde::Serialize;
+
+use crate::model::schema::Schema;
+use crate::model::{VmId, WriteCurve, Writer};
+use crate::service::inventory::Host;
+use crate::service::observe::MissingSource;
+use crate::service::rogues::Rogue;
+use crate::service::sources::SourceState;
+use crate::track::{DirtyRate, Forecast, Lost, Ranking, Regime};
+
+/// How many intervals a VM's history holds.
+pub const HISTORY: usize = 60;
+
+/// All KVM VMs of this host after one interval.
+#[derive(Clone, Debug, Serialize)]
+pub struct FleetView {
+    /// Counts the views of one fleet, from 1.
+    pub sequence: u64,
+    /// When it was taken, in milliseconds since 1970.
+    pub unix_ms: u64,
+    /// How long the fleet lets pass between two views.
+    pub interval_ns: u64,
+    /// The VMs, by name and process id.
+    pub vms: Vec<FleetVm>,
+    /// What watching costs and what is missing.
+    pub watching: Watching,
+}
+
+impl Schema for FleetView {
+    const SCHEMA: &'static str = "dunlin.fleet/v1";
+}
+
+impl FleetView {
+    /// What there is before the first look.
+    pub(super) fn before_the_first(interval_ns: u64, watching: Watching) -> Self {
+        Self { sequence: 0, unix_ms: 0, interval_ns, vms: Vec::new(), watching }
+    }
+}
+
+/// One VM of the fleet.
+#[derive(Clone, Debug, Serialize)]
+pub struct FleetVm {
+    /// Its name: its own, or its VMM's and its process id.
+    pub name: String,
+    /// Its identity.
+    pub vm_id: VmId,
+    /// Whether dunlin runs it.
+    pub host: Host,
+    /// The VMM.
+    pub vmm: String,
+    /// Its process.
+    pub pid: u32,
+    /// When that process started, in clock ticks since boot.
+    pub start_time_ticks: u64,
+    /// Memory that the guest can write; absent where that is not known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_bytes: Option<u64>,
+    /// Bytes of its memory whose dirty log is on.
+    pub logged_bytes: u64,
+    /// What is not known of it, or not counted, and why.
+    pub notes: Vec<String>,
+    /// Whether its different pages are counted; without, `rate.unique_pages` is 0 and means nothing.
+    pub unique_known: bool,
+    /// The last interval; absent before the first is over, and while the VM cannot be counted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate: Option<DirtyRate>,
+    /// Exits to the VMM per second, all reasons.
+    pub exits_per_second: f64,
+    /// Exits from guest code per second, those that KVM handles itself among them; 0 where this KVM backend does not tell them.
+    pub guest_exits_per_second: f64,
+    /// Exits of the last interval by reason, the most frequent first.
+    pub exits: Vec<ExitRate>,
+    /// Its vCPUs, by number.
+    pub vcpus: Vec<FleetVcpu>,
+    /// Rates of the last intervals, oldest first, at most [`HISTORY`].
+    pub history: VecDeque<PastRate>,
+    /// The last window of write protection; absent before the first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub armed: Option<ArmedView>,
+    /// Why the last try at one came to nothing; absent when it did not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub armed_problem: Option<String>,
+}
+
+/// Exits for one reason.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ExitRate {
+    /// `kvm`: from guest code; `vmm`: from KVM to the VMM. The second are among the first.
+    pub to: &'static str,
+    /// Why, as KVM or the processor names it.
+    pub reason: String,
+    /// How many per second.
+    pub exits_per_second: f64,
+    /// Mean time until it was back; absent where that is not told.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mean_ns: Option<f64>,
+}
+
+/// One vCPU.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct FleetVcpu {
+    /// Its number.
+    pub index: u32,
+    /// The thread that runs it; absent before its first run, and where the kernel's structures cannot be read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub thread_id: Option<u32>,
+    /// Its pages per second, in the regime of the VM's rate.
+    pub pages_per_second: f64,
+    /// Its exits to the VMM per second.
+    pub exits_per_second: f64,
+    /// Its exits from guest code per second.
+    pub guest_exits_per_second: f64,
+    /// The part of one CPU that its thread had in the interval, guest and host together, 0 to 1; absent where it is not known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_share: Option<f64>,
+}
+
+/// One past interval's rate.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct PastRate {
+    /// Bytes per second.
+    pub bytes_per_second: f64,
+    /// Under which conditions.
+    pub regime: Regime,
+}
+
+/// What one window of write protection showed.
+#[derive(Clone, Debug, Serialize)]
+pub struct ArmedView {
+    /// When it ended, in milliseconds since 1970.
+    pub unix_ms: u64,
+    /// Its length.
+    pub window_ns: u64,
+    /// Different pages that were written in it.
+    pub unique_pages: u64,
+    /// The same per second, in bytes.
+    pub unique_bytes_per_second: f64,
+    /// U(t): different pages written in an interval of length t.
+    pub curve: WriteCurve,
+    /// Whether pre-copy would get there, on the fleet's terms; absent where there are none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub forecast: Option<Forecast>,
+    /// Who writes how much, and who would have to write less, on the fleet's terms; likewise. Only the largest writers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ranking: Option<Ranking>,
+    /// Who stayed above the line in three of the last four windows.
+    pub rogues: Vec<Rogue>,
+    /// Windows of this VM so far.
+    pub windows: u64,
+}
+
+impl ArmedView {
+    /// The largest writer of a kind.
+    pub fn top_writer(&self, of: impl Fn(&Writer) -> bool) -> Option<&Writer> {
+        self.ranking.as_ref()?.writers.iter().map(|ranked| &ranked.writer).find(|writer| of(writer))
+    }
+}
+
+/// What watching costs, and what is not seen.
+#[derive(Clone, Debug, Serialize)]
+pub struct Watching {
+    /// Whether the BPF programs are loaded: they are while there is a VM.
+    pub loaded: bool,
+    /// Why they are not, although there is a VM.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+    /// The processor's kind of virtualisation: `svm`, `vmx` or `other`.
+    pub backend: &'static str,
+    /// What all programs together may take, as a part of one core.
+    pub budget_share_of_core: f64,
+    /// What they took in the last interval; absent where the kernel does not count it for us, and the budget cannot be kept then.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub used_share_of_core: Option<f64>,
+    /// Why it is not counted; absent when it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cost_unknown: Option<String>,
+    /// Whether more than the budget is used although nothing more can be shed.
+    pub above_budget: bool,
+    /// The programs.
+    pub programs: Vec<ProgramView>,
+    /// Sources that are away because of the budget.
+    pub shed: Vec<ShedView>,
+    /// Events of the last interval that were not counted in full, of all VMs.
+    pub lost_events: Lost,
+    /// The same since the fleet began.
+    pub lost_events_total: Lost,
+    /// Sources that could not be attached, and why.
+    pub missing_sources: Vec<MissingSource>,
+    /// All sources of the plan, and whether each is there.
+    pub sources: Vec<SourceState>,
+    /// What the fleet itself took in the last interval, looking at `/proc` and at maps, as a part of one core.
+    pub own_share_of_core: f64,
+    /// How often a window of write protection is opened, over all VMs; absent where none is asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub armed_every_ns: Option<u64>,
+}
+
+/// One program.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ProgramView {
+    /// Its name.
+    pub program: &'static str,
+    /// The tracepoint or function.
+    pub place: &'static str,
+    /// Whether it is attached.
+    pub attached: bool,
+    /// Time on a CPU since the fleet began.
+    pub run_time_ns: u64,
+    /// Runs since then.
+    pub runs: u64,
+    /// What it took in the last interval, as a part of one core.
+    pub share_of_core: f64,
+}
+
+/// A source that is away.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ShedView {
+    /// Its name.
+    pub source: String,
+    /// Why.
+    pub reason: String,
+}

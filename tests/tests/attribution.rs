@@ -1,0 +1,125 @@
+//! Who writes in a stock Linux, and how fast a VM writes that another VMM is migrating. `cargo xtask test-vm` runs these.
+#![cfg(target_arch = "x86_64")]
+
+use std::process::Command;
+use std::time::Duration;
+
+use dunlin_tests::foreign::ForeignVm;
+use dunlin_tests::linux::{LinuxGuest, ask, writers};
+use dunlin_tests::wait::wait_for;
+use dunlin_tests::{Rig, VmSpec, dunlin};
+use serde_json::{Value, json};
+
+/// Where Linux's own half of an address space begins.
+const KERNEL_HALF: u64 = 1 << 63;
+
+/// What user code of an address space writes, in different pages per second, by a report of `dunlin rogue`.
+fn user_rate(report: &Value, address_space: &Value) -> f64 {
+    let writers = report["ranking"]["writers"].as_array().unwrap().iter().map(|ranked| (ranked, &ranked["writer"]));
+    let code = writers.filter(|(_, writer)| {
+        writer["kind"] == "code"
+            && writer["address_space"] == *address_space
+            && writer["first"].as_u64().unwrap() < KERNEL_HALF
+    });
+    code.map(|(ranked, _)| ranked["low_pages_per_second"].as_f64().unwrap()).sum()
+}
+
+#[test]
+#[ignore = "needs a KVM that runs Linux: `cargo xtask test-vm` runs it"]
+fn two_processes_of_a_linux_guest_are_named_with_what_each_writes() {
+    let linux = LinuxGuest::all().unwrap().remove(0);
+    let spec = VmSpec {
+        cpus: 1,
+        memory_bytes: 256 << 20,
+        linux: Some(linux),
+        guest: "dunlin.wl=ws:20M,rate:1000 dunlin.wl=ws:6M,rate:300".to_owned(),
+        ..VmSpec::default()
+    };
+    let mut rig = Rig::boot(&spec).unwrap();
+    let state = |rig: &Rig| ask(&rig.host(rig.at()).netns, Rig::guest_ip(), "/state").unwrap();
+    // A page that a process touches for the first time is written first by the kernel, which clears it: wait until each has been round.
+    wait_for("both writers to have been round once", Duration::from_secs(60), || {
+        let state = state(&rig);
+        let count = |writer: usize| state["writers"][writer]["pages_written"].as_u64().unwrap();
+        (count(0) > 20 * 256 && count(1) > 6 * 256).then_some(())
+    })
+    .unwrap();
+    let before = state(&rig);
+    // One window of 4 s, and a downtime that leaves as long for memory: the rates are over that window.
+    let terms = ["--bandwidth", "1Gbit", "--downtime", "4006ms", "--switch-cost", "5ms", "--rtt", "1ms"];
+    let output =
+        rig.dunlin_here(&["rogue", "wader", "--json", "--window", "4s", "--looks", "1"]).args(terms).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    let after = state(&rig);
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let ranked = report["ranking"]["writers"].as_array().unwrap();
+    let seconds = (after["monotonic_ns"].as_u64().unwrap() - before["monotonic_ns"].as_u64().unwrap()) as f64 / 1e9;
+    let told = after["writers"].as_array().unwrap().iter().zip(before["writers"].as_array().unwrap());
+    for (after, before) in told {
+        let count = |state: &Value| state["pages_written"].as_u64().unwrap();
+        let rate = (count(after) - count(before)) as f64 / seconds;
+        let space =
+            ranked.iter().map(|ranked| &ranked["writer"]).find(|writer| writer["process"]["pid"] == after["pid"]);
+        let space = space.unwrap_or_else(|| panic!("process {} was not found: {report:#}", after["pid"]));
+        let seen = user_rate(&report, &space["address_space"]);
+        let name = space["process"]["name"].as_str().unwrap();
+        println!(
+            "shows `{name}` (pid {}): {seen:.1} pages/s by its address space, {rate:.1} by its own count",
+            after["pid"]
+        );
+        assert!(name.starts_with("writer"), "{report:#}");
+        assert!((seen - rate).abs() <= 0.02 * rate, "{seen} pages/s seen of `{name}`, {rate} told: {report:#}");
+    }
+    rig.stop().unwrap();
+}
+
+/// One report of a command on a foreign VM.
+fn reports(words: &[&str], pid: u32) -> Vec<Value> {
+    let mut command: Command = dunlin();
+    let output = command.args(words).arg(format!("pid:{pid}")).arg("--json").output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+#[ignore = "needs a KVM that runs Linux: `cargo xtask test-vm` runs it"]
+fn a_vm_that_qemu_is_migrating_is_measured_while_qemu_itself_refuses_to() {
+    let linux = &LinuxGuest::all().unwrap()[0];
+    let mut vm = ForeignVm::boot(linux, "dunlin.wl=ws:48M,rate:1000 dunlin.wl=ws:24M,rate:300").unwrap();
+    // No downtime is allowed, so the migration goes on for ever, round after round.
+    vm.order("migrate-set-parameters", json!({ "max-bandwidth": 64 << 20, "downtime-limit": 0 })).unwrap();
+    vm.order("migrate", json!({ "uri": "exec:cat >/dev/null" })).unwrap();
+    wait_for("the migration's fourth round", Duration::from_secs(120), || {
+        let info = vm.order("query-migrate", json!({})).unwrap();
+        assert!(["setup", "active"].map(Some).contains(&info["status"].as_str()), "{info}");
+        (info["ram"]["dirty-sync-count"].as_u64() >= Some(4)).then_some(())
+    })
+    .unwrap();
+    let qemu = vm.order("calc-dirty-rate", json!({ "calc-time": 1, "mode": "dirty-bitmap" }));
+    println!(
+        "shows QEMU, asked for its dirty rate meanwhile: {}",
+        qemu.map_or_else(|e| format!("{e:#}"), |v| v.to_string())
+    );
+    let first = vm.next_state().unwrap();
+    let logged = reports(&["dirty-rate", "--interval", "2s", "--count", "4"], vm.pid());
+    let last = vm.next_state().unwrap();
+    let sampled = reports(&["wws", "--regime", "sampled", "--allow-read-memory"], vm.pid());
+    assert_eq!(vm.order("query-migrate", json!({})).unwrap()["status"], "active", "the migration ended meanwhile");
+    vm.order("migrate_cancel", json!({})).unwrap();
+    let seconds = (last["monotonic_ns"].as_u64().unwrap() - first["monotonic_ns"].as_u64().unwrap()) as f64 / 1e9;
+    let written = (writers(&last, "pages_written") - writers(&first, "pages_written")) as f64 / seconds;
+    let later = &logged[1..];
+    let sum = |field: &str| later.iter().map(|report| report[field].as_f64().unwrap()).sum::<f64>();
+    let seen = sum("unique_pages") / (sum("interval_ns") / 1e9);
+    let point = sampled[0]["curve"]["points"].as_array().unwrap().last().unwrap();
+    let number = |name: &str| point[name].as_f64().unwrap() / (point["interval_ns"].as_f64().unwrap() / 1e9);
+    println!(
+        "shows {written:.0} pages/s by the guest's count, {seen:.0} seen under QEMU's log, {:.0} sampled ({:.0} to {:.0})",
+        number("unique_pages"),
+        number("low_pages"),
+        number("high_pages")
+    );
+    assert!(later.iter().all(|report| report["regime"] == "logged"), "{later:#?}");
+    // The guest's kernel writes too, some tens of pages a second.
+    assert!(seen >= 0.9 * written && seen <= 1.1 * written + 100.0, "{seen} seen, {written} written");
+}
