@@ -295,8 +295,10 @@ const FIRST_POWER: u32 = 14;
 const LAST_POWER: u32 = 37;
 
 /// The bin of a page that was first written `ns` nanoseconds after its VM was armed.
-#[inline(always)]
 #[must_use]
+#[inline(always)]
+#[allow(clippy::inline_always, reason = "called in BPF programs, where a call costs a frame of a small stack")]
+#[allow(clippy::manual_ilog2, reason = "BPF programs have no panic, and `ilog2` has one")]
 pub const fn first_write_bin(ns: u64) -> u32 {
     if ns < 1 << FIRST_POWER {
         return 0;

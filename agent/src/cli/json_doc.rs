@@ -10,8 +10,9 @@ use super::vm;
 use crate::kvm::virtio::GuestStats;
 use crate::model::schema::Schema;
 use crate::model::{
-    AnnounceReport, AnnounceRound, BlackoutLedger, BlackoutPhase, Ending, MigrationId, MigrationReport, Owner,
-    RoundReport, Stage, Station, VmId,
+    AddressSpace, AnnounceReport, AnnounceRound, BlackoutLedger, BlackoutPhase, BytesPerSecond, CurvePoint, Ending,
+    Gpa, GuestProcess, Gva, MemoryRange, MigrationId, MigrationReport, Owner, PageCount, RegionHeat, RoundReport,
+    Stage, Station, VmId, WriteCurve, Writer,
 };
 use crate::service::balloon::{BalloonReport, HintReport};
 use crate::service::control::Outcome;
@@ -19,10 +20,15 @@ use crate::service::doctor::{DoctorReport, Finding, ResultKind, Tier};
 use crate::service::exits::{ExitRow, ExitsReport};
 use crate::service::machine::{RunState, VmInfo};
 use crate::service::observe::{DirtyRateReport, MissingSource, Observed};
+use crate::service::profile::{Profile, WindowCost, WriterProfile};
 use crate::service::prove::{Figure, Proof, ProofReport};
 use crate::service::registry::MachineEntry;
+use crate::service::rogues::{Rogue, RogueReport};
 use crate::service::{audit, events, inventory};
-use crate::track::{DirtyRate, Lost, Regime, ThreadRate};
+use crate::track::{
+    Compression, DirtyRate, Lost, Ranked, Ranking, Regime, SampledCurve, Terms, ThreadRate, UnreadableRange,
+    WindowEstimate, ZeroPages, forecast,
+};
 
 fn tagged(object: &impl Schema) -> Value {
     serde_json::to_value(object.tagged()).unwrap()
@@ -142,19 +148,132 @@ fn dirty_rate() -> Value {
         huge_mappings: 0,
         threads: vec![thread],
         exits: BTreeMap::from([("REASON".to_owned(), 1)]),
-        lost_events: Lost {
-            total: 0,
-            out_of_range: 0,
-            threads_full: 0,
-            exits_full: 0,
-            too_large: 0,
-            unreadable: 0,
-            unattributed: 0,
-        },
+        lost_events: lost(),
     };
+    tagged(&DirtyRateReport { vm: observed(), rate, missing_sources: missing_sources() })
+}
+
+fn lost() -> Lost {
+    Lost { total: 0, out_of_range: 0, threads_full: 0, exits_full: 0, too_large: 0, unreadable: 0, unattributed: 0 }
+}
+
+fn observed() -> Observed {
+    Observed { name: String::new(), vm_id: Some(VmId::random()), pid: 1, cpus: 1 }
+}
+
+fn missing_sources() -> Vec<MissingSource> {
     let [name, gives, reason] = [const { String::new() }; 3];
-    let vm = Observed { name: String::new(), vm_id: Some(VmId::random()), pid: 1, cpus: 1 };
-    tagged(&DirtyRateReport { vm, rate, missing_sources: vec![MissingSource { name, gives, reason }] })
+    vec![MissingSource { name, gives, reason }]
+}
+
+fn curve() -> WriteCurve {
+    WriteCurve::new(vec![CurvePoint::exact(1_000_000, 1.0)]).unwrap()
+}
+
+/// One writer of each kind.
+fn writers() -> Vec<Writer> {
+    let address_space = AddressSpace(0);
+    let process = Some(GuestProcess { pid: 1, name: String::new(), threads: Some(1) });
+    vec![
+        Writer::Vcpu { index: 0, thread_id: 1 },
+        Writer::AddressSpace { vcpu: 0, address_space, process },
+        Writer::Code { vcpu: 0, address_space, first: Gva(0), last: Gva(0) },
+        Writer::Region { range: MemoryRange { start: Gpa(0), bytes: 4096 } },
+    ]
+}
+
+fn sampled() -> SampledCurve {
+    let window = WindowEstimate {
+        window_ns: 0,
+        effective_interval_ns: 0,
+        shortest_interval_ns: 0,
+        longest_interval_ns: 0,
+        unique_pages: 0,
+        unique_pages_low: 0,
+        unique_pages_high: 0,
+        is_exact: false,
+        sampled_pages: 0,
+        changed_pages: 0,
+        unreadable_pages: 0,
+        windows: 0,
+        variance_ratio: 0.,
+        read_ns: 0,
+    };
+    SampledCurve {
+        windows: vec![window],
+        regime: Regime::Sampled,
+        meaning: "",
+        population_pages: 0,
+        unreadable_ranges: vec![UnreadableRange { start: Gpa(0), bytes: 0, reason: String::new() }],
+        zero_pages: Some(ZeroPages { share: 0., share_low: 0., share_high: 0., sampled_pages: 0 }),
+        compression: Some(Compression { ratio: 0., ratio_low: 0., ratio_high: 0., sampled_pages: 0 }),
+        read_ns: 0,
+        elapsed_ns: 0,
+        seed: 0,
+    }
+}
+
+fn profile() -> Value {
+    let range = MemoryRange { start: Gpa(0), bytes: 4096 };
+    tagged(&Profile {
+        vm: observed(),
+        regime: Regime::Sampled,
+        meaning: "",
+        is_lower_bound: false,
+        granularity_bytes: Some(4096),
+        notes: vec![String::new()],
+        window_ns: 1,
+        windows: 1,
+        memory_bytes: 4096,
+        curve: curve(),
+        exact_unique_pages: Some(1.),
+        fault_cost_ns: Some(0),
+        writers: writers().into_iter().map(|writer| WriterProfile { writer, share: 1., curve: curve() }).collect(),
+        heat: vec![RegionHeat { range, unique_pages: 1, pages: 1 }],
+        ram: vec![range],
+        sampled: Some(sampled()),
+        lost_events: Some(lost()),
+        cost: Some(WindowCost { bpf_run_time_ns: 0, bpf_runs: 0, bpf_core_share: 0. }),
+        missing_sources: missing_sources(),
+    })
+}
+
+fn rogue() -> Value {
+    let second = std::time::Duration::from_secs(1);
+    let terms = Terms {
+        bandwidth: BytesPerSecond(1 << 20),
+        downtime: second,
+        switch_cost: std::time::Duration::ZERO,
+        rtt: std::time::Duration::ZERO,
+    };
+    let ranked = |writer| Ranked {
+        writer,
+        pages_per_second: 0.,
+        low_pages_per_second: 0.,
+        high_pages_per_second: 0.,
+        share: 0.,
+        limit_pages_per_second: Some(0.),
+    };
+    let rogue = |writer| Rogue { writer, words: String::new(), pages_per_second: 0., limit_pages_per_second: Some(0.) };
+    tagged(&RogueReport {
+        vm: observed(),
+        regime: Regime::Armed,
+        is_lower_bound: false,
+        notes: vec![String::new()],
+        bandwidth_bytes_per_second: 1 << 20,
+        downtime_ns: 1_000_000_000,
+        forecast: forecast(&curve(), PageCount(1), &terms).unwrap(),
+        ranking: Ranking {
+            total_pages_per_second: 0.,
+            allowed_pages_per_second: 0.,
+            unattributed_pages_per_second: 0.,
+            water_line_pages_per_second: Some(0.),
+            enough: true,
+            writers: writers().into_iter().map(ranked).collect(),
+        },
+        observations: 1,
+        rogues: writers().into_iter().filter(|writer| !matches!(writer, Writer::Region { .. })).map(rogue).collect(),
+    })
 }
 
 fn exits() -> Value {
@@ -171,9 +290,7 @@ fn exits() -> Value {
         p99_ns: Some(0),
         longest_ns: Some(0),
     };
-    let [name, gives, reason] = [const { String::new() }; 3];
-    let vm = Observed { name: String::new(), vm_id: Some(VmId::random()), pid: 1, cpus: 1 };
-    let missing_sources = vec![MissingSource { name, gives, reason }];
+    let (vm, missing_sources) = (observed(), missing_sources());
     tagged(&ExitsReport { vm, interval_ns: 0, backend: "svm", exits: vec![row], missing_sources })
 }
 
@@ -216,7 +333,7 @@ fn proof() -> Value {
 /// An object of every schema, with every member that it can have.
 fn samples() -> Vec<Value> {
     let mut all = vec![migration(), dirty_rate(), doctor(), proof(), audit::sample(), vm::run::sample(), balloon()];
-    all.push(exits());
+    all.extend([exits(), profile(), rogue()]);
     all.push(tagged(&inventory::sample()));
     all.extend(machines());
     all.extend(announcements());

@@ -53,12 +53,12 @@ pub(super) struct ProfilingArgs {
     #[arg(long, value_name = "PERCENT", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=100))]
     duty: u32,
 
-    /// Allow reading the memory of this VM though another VMM runs it [default: as [track] read_memory has it].
+    /// Allow reading the memory of this VM though another VMM runs it; `track.read_memory` of the configuration can allow it too.
     #[arg(long)]
     allow_read_memory: bool,
 
-    /// Allow write-protecting the memory of this VM by soft-dirty marks though another VMM runs it [default: as [track] soft_dirty has
-    /// it].
+    /// Allow write-protecting the memory of this VM by soft-dirty marks though another VMM runs it; `track.soft_dirty` of the
+    /// configuration can allow it too.
     #[arg(long)]
     allow_soft_dirty: bool,
 

@@ -5,7 +5,7 @@
 //! scheme, and plotting libraries fix each colour as they draw. Colours are told apart with every kind of colour
 //! vision (Okabe and Ito; ColorBrewer), and never carry a meaning alone: curves differ in dashes and marks as well.
 //!
-//! Names of writers are the guest's words: see [`label`].
+//! Names of writers are the guest's words: see `label`.
 
 mod curve;
 mod heat;

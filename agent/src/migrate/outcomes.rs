@@ -1,6 +1,6 @@
 //! The outcome table: what fails × when → what is true then, as data.
 //!
-//! The documentation's table is printed from it, and the simulation ([`crate::sim`]) compares every faulted run with it.
+//! The documentation's table is printed from it, and the simulation (`crate::sim`) compares every faulted run with it.
 //! Knows nothing of how anything is done.
 
 use std::fmt;

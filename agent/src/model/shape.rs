@@ -1,7 +1,7 @@
 //! The shape of a machine: what a target must be able to offer before it accepts a VM.
 //!
 //! Owns its form on the wire too. Postcard knows no field that may be absent, so what was added to version 1 is a list of
-//! names behind the last field, and [`MORE`] in the number of vCPUs says that it is there. A machine without any of it is
+//! names behind the last field, and `MORE` in the number of vCPUs says that it is there. A machine without any of it is
 //! written as it always was, and an old reader refuses one that it could not make: no machine has so many vCPUs.
 
 use serde::de::{Error as _, SeqAccess, Visitor};

@@ -237,8 +237,12 @@ mod tests {
             (0x8f, "efer-write-trap"),
             (0x999, "exit-0x999"),
         ];
-        all.iter().for_each(|&(reason, name)| assert_eq!(guest(Backend::Svm, reason), name));
+        for (reason, name) in all {
+            assert_eq!(guest(Backend::Svm, reason), name);
+        }
         let all = [(48, "ept-violation"), (1 << 31 | 2, "triple-fault"), (12, "hlt"), (75, "notify"), (5, "exit-0x5")];
-        all.iter().for_each(|&(reason, name)| assert_eq!(guest(Backend::Vmx, reason), name));
+        for (reason, name) in all {
+            assert_eq!(guest(Backend::Vmx, reason), name);
+        }
     }
 }

@@ -97,7 +97,7 @@ pub struct KernelLayout {
 }
 
 impl KernelLayout {
-    /// Of the running kernel. Without type information nothing is known, which costs what [`ProgramOffsets`] and [`WalkOffsets`] are for.
+    /// Of the running kernel. Without type information nothing is known, which costs what `ProgramOffsets` and `WalkOffsets` are for.
     pub fn of_running_kernel() -> Self {
         let backend = Backend::of_this_host();
         match Self::read(backend) {

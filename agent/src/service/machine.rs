@@ -254,7 +254,7 @@ impl Host {
     }
 
     /// Becomes the machine that a manager at the other end of `socket` asks for. Returns the socket for
-    /// [`Host::serve_session`].
+    /// [`Host::serve_first_session`].
     ///
     /// # Errors
     /// What could not be made; the manager has been told.

@@ -78,7 +78,7 @@ pub(in crate::cli) struct RunArgs {
     #[arg(long = "net", value_name = "SPEC")]
     nets: Vec<NetSpec>,
 
-    /// Disk path=F[,readonly]; may be given several times.
+    /// Disk `path=F[,readonly]`; may be given several times.
     #[arg(long = "disk", value_name = "SPEC")]
     disks: Vec<DiskSpec>,
 

@@ -4,7 +4,7 @@
 //! registers, nor when a state is saved or restored.
 //!
 //! A guest has two clocks of KVM's, and may read both: the time-stamp counter, and the KVM clock, which KVM reckons from
-//! that counter. Both are saved as of one [`Moment`], and both go on from one [`Now`] by one [`TimeShift`]; so they agree
+//! that counter. Both are saved as of one `Moment`, and both go on from one `Now` by one `TimeShift`; so they agree
 //! after a move as they did before it. The recipe is that of the kernel's Documentation/virt/kvm/devices/vcpu.rst, 4.1
 //! (`KVM_VCPU_TSC_OFFSET`): the counter's offset moves by the time that has passed, and by the difference between the two
 //! hosts' counters. It differs in two points. How much time has passed is decided here, with a bound, and not by

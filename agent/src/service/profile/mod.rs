@@ -1,6 +1,6 @@
 //! A VM's write profile: its curve U(t), who wrote, and where, under one regime.
 //!
-//! Owns the choice of the regime and the operator's permissions for it; [`window`] measures with the kernel's events, [`sampled`] by
+//! Owns the choice of the regime and the operator's permissions for it; `window` measures with the kernel's events, `sampled` by
 //! reading memory. What follows from a profile (a forecast, rogues, drawings) is decided elsewhere.
 
 mod average;

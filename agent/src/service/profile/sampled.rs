@@ -27,7 +27,7 @@ impl Reading {
             let (flag, key) = ("--allow-read-memory", "read_memory");
             return Err(ProfileError::NeedsPermission { vm: found.name, what: "sampled", flag, key });
         }
-        let mut notes = Vec::new();
+        let mut notes = vec!["sampling shows what was written, not by whom nor where".to_owned()];
         let vm = match inventory::kernel_view() {
             Some(mut view) => inventory::again(&found, &request.run_dir, &mut view).unwrap_or(found),
             None => found,

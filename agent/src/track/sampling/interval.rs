@@ -48,7 +48,8 @@ pub(super) struct Tally {
 /// A share in `[0, 1]` with its interval.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Share {
-    pub(super) share: f64,
+    /// The estimate.
+    pub(super) middle: f64,
     pub(super) low: f64,
     pub(super) high: f64,
     /// Its variance, in parts of a simple random sample's of the same size; above 1 if windows differed from one another.
@@ -78,7 +79,7 @@ impl Tally {
             // Windows that were not looked at are as far apart as those that were: reading every page does not help.
             let quantile = student(freedom);
             let (low, high) = wilson(share, sampled / ratio, quantile * quantile);
-            return Some(Share { share, low, high, variance_ratio: ratio });
+            return Some(Share { middle: share, low, high, variance_ratio: ratio });
         }
         let ratio = self.gain_of_strata(share, weights);
         // Each window has a sample of its own from what was written in it: only its own size is taken off the population. And where different
@@ -88,7 +89,7 @@ impl Tally {
         let together = (sampled - a_window).max(0.0) * less / (1.0 - less);
         let left = ((pages as f64 - a_window).max(0.0) + together) / (pages.max(2) - 1) as f64;
         let (low, high) = wilson(share, sampled / ratio, Z * Z * left);
-        Some(Share { share, low, high, variance_ratio: ratio })
+        Some(Share { middle: share, low, high, variance_ratio: ratio })
     }
 
     /// The variance of the stratified estimate in parts of a simple random sample's.
@@ -202,7 +203,7 @@ mod tests {
     #[test]
     fn reading_every_page_leaves_no_doubt_and_half_of_them_less() {
         let all = of(263, 81, 263);
-        assert!(all.low >= all.share && all.high <= all.share);
+        assert!(all.low >= all.middle && all.high <= all.middle);
         let (half, few) = (of(263, 81, 526), of(263, 81, 1 << 40));
         assert!((half.high - half.low) / (few.high - few.low) < 0.72);
         // In two windows, half of it in each.
@@ -224,7 +225,7 @@ mod tests {
         };
         let (even, uneven) = (windows([98, 105, 94, 103, 99, 108, 92, 101]), windows([0, 200, 0, 200, 0, 200, 0, 200]));
         assert!(close(even.variance_ratio, 1.0) && uneven.variance_ratio > 100.0, "{even:?} {uneven:?}");
-        assert!(close(even.share, uneven.share) && uneven.low < 0.05 && uneven.high > 0.18, "{uneven:?}");
+        assert!(close(even.middle, uneven.middle) && uneven.low < 0.05 && uneven.high > 0.18, "{uneven:?}");
     }
 
     #[test]
@@ -234,7 +235,7 @@ mod tests {
             Tally { strata, windows: Vec::new() }.share(1 << 40).unwrap()
         };
         let (even, uneven) = (strata([125; 4]), strata([450, 30, 10, 10]));
-        assert!(close(even.share, uneven.share));
+        assert!(close(even.middle, uneven.middle));
         assert!(uneven.high - uneven.low < 0.7 * (even.high - even.low), "{even:?} {uneven:?}");
         // What shows no variance at all is still not believed to have none.
         let sure = strata([500, 0, 0, 0]);

@@ -441,7 +441,7 @@ impl<M: GuestMemory, C: Clock> Sampler<M, C> {
         // What could not be read of the sample stands for as much of the memory.
         let looked_at = total.sampled + observed.unreadable;
         let readable = (u128::from(all) * u128::from(total.sampled) / u128::from(looked_at.max(1))) as u64;
-        let Share { share, low, high, variance_ratio } = observed.tally.share(readable)?;
+        let Share { middle: share, low, high, variance_ratio } = observed.tally.share(readable)?;
         let pages = |share: f64| share * readable as f64;
         let ns = |duration: Duration| duration.as_nanos() as u64;
         Some(WindowEstimate {
@@ -503,7 +503,7 @@ impl ZeroPages {
         let mut tally = Tally { strata: zeros.to_vec(), windows: Vec::new() };
         // What is zeros hardly changes with the window: all of it is one sample.
         tally.windows.push(tally.total());
-        let Share { share, low, high, .. } = tally.share(pages)?;
+        let Share { middle: share, low, high, .. } = tally.share(pages)?;
         Some(Self { share, share_low: low, share_high: high, sampled_pages: tally.total().sampled })
     }
 }
