@@ -41,6 +41,10 @@ impl FleetView {
     }
 }
 
+impl Schema for FleetVm {
+    const SCHEMA: &'static str = "dunlin.fleet-vm/v1";
+}
+
 /// One VM of the fleet.
 #[derive(Clone, Debug, Serialize)]
 pub struct FleetVm {
@@ -72,7 +76,7 @@ pub struct FleetVm {
     pub exits_per_second: f64,
     /// Exits from guest code per second, those that KVM handles itself among them; 0 where this KVM backend does not tell them.
     pub guest_exits_per_second: f64,
-    /// Exits of the last interval by reason, the most frequent first.
+    /// Exits by reason, those that were most frequent in the last interval first; at most 32.
     pub exits: Vec<ExitRate>,
     /// Its vCPUs, by number.
     pub vcpus: Vec<FleetVcpu>,
@@ -93,7 +97,9 @@ pub struct ExitRate {
     pub to: &'static str,
     /// Why, as KVM or the processor names it.
     pub reason: String,
-    /// How many per second.
+    /// How many since its counting began.
+    pub count: u64,
+    /// How many per second, in the last interval.
     pub exits_per_second: f64,
     /// Mean time until it was back; absent where that is not told.
     #[serde(skip_serializing_if = "Option::is_none")]
