@@ -320,6 +320,18 @@ impl Collector for FleetCollector {
     }
 }
 
+/// One view that does not change.
+#[cfg(test)]
+#[derive(Debug)]
+pub(super) struct ViewCollector(pub(super) FleetView, pub(super) bool);
+
+#[cfg(test)]
+impl Collector for ViewCollector {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        encode(&self.0, self.1, encoder)
+    }
+}
+
 fn encode(view: &FleetView, per_vcpu: bool, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
     // Before the first look there is nothing to say, and zeros would be wrong.
     if view.sequence == 0 {

@@ -23,6 +23,8 @@ use tracked::{Key, Tracked};
 pub use view::{
     ArmedView, ExitRate, FleetVcpu, FleetView, FleetVm, HISTORY, PastRate, ProgramView, ShedView, Watching,
 };
+#[cfg(test)]
+pub(crate) use view::sample;
 use windows::{Job, Windows};
 
 use super::arm::ControlSocketArm;
