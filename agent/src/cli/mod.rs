@@ -1,5 +1,6 @@
 //! The command line: arguments in, human text or JSON out. One file a subcommand; calls [`crate::service`], has no logic.
 
+mod agent;
 mod announce;
 mod dirty_rate;
 mod doctor;
@@ -55,6 +56,7 @@ enum Command {
     Wws(wws::WwsArgs),
     Heat(heat::HeatArgs),
     Rogue(rogue::RogueArgs),
+    Agent(agent::AgentArgs),
     Doctor(doctor::DoctorArgs),
 }
 
@@ -87,6 +89,7 @@ impl Cli {
             Command::Wws(arguments) => arguments.run(json, &config),
             Command::Heat(arguments) => arguments.run(json, &config),
             Command::Rogue(arguments) => arguments.run(json, &config),
+            Command::Agent(arguments) => arguments.run(json, &config),
             Command::Doctor(arguments) => arguments.run(json, &config),
         }
     }

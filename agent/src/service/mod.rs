@@ -8,10 +8,11 @@
 //! - [`announce`] announces by hand, on an interface that an operator names.
 //! - [`inventory`] finds every KVM VM of this host.
 //! - [`observe`] watches how one VM writes its memory, [`exits`] why it leaves its guest, [`profile`] measures its curve and its writers, [`rogues`] says who keeps it from migrating; [`doctor`] tries what this host can do.
-//! - [`fleet`] watches all VMs together; [`sources`] is the plan of what can be seen of them.
+//! - [`agent`] serves what [`fleet`] sees, which watches all VMs together; [`sources`] is the plan of what can be seen of them.
 //!
 //! Everything that acts on a VM passes [`audit::record`].
 
+pub mod agent;
 pub mod announce;
 pub mod arm;
 pub mod audit;
