@@ -10,7 +10,7 @@ use crate::model::{ExitTimes, PageCount, VcpuFacts};
 use crate::port::{EventSample, ThreadEvents};
 use crate::probe::{KernelCounters, SharedProbes};
 use crate::service::inventory::HostVm;
-use crate::track::{DirtyRate, Protection, RogueWatch, rate_between};
+use crate::track::{DirtyRate, Protection, RogueWatch, ThreadRate, rate_between};
 
 /// The counters of one VM, shared with whoever opens a window on it.
 pub(super) type SharedCounters = Arc<Mutex<KernelCounters>>;
@@ -218,8 +218,10 @@ fn figures(
     exits.sort_by(|a, b| b.count.cmp(&a.count));
     exits.truncate(MOST_EXITS);
     exits.sort_by(|a, b| b.exits_per_second.total_cmp(&a.exits_per_second));
-    let exits_per_second = rate.threads.iter().map(|thread| thread.exits_per_second).sum();
-    let guest_exits_per_second = rate.threads.iter().map(|thread| thread.guest_exits_per_second).sum();
+    // The sum of nothing is -0.0, which no reader wants to see.
+    let sum = |of: fn(&ThreadRate) -> f64| rate.threads.iter().map(of).fold(0.0, |sum, rate| sum + rate);
+    let exits_per_second = sum(|thread| thread.exits_per_second);
+    let guest_exits_per_second = sum(|thread| thread.guest_exits_per_second);
     Figures { rate, exits, exits_per_second, guest_exits_per_second }
 }
 
