@@ -236,12 +236,8 @@ fn fleet() -> [Value; 3] {
     fleet["vms"] = serde_json::json!([]);
     without(&mut fleet, "watching.lost_events");
     without(&mut fleet, "watching.lost_events_total");
-    let ready = crate::service::agent::AgentReady {
-        pid: 1,
-        metrics: Some(String::new()),
-        socket: "/".into(),
-        interval_ns: 1,
-    };
+    let ready =
+        crate::service::agent::AgentReady { pid: 1, metrics: Some(String::new()), socket: "/".into(), interval_ns: 1 };
     [vm, fleet, tagged(&ready)]
 }
 

@@ -20,11 +20,11 @@ use std::time::{Duration, Instant, SystemTime};
 use census::Census;
 use cost::Costs;
 use tracked::{Key, Tracked};
+#[cfg(test)]
+pub(crate) use view::sample;
 pub use view::{
     ArmedView, ExitRate, FleetVcpu, FleetView, FleetVm, HISTORY, PastRate, ProgramView, ShedView, Watching,
 };
-#[cfg(test)]
-pub(crate) use view::sample;
 use windows::{Job, Windows};
 
 use super::arm::ControlSocketArm;
@@ -166,6 +166,7 @@ impl Fleet {
         if !missing.is_empty() {
             return Err(FleetError::Capability(missing));
         }
+        capabilities::warn();
         drop(Probes::load(&LoadOptions { wanted: Vec::new(), ..load_options() })?);
         let mut core = Core::new(options)?;
         let interval = core.options.interval;
