@@ -59,6 +59,9 @@ fn vms_appear_with_their_rates_and_disappear_when_they_end() {
         })
         .unwrap();
         seen = armed["windows"].as_u64().unwrap();
+        // Our own window is nobody else's log.
+        let rate = agent.vm(a).map(|vm| vm["rate"].clone()).unwrap();
+        assert!(rate.is_null() || rate["regime"] == "passive", "{rate}");
         rates.push(armed["unique_pages"].as_f64().unwrap() / (armed["window_ns"].as_f64().unwrap() / 1e9));
         // Two thousand pages a second do not fit through 100 Mbit/s with little downtime; or they do, and then it says so.
         assert!(armed["forecast"]["expected"]["converges"].is_boolean() && armed["ranking"].is_object(), "{armed}");

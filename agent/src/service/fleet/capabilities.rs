@@ -34,8 +34,8 @@ fn effective(status: &str) -> Option<u64> {
 fn missing_of(status: &str) -> Vec<&'static str> {
     let Some(bits) = effective(status) else { return Vec::new() };
     let has = |number: u32| bits >> number & 1 == 1;
-    let lacks = |&(number, _, admin): &(u32, &str, bool)| !has(number) && !(admin && has(SYS_ADMIN));
-    NEEDED.iter().filter(|needed| lacks(needed)).map(|&(_, name, _)| name).collect()
+    let granted = |&(number, _, admin): &(u32, &str, bool)| has(number) || admin && has(SYS_ADMIN);
+    NEEDED.iter().filter(|needed| !granted(needed)).map(|&(_, name, _)| name).collect()
 }
 
 #[cfg(test)]
