@@ -3,8 +3,10 @@
 //!
 //! Everything here cleans up after itself, also on panic; what a killed test left behind is swept by the next one.
 
+pub mod agent;
 pub mod bare;
 pub mod binary;
+pub mod bpf;
 pub mod client;
 pub mod disk;
 pub mod foreign;

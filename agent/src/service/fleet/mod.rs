@@ -34,7 +34,7 @@ use super::profile::Single;
 use super::registry::Registry;
 use super::rogues::{named, ranked};
 use super::sources::{self, SourceState};
-use crate::model::{KernelVm, PageCount};
+use crate::model::{KernelVm, PageCount, VcpuFacts};
 use crate::port::LostEvents;
 use crate::probe::{Backend, LoadOptions, ProbeError, Probes, SharedProbes};
 use crate::track::{DEFAULT_BUDGET, DEFAULT_MARGIN, Terms, TermsError, forecast};
@@ -166,6 +166,7 @@ impl Fleet {
         if !missing.is_empty() {
             return Err(FleetError::Capability(missing));
         }
+        capabilities::warn();
         drop(Probes::load(&LoadOptions { wanted: Vec::new(), ..load_options() })?);
         let mut core = Core::new(options)?;
         let interval = core.options.interval;
@@ -244,7 +245,7 @@ struct Loaded {
     probes: SharedProbes,
     costs: Costs,
     lost: LostEvents,
-    vcpus: Vec<(u32, Vec<(Option<u32>, u64)>)>,
+    vcpus: Vec<(VcpuFacts, u64)>,
 }
 
 /// What the thread owns.
@@ -369,12 +370,10 @@ impl Core {
             self.vms.insert(key, Tracked::begin(vm, probes));
         }
         if let Some(loaded) = &mut self.loaded {
-            let kernel: Vec<(u32, &KernelVm)> =
-                self.vms.values().filter_map(|vm| Some((vm.vm.pid, vm.vm.kernel.as_ref()?))).collect();
-            let of = |vm: &KernelVm| vm.vcpus.iter().map(|(facts, address)| (facts.thread_id, *address)).collect();
-            let vcpus: Vec<_> = kernel.iter().map(|&(pid, vm)| (pid, of(vm))).collect();
+            let kernel: Vec<&KernelVm> = self.vms.values().filter_map(|vm| vm.vm.kernel.as_ref()).collect();
+            let vcpus: Vec<_> = kernel.iter().flat_map(|vm| vm.vcpus.iter().cloned()).collect();
             if vcpus != loaded.vcpus {
-                let all: Vec<KernelVm> = kernel.into_iter().map(|(_, vm)| vm.clone()).collect();
+                let all: Vec<KernelVm> = kernel.into_iter().cloned().collect();
                 if let Err(error) = lock(&loaded.probes).replace_vcpus(&all) {
                     tracing::warn!("writes of some vCPUs will be nobody's: {error}");
                 }
@@ -411,6 +410,7 @@ impl Core {
             && let Some(vm) = self.vms.get_mut(&key)
         {
             vm.window_open = false;
+            vm.window_closed = true;
             match outcome {
                 Ok(single) => show(vm, single, self.options.terms.as_ref()),
                 Err(problem) => {

@@ -50,6 +50,8 @@ pub(super) struct Tracked {
     pub(super) last_window: Option<Instant>,
     /// Whether one is open.
     pub(super) window_open: bool,
+    /// Whether one has closed since the VM was last measured: what the inventory saw of its log may have been ours.
+    pub(super) window_closed: bool,
 }
 
 /// The figures of one interval.
@@ -97,20 +99,21 @@ impl Tracked {
             windows: 0,
             last_window: None,
             window_open: false,
+            window_closed: false,
         }
     }
 
     /// Takes the counters at the end of an interval. Nothing happens while a window is open: the interval goes on behind it.
     pub(super) fn measure(&mut self, now: Instant, sample: EventSample) {
         self.use_of_cpus();
-        let Some(counters) = &self.counters else { return };
+        let Some(counters) = self.counters.as_ref().filter(|_| !self.window_open) else { return };
         let unique = match counters.try_lock() {
             Ok(counters) => counters.count_pages(),
             Err(TryLockError::Poisoned(poisoned)) => PoisonError::into_inner(poisoned).count_pages(),
             Err(TryLockError::WouldBlock) => return,
         };
         // Whether someone has its dirty log on counts as it was during the interval; our own window is nobody else's log.
-        let logged = self.vm.logged_bytes > 0 && !self.window_open;
+        let logged = self.vm.logged_bytes > 0 && !std::mem::take(&mut self.window_closed);
         let others = std::mem::replace(&mut self.logged, logged) || logged;
         let protection = if others { Protection::Others } else { Protection::Unseen };
         if let Some((since, before)) = &self.before {
@@ -215,7 +218,7 @@ fn figures(
         })
         .collect();
     // The same are shown again and again: by all that was counted.
-    exits.sort_by(|a, b| b.count.cmp(&a.count));
+    exits.sort_by_key(|exit| std::cmp::Reverse(exit.count));
     exits.truncate(MOST_EXITS);
     exits.sort_by(|a, b| b.exits_per_second.total_cmp(&a.exits_per_second));
     // The sum of nothing is -0.0, which no reader wants to see.

@@ -242,7 +242,6 @@ pub(crate) fn sample() -> FleetView {
     use crate::service::sources;
     use crate::track::{Protection, RogueWatch, Terms, forecast, rate_between};
 
-    let vm = crate::service::inventory::sample();
     let thread = ThreadEvents { pages_made_writable: 500, ..ThreadEvents::default() };
     let after = EventSample { threads: [(1, thread)].into(), ..EventSample::default() };
     let second = Duration::from_secs(1);
