@@ -334,6 +334,7 @@ fn proof() -> Value {
 fn samples() -> Vec<Value> {
     let mut all = vec![migration(), dirty_rate(), doctor(), proof(), audit::sample(), vm::run::sample(), balloon()];
     all.extend([exits(), profile(), rogue()]);
+    all.extend(crate::store::recording::samples());
     all.push(tagged(&inventory::sample()));
     all.extend(machines());
     all.extend(announcements());

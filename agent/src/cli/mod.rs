@@ -10,6 +10,8 @@ mod json_doc;
 mod migrate;
 mod places;
 mod profiling;
+mod record;
+mod replay;
 mod resolve;
 mod rogue;
 mod signals;
@@ -49,6 +51,8 @@ enum Command {
     #[command(subcommand)]
     Vm(vm::VmCommand),
     DirtyRate(dirty_rate::DirtyRateArgs),
+    Record(record::RecordArgs),
+    Replay(replay::ReplayArgs),
     Exits(exits::ExitsArgs),
     Wws(wws::WwsArgs),
     Heat(heat::HeatArgs),
@@ -80,6 +84,8 @@ impl Cli {
             Command::Resolve(arguments) => arguments.run(json, &config),
             Command::Vm(command) => command.run(json, &config),
             Command::DirtyRate(arguments) => arguments.run(json, &config),
+            Command::Record(arguments) => arguments.run(json, &config),
+            Command::Replay(arguments) => arguments.run(json),
             Command::Exits(arguments) => arguments.run(json, &config),
             Command::Wws(arguments) => arguments.run(json, &config),
             Command::Heat(arguments) => arguments.run(json, &config),
