@@ -97,11 +97,13 @@ pub enum Setting {
     Vcpus = 0,
     /// What events are attributed to, beside their thread: a sum of [`attribute`]'s bits.
     Attribute = 1,
+    /// Counts changes of [`map::TRACKED`], from 1 on: threads look there again.
+    Tracked = 2,
 }
 
 impl Setting {
     /// How many there are.
-    pub const COUNT: u32 = 2;
+    pub const COUNT: u32 = 3;
 }
 
 /// Bits of [`Setting::Attribute`].
@@ -167,6 +169,10 @@ pub struct Thread {
     pub guest_exit_reason: u32,
     /// The reason that belongs to [`Thread::left_kvm_ns`].
     pub userspace_exit_reason: u32,
+    /// The window of its VM, so that an event finds it without a search.
+    pub vm: TrackedVm,
+    /// [`Setting::Tracked`] when that was looked up; 0: it never was.
+    pub vm_as_of: u64,
     /// Pages by the time of their first write since their VM was armed: see [`first_write_bin`].
     pub first_writes: [u32; FIRST_WRITE_SLOTS],
 }
@@ -186,6 +192,8 @@ impl Thread {
         left_kvm_ns: 0,
         guest_exit_reason: 0,
         userspace_exit_reason: 0,
+        vm: TrackedVm { first_word: 0, words: 0, slot: 0, reserved: 0 },
+        vm_as_of: 0,
         first_writes: [0; FIRST_WRITE_SLOTS],
     };
 }

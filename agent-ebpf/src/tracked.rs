@@ -22,33 +22,37 @@ static NEW_THREAD: Thread = Thread::NEW;
 static NEW_SPACE: SpaceCounters = SpaceCounters::NONE;
 static NEW_TIMES: ExitTimes = ExitTimes::NONE;
 
-/// An event of a tracked VM, with the thread that caused it.
+/// An event of a process that may be tracked, with the thread that caused it.
 pub(crate) struct Event {
     key: ThreadKey,
-    vm: TrackedVm,
 }
 
 impl Event {
-    /// The event under way, if the current process is tracked.
+    /// The event under way, unless the current process is certainly not tracked. Whether it is, [`Event::thread`] says.
     #[inline(always)]
     pub(crate) fn current() -> Option<Self> {
         let both = bpf_get_current_pid_tgid();
         let key = ThreadKey { tgid: (both >> 32) as u32, tid: both as u32 };
         let only = constants::only_tgid();
-        if only != 0 && only != key.tgid {
-            return None;
-        }
-        // SAFETY: the value is copied at once; the agent never changes a window in place.
-        let vm = unsafe { TRACKED.get(key.tgid).copied() }?;
-        Some(Self { key, vm })
+        (only == 0 || only == key.tgid).then_some(Self { key })
     }
 
-    /// The thread's own record, made on its first event.
+    /// The window of the current process; none: it is not tracked.
+    #[inline(always)]
+    fn window(&self) -> Option<TrackedVm> {
+        // SAFETY: the value is copied at once; the agent never changes a window in place.
+        unsafe { TRACKED.get(self.key.tgid).copied() }
+    }
+
+    /// The thread's own record, made on its first event; none if its process is not tracked. One search, not two: the record
+    /// knows the window.
     #[inline(always)]
     pub(crate) fn thread(&self, ctx: &impl EbpfContext) -> Option<&mut Thread> {
+        let as_of = setting(Setting::Tracked);
         let thread = match THREADS.get_ptr_mut(self.key) {
             Some(thread) => thread,
             None => {
+                self.window()?;
                 debug!(ctx, "thread {} of process {} seen for the first time", self.key.tid, self.key.tgid);
                 // Only this thread inserts its own key: an error means that the map is full, and the lookup below says so.
                 let _ = THREADS.insert(self.key, &NEW_THREAD, u64::from(BPF_NOEXIST));
@@ -60,7 +64,20 @@ impl Event {
             }
         };
         // SAFETY: a live map value that only the current thread writes; entries are never deleted under a tracked VM.
-        Some(unsafe { &mut *thread })
+        let thread = unsafe { &mut *thread };
+        if thread.vm_as_of != as_of {
+            thread.vm = self.window()?;
+            thread.vm_as_of = as_of;
+        }
+        Some(thread)
+    }
+
+    /// Counts an event that a kernel structure would not tell of.
+    #[inline(always)]
+    pub(crate) fn unreadable(&self, ctx: &impl EbpfContext) {
+        if self.window().is_some() {
+            self.lose(ctx, Loss::Unreadable);
+        }
     }
 
     /// Counts one exit to user space, or from guest code.
@@ -107,14 +124,15 @@ impl Event {
     #[inline(always)]
     pub(crate) fn made_writable(&self, ctx: &impl EbpfContext, gfn: u64, level: u32) {
         let Some(thread) = self.thread(ctx) else { return };
+        let vm = thread.vm;
         let (pages, fresh) = match level {
-            1 => (1, self.mark_word(ctx, gfn / 64, 1 << (gfn % 64))),
+            1 => (1, self.mark_word(ctx, vm, gfn / 64, 1 << (gfn % 64))),
             2 => {
                 thread.huge_mappings += 1;
                 let first = (gfn >> LEVEL_SHIFT) * u64::from(WORDS_IN_2_MIB);
                 let mut fresh = 0;
                 for word in 0..u64::from(WORDS_IN_2_MIB) {
-                    fresh += self.mark_word(ctx, first + word, u64::MAX);
+                    fresh += self.mark_word(ctx, vm, first + word, u64::MAX);
                 }
                 (1 << LEVEL_SHIFT, fresh)
             }
@@ -125,7 +143,7 @@ impl Event {
             }
         };
         thread.pages_made_writable += pages;
-        let bin = if fresh == 0 { NO_FIRST_WRITE_BIN } else { self.bin_now() };
+        let bin = if fresh == 0 { NO_FIRST_WRITE_BIN } else { bin_now(vm) };
         add_at(&mut thread.first_writes, bin, fresh);
         self.attribute(ctx, thread, pages, fresh, bin);
     }
@@ -136,9 +154,10 @@ impl Event {
         let Some(thread) = self.thread(ctx) else { return };
         thread.pages_logged += 1;
         if setting(Setting::Attribute) & attribute::LOGGED_PAGES != 0 {
-            let fresh = self.mark_word(ctx, gfn / 64, 1 << (gfn % 64));
+            let vm = thread.vm;
+            let fresh = self.mark_word(ctx, vm, gfn / 64, 1 << (gfn % 64));
             if fresh != 0 {
-                add_at(&mut thread.first_writes, self.bin_now(), fresh);
+                add_at(&mut thread.first_writes, bin_now(vm), fresh);
             }
         }
     }
@@ -200,24 +219,11 @@ impl Event {
         (thread.vcpu != 0).then_some(thread.vcpu)
     }
 
-    /// The bin of a first write at this moment; [`NO_FIRST_WRITE_BIN`] while the VM is not armed.
-    #[inline(always)]
-    fn bin_now(&self) -> u32 {
-        let Some(began) = ARMED.get_ptr(self.vm.slot) else { return NO_FIRST_WRITE_BIN };
-        // SAFETY: a live map value, which the agent changes in one piece.
-        let began = unsafe { core::ptr::read_volatile(began) };
-        if began == 0 {
-            return NO_FIRST_WRITE_BIN;
-        }
-        // SAFETY: has no precondition.
-        first_write_bin(unsafe { bpf_ktime_get_ns() }.saturating_sub(began))
-    }
-
     /// Sets bits of the VM's window; returns how many were not set before.
     #[inline(always)]
-    fn mark_word(&self, ctx: &impl EbpfContext, word: u64, bits: u64) -> u32 {
-        if word < u64::from(self.vm.words)
-            && let Some(word) = PAGES.get_ptr_mut(self.vm.first_word + word as u32)
+    fn mark_word(&self, ctx: &impl EbpfContext, vm: TrackedVm, word: u64, bits: u64) -> u32 {
+        if word < u64::from(vm.words)
+            && let Some(word) = PAGES.get_ptr_mut(vm.first_word + word as u32)
         {
             // SAFETY: a live map value.
             let before = unsafe { atomic::set_bits(word, bits) };
@@ -237,6 +243,19 @@ impl Event {
         }
         warn!(ctx, "an event of thread {} was lost: reason {}", self.key.tid, loss as u32);
     }
+}
+
+/// The bin of a first write at this moment; [`NO_FIRST_WRITE_BIN`] while the VM is not armed.
+#[inline(always)]
+fn bin_now(vm: TrackedVm) -> u32 {
+    let Some(began) = ARMED.get_ptr(vm.slot) else { return NO_FIRST_WRITE_BIN };
+    // SAFETY: a live map value, which the agent changes in one piece.
+    let began = unsafe { core::ptr::read_volatile(began) };
+    if began == 0 {
+        return NO_FIRST_WRITE_BIN;
+    }
+    // SAFETY: has no precondition.
+    first_write_bin(unsafe { bpf_ktime_get_ns() }.saturating_sub(began))
 }
 
 #[inline(always)]

@@ -5,7 +5,7 @@
 //!
 //! | floor | modules | what lives there |
 //! |---|---|---|
-//! | faces | [`cli`] | arguments in, human or JSON out |
+//! | faces | [`cli`], [`tui`] | arguments and keys in, human or JSON out |
 //! | service | [`service`] | the composition root: machine host, migration managers, observer |
 //! | policy | [`migrate`], [`announce`], [`track`] | the subject itself, generic over ports |
 //! | mechanism | [`kvm`], [`block`], [`net`], [`link`], [`shm`], [`probe`], [`btf`], [`trial`], [`foreign`], [`guest_os`], [`store`], [`draw`] | one kernel interface each, thin |
@@ -40,3 +40,4 @@ pub mod sim;
 pub mod store;
 pub mod track;
 pub mod trial;
+pub mod tui;

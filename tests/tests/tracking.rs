@@ -435,12 +435,12 @@ fn writes_are_those_of_an_address_space_an_instruction_and_a_moment() {
     drop(probes);
     vm.set_logging(false).unwrap();
     vm.set_logging(true).unwrap();
-    watch.counters.armed(true);
+    watch.counters.armed(Some(std::time::Duration::ZERO));
     let before = watch.before.threads[&watch.thread].clone();
     let unattributed = watch.before.lost.unattributed;
     vm.write_pages(PageCount(200)).unwrap();
     watch.look();
-    watch.counters.armed(false);
+    watch.counters.armed(None);
     let new = watch.before.threads[&watch.thread].since(&before);
     assert_eq!(watch.before.lost.unattributed, unattributed);
     // With nested paging the walk of the guest's own tables is among them, which any instruction may cause.

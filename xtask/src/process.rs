@@ -43,6 +43,11 @@ impl OwnChild {
         &mut self.child
     }
 
+    /// Its process id.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// An error if it has ended.
     pub(crate) fn check_alive(&mut self) -> Result<()> {
         match self.child.try_wait().context("wait")? {

@@ -2,7 +2,6 @@
 
 use aya_ebpf::macros::raw_tracepoint;
 use aya_ebpf::programs::RawTracePointContext;
-use dunlin_ebpf::Loss;
 
 use crate::constants;
 use crate::tracked::Event;
@@ -18,7 +17,7 @@ fn set_spte(ctx: RawTracePointContext) -> i32 {
     match read(ctx.arg(2)) {
         Some(entry) if entry & WRITABLE != 0 => event.made_writable(&ctx, ctx.arg(1), ctx.arg(0)),
         Some(_) => {}
-        None => event.lose(&ctx, Loss::Unreadable),
+        None => event.unreadable(&ctx),
     }
     0
 }
@@ -37,14 +36,14 @@ fn fast_page_fault(ctx: RawTracePointContext) -> i32 {
         Some(entry) if entry & WRITABLE != 0 => {}
         Some(_) => return 0,
         None => {
-            event.lose(&ctx, Loss::Unreadable);
+            event.unreadable(&ctx);
             return 0;
         }
     }
     let gfn = read_at(ctx.arg(1), constants::page_fault_gfn_offset());
     match gfn {
         Some(gfn) => event.made_writable(&ctx, gfn, 1),
-        None => event.lose(&ctx, Loss::Unreadable),
+        None => event.unreadable(&ctx),
     }
     0
 }

@@ -330,6 +330,34 @@ fn proof() -> Value {
     })
 }
 
+/// Leaves out what stands below a path (`a.b[].c`) and is documented elsewhere.
+fn without(value: &mut Value, path: &str) {
+    let (first, rest) = path.split_once('.').map_or((path, None), |(first, rest)| (first, Some(rest)));
+    let (name, many) = first.strip_suffix("[]").map_or((first, false), |name| (name, true));
+    let Some(member) = value.get_mut(name) else { panic!("there is no `{path}`") };
+    match (rest, many) {
+        (None, _) => *member = Value::Null,
+        (Some(rest), false) => without(member, rest),
+        (Some(rest), true) => member.as_array_mut().unwrap().iter_mut().for_each(|item| without(item, rest)),
+    }
+}
+
+/// The fleet, one VM of it, and the agent. What other commands print as well is documented with them.
+fn fleet() -> [Value; 3] {
+    let view = crate::service::fleet::sample();
+    let mut vm = tagged(&view.vms[0]);
+    for path in ["rate", "armed.curve", "armed.forecast", "armed.ranking", "armed.rogues"] {
+        without(&mut vm, path);
+    }
+    let mut fleet = tagged(&view);
+    fleet["vms"] = serde_json::json!([]);
+    without(&mut fleet, "watching.lost_events");
+    without(&mut fleet, "watching.lost_events_total");
+    let ready =
+        crate::service::agent::AgentReady { pid: 1, metrics: Some(String::new()), socket: "/".into(), interval_ns: 1 };
+    [vm, fleet, tagged(&ready)]
+}
+
 /// An object of every schema, with every member that it can have.
 fn samples() -> Vec<Value> {
     let mut all = vec![migration(), dirty_rate(), doctor(), proof(), audit::sample(), vm::run::sample(), balloon()];
@@ -338,6 +366,7 @@ fn samples() -> Vec<Value> {
     all.push(tagged(&inventory::sample()));
     all.extend(machines());
     all.extend(announcements());
+    all.extend(fleet());
     all.extend(vm::receive::samples());
     all.extend(events::samples());
     all.extend(crate::store::fuzz_seeds().iter().map(|line| serde_json::from_slice::<Value>(line).unwrap()));

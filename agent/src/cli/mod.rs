@@ -1,5 +1,6 @@
 //! The command line: arguments in, human text or JSON out. One file a subcommand; calls [`crate::service`], has no logic.
 
+mod agent;
 mod announce;
 mod dirty_rate;
 mod doctor;
@@ -15,6 +16,7 @@ mod replay;
 mod resolve;
 mod rogue;
 mod signals;
+mod top;
 mod vm;
 mod watch;
 mod wws;
@@ -53,10 +55,12 @@ enum Command {
     DirtyRate(dirty_rate::DirtyRateArgs),
     Record(record::RecordArgs),
     Replay(replay::ReplayArgs),
+    Top(top::TopArgs),
     Exits(exits::ExitsArgs),
     Wws(wws::WwsArgs),
     Heat(heat::HeatArgs),
     Rogue(rogue::RogueArgs),
+    Agent(agent::AgentArgs),
     Doctor(doctor::DoctorArgs),
 }
 
@@ -86,10 +90,12 @@ impl Cli {
             Command::DirtyRate(arguments) => arguments.run(json, &config),
             Command::Record(arguments) => arguments.run(json, &config),
             Command::Replay(arguments) => arguments.run(json),
+            Command::Top(arguments) => arguments.run(json, &config),
             Command::Exits(arguments) => arguments.run(json, &config),
             Command::Wws(arguments) => arguments.run(json, &config),
             Command::Heat(arguments) => arguments.run(json, &config),
             Command::Rogue(arguments) => arguments.run(json, &config),
+            Command::Agent(arguments) => arguments.run(json, &config),
             Command::Doctor(arguments) => arguments.run(json, &config),
         }
     }

@@ -181,9 +181,9 @@ pub trait EventSource: Send {
     /// The counters can no longer be read.
     fn sample(&mut self, pages: &mut PageBitmap) -> Result<EventSample, EventSourceError>;
 
-    /// Says that every page is write-protected from now on, so that the times of first writes count from now; or, with `false`, that
-    /// none is any more.
-    fn armed(&mut self, on: bool);
+    /// Says that every page has been write-protected for as long as this, so that the times of first writes count from then; or, with
+    /// none, that no page is any more.
+    fn armed(&mut self, since: Option<Duration>);
 }
 
 /// One look at a source, as policy took it.

@@ -1,6 +1,7 @@
 //! The counters of one VM, as a source of events.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use super::hook::Gives;
 use super::probes::{LoadOptions, MAX_FRAMES, Place, ProbeError, Probes};
@@ -82,10 +83,11 @@ impl EventSource for KernelCounters {
         Ok(probes.sweep(Some(self.place.pid))?.remove(&self.place.pid).unwrap_or_default())
     }
 
-    fn armed(&mut self, on: bool) {
+    fn armed(&mut self, since: Option<Duration>) {
         let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
         let now_ns = now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64;
-        lock(&self.probes).set_armed(&self.place, on.then_some(now_ns));
+        let began = since.map(|since| now_ns.saturating_sub(since.as_nanos() as u64));
+        lock(&self.probes).set_armed(&self.place, began);
     }
 }
 

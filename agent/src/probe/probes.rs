@@ -371,7 +371,13 @@ impl Probes {
             return Err(ProbeError::map(map::TRACKED, error));
         }
         self.slots[slot] = true;
+        self.tracked_changed();
         Ok(Place { pid, window })
+    }
+
+    /// Has threads look again for the window of their VM.
+    fn tracked_changed(&self) {
+        self.settings.words()[Setting::Tracked as usize].fetch_add(1, Ordering::Release);
     }
 
     /// Forgets a process and all that was counted of it.
@@ -382,6 +388,7 @@ impl Probes {
                 let _ = tracked.remove(&place.pid);
             }
         }
+        self.tracked_changed();
         // A thread that is in the middle of an event may make its entry anew; it is forgotten with the next VM of that thread's number.
         let pid = place.pid;
         forget(&mut self.threads, MAX_THREADS, |Plain(key)| key.tgid == pid);

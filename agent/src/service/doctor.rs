@@ -1,6 +1,6 @@
 //! What this host can do, found out by really trying: one table of name, reason, trial and remedy.
 //!
-//! Owns which trial matters to whom. The tracepoints are those of the probe loader's own plan ([`crate::probe::HOOKS`]),
+//! Owns which trial matters to whom. What can be seen of a VM is tried by the one plan that the loader and the metrics have too ([`super::sources`]),
 //! so what is shown here and what is attached later cannot differ.
 
 use std::io;
@@ -8,8 +8,9 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use super::sources::{SOURCES, Tried};
 use crate::model::schema::Schema;
-use crate::probe::{self, Attach, HOOKS};
+use crate::probe::{self, Attach};
 use crate::trial::{self, Verdict};
 
 /// What a capability is needed for.
@@ -226,7 +227,7 @@ pub fn examine(paths: &Paths) -> DoctorReport {
         })
         .collect();
     checks.push(object());
-    checks.extend(tracepoints());
+    checks.extend(plan());
     let ready = checks.iter().all(|check| check.tier != Tier::Required || check.result == ResultKind::Works);
     let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
     DoctorReport { ready, kernel, checks }
@@ -266,40 +267,51 @@ fn object() -> Finding {
     finding("bpf-programs", Tier::Tracking, "dunlin's own programs", verdict, remedy)
 }
 
-/// Which of KVM's tracepoints are really emitted while a VM runs: some KVM backends have them and never do.
-fn tracepoints() -> Vec<Finding> {
-    let ours = HOOKS.iter().filter(|hook| hook.attach == Attach::RawTracepoint).map(|hook| {
-        let tier = if hook.program == dunlin_ebpf::program::SET_SPTE { Tier::Tracking } else { Tier::Optional };
-        (hook.place, hook.what, tier)
-    });
-    let more = MORE_TRACEPOINTS.iter().map(|&(name, gives)| (name, gives, Tier::Optional));
-    let all: Vec<(&str, &str, Tier)> = ours.chain(more).collect();
-    let names: Vec<&str> = all.iter().map(|&(name, ..)| name).collect();
+/// The probe plan: which of KVM's tracepoints are really emitted while a VM runs (some KVM backends have them and never do), and the
+/// sources that are tried another way.
+fn plan() -> Vec<Finding> {
+    let mut tracepoints: Vec<(&str, &str, Tier)> = Vec::new();
+    let mut findings = Vec::new();
+    for source in &SOURCES {
+        match source.tried {
+            // A source is needed as much as the first of its programs; the others see what that one cannot.
+            Tried::Attaching(_) => {
+                let hooks = source.hooks().filter(|hook| hook.attach == Attach::RawTracepoint);
+                let tier = |index| if index == 0 { source.tier } else { Tier::Optional };
+                tracepoints.extend(hooks.enumerate().map(|(index, hook)| (hook.place, hook.what, tier(index))));
+            }
+            Tried::By(trial) => {
+                let why = format!("{}; attributed to: {}", source.gives, source.attributes);
+                let remedy = format!("needs {}; dunlin uses what there is", source.needs);
+                findings.push(finding(source.name, source.tier, why, Verdict::from_trial(trial()), &remedy));
+            }
+        }
+    }
+    tracepoints.extend(MORE_TRACEPOINTS.iter().map(|&(name, gives)| (name, gives, Tier::Optional)));
+    let names: Vec<&str> = tracepoints.iter().map(|&(name, ..)| name).collect();
     let run_both = || trial::kvm::run_vm().and_then(|_| trial::kvm::dirty_ring()).map(drop);
     let counts = trial::bpf::emitted(&names, run_both);
-    all.iter()
-        .enumerate()
-        .map(|(index, &(name, gives, tier))| {
-            let count = match &counts {
-                Ok(counts) => counts[index].as_ref().map(|count| *count),
-                Err(error) => Err(error),
-            };
-            let verdict = match count {
-                Ok(0) => Verdict::Missing("is there, and was never emitted while a VM ran and wrote".to_owned()),
-                Ok(count) => Verdict::Works(format!("emitted {count} times while a VM ran and wrote")),
-                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
-                    Verdict::Missing("this kernel has no such tracepoint (is KVM loaded?)".to_owned())
-                }
-                Err(error) => Verdict::of(error),
-            };
-            let remedy = if tier == Tier::Tracking {
-                "another KVM backend or a newer kernel; without it only a VM's own dirty log can be read"
-            } else {
-                "nothing: this KVM backend works another way, and dunlin uses what there is"
-            };
-            finding(name, tier, gives, verdict, remedy)
-        })
-        .collect()
+    let emitted = tracepoints.iter().enumerate().map(|(index, &(name, gives, tier))| {
+        let count = match &counts {
+            Ok(counts) => counts[index].as_ref().map(|count| *count),
+            Err(error) => Err(error),
+        };
+        let verdict = match count {
+            Ok(0) => Verdict::Missing("is there, and was never emitted while a VM ran and wrote".to_owned()),
+            Ok(count) => Verdict::Works(format!("emitted {count} times while a VM ran and wrote")),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
+                Verdict::Missing("this kernel has no such tracepoint (is KVM loaded?)".to_owned())
+            }
+            Err(error) => Verdict::of(error),
+        };
+        let remedy = if tier == Tier::Tracking {
+            "another KVM backend or a newer kernel; without it only a VM's own dirty log can be read"
+        } else {
+            "nothing: this KVM backend works another way, and dunlin uses what there is"
+        };
+        finding(name, tier, gives, verdict, remedy)
+    });
+    emitted.chain(findings).collect()
 }
 
 #[cfg(test)]

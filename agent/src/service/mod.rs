@@ -9,10 +9,11 @@
 //! - [`inventory`] finds every KVM VM of this host.
 //! - [`observe`] watches how one VM writes its memory, [`exits`] why it leaves its guest, [`profile`] measures its curve and its writers, [`rogues`] says who keeps it from migrating; [`doctor`] tries what this host can do.
 //! - [`recording`] keeps what [`observe`] sees in a file, and makes its figures again.
-//! - [`fleet`] watches all VMs together; [`sources`] is the plan of what can be seen of them.
+//! - [`agent`] serves what [`fleet`] sees, which watches all VMs together; [`sources`] is the plan of what can be seen of them.
 //!
 //! Everything that acts on a VM passes [`audit::record`].
 
+pub mod agent;
 pub mod announce;
 pub mod arm;
 pub mod audit;

@@ -113,7 +113,7 @@ pub const SOURCES: [Source; 8] = [
         gives: "pages whose content changed, of a random sample: an estimate with its interval; works without KVM",
         attributes: "guest frame",
         needs: "CAP_SYS_PTRACE, and the operator's permission for that VM",
-        tried: Tried::By(trial::memory::read_of_another_process),
+        tried: Tried::By(trial::memory::read_of_other_processes),
         tier: Tier::Optional,
         gives_pages: true,
     },

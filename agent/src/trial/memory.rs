@@ -32,13 +32,25 @@ pub fn huge_pages() -> io::Result<String> {
     }
 }
 
-/// Opens the memory of the first process, which takes the right to trace processes of other users; reads nothing.
+/// Looks whether this process may read the memory of others: it has CAP_SYS_PTRACE, and no policy forbids that to everybody.
 ///
 /// # Errors
-/// What the kernel answered.
-pub fn read_of_another_process() -> io::Result<String> {
-    File::open("/proc/1/mem").map(|_| String::new())
+/// What is missing.
+pub fn read_of_other_processes() -> io::Result<String> {
+    // Yama (Documentation/admin-guide/LSM/Yama.rst): with 3 nobody may.
+    if std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").is_ok_and(|scope| scope.trim() == "3") {
+        return Err(io::Error::other("kernel.yama.ptrace_scope is 3: nobody may, until the next boot"));
+    }
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let bits = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok());
+    match bits {
+        Some(bits) if bits >> CAP_SYS_PTRACE & 1 == 1 => Ok(String::new()),
+        _ => Err(io::Error::from_raw_os_error(libc::EPERM)),
+    }
 }
+
+/// include/uapi/linux/capability.h.
+const CAP_SYS_PTRACE: u32 = 19;
 
 /// Bit 55 of an entry of `/proc/PID/pagemap` (Documentation/admin-guide/mm/soft-dirty.rst).
 pub const SOFT_DIRTY: u64 = 1 << 55;

@@ -53,6 +53,8 @@ pub struct Config {
     pub tick_ns: u64,
     /// Time between two batches of a workload that keeps a rate.
     pub slice_ns: u64,
+    /// Length of the windows of which writers tell their own truth; 0 is off.
+    pub window_ns: u64,
     /// True when vCPU 0 spins instead of halting between two batches.
     pub spin: bool,
     /// Devices.
@@ -77,6 +79,7 @@ impl Default for Config {
             ipi_ns: 20_000_000,
             tick_ns: 4_000_000,
             slice_ns: 2_000_000,
+            window_ns: 0,
             spin: false,
             devices: [Transport::default(); MAX_DEVICES],
             device_count: 0,
@@ -125,6 +128,7 @@ impl Config {
             "ipi" => self.ipi_ns = bounded_ns(value, 1_000_000, 1_000_000_000)?,
             "tick" => self.tick_ns = bounded_ns(value, 1_000_000, 100_000_000).filter(|ns| *ns > 0)?,
             "slice" => self.slice_ns = bounded_ns(value, 200_000, 20_000_000).filter(|ns| *ns > 0)?,
+            "window" => self.window_ns = bounded_ns(value, 10_000_000, 10_000_000_000)?,
             "spin" => self.spin = flag(value)?,
             "wl" => return self.set_workloads(value),
             _ => {
@@ -189,7 +193,7 @@ mod tests {
         let config = Config::parse(
             "console=ttyS0 dunlin.cpus=2 dunlin.tsc_khz=2450000 dunlin.wl0=ws:64M,rate:50000,pattern:random \
              dunlin.wl1=rate:max,share:5 dunlin.ip=10.0.0.2/16 dunlin.gw=10.0.0.1 dunlin.blk=rate:100,span:8M \
-             dunlin.stat=50ms dunlin.heartbeat=1ms dunlin.spin=1 dunlin.ipi=0 dunlin.tick=1ms dunlin.slice=500us \
+             dunlin.stat=50ms dunlin.heartbeat=1ms dunlin.spin=1 dunlin.ipi=0 dunlin.tick=1ms dunlin.slice=500us dunlin.window=1280ms \
              virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=512@0xfeb00000:16:3",
         );
         assert_eq!(config.bad_options, 0);
@@ -202,6 +206,7 @@ mod tests {
         assert_eq!(config.stat_ns, 50_000_000);
         assert_eq!((config.heartbeat_ns, config.spin, config.ipi_ns), (1_000_000, true, 0));
         assert_eq!((config.tick_ns, config.slice_ns), (1_000_000, 500_000));
+        assert_eq!(config.window_ns, 1_280_000_000);
         assert_eq!(config.device_count, 2);
         assert_eq!(config.devices[0], Transport { address: 0xd000_0000, bytes: 4096, gsi: 5 });
         assert_eq!(config.devices[1], Transport { address: 0xfeb0_0000, bytes: 512, gsi: 16 });
@@ -218,10 +223,10 @@ mod tests {
     #[test]
     fn bad_values_are_counted_and_change_nothing() {
         let bad = "dunlin.cpus=0 dunlin.cpus=99 dunlin.tsc_khz=0 dunlin.ip=1.2.3 dunlin.ip=1.2.3.4/33 dunlin.gw=x \
-                   dunlin.heartbeat=2us dunlin.heartbeat=5 dunlin.wl99=rate:1 dunlin.tick=0 dunlin.spin=yes dunlin.what=1 \
+                   dunlin.heartbeat=2us dunlin.heartbeat=5 dunlin.window=1ms dunlin.wl99=rate:1 dunlin.tick=0 dunlin.spin=yes dunlin.what=1 \
                    virtio_mmio.device=4K virtio_mmio.device=4K@zz:1";
         let config = Config::parse(bad);
-        assert_eq!(config.bad_options, 14);
+        assert_eq!(config.bad_options, 15);
         assert_eq!(Config { bad_options: 0, ..config }, Config::default());
         assert_eq!(Config::parse(""), Config::default());
         assert_eq!(Config::parse("root=/dev/vda quiet"), Config::default());

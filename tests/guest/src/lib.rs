@@ -10,4 +10,5 @@ pub mod memory;
 pub mod page;
 pub mod text;
 pub mod units;
+pub mod window;
 pub mod workload;

@@ -86,6 +86,7 @@ extern "sysv64" fn rust_start() -> ! {
     MEMORY_BYTES.store(boot.ram.total_bytes(), Relaxed);
     IPI_NS.store(config.ipi_ns, Relaxed);
     writer::SLICE_NS.store(config.slice_ns, Relaxed);
+    writer::WINDOW_NS.store(config.window_ns, Relaxed);
 
     build_spaces(config, &boot.ram);
     for cpu in cpu::all(config.cpus) {

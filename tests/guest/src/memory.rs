@@ -88,16 +88,23 @@ impl Default for RamMap {
 pub struct Grant {
     /// Chunks of data pages.
     pub data_chunks: u64,
-    /// Chunks of the sequence table (4 bytes a data page).
+    /// Chunks of the sequence table (4 bytes a data page), with the bits of windows (1 a data page) behind it.
     pub table_chunks: u64,
 }
+
+/// Chunks of data that the books in one chunk are for: 4 bytes and a bit a page, the bits from a page's start on.
+const DATA_CHUNKS_PER_TABLE: u64 = 990;
 
 impl Grant {
     /// Splits `chunks` into data and table.
     pub fn of_chunks(chunks: u64) -> Self {
-        let per_table = CHUNK_BYTES / 4 / PAGES_PER_CHUNK;
-        let table_chunks = chunks.div_ceil(per_table + 1);
+        let table_chunks = chunks.div_ceil(DATA_CHUNKS_PER_TABLE + 1);
         Self { data_chunks: chunks - table_chunks, table_chunks }
+    }
+
+    /// Where the bits of windows begin, counted from the sequence table: at the next page behind it.
+    pub fn bits_offset(&self) -> u64 {
+        (self.data_chunks * PAGES_PER_CHUNK * 4).next_multiple_of(4096)
     }
 
     /// Chunks in all.
@@ -108,8 +115,7 @@ impl Grant {
     /// Smallest grant whose data chunks hold `bytes`.
     pub fn for_bytes(bytes: u64) -> Self {
         let data = bytes.div_ceil(CHUNK_BYTES).max(1);
-        let per_table = CHUNK_BYTES / 4 / PAGES_PER_CHUNK;
-        Self { data_chunks: data, table_chunks: data.div_ceil(per_table) }
+        Self { data_chunks: data, table_chunks: data.div_ceil(DATA_CHUNKS_PER_TABLE) }
     }
 }
 
@@ -166,10 +172,12 @@ mod tests {
 
     #[test]
     fn grants_hold_their_table() {
-        for chunks in [1, 2, 3, 1024, 1025, 1026, 4096] {
+        for chunks in [1, 2, 3, 991, 992, 1024, 1025, 1026, 1982, 4096, 8192] {
             let grant = Grant::of_chunks(chunks);
             assert_eq!(grant.chunks(), chunks);
-            assert!(grant.data_chunks * PAGES_PER_CHUNK * 4 <= grant.table_chunks * CHUNK_BYTES, "{chunks}");
+            let pages = grant.data_chunks * PAGES_PER_CHUNK;
+            let end = grant.bits_offset() + pages.div_ceil(64) * 8;
+            assert!(grant.bits_offset() >= pages * 4 && end <= grant.table_chunks * CHUNK_BYTES, "{chunks}");
         }
         for bytes in [1, 64 << 20, 2 << 30, (2 << 30) + 1] {
             let grant = Grant::of_chunks(Grant::for_bytes(bytes).chunks());

@@ -94,14 +94,17 @@ impl Service {
             self.report_ready();
             next = next.min(now + clock::cycles(10_000_000));
         }
-        if now >= self.next_stat {
-            self.next_stat = (self.next_stat + self.stat_cycles).max(now);
-            self.report_status();
+        if self.stat_cycles > 0 {
+            if now >= self.next_stat {
+                self.next_stat = (self.next_stat + self.stat_cycles).max(now);
+                self.report_status();
+            }
+            next = next.min(self.next_stat);
         }
         if self.heartbeat_cycles > 0 {
             next = next.min(self.next_heartbeat);
         }
-        next.min(self.next_stat)
+        next
     }
 
     fn heartbeat(&mut self, now: u64) {

@@ -7,18 +7,24 @@ use core::sync::atomic::{
 };
 
 use dunlin_guest::ledger::{RunClock, TimerWatch};
+use dunlin_guest::memory::{Grant, PAGES_PER_CHUNK};
 use dunlin_guest::page::{self, Fill, Mismatch, PAGE_BYTES, Page, Part, Rewrite};
+use dunlin_guest::text::Buffer;
+use dunlin_guest::window::Windows;
 use dunlin_guest::workload::{Pacer, Pattern, Picker, Spec};
 
 use crate::cpu::{self, Cpu, Shared, WRITER};
 use crate::panic::PANICKED;
-use crate::{apic, clock, io, paging};
+use crate::{apic, clock, io, paging, serial};
 
 /// Generation of the last full verification that was asked for.
 pub static VERIFY: AtomicU32 = AtomicU32::new(0);
 
 /// Time between two batches of a writer that keeps a rate.
 pub static SLICE_NS: AtomicU64 = AtomicU64::new(2_000_000);
+
+/// Length of the windows of which the writer tells its own truth; 0 is off.
+pub static WINDOW_NS: AtomicU64 = AtomicU64::new(0);
 
 /// Pages between two looks at the clock.
 const BATCH_PAGES: u64 = 64;
@@ -65,6 +71,7 @@ struct Writer {
     pacer: Pacer,
     run: RunClock,
     watch: TimerWatch,
+    windows: Option<Windows<'static>>,
 }
 
 /// Entry of the writer task.
@@ -85,8 +92,24 @@ pub extern "sysv64" fn main(cpu: &'static Cpu) -> ! {
         pacer: Pacer::new(0, 1, 0),
         run: RunClock::new(now, clock::cycles(1_000_000)),
         watch: TimerWatch::default(),
+        windows: windows(cpu, now),
     };
     writer.run()
+}
+
+/// The windows, if they were asked for.
+fn windows(cpu: &Cpu, now: u64) -> Option<Windows<'static>> {
+    let length_ns = WINDOW_NS.load(Relaxed);
+    let pages = cpu.shared.granted_pages.load(Relaxed);
+    if length_ns == 0 || pages == 0 {
+        return None;
+    }
+    let grant = Grant { data_chunks: pages / PAGES_PER_CHUNK, ..Grant::default() };
+    let start = paging::table_address(cpu.number()) + grant.bits_offset();
+    // SAFETY: behind the sequence table there is room for these words in every grant; they are mapped in this task's address space,
+    // zero, and used by this task only.
+    let bits = unsafe { core::slice::from_raw_parts_mut(start as *mut u64, Windows::words(pages)) };
+    Some(Windows::new(bits, length_ns, clock::tsc_hz(), now))
 }
 
 impl Writer {
@@ -96,8 +119,8 @@ impl Writer {
         let mut generation = 1; // odd: never a settled one
         let mut planned = 0;
         while !PANICKED.load(Relaxed) {
-            let now = self.look(planned);
-            planned = 0;
+            let slept_until = core::mem::take(&mut planned);
+            let now = self.look(slept_until);
             let wanted = shared.wanted_generation.load(Acquire);
             if wanted != generation && wanted.is_multiple_of(2) {
                 let spec = shared.wanted();
@@ -113,9 +136,10 @@ impl Writer {
                 shared.verified_generation.store(verify, Release);
             }
             self.poison();
+            self.look_at_window(now, slept_until);
             let due = self.pacer.due(now).min(BATCH_PAGES);
             if due > 0 {
-                (0..due).for_each(|_| self.write_next());
+                self.write_batch(due);
                 self.pacer.wrote(due);
                 shared.pages_dropped.store(self.pacer.dropped_pages, Relaxed);
             } else if shared.spin.load(Relaxed) == 0 {
@@ -146,6 +170,18 @@ impl Writer {
         now
     }
 
+    /// Keeps the book of windows, and tells one that is over.
+    #[inline]
+    fn look_at_window(&mut self, now: u64, slept_until: u64) {
+        let Some(windows) = &mut self.windows else { return };
+        let dropped = self.pacer.dropped_pages;
+        let Some(report) = windows.look(now, slept_until, dropped) else { return };
+        let mut line = Buffer::<512>::new();
+        report.line(&mut line, self.index, clock::tsc_hz());
+        serial::write(line.as_bytes());
+        windows.restart(io::tsc(), dropped);
+    }
+
     /// Takes over new settings; a changed fill writes the whole working set anew.
     fn apply(&mut self, spec: Spec, generation: u32) {
         let granted = self.cpu.shared.granted_pages.load(Relaxed);
@@ -170,6 +206,9 @@ impl Writer {
         self.picker = Picker::new(spec.pattern, self.filled, u64::from(generation) << 8 | self.index as u64);
         let rate = if self.filled == 0 { 0 } else { spec.rate_pages_per_second };
         self.pacer = Pacer::new(rate, clock::tsc_hz(), self.cpu.look(0));
+        if let Some(windows) = &mut self.windows {
+            windows.restart(io::tsc(), 0);
+        }
         self.cpu.shared.settled_generation.store(generation, Release);
     }
 
@@ -194,7 +233,18 @@ impl Writer {
     }
 
     #[inline]
-    fn write_next(&mut self) {
+    fn write_batch(&mut self, pages: u64) {
+        for _ in 0..pages {
+            let index = self.write_next();
+            if let Some(windows) = &mut self.windows {
+                windows.wrote(index);
+            }
+        }
+    }
+
+    /// Writes a page; returns which.
+    #[inline]
+    fn write_next(&mut self) -> u64 {
         let index = self.picker.pick();
         let old = self.sequence(index);
         let new = Rewrite {
@@ -211,6 +261,7 @@ impl Writer {
         self.table_sum = self.table_sum.wrapping_add(1);
         let written = &self.cpu.shared.pages_written;
         written.store(written.load(Relaxed) + 1, Relaxed);
+        index
     }
 
     #[cold]

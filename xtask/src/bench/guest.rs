@@ -16,19 +16,41 @@ pub(super) const CPUS: u32 = 2;
 /// Time between two heartbeats.
 pub(super) const HEARTBEAT_MS: f64 = 1.0;
 /// The writer's working set, filled with random data.
-const WORKING_SET_MIB: u64 = 256;
+pub(super) const WORKING_SET_MIB: u64 = 256;
 /// How long booting and filling may take.
 const READY_LIMIT: Duration = Duration::from_secs(60);
 
 /// How the writer writes, for the command line: pages per second or `max`, then what else is not as usual.
 pub(super) type Rate = &'static str;
 
-/// The guest's command line.
-pub(super) fn cmdline(rate: Rate) -> String {
-    format!(
-        "dunlin.cpus={CPUS} dunlin.heartbeat=1ms dunlin.wl0=ws:64K,rate:0 \
-         dunlin.wl1=ws:{WORKING_SET_MIB}M,rate:{rate},fill:random"
-    )
+/// What a guest does.
+#[derive(Clone, Debug)]
+pub(super) struct Load {
+    /// Its vCPUs.
+    pub(super) cpus: u32,
+    /// Its command line.
+    pub(super) cmdline: String,
+}
+
+impl Load {
+    /// One that beats, and writes at `rate`.
+    pub(super) fn beating(rate: Rate) -> Self {
+        let cmdline = format!(
+            "dunlin.cpus={CPUS} dunlin.heartbeat=1ms dunlin.wl0=ws:64K,rate:0 \
+             dunlin.wl1=ws:{WORKING_SET_MIB}M,rate:{rate},fill:random"
+        );
+        Self { cpus: CPUS, cmdline }
+    }
+
+    /// One of a single vCPU that writes at `rate` in the order of `pattern`, and tells its own truth of windows of `window_ms`. It writes
+    /// in small batches and says nothing else, so that windows hold whole batches and no console.
+    pub(super) fn telling(pattern: &str, rate: Rate, window_ms: u64) -> Self {
+        let cmdline = format!(
+            "dunlin.cpus=1 dunlin.heartbeat=0 dunlin.stat=0 dunlin.slice=200us dunlin.window={window_ms}ms \
+             dunlin.wl0=ws:{WORKING_SET_MIB}M,rate:{rate},pattern:{pattern},fill:random"
+        );
+        Self { cpus: 1, cmdline }
+    }
 }
 
 /// A serial console that is written to a file.

@@ -10,6 +10,7 @@ mod migrate;
 mod ours;
 mod qemu;
 mod raw_tcp;
+mod tracking;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -27,9 +28,12 @@ use crate::run;
 use crate::workspace::root;
 use ours::Places;
 
-/// Runs of each case unless told otherwise.
+/// Runs of each case of `migrate` unless told otherwise.
 const RUNS: usize = 5;
 const QUICK_RUNS: usize = 3;
+/// A run of `tracking` takes more than a minute a case.
+const TRACKING_RUNS: usize = 3;
+const QUICK_TRACKING_RUNS: usize = 1;
 /// How long a peer may take to converge.
 const CAP: Duration = Duration::from_secs(20);
 const QUICK_CAP: Duration = Duration::from_secs(5);
@@ -42,12 +46,14 @@ const QUICK_BUDGET: Duration = Duration::from_secs(100);
 Examples:
   cargo xtask bench migrate
   cargo xtask bench migrate --quick
-  cargo xtask bench migrate --case idle --case unthrottled --runs 9 --json")]
+  cargo xtask bench migrate --case idle --case unthrottled --runs 9 --json
+  cargo xtask bench tracking --quick
+  cargo xtask bench tracking --case random-50k --case events")]
 pub(crate) struct Arguments {
     /// Which bench.
     name: Name,
 
-    /// Fewer cases and runs; ends within two minutes, building not counted.
+    /// Fewer cases and runs; ends within three minutes, building not counted.
     #[arg(long)]
     quick: bool,
 
@@ -77,6 +83,20 @@ pub(crate) struct Arguments {
 enum Name {
     /// One live migration over loopback, beside raw TCP and QEMU.
     Migrate,
+    /// How exact the figures of a VM's writing are, and what they cost, beside QEMU's and the guest's own truth.
+    Tracking,
+}
+
+impl Name {
+    /// Runs of each case unless told otherwise.
+    fn runs(self, quick: bool) -> usize {
+        match (self, quick) {
+            (Self::Migrate, false) => RUNS,
+            (Self::Migrate, true) => QUICK_RUNS,
+            (Self::Tracking, false) => TRACKING_RUNS,
+            (Self::Tracking, true) => QUICK_TRACKING_RUNS,
+        }
+    }
 }
 
 /// How much is to be measured.
@@ -95,7 +115,7 @@ struct Effort {
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let effort = Effort {
         quick: arguments.quick,
-        runs: arguments.runs.map_or(if arguments.quick { QUICK_RUNS } else { RUNS }, |runs| runs as usize),
+        runs: arguments.runs.map_or(arguments.name.runs(arguments.quick), |runs| runs as usize),
         cases: arguments.cases.clone(),
         cap: arguments
             .cap
@@ -114,6 +134,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let free_memory = fresh::note()?;
     let (rows, definitions) = match arguments.name {
         Name::Migrate => (migrate::run(&places, &effort)?, migrate::DEFINITIONS),
+        Name::Tracking => (tracking::run(&places, &effort)?, tracking::DEFINITIONS),
     };
     if arguments.json {
         print!("{}", measure::json(&rows));

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
 use super::fresh;
-use super::guest::{self, CPUS, Console, HEARTBEAT_MS, MEMORY_MIB, Rate};
+use super::guest::{self, Console, HEARTBEAT_MS, Load, MEMORY_MIB, Rate};
 use super::heartbeat::{Gaps, gaps};
 use crate::interrupt;
 use crate::process::OwnChild;
@@ -127,20 +127,47 @@ pub(super) struct Vm<'a> {
 impl<'a> Vm<'a> {
     /// Boots a VM whose guest writes at `rate`, and waits until it does.
     pub(super) fn start(places: &'a Places, rate: Rate, dirty_log: &str) -> Result<Self> {
+        Self::boot(places, &Load::beating(rate), dirty_log)
+    }
+
+    /// Boots a VM with a guest under `load`, and waits until it is.
+    pub(super) fn boot(places: &'a Places, load: &Load, dirty_log: &str) -> Result<Self> {
         let folder = fresh(&places.scratch.join("ours"))?;
         let state = fresh(&places.state.join("ours"))?;
         let console = Console(folder.join("source.log"));
         let mut command = Command::new(&places.dunlin);
         command
             .args(["vm", "run", "--name", NAME, "--dirty-log", dirty_log])
-            .args(["--memory", &format!("{MEMORY_MIB}MiB"), "--cpus", &CPUS.to_string()])
-            .args(["--cmdline", &guest::cmdline(rate)])
+            .args(["--memory", &format!("{MEMORY_MIB}MiB"), "--cpus", &load.cpus.to_string()])
+            .args(["--cmdline", &load.cmdline])
             .arg("--kernel")
             .arg(&places.kernel);
         side(&mut command, "source", &folder, &state, &console).stdout(Stdio::null());
         let mut machine = OwnChild::start(&mut command, &folder.join("source.err"))?;
         let tsc_hz = console.wait_ready(&mut machine)?;
         Ok(Self { places, folder, state, machine, console, tsc_hz })
+    }
+
+    /// Its console.
+    pub(super) fn console(&self) -> &Console {
+        &self.console
+    }
+
+    /// Where its side keeps journals.
+    pub(super) fn state_dir(&self) -> PathBuf {
+        self.state.join("source")
+    }
+
+    /// What the frequency of its time stamp counter is.
+    pub(super) fn tsc_hz(&self) -> u64 {
+        self.tsc_hz
+    }
+
+    /// Runs `dunlin VERB` on it with these further arguments; what it printed.
+    pub(super) fn ask(&self, verb: &str, arguments: &[&str], limit: Duration) -> Result<String> {
+        let mut command = Command::new(&self.places.dunlin);
+        command.args([verb, NAME, "--json", "--run-dir"]).arg(self.folder.join("source")).args(arguments);
+        answer(command, &self.folder, limit)
     }
 
     /// Pages that the guest writes per second, seen over `window`.
@@ -199,6 +226,14 @@ impl<'a> Vm<'a> {
         command.args(["vm", "stop", NAME, "--run-dir"]).arg(self.folder.join("target")).stdout(Stdio::null());
         OwnChild::start(&mut command, &self.folder.join("stop.err"))?.finish(ORDER_LIMIT)
     }
+}
+
+/// Runs a command to its end; what it printed on standard output. Files go to `folder`.
+pub(super) fn answer(mut command: Command, folder: &Path, limit: Duration) -> Result<String> {
+    let words = folder.join("answer");
+    command.stdout(File::create(&words).context("a file for an answer")?);
+    OwnChild::start(&mut command, &folder.join("answer.err"))?.finish(limit)?;
+    fs::read_to_string(&words).context("reading an answer")
 }
 
 /// The options of one side: where its VMs, journals and console are.

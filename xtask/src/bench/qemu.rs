@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use super::fresh;
-use super::guest::{self, CPUS, Console, HEARTBEAT_MS, MEMORY_MIB, Rate};
+use super::guest::{Console, HEARTBEAT_MS, Load, MEMORY_MIB, Rate};
 use super::heartbeat::{Gaps, gaps};
 use crate::interrupt;
 use crate::process::OwnChild;
@@ -83,10 +83,21 @@ pub(super) struct Qemu {
 
 /// One QEMU process.
 #[derive(Debug)]
-struct Side {
-    process: OwnChild,
-    qmp: Qmp,
-    console: Console,
+pub(super) struct Side {
+    pub(super) process: OwnChild,
+    pub(super) qmp: Qmp,
+    pub(super) console: Console,
+}
+
+/// How QEMU is started.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Boot {
+    /// The accelerator with its options.
+    pub(super) accelerator: &'static str,
+    /// RAM in a shared memory file, as ours is, instead of private memory.
+    pub(super) shared: bool,
+    /// It waits for a migration instead of booting.
+    pub(super) incoming: bool,
 }
 
 impl Qemu {
@@ -111,11 +122,12 @@ impl Qemu {
         cap: Duration,
         settle: Duration,
     ) -> Result<Option<Migration>> {
-        let _ = fs::remove_dir_all(&self.folder);
-        fs::create_dir_all(&self.folder).with_context(|| format!("{} could not be made", self.folder.display()))?;
-        let mut source = self.start("source", mode, rate, false)?;
+        self.clear()?;
+        let load = Load::beating(rate);
+        let boot = Boot { accelerator: "kvm", shared: mode == Mode::MultifdShared, incoming: false };
+        let mut source = self.start("source", &load, boot)?;
         let tsc_hz = source.console.wait_ready(&mut source.process)?;
-        let mut target = self.start("target", mode, rate, true)?;
+        let mut target = self.start("target", &load, Boot { incoming: true, ..boot })?;
         if let Some(capability) = mode.capability() {
             let capabilities = json!({ "capabilities": [{ "capability": capability, "state": true }] });
             source.qmp.order("migrate-set-capabilities", capabilities.clone())?;
@@ -150,16 +162,28 @@ impl Qemu {
         }))
     }
 
-    fn start(&self, name: &str, mode: Mode, rate: Rate, incoming: bool) -> Result<Side> {
+    /// Where its files go.
+    pub(super) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Empties that.
+    pub(super) fn clear(&self) -> Result<()> {
+        let _ = fs::remove_dir_all(&self.folder);
+        fs::create_dir_all(&self.folder).with_context(|| format!("{} could not be made", self.folder.display()))
+    }
+
+    /// Starts a process, whose files are called `name`.
+    pub(super) fn start(&self, name: &str, load: &Load, boot: Boot) -> Result<Side> {
         let console = Console(self.folder.join(format!("{name}.log")));
         let socket = self.folder.join(format!("{name}.qmp"));
         let mut command = Command::new(&self.program);
         command
-            .args(["-accel", "kvm", "-cpu", "host,-arch-capabilities"])
+            .args(["-accel", boot.accelerator, "-cpu", "host,-arch-capabilities"])
             .args(["-machine", "microvm,acpi=off,rtc=off,x-option-roms=off", "-bios", "qboot.rom"])
-            .args(["-m", &MEMORY_MIB.to_string(), "-smp", &CPUS.to_string()])
+            .args(["-m", &MEMORY_MIB.to_string(), "-smp", &load.cpus.to_string()])
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
-            .args(["-append", &guest::cmdline(rate)])
+            .args(["-append", &load.cmdline])
             .arg("-kernel")
             .arg(&self.kernel)
             .arg("-serial")
@@ -167,11 +191,11 @@ impl Qemu {
             .arg("-qmp")
             .arg(format!("unix:{},server=on,wait=off", socket.display()))
             .stdout(Stdio::null());
-        if mode == Mode::MultifdShared {
+        if boot.shared {
             command.args(["-machine", "memory-backend=ram", "-object"]);
             command.arg(format!("memory-backend-memfd,id=ram,size={MEMORY_MIB}M,share=on"));
         }
-        if incoming {
+        if boot.incoming {
             command.args(["-incoming", "defer"]);
         }
         let mut process = OwnChild::start(&mut command, &self.folder.join(format!("{name}.err")))?;

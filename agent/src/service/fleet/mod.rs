@@ -20,6 +20,8 @@ use std::time::{Duration, Instant, SystemTime};
 use census::Census;
 use cost::Costs;
 use tracked::{Key, Tracked};
+#[cfg(test)]
+pub(crate) use view::sample;
 pub use view::{
     ArmedView, ExitRate, FleetVcpu, FleetView, FleetVm, HISTORY, PastRate, ProgramView, ShedView, Watching,
 };

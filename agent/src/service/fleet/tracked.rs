@@ -189,29 +189,35 @@ fn figures(
     let rate = rate_between(before, after, interval, unique, protection);
     let seconds = interval.as_secs_f64().max(f64::MIN_POSITIVE);
     let nothing = ThreadEvents::default();
-    let mut sums: BTreeMap<(&'static str, String), ExitTimes> = BTreeMap::new();
+    // Since counting began, and in the interval.
+    let mut sums: BTreeMap<(&'static str, String), (u64, ExitTimes)> = BTreeMap::new();
     for (thread, now) in &after.threads {
         let new = now.since(before.threads.get(thread).unwrap_or(&nothing));
-        let all = [("kvm", new.guest_exit_reasons), ("vmm", new.exits)];
-        for (to, reason, times) in
-            all.into_iter().flat_map(|(to, by)| by.into_iter().map(move |(reason, times)| (to, reason, times)))
-        {
-            if times.count > 0 {
-                sums.entry((to, reason)).or_default().add(&times);
+        let all = [("kvm", &now.guest_exit_reasons, &new.guest_exit_reasons), ("vmm", &now.exits, &new.exits)];
+        for (to, all, new) in all {
+            for (reason, times) in all {
+                let sum = sums.entry((to, reason.clone())).or_default();
+                sum.0 += times.count;
+                if let Some(times) = new.get(reason) {
+                    sum.1.add(times);
+                }
             }
         }
     }
     let mut exits: Vec<ExitRate> = sums
         .into_iter()
-        .map(|((to, reason), times)| ExitRate {
+        .map(|((to, reason), (count, times))| ExitRate {
             to,
             reason,
+            count,
             exits_per_second: times.count as f64 / seconds,
             mean_ns: times.mean_ns(),
         })
         .collect();
-    exits.sort_by(|a, b| b.exits_per_second.total_cmp(&a.exits_per_second));
+    // The same are shown again and again: by all that was counted.
+    exits.sort_by(|a, b| b.count.cmp(&a.count));
     exits.truncate(MOST_EXITS);
+    exits.sort_by(|a, b| b.exits_per_second.total_cmp(&a.exits_per_second));
     let exits_per_second = rate.threads.iter().map(|thread| thread.exits_per_second).sum();
     let guest_exits_per_second = rate.threads.iter().map(|thread| thread.guest_exits_per_second).sum();
     Figures { rate, exits, exits_per_second, guest_exits_per_second }
@@ -264,6 +270,7 @@ mod tests {
         let half = Duration::from_millis(500);
         let found = figures(&sample(&[(1, 10, 1)]), &sample(&[(1, 60, 11)]), half, PageCount(40), Protection::Unseen);
         assert!((found.exits_per_second - 20.0).abs() < 1e-9 && (found.guest_exits_per_second - 40.0).abs() < 1e-9);
+        assert_eq!(found.exits[0].count, 11);
         assert_eq!((found.exits[0].to, found.exits[0].reason.as_str(), found.exits.len()), ("vmm", "mmio", 1));
         vm.figures = Some(found);
         vm.cpu_shares.insert(1, 0.25);

@@ -41,6 +41,10 @@ impl FleetView {
     }
 }
 
+impl Schema for FleetVm {
+    const SCHEMA: &'static str = "dunlin.fleet-vm/v1";
+}
+
 /// One VM of the fleet.
 #[derive(Clone, Debug, Serialize)]
 pub struct FleetVm {
@@ -72,7 +76,7 @@ pub struct FleetVm {
     pub exits_per_second: f64,
     /// Exits from guest code per second, those that KVM handles itself among them; 0 where this KVM backend does not tell them.
     pub guest_exits_per_second: f64,
-    /// Exits of the last interval by reason, the most frequent first.
+    /// Exits by reason, those that were most frequent in the last interval first; at most 32.
     pub exits: Vec<ExitRate>,
     /// Its vCPUs, by number.
     pub vcpus: Vec<FleetVcpu>,
@@ -93,7 +97,9 @@ pub struct ExitRate {
     pub to: &'static str,
     /// Why, as KVM or the processor names it.
     pub reason: String,
-    /// How many per second.
+    /// How many since its counting began.
+    pub count: u64,
+    /// How many per second, in the last interval.
     pub exits_per_second: f64,
     /// Mean time until it was back; absent where that is not told.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -223,4 +229,114 @@ pub struct ShedView {
     pub source: String,
     /// Why.
     pub reason: String,
+}
+
+/// A view with all that can be in one.
+#[cfg(test)]
+pub(crate) fn sample() -> FleetView {
+    use std::time::Duration;
+
+    use crate::model::{BytesPerSecond, CurvePoint, PageCount};
+    use crate::port::{EventSample, LostEvents, ThreadEvents};
+    use crate::service::rogues;
+    use crate::service::sources;
+    use crate::track::{Protection, RogueWatch, Terms, forecast, rate_between};
+
+    let vm = crate::service::inventory::sample();
+    let thread = ThreadEvents { pages_made_writable: 500, ..ThreadEvents::default() };
+    let after = EventSample { threads: [(1, thread)].into(), ..EventSample::default() };
+    let second = Duration::from_secs(1);
+    let rate = rate_between(&EventSample::default(), &after, second, PageCount(256), Protection::Unseen);
+    // Twenty thousand pages a second, each another.
+    let points = [5u64, 20, 80, 320].map(|ms| CurvePoint::exact(ms * 1_000_000, ms as f64 * 20.0));
+    let curve = WriteCurve::new(points.to_vec()).unwrap();
+    let terms = Terms {
+        bandwidth: BytesPerSecond(10_000_000),
+        downtime: Duration::from_millis(300),
+        switch_cost: Duration::from_millis(5),
+        rtt: Duration::from_millis(1),
+    };
+    let writer = Writer::Vcpu { index: 0, thread_id: 1 };
+    let writers = [crate::service::profile::WriterProfile { writer, share: 1.0, curve: curve.clone() }];
+    let ranking = rogues::ranked(&curve, &writers, &terms, crate::track::DEFAULT_MARGIN).unwrap();
+    let mut watch = RogueWatch::default();
+    for _ in 0..4 {
+        watch.observe(&ranking, &std::collections::BTreeMap::new());
+    }
+    let armed = ArmedView {
+        unix_ms: 1,
+        window_ns: 320_000_000,
+        unique_pages: 6400,
+        unique_bytes_per_second: 81_920_000.0,
+        forecast: Some(forecast(&curve, PageCount(10_000), &terms).unwrap()),
+        rogues: rogues::named(&watch, &ranking),
+        ranking: Some(ranking),
+        curve,
+        windows: 4,
+    };
+    let vm = FleetVm {
+        name: "a \"quoted\" name\\".to_owned(),
+        vm_id: VmId(uuid::Uuid::from_u128(7)),
+        host: Host::Foreign,
+        vmm: "qemu".to_owned(),
+        pid: 41,
+        start_time_ticks: 9,
+        memory_bytes: Some(1 << 30),
+        logged_bytes: 0,
+        notes: vec![String::new()],
+        unique_known: true,
+        rate: Some(rate),
+        exits_per_second: 20.0,
+        guest_exits_per_second: 40.0,
+        exits: vec![ExitRate {
+            to: "vmm",
+            reason: "mmio".to_owned(),
+            count: 11,
+            exits_per_second: 20.0,
+            mean_ns: Some(1500.0),
+        }],
+        vcpus: vec![FleetVcpu {
+            index: 0,
+            thread_id: Some(1),
+            pages_per_second: 500.0,
+            exits_per_second: 20.0,
+            guest_exits_per_second: 40.0,
+            cpu_share: Some(0.25),
+        }],
+        history: [PastRate { bytes_per_second: 2_048_000.0, regime: Regime::Passive }].into(),
+        armed: Some(armed),
+        armed_problem: Some(String::new()),
+    };
+    let lost = LostEvents { unreadable: 3, ..LostEvents::default() };
+    let [name, gives, reason] = [const { String::new() }; 3];
+    FleetView {
+        sequence: 3,
+        unix_ms: 1_700_000_000_500,
+        interval_ns: 1_000_000_000,
+        vms: vec![vm],
+        watching: Watching {
+            loaded: true,
+            problem: Some(String::new()),
+            backend: "svm",
+            budget_share_of_core: 0.01,
+            used_share_of_core: Some(0.005),
+            cost_unknown: Some(String::new()),
+            above_budget: false,
+            programs: vec![ProgramView {
+                program: "set_spte",
+                place: "kvm_mmu_set_spte",
+                attached: true,
+                run_time_ns: 5_000_000,
+                runs: 50_000,
+                share_of_core: 0.005,
+            }],
+            shed: vec![ShedView { source: "guest-exits".to_owned(), reason: "dear".to_owned() }],
+            lost_events: lost.into(),
+            lost_events_total: lost.into(),
+            missing_sources: vec![MissingSource { name, gives, reason }],
+            sources: sources::states(None, &[]),
+            own_share_of_core: 0.002,
+            armed_every_ns: Some(16_000_000_000),
+        },
+    }
 }

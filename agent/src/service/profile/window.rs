@@ -289,16 +289,18 @@ fn one(
     let mut pages = counters.empty_pages();
     let before = counters.sample(&mut pages)?;
     pages.clear();
-    // From before the protection on, so that no first write is missed; and again once it is complete, which is when time begins.
-    counters.armed(true);
-    let mut armed = Armed { protector, counters };
+    // From before the protection on, so that no first write is missed. Pages are protected one after the other, so that on average their
+    // window begins in the middle of it.
+    counters.armed(Some(Duration::ZERO));
+    let (mut armed, protecting) = (Armed { protector, counters }, Instant::now());
     if let Err(error) = armed.protect() {
         return Err(error.into());
     }
-    armed.counters.armed(true);
+    let half = protecting.elapsed() / 2;
+    armed.counters.armed(Some(half));
     let began = Instant::now();
     let interrupted = interrupt.wait_until(began + window);
-    let length = began.elapsed();
+    let length = began.elapsed() + half;
     let after = armed.counters.sample(&mut pages)?;
     let marked = match &*armed.protector {
         Protector::Marks(marks) => {
@@ -343,7 +345,7 @@ impl Armed<'_> {
 
 impl Drop for Armed<'_> {
     fn drop(&mut self) {
-        self.counters.armed(false);
+        self.counters.armed(None);
         let done = match self.protector {
             Protector::Log(arm) => arm.disarm(),
             Protector::Marks(marks) => marks.disarm(),
