@@ -71,6 +71,7 @@ pub const TARGETS: &[Target] = &[
     target("bzimage", kvm::fuzz::bzimage, kvm::fuzz::bzimage_seeds),
     target("boot_image", kvm::fuzz::boot_image, kvm::fuzz::boot_image_seeds),
     target("journal", store::fuzz_line, store::fuzz_seeds),
+    target("recording", store::recording::fuzz, store::recording::fuzz_seeds),
     target("json", json, json_seeds),
     target("words", words, word_seeds),
     target("config", config_file, config_seeds),

@@ -336,6 +336,35 @@ fn a_hosted_vm_is_armed_and_let_go_again() {
 }
 
 #[test]
+fn a_recording_of_a_hosted_vm_replays_byte_for_byte() {
+    let vm = Hosted::start("ring", "dunlin.cpus=1 dunlin.wl0=ws:8M,rate:5000,pattern:random");
+    let file = vm.folder.path().join("recording.jsonl");
+    let live = dunlin()
+        .args(["record", "tracked", "--json", "--interval", "200ms", "--count", "4", "--arm", "--run-dir"])
+        .arg(vm.folder.path().join("run"))
+        .arg(&file)
+        .stderr(Stdio::inherit())
+        .output()
+        .unwrap();
+    assert_eq!(live.status.code(), Some(0));
+    drop(vm.child);
+    let replay = dunlin().args(["replay", "--json"]).arg(&file).stderr(Stdio::inherit()).output().unwrap();
+    assert_eq!(replay.status.code(), Some(0));
+    let lines = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+    assert_eq!(lines(&replay.stdout), lines(&live.stdout));
+    let last: Value = serde_json::from_str(lines(&live.stdout).lines().last().unwrap()).unwrap();
+    assert!(last["unique_pages"].as_u64().unwrap() > 500 && last["regime"] == "armed", "{last:#}");
+    // A disk that was full, a machine that lost power: what is whole is shown, and what is not is said.
+    let whole = std::fs::read(&file).unwrap();
+    std::fs::write(&file, &whole[..whole.len() - 20]).unwrap();
+    let cut = dunlin().args(["replay", "--json"]).arg(&file).output().unwrap();
+    assert_eq!((cut.status.code(), lines(&cut.stdout).lines().count()), (Some(0), 3));
+    assert!(lines(&cut.stderr).contains("ends within a line"), "{}", lines(&cut.stderr));
+    let again = dunlin().args(["record", "pid:1"]).arg(&file).output().unwrap();
+    assert_eq!(again.status.code(), Some(1));
+}
+
+#[test]
 fn what_is_no_vm_is_refused_with_a_way_on() {
     for (vm, words) in [
         ("pid:1", "holds no VM"),

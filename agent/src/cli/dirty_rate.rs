@@ -1,6 +1,6 @@
 //! `dunlin dirty-rate`.
 
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::time::Duration;
 
 use clap::Args;
@@ -25,6 +25,13 @@ use crate::service::out::complain;
     after_help = "Examples:\n  dunlin dirty-rate web-1 --interval 1s --count 5\n  dunlin dirty-rate pid:4711 --json"
 )]
 pub(super) struct DirtyRateArgs {
+    #[command(flatten)]
+    watch: WatchArgs,
+}
+
+/// What to watch, and how: what `dunlin record` takes too.
+#[derive(Debug, Args)]
+pub(super) struct WatchArgs {
     /// The VM: NAME, uuid:U or pid:P (any KVM process).
     vm: VmRef,
 
@@ -56,34 +63,59 @@ pub(super) struct DirtyRateArgs {
 /// Intervals shorter than this measure mostly themselves.
 const SHORTEST: Duration = Duration::from_millis(10);
 
+impl WatchArgs {
+    /// What they ask for.
+    ///
+    /// # Errors
+    /// In words, what cannot be.
+    pub(super) fn request(self, config: &Config) -> Result<ObserveRequest, String> {
+        let Self { vm, interval, count, arm, max_address, probe_log, run_dir } = self;
+        if interval < SHORTEST {
+            return Err(format!("--interval must be at least {}", display_duration(SHORTEST)));
+        }
+        let run_dir = run_dir.path(config);
+        Ok(ObserveRequest { run_dir, vm, interval, count, max_address_bytes: max_address, arm, probe_log })
+    }
+}
+
 impl DirtyRateArgs {
     /// Runs the command.
     pub(super) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
-        let DirtyRateArgs { vm, interval, count, arm, max_address, probe_log, run_dir } = self;
-        if interval < SHORTEST {
-            complain!("dunlin: --interval must be at least {}", display_duration(SHORTEST));
-            return Ok(exit::USAGE);
-        }
-        let interrupt = Interrupt::install()?;
-        let run_dir = run_dir.path(config);
-        let request = ObserveRequest { run_dir, vm, interval, count, max_address_bytes: max_address, arm, probe_log };
-        let mut first = true;
-        let mut out = std::io::stdout().lock();
-        let ended = observe(&request, &interrupt, |report| {
-            let text = if json {
-                serde_json::to_string(&report.tagged())? + "\n"
-            } else {
-                text(report, std::mem::take(&mut first))
-            };
-            out.write_all(text.as_bytes())?;
-            out.flush()
-        })?;
-        match ended {
-            Ended::Counted | Ended::Interrupted | Ended::NobodyReads => Ok(exit::DONE),
-            Ended::VmGone => {
-                complain!("dunlin: {} has ended", request.vm);
-                Ok(exit::ERROR)
+        let request = match self.watch.request(config) {
+            Ok(request) => request,
+            Err(words) => {
+                complain!("dunlin: {words}");
+                return Ok(exit::USAGE);
             }
+        };
+        let interrupt = Interrupt::install()?;
+        let ended = observe(&request, &interrupt, printer(json))?;
+        Ok(told(ended, &request.vm))
+    }
+}
+
+/// Prints report after report.
+pub(super) fn printer(json: bool) -> impl FnMut(&DirtyRateReport) -> io::Result<()> {
+    let mut first = true;
+    move |report| {
+        let text = if json {
+            serde_json::to_string(&report.tagged())? + "\n"
+        } else {
+            text(report, std::mem::take(&mut first))
+        };
+        let mut out = io::stdout().lock();
+        out.write_all(text.as_bytes())?;
+        out.flush()
+    }
+}
+
+/// The exit code of an observation; says so if the VM has ended.
+pub(super) fn told(ended: Ended, vm: &VmRef) -> u8 {
+    match ended {
+        Ended::Counted | Ended::Interrupted | Ended::NobodyReads => exit::DONE,
+        Ended::VmGone => {
+            complain!("dunlin: {vm} has ended");
+            exit::ERROR
         }
     }
 }

@@ -362,6 +362,7 @@ fn fleet() -> [Value; 3] {
 fn samples() -> Vec<Value> {
     let mut all = vec![migration(), dirty_rate(), doctor(), proof(), audit::sample(), vm::run::sample(), balloon()];
     all.extend([exits(), profile(), rogue()]);
+    all.extend(crate::store::recording::samples());
     all.push(tagged(&inventory::sample()));
     all.extend(machines());
     all.extend(announcements());

@@ -11,6 +11,8 @@ mod json_doc;
 mod migrate;
 mod places;
 mod profiling;
+mod record;
+mod replay;
 mod resolve;
 mod rogue;
 mod signals;
@@ -51,6 +53,8 @@ enum Command {
     #[command(subcommand)]
     Vm(vm::VmCommand),
     DirtyRate(dirty_rate::DirtyRateArgs),
+    Record(record::RecordArgs),
+    Replay(replay::ReplayArgs),
     Top(top::TopArgs),
     Exits(exits::ExitsArgs),
     Wws(wws::WwsArgs),
@@ -84,6 +88,8 @@ impl Cli {
             Command::Resolve(arguments) => arguments.run(json, &config),
             Command::Vm(command) => command.run(json, &config),
             Command::DirtyRate(arguments) => arguments.run(json, &config),
+            Command::Record(arguments) => arguments.run(json, &config),
+            Command::Replay(arguments) => arguments.run(json),
             Command::Top(arguments) => arguments.run(json, &config),
             Command::Exits(arguments) => arguments.run(json, &config),
             Command::Wws(arguments) => arguments.run(json, &config),

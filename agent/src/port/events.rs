@@ -186,6 +186,33 @@ pub trait EventSource: Send {
     fn armed(&mut self, since: Option<Duration>);
 }
 
+/// One look at a source, as policy took it.
+#[derive(Clone, Copy, Debug)]
+pub struct Look<'a> {
+    /// When, by the clock of whoever looked.
+    pub at: Duration,
+    /// Whether someone else had the VM's dirty log on meanwhile.
+    pub logged: bool,
+    /// The counters.
+    pub sample: &'a EventSample,
+    /// The pages that turned writable since the look before.
+    pub pages: &'a PageBitmap,
+}
+
+/// What was seen could not be kept.
+#[derive(Debug, thiserror::Error)]
+#[error("what was seen could not be recorded: {0}")]
+pub struct SampleLogError(pub String);
+
+/// Keeps what a source showed, look by look, so that the same figures can be made of it again.
+pub trait SampleLog: Send {
+    /// Keeps one look.
+    ///
+    /// # Errors
+    /// It could not be kept; those before it are.
+    fn look(&mut self, look: &Look<'_>) -> Result<(), SampleLogError>;
+}
+
 /// The VM's own process refused to switch its dirty log, or is gone.
 #[derive(Debug, thiserror::Error)]
 #[error("the VM's dirty log could not be switched {action}: {reason}")]

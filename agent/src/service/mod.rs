@@ -8,6 +8,7 @@
 //! - [`announce`] announces by hand, on an interface that an operator names.
 //! - [`inventory`] finds every KVM VM of this host.
 //! - [`observe`] watches how one VM writes its memory, [`exits`] why it leaves its guest, [`profile`] measures its curve and its writers, [`rogues`] says who keeps it from migrating; [`doctor`] tries what this host can do.
+//! - [`recording`] keeps what [`observe`] sees in a file, and makes its figures again.
 //! - [`agent`] serves what [`fleet`] sees, which watches all VMs together; [`sources`] is the plan of what can be seen of them.
 //!
 //! Everything that acts on a VM passes [`audit::record`].
@@ -36,6 +37,7 @@ pub(crate) mod out;
 pub mod profile;
 pub mod prove;
 pub mod receive;
+pub mod recording;
 pub mod registry;
 pub mod resolve;
 pub mod rogues;

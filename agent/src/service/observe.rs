@@ -13,8 +13,9 @@ use super::machine::TRACKING_TIME;
 use super::watch::{WatchError, WatchRequest, WatchedVm};
 use crate::model::schema::Schema;
 use crate::model::{VmId, VmRef};
-use crate::port::{ArmError, EventHook};
-use crate::probe::Gives;
+use crate::port::{ArmError, EventHook, SampleLog};
+use crate::probe::{Gives, KernelCounters};
+use crate::store::recording::RecordingError;
 use crate::track::{self, DirtyRate, Observer};
 
 /// What to observe and how.
@@ -106,6 +107,9 @@ pub enum ObserveVmError {
     /// The observation broke off.
     #[error(transparent)]
     Track(#[from] track::ObserveError),
+    /// The file for what is seen could not be made.
+    #[error(transparent)]
+    Recording(#[from] RecordingError),
     /// A report could not be printed.
     #[error("a report could not be printed")]
     Print(#[from] io::Error),
@@ -126,6 +130,19 @@ pub enum ObserveVmError {
 pub fn observe(
     request: &ObserveRequest,
     interrupt: &Interrupt,
+    each: impl FnMut(&DirtyRateReport) -> io::Result<()>,
+) -> Result<Ended, ObserveVmError> {
+    observe_logged(request, interrupt, |_, _| Ok(None), each)
+}
+
+/// The same; what is seen goes into the log that `log` opens, once the VM and its sources are known.
+///
+/// # Errors
+/// As [`observe`]; or what is seen could not be recorded.
+pub(super) fn observe_logged(
+    request: &ObserveRequest,
+    interrupt: &Interrupt,
+    log: impl FnOnce(&HostVm, &KernelCounters) -> Result<Option<Box<dyn SampleLog>>, RecordingError>,
     mut each: impl FnMut(&DirtyRateReport) -> io::Result<()>,
 ) -> Result<Ended, ObserveVmError> {
     if request.arm && request.interval > TRACKING_TIME / 2 {
@@ -140,7 +157,8 @@ pub fn observe(
     })?;
     let arm = if request.arm { Some(watched.arm()?) } else { None };
     let vm = Observed::of(&watched.vm);
-    let mut observer = Observer::start(counters, MonotonicClock, arm)?;
+    let log = log(&watched.vm, &counters)?;
+    let mut observer = Observer::start_logged(counters, MonotonicClock, arm, log)?;
     let missing_sources = missing_sources(observer.hooks());
     let mut deadline = Instant::now();
     let mut left = request.count;

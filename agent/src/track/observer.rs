@@ -5,7 +5,9 @@ use std::time::Duration;
 use super::rate::{DirtyRate, rate_between};
 use super::regime::Protection;
 use crate::model::PageBitmap;
-use crate::port::{Arm, ArmError, Clock, EventHook, EventSample, EventSource, EventSourceError};
+use crate::port::{
+    Arm, ArmError, Clock, EventHook, EventSample, EventSource, EventSourceError, Look, SampleLog, SampleLogError,
+};
 
 /// Why an observation ended early.
 #[derive(Debug, thiserror::Error)]
@@ -16,6 +18,9 @@ pub enum ObserveError {
     /// The write protection.
     #[error(transparent)]
     Arm(#[from] ArmError),
+    /// What was seen could not be kept.
+    #[error(transparent)]
+    Log(#[from] SampleLogError),
 }
 
 /// The observation of one VM. Dropping it lets the VM write freely again.
@@ -23,6 +28,7 @@ pub struct Observer<S: EventSource, C: Clock> {
     source: S,
     clock: C,
     arm: Option<Box<dyn Arm>>,
+    log: Option<Box<dyn SampleLog>>,
     pages: PageBitmap,
     before: (Duration, EventSample),
 }
@@ -42,8 +48,21 @@ impl<S: EventSource, C: Clock> Observer<S, C> {
     /// # Errors
     /// The VM refused to be armed, or the counters cannot be read.
     pub fn start(source: S, clock: C, arm: Option<Box<dyn Arm>>) -> Result<Self, ObserveError> {
+        Self::start_logged(source, clock, arm, None)
+    }
+
+    /// The same; every look is given to `log`, the first one too.
+    ///
+    /// # Errors
+    /// As [`Observer::start`]; or a look could not be kept.
+    pub fn start_logged(
+        source: S,
+        clock: C,
+        arm: Option<Box<dyn Arm>>,
+        log: Option<Box<dyn SampleLog>>,
+    ) -> Result<Self, ObserveError> {
         let pages = source.empty_pages();
-        let mut observer = Self { source, clock, arm, pages, before: Default::default() };
+        let mut observer = Self { source, clock, arm, log, pages, before: Default::default() };
         if let Some(arm) = &mut observer.arm
             && let Err(error) = arm.arm()
         {
@@ -53,7 +72,7 @@ impl<S: EventSource, C: Clock> Observer<S, C> {
         }
         observer.source.armed(observer.arm.is_some().then_some(Duration::ZERO));
         // What is there already is no event of any interval.
-        observer.before = observer.sample()?;
+        observer.before = observer.sample(false)?;
         Ok(observer)
     }
 
@@ -67,7 +86,7 @@ impl<S: EventSource, C: Clock> Observer<S, C> {
     /// # Errors
     /// The observation cannot go on.
     pub fn measure(&mut self, logged: bool) -> Result<DirtyRate, ObserveError> {
-        let now = self.sample()?;
+        let now = self.sample(logged)?;
         let unique = self.pages.count();
         let interval = now.0.saturating_sub(self.before.0);
         let protection = match (&self.arm, logged) {
@@ -93,10 +112,14 @@ impl<S: EventSource, C: Clock> Observer<S, C> {
         self.arm.take().map_or(Ok(()), |mut arm| arm.disarm())
     }
 
-    fn sample(&mut self) -> Result<(Duration, EventSample), EventSourceError> {
+    fn sample(&mut self, logged: bool) -> Result<(Duration, EventSample), ObserveError> {
         self.pages.clear();
         let sample = self.source.sample(&mut self.pages)?;
-        Ok((self.clock.now(), sample))
+        let at = self.clock.now();
+        if let Some(log) = &mut self.log {
+            log.look(&Look { at, logged, sample: &sample, pages: &self.pages })?;
+        }
+        Ok((at, sample))
     }
 }
 

@@ -150,8 +150,8 @@ impl Events {
             Regime::Logged => None,
             _ => Some(crate::trial::kvm::fault_cost().map_err(ProfileError::FaultCost)?),
         };
-        let (names, _counting) = (GuestNames::default(), syscall::count_runs().ok());
-        Ok(Self { watched, counters, protector, allowed, fault_cost, names, _counting })
+        let names = GuestNames::default();
+        Ok(Self { watched, counters, protector, allowed, fault_cost, names, _counting: syscall::count_runs().ok() })
     }
 
     /// Measures the VM's profile.
