@@ -90,7 +90,7 @@ impl TopArgs {
             return Ok(exit::DONE);
         }
         // The first look has no interval behind it.
-        let mut sequence = if once { 1 } else { 0 };
+        let mut sequence = u64::from(once);
         let mut left = if once { Some(1) } else { count };
         while left != Some(0) {
             let view = reader.next(sequence, Duration::from_millis(100));

@@ -400,13 +400,7 @@ impl Found {
         let sampling = [(QEMU_FEW, &self.qemu_few), (QEMU_MANY, &self.qemu_many)];
         let ours = [
             Shown { name: "passive", way: &self.passive, error_aim: None, peers: &[], averaged: false },
-            Shown {
-                name: "armed",
-                way: &self.armed,
-                error_aim: Some(AIM_ARMED_ERROR),
-                peers: &protecting,
-                averaged: true,
-            },
+            Shown { name: "armed", way: &self.armed, error_aim: Some(AIM_ARMED_ERROR), peers: &[], averaged: true },
             Shown {
                 name: "armed-on",
                 way: &self.armed_on,
