@@ -154,11 +154,7 @@ fn attach(what: What, vms: u64) -> Result<Attached> {
         ensure!(found.len() as u64 == vms, "{} VMs of {vms} were found in the kernel's structures", found.len());
         probes.set_vcpus(&found)?;
     }
-<<<<<<< HEAD
-    counters.armed(Some(std::time::Duration::ZERO));
-=======
     counters.armed(Some(Duration::ZERO));
->>>>>>> bench
     Ok(Attached::Ours(counters))
 }
 
