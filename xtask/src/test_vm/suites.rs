@@ -74,6 +74,15 @@ const SUITES: [Row; 10] = [
         limit_s: 120,
     },
     Row { name: "tracking", source: Source::Integration("tracking"), only: &[], ignored_too: false, limit_s: 120 },
+    // The fleet where exits from guest code are told: a flood, and what is left after kill -9. How soon a source comes back is
+    // not asked in an emulated machine.
+    Row {
+        name: "agent",
+        source: Source::Integration("agent"),
+        only: &["nothing_is_loaded", "a_flood_of_pages"],
+        ignored_too: false,
+        limit_s: 180,
+    },
     // The test guest, watched and moved, as on an operator's own host.
     Row {
         name: "prove",
