@@ -223,19 +223,22 @@ fn memory_that_cannot_be_read_is_told_by_range_and_the_rest_is_sampled() {
         std::ptr::write_bytes(plain as *mut u8, 1, BYTES);
     }
     let slot = |start, host_address| RamSlot { start: Gpa(start), bytes: BYTES as u64, host_address };
-    let slots = [slot(0, plain), slot(BYTES as u64, hidden)];
-    let memory = ProcessMemory::of_pid(std::process::id(), &slots).unwrap();
-    let options = SamplingOptions { windows: vec![Duration::from_millis(20)], ..SamplingOptions::default() };
-    let sampled = Sampler::new(memory, MonotonicClock, options).unwrap().measure().unwrap();
-    let window = &sampled.windows[0];
-    assert!(window.sampled_pages > 0 && window.changed_pages == 0, "{window:?}");
-    let unreadable: u64 = sampled.unreadable_ranges.iter().map(|range| range.bytes).sum();
-    println!("shows {:?}", sampled.unreadable_ranges);
-    assert!(
-        unreadable == BYTES as u64 || window.unreadable_pages > 0,
-        "the secret half was neither listed nor counted: {sampled:#?}"
-    );
-    assert!(sampled.unreadable_ranges.iter().all(|range| range.start.0 >= BYTES as u64 && !range.reason.is_empty()));
+    let sampled = |hidden_from: u64| {
+        let slots = [slot(0, plain), slot(hidden_from, hidden)];
+        let memory = ProcessMemory::of_pid(std::process::id(), &slots).unwrap();
+        let options = SamplingOptions { windows: vec![Duration::from_millis(20)], ..SamplingOptions::default() };
+        Sampler::new(memory, MonotonicClock, options).unwrap().measure().unwrap()
+    };
+    // A range of its own is left out as a whole, and named.
+    let apart = sampled(1 << 32);
+    let [range] = apart.unreadable_ranges.as_slice() else { panic!("{apart:#?}") };
+    println!("shows {range:?}");
+    assert_eq!((range.start, range.bytes, range.reason.is_empty()), (Gpa(1 << 32), BYTES as u64, false));
+    assert_eq!(apart.population_pages, BYTES as u64 / 4096);
+    assert!(apart.windows[0].sampled_pages > 0 && apart.windows[0].changed_pages == 0, "{apart:#?}");
+    // Where it touches what can be read, its pages are counted.
+    let touching = sampled(BYTES as u64);
+    assert!(touching.windows[0].sampled_pages > 0 && touching.windows[0].unreadable_pages > 0, "{touching:#?}");
 }
 
 #[test]
