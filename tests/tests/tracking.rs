@@ -366,8 +366,11 @@ fn a_recording_of_a_hosted_vm_replays_byte_for_byte() {
 
 #[test]
 fn what_is_no_vm_is_refused_with_a_way_on() {
+    // Any process that we may look at; process 1 may be another's.
+    let sleeper = dunlin_tests::OwnProcess::new(std::process::Command::new("sleep").arg("60").spawn().unwrap());
+    let no_vm = format!("pid:{}", sleeper.id());
     for (vm, words) in [
-        ("pid:1", "holds no VM"),
+        (no_vm.as_str(), "holds no VM"),
         ("pid:4194304", "no process"),
         ("nobody", "vm list"),
         ("uuid:00000000-0000-4000-8000-000000000000", "vm list"),

@@ -24,7 +24,7 @@ pub enum ProcessError {
         pid: u32,
     },
     /// Its descriptors may not be looked at.
-    #[error("process {pid} may not be looked at ({source}): run as root, or with CAP_SYS_PTRACE")]
+    #[error("process {pid} may not be looked at: run as root, or with CAP_SYS_PTRACE")]
     Refused {
         /// The process.
         pid: u32,
@@ -99,7 +99,14 @@ impl KvmProcess {
         let mut descriptors = KvmDescriptors { pid, ..KvmDescriptors::default() };
         for entry in entries.flatten() {
             let Some(number) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-            let Ok(target) = fs::read_link(entry.path()) else { continue };
+            let target = match fs::read_link(entry.path()) {
+                Ok(target) => target,
+                // The folder can be listed by those who may not look into it.
+                Err(source) if source.kind() == io::ErrorKind::PermissionDenied => {
+                    return Err(ProcessError::Refused { pid, source });
+                }
+                Err(_) => continue,
+            };
             let target = target.to_string_lossy();
             if target == "anon_inode:kvm-vm" {
                 descriptors.machines.push(number);

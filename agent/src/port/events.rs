@@ -243,3 +243,29 @@ pub trait Arm: Send {
     /// The VM is gone; there is nothing left to let go.
     fn disarm(&mut self) -> Result<(), ArmError>;
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_at_their_end_and_counters_that_begin_anew() {
+        let at = |pages: u64, bins: &[u32]| ThreadEvents {
+            pages_made_writable: pages,
+            first_writes: bins.to_vec(),
+            ..ThreadEvents::default()
+        };
+        // Bins have 32 bits and wrap; a difference is right as long as fewer than 2^32 were added.
+        let new = at(u64::MAX, &[3, 7]).since(&at(u64::MAX - 10, &[u32::MAX - 1, 7]));
+        assert_eq!((new.pages_made_writable, new.first_writes), (10, vec![5, 0]));
+        // A thread that ended, and another with its number: all that it did is new.
+        let new = at(4, &[1, 1]).since(&at(u64::MAX, &[1, 1]));
+        assert_eq!(new.pages_made_writable, 4);
+        // A thread that was only seen to exit before had no bins yet.
+        assert_eq!(at(4, &[1, 3]).since(&at(0, &[])).first_writes, [1, 3]);
+        let space = |pages, bin| SpaceEvents { pages_made_writable: pages, first_writes: vec![bin] };
+        assert_eq!(space(2, 2).since(&space(9, 1)), space(2, 2), "an entry that was forgotten and made anew");
+        let lost = LostEvents { unreadable: 1, ..LostEvents::default() };
+        assert_eq!(lost.since(&LostEvents { unreadable: 5, ..LostEvents::default() }).total(), 0);
+    }
+}

@@ -553,6 +553,10 @@ impl Probes {
             Some(libc::EPERM | libc::EACCES) if !matches!(error, ProgramError::LoadError { .. }) => {
                 "refused by the policy of this host".to_owned()
             }
+            Some(libc::EPERM) => {
+                "the kernel does not let this process load programs: run as root, or give it CAP_PERFMON beside CAP_BPF"
+                    .to_owned()
+            }
             _ => error.to_string(),
         })
     }

@@ -263,11 +263,13 @@ fn measure(
     while done < request.windows {
         progress(done, request.windows);
         let began = Instant::now();
-        one(request.window, counters, protector, interrupt, &mut measured)?;
-        done += 1;
-        if !watched.refresh() {
+        let result = one(request.window, counters, protector, interrupt, &mut measured);
+        // Whatever failed of a VM that has ended, failed since it has.
+        if !matches!(result, Err(ProfileError::Interrupted)) && !watched.refresh() {
             return Err(ProfileError::Gone(watched.vm.name.clone()));
         }
+        result?;
+        done += 1;
         // Between two windows the VM writes as it likes.
         let rest = began.elapsed().mul_f64((1.0 / request.duty.clamp(0.001, 1.0)) - 1.0);
         if done < request.windows && interrupt.wait_until(Instant::now() + rest) {
