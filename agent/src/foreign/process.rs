@@ -128,6 +128,12 @@ impl KvmProcess {
         start_time(self.pid) == Some(self.start_time_ticks)
     }
 
+    /// Whether it still has memory: one that is ending gives that up before it is a zombie.
+    pub fn has_memory(&self) -> bool {
+        let pages = fs::read_to_string(format!("/proc/{}/statm", self.pid)).unwrap_or_default();
+        self.is_alive() && pages.split_whitespace().next().is_some_and(|pages| pages != "0")
+    }
+
     /// A thread's name.
     pub fn thread_name(&self, thread: u32) -> Option<String> {
         let name = fs::read_to_string(format!("/proc/{}/task/{thread}/comm", self.pid)).ok()?;
@@ -209,8 +215,9 @@ mod tests {
         // Tests of one process may run side by side, each with a VM of its own.
         assert!(process.cpus() >= 1 && process.address_space_bytes > 1 << 20 && process.is_alive());
         assert!(process.thread_name(process.pid).is_some());
+        assert!(process.has_memory());
         let earlier = KvmProcess { start_time_ticks: process.start_time_ticks - 1, ..process };
-        assert!(!earlier.is_alive());
+        assert!(!earlier.is_alive() && !earlier.has_memory());
         assert!(KvmProcess::all().iter().any(|process| process.pid == std::process::id()));
     }
 }

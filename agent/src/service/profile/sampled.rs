@@ -33,12 +33,16 @@ impl Reading {
             None => found,
         };
         let mut slots = ram_slots(&vm);
+        // A VM that ends at this moment has neither slots nor mappings, and is no VM without memory for that.
+        let gone = |name: &str| ProfileError::Gone(name.to_owned());
         if slots.is_empty() {
-            let guessed = guess_ram(vm.pid)?;
+            let guessed = guess_ram(vm.pid)
+                .map_err(|error| if vm.process.has_memory() { error.into() } else { gone(&vm.name) })?;
             notes.push(guessed.meaning);
             slots = guessed.slots;
         }
-        let memory = ProcessMemory::of(&vm.process, &slots)?;
+        let memory = ProcessMemory::of(&vm.process, &slots)
+            .map_err(|error| if vm.process.has_memory() { error.into() } else { gone(&vm.name) })?;
         let shorter = SamplingOptions::default().windows.into_iter().filter(|length| *length < request.window);
         let windows = shorter.chain([request.window]).collect();
         let options = SamplingOptions { windows, seed: u64::from(vm.pid), ..SamplingOptions::default() };
