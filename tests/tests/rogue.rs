@@ -45,6 +45,13 @@ impl Trial {
     }
 }
 
+/// One after the other, where the runner does not see to it (see `.config/nextest.toml`).
+static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
+fn alone() -> std::sync::MutexGuard<'static, ()> {
+    ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
 fn judge(wrong: &[String]) {
     println!("shows {} of {TRIALS} trials judged rightly {wrong:#?}", TRIALS - wrong.len() as u64);
     assert!(wrong.len() as u64 <= WRONG, "{wrong:#?}");
@@ -52,6 +59,7 @@ fn judge(wrong: &[String]) {
 
 #[test]
 fn of_two_vcpus_the_one_that_writes_too_much_is_named() {
+    let _alone = alone();
     let mut rig = Rig::boot(&VmSpec {
         memory_bytes: 128 << 20,
         cpus: 2,
@@ -163,6 +171,7 @@ fn write(vm: &mut TinyVm, rates: &[AtomicU64; 2], ended: &AtomicBool) {
 
 #[test]
 fn of_two_address_spaces_on_one_vcpu_the_one_that_writes_too_much_is_named() {
+    let _alone = alone();
     let vm = TwoSpaces::start();
     let folder = tempfile::tempdir().unwrap();
     let interrupt = Interrupt::install().unwrap();
