@@ -7,6 +7,7 @@ use std::process::{Child, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
+use dunlin::foreign::KvmProcess;
 use dunlin::model::{AddressSpace, DirtyLogKind, Gpa, Gva, KvmDescriptors, PageBitmap, PageCount, PageRun};
 use dunlin::port::{EventSample, EventSource};
 use dunlin::probe::{KernelCounters, LoadOptions, ProbeOptions, Probes};
@@ -412,14 +413,7 @@ fn doctor_finds_on_this_host_what_the_other_tests_use() {
 
 /// This process's KVM descriptors, as `/proc` shows them.
 fn own_descriptors() -> KvmDescriptors {
-    let links = std::fs::read_dir("/proc/self/fd").unwrap().flatten().filter_map(|entry| {
-        let target = std::fs::read_link(entry.path()).ok()?.to_str()?.to_owned();
-        Some((entry.file_name().to_str()?.parse::<u32>().ok()?, target))
-    });
-    let links: Vec<(u32, String)> = links.collect();
-    let of =
-        |what: &str| links.iter().filter(|(_, link)| link.starts_with(what)).map(|(fd, _)| *fd).collect::<Vec<_>>();
-    KvmDescriptors { pid: std::process::id(), machines: of("anon_inode:kvm-vm"), vcpus: of("anon_inode:kvm-vcpu") }
+    KvmProcess::open(std::process::id()).unwrap().descriptors
 }
 
 #[test]

@@ -63,6 +63,14 @@ pub(super) struct WatchArgs {
 /// Intervals shorter than this measure mostly themselves.
 const SHORTEST: Duration = Duration::from_millis(10);
 
+/// Whether intervals may be so short; else why not, in words.
+pub(super) fn check_interval(interval: Duration) -> Result<(), String> {
+    if interval < SHORTEST {
+        return Err(format!("--interval must be at least {}", display_duration(SHORTEST)));
+    }
+    Ok(())
+}
+
 impl WatchArgs {
     /// What they ask for.
     ///
@@ -70,9 +78,7 @@ impl WatchArgs {
     /// In words, what cannot be.
     pub(super) fn request(self, config: &Config) -> Result<ObserveRequest, String> {
         let Self { vm, interval, count, arm, max_address, probe_log, run_dir } = self;
-        if interval < SHORTEST {
-            return Err(format!("--interval must be at least {}", display_duration(SHORTEST)));
-        }
+        check_interval(interval)?;
         let run_dir = run_dir.path(config);
         Ok(ObserveRequest { run_dir, vm, interval, count, max_address_bytes: max_address, arm, probe_log })
     }
@@ -89,13 +95,13 @@ impl DirtyRateArgs {
             }
         };
         let interrupt = Interrupt::install()?;
-        let ended = observe(&request, &interrupt, printer(json))?;
+        let ended = observe(&request, &interrupt, printer(json, text))?;
         Ok(told(ended, &request.vm))
     }
 }
 
-/// Prints report after report.
-pub(super) fn printer(json: bool) -> impl FnMut(&DirtyRateReport) -> io::Result<()> {
+/// Prints report after report: as JSON, or as `text` has it, which is told whether it is the first.
+pub(super) fn printer<R: Schema>(json: bool, text: fn(&R, bool) -> String) -> impl FnMut(&R) -> io::Result<()> {
     let mut first = true;
     move |report| {
         let text = if json {
@@ -121,7 +127,7 @@ pub(super) fn told(ended: Ended, vm: &VmRef) -> u8 {
 }
 
 /// One interval for people; what stays the same is said once.
-fn text(report: &DirtyRateReport, first: bool) -> String {
+pub(super) fn text(report: &DirtyRateReport, first: bool) -> String {
     use std::fmt::Write;
     let DirtyRateReport { vm, rate, missing_sources } = report;
     let mut out = String::new();
@@ -170,8 +176,7 @@ fn text(report: &DirtyRateReport, first: bool) -> String {
         detail.iter().filter(|(_, count)| *count > 0).map(|(what, count)| format!("{count} {what}")).collect();
     let detail = if detail.is_empty() { String::new() } else { format!(" ({})", detail.join(", ")) };
     line(format_args!("  source: {}; lost events: {}{detail}", rate.source, lost.total));
-    let regime = serde_json::to_value(rate.regime).ok();
-    let regime = regime.as_ref().and_then(|value| value.as_str()).unwrap_or_default();
+    let regime = rate.regime.word();
     if first {
         line(format_args!("  regime: {regime}; {}", rate.meaning));
     } else {

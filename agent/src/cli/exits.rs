@@ -1,19 +1,17 @@
 //! `dunlin exits`.
 
-use std::io::Write as _;
 use std::time::Duration;
 
 use clap::Args;
 
+use super::dirty_rate::{check_interval, printer, told};
 use super::places::RunDir;
 use crate::model::VmRef;
 use crate::model::outcome::exit;
-use crate::model::schema::Schema;
 use crate::model::units::{display_duration, parse_duration};
 use crate::service::config::Config;
 use crate::service::exits::{ExitRow, ExitsReport, ExitsRequest, exits};
 use crate::service::interrupt::Interrupt;
-use crate::service::observe::Ended;
 use crate::service::out::complain;
 
 /// Show why a VM leaves its guest, how often and for how long
@@ -45,37 +43,18 @@ pub(super) struct ExitsArgs {
     run_dir: RunDir,
 }
 
-/// Intervals shorter than this measure mostly themselves.
-const SHORTEST: Duration = Duration::from_millis(10);
-
 impl ExitsArgs {
     /// Runs the command.
     pub(super) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
         let Self { vm, interval, count, per_vcpu, run_dir } = self;
-        if interval < SHORTEST {
-            complain!("dunlin: --interval must be at least {}", display_duration(SHORTEST));
+        if let Err(words) = check_interval(interval) {
+            complain!("dunlin: {words}");
             return Ok(exit::USAGE);
         }
         let interrupt = Interrupt::install()?;
         let request = ExitsRequest { run_dir: run_dir.path(config), vm, interval, count, per_vcpu };
-        let mut first = true;
-        let mut out = std::io::stdout().lock();
-        let ended = exits(&request, &interrupt, |report| {
-            let text = if json {
-                serde_json::to_string(&report.tagged())? + "\n"
-            } else {
-                text(report, std::mem::take(&mut first))
-            };
-            out.write_all(text.as_bytes())?;
-            out.flush()
-        })?;
-        match ended {
-            Ended::Counted | Ended::Interrupted | Ended::NobodyReads => Ok(exit::DONE),
-            Ended::VmGone => {
-                complain!("dunlin: {} has ended", request.vm);
-                Ok(exit::ERROR)
-            }
-        }
+        let ended = exits(&request, &interrupt, printer(json, text))?;
+        Ok(told(ended, &request.vm))
     }
 }
 

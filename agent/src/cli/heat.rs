@@ -4,14 +4,12 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::profiling::{ProfilingArgs, heading, measured, write_drawing};
+use super::profiling::{ProfilingArgs, heading, taken, write_drawing};
 use crate::draw::{Glyphs, heat_svg, heat_text};
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
 use crate::service::config::Config;
-use crate::service::interrupt::Interrupt;
 use crate::service::out::{complain, say};
-use crate::service::profile::ProfileError;
 
 /// Show where in its memory a VM writes
 ///
@@ -39,17 +37,9 @@ impl HeatArgs {
     /// Runs the command.
     pub(super) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
         let Self { profiling, plot, ascii } = self;
-        let request = match profiling.request(config) {
-            Ok(request) => request,
-            Err(words) => {
-                complain!("dunlin: {words}");
-                return Ok(exit::USAGE);
-            }
-        };
-        let interrupt = Interrupt::install()?;
-        let profile = match measured(&request, &interrupt) {
-            Err(ProfileError::Interrupted) => return Ok(exit::CANCELLED),
-            other => other?,
+        let profile = match taken(profiling, config)? {
+            Ok(profile) => profile,
+            Err(code) => return Ok(code),
         };
         if profile.sampled.is_some() {
             complain!("dunlin: sampling does not tell where a VM writes; measure under another regime");

@@ -8,13 +8,14 @@ use indicatif::ProgressBar;
 
 use super::places::{RunDir, StateDir};
 use crate::model::VmRef;
+use crate::model::outcome::exit;
 use crate::model::units::{display_bytes, display_duration, parse_duration};
 use crate::service::config::Config;
 use crate::service::interrupt::Interrupt;
+use crate::service::out::complain;
 use crate::service::profile::{
     Allowed, How, LONGEST_WINDOW, Profile, ProfileError, ProfileRequest, SHORTEST_WINDOW, profile,
 };
-use crate::track::Regime;
 
 /// Which regime to measure under.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -107,7 +108,7 @@ impl ProfilingArgs {
 }
 
 /// Measures, and shows on standard error how it goes on where that is a terminal.
-pub(super) fn measured(request: &ProfileRequest, interrupt: &Interrupt) -> Result<Profile, ProfileError> {
+fn measured(request: &ProfileRequest, interrupt: &Interrupt) -> Result<Profile, ProfileError> {
     let bar = ProgressBar::new(u64::from(request.windows)).with_message(format!("measuring {}", request.vm));
     bar.set_style(
         indicatif::ProgressStyle::with_template("{msg} {bar:30} window {pos} of {len} {elapsed}")
@@ -120,6 +121,22 @@ pub(super) fn measured(request: &ProfileRequest, interrupt: &Interrupt) -> Resul
     });
     bar.finish_and_clear();
     result
+}
+
+/// The profile that the arguments ask for; or, with the reason said where there is one, the exit code.
+pub(super) fn taken(arguments: ProfilingArgs, config: &Config) -> anyhow::Result<Result<Profile, u8>> {
+    let request = match arguments.request(config) {
+        Ok(request) => request,
+        Err(words) => {
+            complain!("dunlin: {words}");
+            return Ok(Err(exit::USAGE));
+        }
+    };
+    let interrupt = Interrupt::install()?;
+    match measured(&request, &interrupt) {
+        Err(ProfileError::Interrupted) => Ok(Err(exit::CANCELLED)),
+        other => Ok(Ok(other?)),
+    }
 }
 
 /// What stands above every report of a profile.
@@ -137,7 +154,7 @@ pub(super) fn heading(profile: &Profile) -> String {
     );
     let window = display_duration(Duration::from_nanos(profile.window_ns));
     let windows = if profile.windows == 1 { "1 window".to_owned() } else { format!("{} windows", profile.windows) };
-    let _ = writeln!(out, "regime: {} ({windows} of {window}); {}", regime(profile.regime), profile.meaning);
+    let _ = writeln!(out, "regime: {} ({windows} of {window}); {}", profile.regime.word(), profile.meaning);
     if let Some(bytes) = profile.granularity_bytes {
         let cost = profile.fault_cost_ns.map_or_else(String::new, |ns| {
             format!("; a first write costs the guest {}", display_duration(Duration::from_nanos(ns)))
@@ -154,11 +171,6 @@ pub(super) fn heading(profile: &Profile) -> String {
         let _ = writeln!(out, "lost events: {} (the figures are too low by what they hold)", lost.total);
     }
     out
-}
-
-/// A regime's name.
-pub(super) fn regime(regime: Regime) -> String {
-    serde_json::to_value(regime).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
 /// Writes a drawing.

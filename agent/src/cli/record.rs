@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::dirty_rate::{WatchArgs, printer, told};
+use super::dirty_rate::{WatchArgs, printer, text, told};
 use crate::model::outcome::exit;
 use crate::model::units::parse_size_bytes;
 use crate::service::config::Config;
@@ -47,7 +47,7 @@ impl RecordArgs {
         };
         let request = RecordRequest { observe, file, max_bytes: max_size };
         let interrupt = Interrupt::install()?;
-        let ended = record(&request, &interrupt, printer(json))?;
+        let ended = record(&request, &interrupt, printer(json, text))?;
         Ok(told(ended, &request.observe.vm))
     }
 }

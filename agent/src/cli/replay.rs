@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::dirty_rate::printer;
+use super::dirty_rate::{printer, text};
 use crate::model::outcome::exit;
 use crate::service::interrupt::Interrupt;
 use crate::service::out::complain;
@@ -41,7 +41,7 @@ impl ReplayArgs {
     pub(super) fn run(self, json: bool) -> anyhow::Result<u8> {
         let request = ReplayRequest { file: self.file, speed: self.speed.0 };
         let interrupt = Interrupt::install()?;
-        let replayed = replay(&request, &interrupt, printer(json))?;
+        let replayed = replay(&request, &interrupt, printer(json, text))?;
         if replayed.broke_off {
             complain!("dunlin: {} ends within a line, which was left out", request.file.display());
         }

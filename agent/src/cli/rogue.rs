@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::profiling::{ProfilingArgs, regime};
+use super::profiling::ProfilingArgs;
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
 use crate::model::units::{PAGE_SIZE, display_bytes, display_duration, parse_duration};
@@ -111,7 +111,7 @@ fn text(report: &RogueReport) -> String {
     let _ = writeln!(
         out,
         "regime: {}{bound}; it writes {} of different pages over {}, and may write {}",
-        regime(report.regime),
+        report.regime.word(),
         rate(report.ranking.total_pages_per_second),
         display_duration(Duration::from_nanos(report.forecast.memory_time_ns)),
         rate(report.ranking.allowed_pages_per_second)

@@ -5,16 +5,15 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::profiling::{ProfilingArgs, heading, measured, write_drawing};
+use super::profiling::{ProfilingArgs, heading, taken, write_drawing};
 use crate::draw::{Glyphs, LINKS, curve_svg, curve_text};
 use crate::model::curve::SHOWN_MS;
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
 use crate::model::units::{PAGE_SIZE, display_bytes, display_duration, parse_duration};
 use crate::service::config::Config;
-use crate::service::interrupt::Interrupt;
-use crate::service::out::{complain, say};
-use crate::service::profile::{Profile, ProfileError};
+use crate::service::out::say;
+use crate::service::profile::Profile;
 
 /// Show a VM's writable working set: how many different pages it writes in an interval, over the interval's length
 ///
@@ -47,17 +46,9 @@ impl WwsArgs {
     /// Runs the command.
     pub(super) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
         let Self { profiling, plot, downtime, ascii } = self;
-        let request = match profiling.request(config) {
-            Ok(request) => request,
-            Err(words) => {
-                complain!("dunlin: {words}");
-                return Ok(exit::USAGE);
-            }
-        };
-        let interrupt = Interrupt::install()?;
-        let profile = match measured(&request, &interrupt) {
-            Err(ProfileError::Interrupted) => return Ok(exit::CANCELLED),
-            other => other?,
+        let profile = match taken(profiling, config)? {
+            Ok(profile) => profile,
+            Err(code) => return Ok(code),
         };
         if let Some(path) = &plot {
             let svg = curve_svg(

@@ -22,7 +22,7 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::maps::{self, Mapping};
-use super::process::{KvmProcess, start_time};
+use super::process::{KvmProcess, start_time_ticks};
 use super::vm_read::{self, MOST_PIECES};
 use crate::model::{Gpa, MemoryRange, PAGE_SIZE, RamSlot};
 use crate::port::{GuestMemory, GuestMemoryError};
@@ -380,9 +380,9 @@ pub struct GuessedRam {
 /// # Errors
 /// The process has ended, may not be looked at, or has nothing that may be RAM.
 pub fn guess_ram(pid: u32) -> Result<GuessedRam, MemoryOpenError> {
-    let began = start_time(pid).ok_or(MemoryOpenError::Gone(pid))?;
+    let began = start_time_ticks(pid).ok_or(MemoryOpenError::Gone(pid))?;
     let mappings = mappings(pid)?;
-    if start_time(pid) != Some(began) {
+    if start_time_ticks(pid) != Some(began) {
         return Err(MemoryOpenError::Gone(pid));
     }
     guess(&mappings).ok_or(MemoryOpenError::NoRam(pid))

@@ -118,14 +118,14 @@ impl KvmProcess {
         let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let command = command.split(|&byte| byte == 0).map(|word| String::from_utf8_lossy(word).into_owned());
         let command = command.filter(|word| !word.is_empty()).collect();
-        let start_time_ticks = start_time(pid).ok_or(ProcessError::Gone(pid))?;
+        let start_time_ticks = start_time_ticks(pid).ok_or(ProcessError::Gone(pid))?;
         let address_space_bytes = kibibytes.unwrap_or_default().saturating_mul(1024);
         Ok(Self { pid, name, command, descriptors, address_space_bytes, start_time_ticks })
     }
 
     /// Whether the process that was opened is still there, and not another with its number.
     pub fn is_alive(&self) -> bool {
-        start_time(self.pid) == Some(self.start_time_ticks)
+        start_time_ticks(self.pid) == Some(self.start_time_ticks)
     }
 
     /// Whether it still has memory: one that is ending gives that up before it is a zombie.
@@ -158,7 +158,7 @@ pub fn thread_cpu_time(pid: u32, thread: u32) -> Option<Duration> {
 }
 
 /// When a running process started, in clock ticks since boot. A zombie runs no guest.
-pub(super) fn start_time(pid: u32) -> Option<u64> {
+pub fn start_time_ticks(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name may hold anything: count from behind its closing bracket, where the state (field 3) comes first.
     let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();

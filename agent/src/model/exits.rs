@@ -1,7 +1,6 @@
 //! How often, and for how long, a vCPU was out of its guest.
 
-/// Powers of two of nanoseconds that are told apart.
-pub const EXIT_TIME_BINS: usize = 40;
+pub use dunlin_ebpf::EXIT_TIME_BINS;
 
 /// Exits for one reason.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -28,7 +28,7 @@ use super::mapped::MappedArray;
 use super::object::{NoObject, embedded_object};
 use super::syscall::{self, RunStats};
 use super::windows::Windows;
-use crate::model::{AddressSpace, EXIT_TIME_BINS, ExitTimes, Gva, KernelVm, KvmDescriptors, PageBitmap, PageCount};
+use crate::model::{AddressSpace, ExitTimes, Gva, KernelVm, KvmDescriptors, PageBitmap, PageCount};
 use crate::port::{EventHook, EventSample, EventSourceError, LostEvents, SpaceEvents, ThreadEvents};
 
 /// The widest guest physical address space that is tracked: 16 TiB, a bitmap of 512 MiB.
@@ -580,7 +580,6 @@ fn loaded(result: Result<(), ProgramError>) -> Result<(), ProgramError> {
 }
 
 fn times_of(raw: &RawTimes) -> ExitTimes {
-    const { assert!(dunlin_ebpf::EXIT_TIME_BINS == EXIT_TIME_BINS) };
     ExitTimes { count: raw.count, total_ns: raw.total_ns, longest_ns: raw.longest_ns, bins: raw.bins }
 }
 

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::foreign::process::start_time_ticks;
 use crate::model::id::VmName;
 use crate::model::schema::Schema;
 use crate::model::{VmId, VmRef};
@@ -86,17 +87,6 @@ pub struct Registry {
 /// This boot's id.
 pub fn boot_id() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
-}
-
-/// When a process started, in clock ticks since boot; `None` if there is none, or only the exit code of one.
-pub fn start_time_ticks(pid: u32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The command's name may hold anything, so count from behind its closing bracket: field 22 is the 20th after it.
-    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
-    if matches!(fields.next()?, "Z" | "X") {
-        return None;
-    }
-    fields.nth(18)?.parse().ok()
 }
 
 impl MachineEntry {

@@ -31,6 +31,17 @@ pub enum Regime {
 }
 
 impl Regime {
+    /// Its name, as JSON has it.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Passive => "passive",
+            Self::Armed => "armed",
+            Self::Logged => "logged",
+            Self::SoftDirty => "soft-dirty",
+            Self::Sampled => "sampled",
+        }
+    }
+
     /// What the figures mean under this regime.
     pub const fn meaning(self) -> &'static str {
         match self {
@@ -60,5 +71,17 @@ impl Regime {
     /// Whether the true rate may be higher than the figure by any amount.
     pub const fn is_lower_bound(self) -> bool {
         matches!(self, Self::Passive)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_regimes_name_is_that_of_json() {
+        for regime in [Regime::Passive, Regime::Armed, Regime::Logged, Regime::SoftDirty, Regime::Sampled] {
+            assert_eq!(serde_json::to_value(regime).unwrap(), regime.word());
+        }
     }
 }

@@ -112,7 +112,7 @@ pub const METRICS: [Metric; 28] = [
         |view| {
             let with = |vm: &FleetVm, regime: Regime, value: f64| {
                 let mut labels = identity(vm);
-                labels.push(("regime", regime_word(regime).to_owned()));
+                labels.push(("regime", regime.word().to_owned()));
                 (labels, value)
             };
             let of = |vm: &FleetVm| {
@@ -286,16 +286,6 @@ fn each_vcpu(view: &FleetView, value: impl Fn(&crate::service::fleet::FleetVcpu)
         vm.vcpus.iter().filter_map(with).collect::<Vec<_>>()
     };
     distinct(view).flat_map(of).collect()
-}
-
-fn regime_word(regime: Regime) -> &'static str {
-    match regime {
-        Regime::Passive => "passive",
-        Regime::Armed => "armed",
-        Regime::Logged => "logged",
-        Regime::SoftDirty => "soft-dirty",
-        Regime::Sampled => "sampled",
-    }
 }
 
 /// A label's value as the text format wants it. Names come from the command lines of other processes, and the encoder writes what it is given.

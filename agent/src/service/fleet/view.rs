@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use serde::Serialize;
 
 use crate::model::schema::Schema;
-use crate::model::{VmId, WriteCurve, Writer};
+use crate::model::{VmId, WriteCurve};
 use crate::service::inventory::Host;
 use crate::service::observe::MissingSource;
 use crate::service::rogues::Rogue;
@@ -159,13 +159,6 @@ pub struct ArmedView {
     pub windows: u64,
 }
 
-impl ArmedView {
-    /// The largest writer of a kind.
-    pub fn top_writer(&self, of: impl Fn(&Writer) -> bool) -> Option<&Writer> {
-        self.ranking.as_ref()?.writers.iter().map(|ranked| &ranked.writer).find(|writer| of(writer))
-    }
-}
-
 /// What watching costs, and what is not seen.
 #[derive(Clone, Debug, Serialize)]
 pub struct Watching {
@@ -255,7 +248,7 @@ pub(crate) fn sample() -> FleetView {
         switch_cost: Duration::from_millis(5),
         rtt: Duration::from_millis(1),
     };
-    let writer = Writer::Vcpu { index: 0, thread_id: 1 };
+    let writer = crate::model::Writer::Vcpu { index: 0, thread_id: 1 };
     let writers = [crate::service::profile::WriterProfile { writer, share: 1.0, curve: curve.clone() }];
     let ranking = rogues::ranked(&curve, &writers, &terms, crate::track::DEFAULT_MARGIN).unwrap();
     let mut watch = RogueWatch::default();

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::window::ram_slots;
 use super::{Allowed, Profile, ProfileError, ProfileRequest, Progress};
-use crate::foreign::{ProcessMemory, guess_ram};
+use crate::foreign::{MemoryOpenError, ProcessMemory, guess_ram};
 use crate::model::{CurvePoint, RamSlot, WriteCurve};
 use crate::service::clock::MonotonicClock;
 use crate::service::interrupt::Interrupt;
@@ -34,15 +34,15 @@ impl Reading {
         };
         let mut slots = ram_slots(&vm);
         // A VM that ends at this moment has neither slots nor mappings, and is no VM without memory for that.
-        let gone = |name: &str| ProfileError::Gone(name.to_owned());
+        let told = |error: MemoryOpenError| {
+            if vm.process.has_memory() { error.into() } else { ProfileError::Gone(vm.name.clone()) }
+        };
         if slots.is_empty() {
-            let guessed = guess_ram(vm.pid)
-                .map_err(|error| if vm.process.has_memory() { error.into() } else { gone(&vm.name) })?;
+            let guessed = guess_ram(vm.pid).map_err(told)?;
             notes.push(guessed.meaning);
             slots = guessed.slots;
         }
-        let memory = ProcessMemory::of(&vm.process, &slots)
-            .map_err(|error| if vm.process.has_memory() { error.into() } else { gone(&vm.name) })?;
+        let memory = ProcessMemory::of(&vm.process, &slots).map_err(told)?;
         let shorter = SamplingOptions::default().windows.into_iter().filter(|length| *length < request.window);
         let windows = shorter.chain([request.window]).collect();
         let options = SamplingOptions { windows, seed: u64::from(vm.pid), ..SamplingOptions::default() };

@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::writers::{self, Window};
 use super::{Allowed, Profile, ProfileError, ProfileRequest, Progress, WriterProfile};
 use crate::foreign::{Permission, SoftDirty};
-use crate::model::{AddressSpace, GuestProcess, MemoryRange, PageBitmap, RamSlot, WriteCurve};
+use crate::model::{AddressSpace, GuestProcess, MemoryRange, PageBitmap, RamSlot, RegionHeat, WriteCurve};
 use crate::port::{Arm, EventSample, EventSource, LostEvents};
 use crate::probe::{KernelCounters, ProgramCost, syscall};
 use crate::service::audit;
@@ -98,22 +98,12 @@ pub(in crate::service) fn single(
     fault_cost: Duration,
     interrupt: &Interrupt,
 ) -> Result<Single, ProfileError> {
-    let mut measured = Measured {
-        windows: Vec::new(),
-        pages: counters.empty_pages(),
-        unique: Vec::new(),
-        lost: LostEvents::default(),
-    };
+    let mut measured = Measured::none(counters);
     one(window, counters, &mut Protector::Log(arm), interrupt, &mut measured)?;
     let mut nobodys = counters.empty_pages();
     let after = (Instant::now(), counters.sample(&mut nobodys)?);
-    let numbers = writers::vcpu_numbers(&vm.vcpus, &measured.windows);
-    let (curve, mut by_writer) = writers::curves(&measured.windows, &numbers, &BTreeMap::new(), fault_cost);
-    let length: Duration = measured.windows.iter().map(|window| window.length).sum();
-    let curve = curve.unwrap_or_else(|| still((length.as_nanos() as u64).max(1)));
-    let ram: Vec<MemoryRange> = ram_slots(vm).iter().map(RamSlot::range).collect();
-    by_writer.extend(writers::regions(&writers::heat(&measured.pages, &ram), &curve));
-    Ok(Single { length, unique_pages: measured.unique.iter().sum(), curve, writers: by_writer, after })
+    let Figures { curve, writers, .. } = measured.figures(vm, &BTreeMap::new(), fault_cost);
+    Ok(Single { length: measured.spent(), unique_pages: measured.unique.iter().sum(), curve, writers, after })
 }
 
 /// Windows in which events were counted.
@@ -124,6 +114,41 @@ struct Measured {
     /// Different pages in each window.
     unique: Vec<u64>,
     lost: LostEvents,
+}
+
+/// What windows say of a VM.
+struct Figures {
+    /// Mean length of the windows.
+    window_ns: u64,
+    curve: WriteCurve,
+    writers: Vec<WriterProfile>,
+    heat: Vec<RegionHeat>,
+    ram: Vec<MemoryRange>,
+}
+
+impl Measured {
+    /// No window yet.
+    fn none(counters: &KernelCounters) -> Self {
+        let (pages, lost) = (counters.empty_pages(), LostEvents::default());
+        Self { windows: Vec::new(), pages, unique: Vec::new(), lost }
+    }
+
+    /// The length of all windows together.
+    fn spent(&self) -> Duration {
+        self.windows.iter().map(|window| window.length).sum()
+    }
+
+    /// What they say.
+    fn figures(&self, vm: &HostVm, processes: &BTreeMap<AddressSpace, GuestProcess>, fault_cost: Duration) -> Figures {
+        let window_ns = (self.spent().as_nanos() as u64 / self.windows.len().max(1) as u64).max(1);
+        let numbers = writers::vcpu_numbers(&vm.vcpus, &self.windows);
+        let (curve, mut writers) = writers::curves(&self.windows, &numbers, processes, fault_cost);
+        let curve = curve.unwrap_or_else(|| still(window_ns));
+        let ram: Vec<MemoryRange> = ram_slots(vm).iter().map(RamSlot::range).collect();
+        let heat = writers::heat(&self.pages, &ram);
+        writers.extend(writers::regions(&heat, &curve));
+        Figures { window_ns, curve, writers, heat, ram }
+    }
 }
 
 /// What measures one VM by events.
@@ -164,8 +189,7 @@ impl Events {
         let before = self.counters.probes().costs();
         let Self { watched, counters, protector, .. } = self;
         let measured = measure(request, watched, counters, protector, interrupt, progress)?;
-        let spent = measured.windows.iter().map(|window| window.length).sum();
-        let cost = cost(&before, &self.counters.probes().costs(), spent);
+        let cost = cost(&before, &self.counters.probes().costs(), measured.spent());
         let mut notes = Vec::new();
         let mut processes = BTreeMap::new();
         if request.names {
@@ -175,30 +199,23 @@ impl Events {
                 Err(reason) => notes.push(format!("the guest's processes are not named: {reason}")),
             }
         }
-        Ok(self.told(measured, spent, cost, &processes, notes))
+        Ok(self.told(&measured, cost, &processes, notes))
     }
 
     /// The profile of what was measured.
     fn told(
         &self,
-        measured: Measured,
-        spent: Duration,
+        measured: &Measured,
         cost: WindowCost,
         processes: &BTreeMap<AddressSpace, GuestProcess>,
         mut notes: Vec<String>,
     ) -> Profile {
         let Self { watched, counters, protector, fault_cost, .. } = self;
         let regime = protector.regime();
-        let numbers = writers::vcpu_numbers(&watched.vm.vcpus, &measured.windows);
-        let (curve, mut by_writer) =
-            writers::curves(&measured.windows, &numbers, processes, fault_cost.unwrap_or_default());
+        let Figures { window_ns, curve, writers, heat, ram } =
+            measured.figures(&watched.vm, processes, fault_cost.unwrap_or_default());
         let count = measured.windows.len().max(1);
-        let mean_ns = (spent.as_nanos() as u64 / count as u64).max(1);
-        let curve = curve.unwrap_or_else(|| still(mean_ns));
-        let ram: Vec<MemoryRange> = ram_slots(&watched.vm).iter().map(RamSlot::range).collect();
-        let heat = writers::heat(&measured.pages, &ram);
-        by_writer.extend(writers::regions(&heat, &curve));
-        let (granularity, note) = granularity(protector, &measured);
+        let (granularity, note) = granularity(protector, measured);
         notes.extend(note);
         Profile {
             vm: Observed::of(&watched.vm),
@@ -207,13 +224,13 @@ impl Events {
             is_lower_bound: regime.is_lower_bound(),
             granularity_bytes: Some(granularity),
             notes,
-            window_ns: mean_ns,
+            window_ns,
             windows: measured.windows.len() as u32,
             memory_bytes: watched.vm.memory_bytes.unwrap_or(0),
             curve,
             exact_unique_pages: Some(measured.unique.iter().sum::<u64>() as f64 / count as f64),
             fault_cost_ns: fault_cost.map(|cost| cost.as_nanos() as u64),
-            writers: by_writer,
+            writers,
             heat,
             ram,
             sampled: None,
@@ -253,12 +270,7 @@ fn measure(
     interrupt: &Interrupt,
     progress: Progress<'_>,
 ) -> Result<Measured, ProfileError> {
-    let mut measured = Measured {
-        windows: Vec::new(),
-        pages: counters.empty_pages(),
-        unique: Vec::new(),
-        lost: LostEvents::default(),
-    };
+    let mut measured = Measured::none(counters);
     let mut done = 0;
     while done < request.windows {
         progress(done, request.windows);
@@ -295,9 +307,7 @@ fn one(
     // window begins in the middle of it.
     counters.armed(Some(Duration::ZERO));
     let (mut armed, protecting) = (Armed { protector, counters }, Instant::now());
-    if let Err(error) = armed.protect() {
-        return Err(error.into());
-    }
+    armed.protect()?;
     let half = protecting.elapsed() / 2;
     armed.counters.armed(Some(half));
     let began = Instant::now();

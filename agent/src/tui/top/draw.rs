@@ -13,7 +13,7 @@ use crate::draw::{Glyphs, curve_text};
 use crate::model::units::{PAGE_SIZE, display_bytes, display_duration};
 use crate::service::fleet::{FleetView, FleetVm, PastRate};
 use crate::service::inventory::Host;
-use crate::track::{Feasibility, Regime};
+use crate::track::Feasibility;
 
 /// Characters of a history.
 const SPARK: usize = 16;
@@ -143,20 +143,10 @@ fn table(frame: &mut Frame<'_>, area: Rect, view: &FleetView, state: &State) {
     }
 }
 
-fn regime(regime: Regime) -> &'static str {
-    match regime {
-        Regime::Passive => "passive",
-        Regime::Armed => "armed",
-        Regime::Logged => "logged",
-        Regime::SoftDirty => "soft-dirty",
-        Regime::Sampled => "sampled",
-    }
-}
-
 fn cells(vm: &FleetVm) -> Vec<Cell<'static>> {
     let (kind, rate) = vm.rate.as_ref().map_or(("-", "-".to_owned()), |rate| {
         let bound = if rate.is_lower_bound { "≥ " } else { "" };
-        (regime(rate.regime), format!("{bound}{}", display_bytes(rate.bytes_per_second as u64)))
+        (rate.regime.word(), format!("{bound}{}", display_bytes(rate.bytes_per_second as u64)))
     });
     let armed = vm.armed.as_ref();
     let unique = armed
