@@ -39,8 +39,7 @@ pub mod map {
     pub const CODE: &str = "CODE";
     /// Array of `u64`, mappable: one bit a guest frame, in one window a tracked VM. Sized at load.
     pub const PAGES: &str = "PAGES";
-    /// Array of `u64`, mappable: for each [`crate::TrackedVm::slot`], when its window of write protection began, by the monotonic
-    /// clock in nanoseconds; 0 while there is none.
+    /// Array of [`crate::Armed`], mappable: one a [`crate::TrackedVm::slot`].
     pub const ARMED: &str = "ARMED";
     /// Array of `u64`, mappable: one value a [`crate::Setting`].
     pub const SETTINGS: &str = "SETTINGS";
@@ -129,6 +128,82 @@ pub struct TrackedVm {
     pub slot: u32,
     /// Zero.
     pub reserved: u32,
+}
+
+/// A window of write protection of one VM.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Armed {
+    /// When it begins, by the monotonic clock in nanoseconds; 0 while there is none. Until then no page is marked.
+    pub began_ns: u64,
+    /// The pages that are protected. Changed only while there is no window.
+    pub subset: PageSubset,
+}
+
+/// Pages that stand for all: all of them, or one of each group of 2^n that follow one another, chosen by a hash.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PageSubset {
+    /// The exponent n in the lowest byte, above it what makes the choice another one.
+    raw: u64,
+}
+
+impl PageSubset {
+    /// Every page.
+    pub const ALL: Self = Self { raw: 0 };
+    /// The largest exponent.
+    pub const MAX_SHIFT: u32 = 12;
+
+    /// One page of each `2^shift`; a larger shift than [`Self::MAX_SHIFT`] counts as that. Another `seed` chooses other pages.
+    #[must_use]
+    pub const fn one_in(shift: u32, seed: u64) -> Self {
+        let shift = if shift > Self::MAX_SHIFT { Self::MAX_SHIFT } else { shift };
+        if shift == 0 { Self::ALL } else { Self { raw: seed << 8 | shift as u64 } }
+    }
+
+    /// As it is sent elsewhere.
+    #[must_use]
+    pub const fn raw(self) -> u64 {
+        self.raw
+    }
+
+    /// As it was sent: any number is a subset.
+    #[must_use]
+    pub const fn from_raw(raw: u64) -> Self {
+        Self::one_in(raw as u8 as u32, raw >> 8)
+    }
+
+    /// How many pages one stands for.
+    #[must_use]
+    pub const fn every(self) -> u64 {
+        1 << self.shift()
+    }
+
+    #[inline(always)]
+    #[allow(clippy::inline_always, reason = "as for `first_write_bin`")]
+    const fn shift(self) -> u64 {
+        self.raw & 0xf
+    }
+
+    /// Whether the page belongs to it.
+    #[must_use]
+    #[inline(always)]
+    #[allow(clippy::inline_always, reason = "as for `first_write_bin`")]
+    pub const fn holds(self, page: u64) -> bool {
+        self.of_group(page >> self.shift()) == page
+    }
+
+    /// The page that stands for the group of pages `[group · every, (group + 1) · every)`.
+    ///
+    /// The hash is the multiplicative one (Knuth, The Art of Computer Programming 3, section 6.4), of which high bits are good.
+    #[must_use]
+    #[inline(always)]
+    #[allow(clippy::inline_always, reason = "as for `first_write_bin`")]
+    pub const fn of_group(self, group: u64) -> u64 {
+        let shift = self.shift();
+        let hash = (group ^ self.raw).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
+        group << shift | hash & ((1 << shift) - 1)
+    }
 }
 
 /// One thread of one process.
@@ -350,6 +425,27 @@ impl Loss {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_subset_has_one_page_of_each_group_and_differs_by_its_seed() {
+        for shift in [1, 4, 12] {
+            let (one, other) = (PageSubset::one_in(shift, 1), PageSubset::one_in(shift, 2));
+            let (size, mut same) = (1u64 << shift, 0);
+            for group in 0..256u64 {
+                let held = |subset: PageSubset| (group * size..(group + 1) * size).find(|&p| subset.holds(p));
+                let count = (group * size..(group + 1) * size).filter(|&p| one.holds(p)).count();
+                assert_eq!(count, 1, "group {group} of {size}");
+                same += u64::from(held(one) == held(other));
+            }
+            // Two of independent choices agree in one of 2^shift groups.
+            assert!(same < 256 / size + 48, "{same} of 256 groups of {size} choose the same page");
+            assert_eq!(one.every(), size);
+            assert_eq!(PageSubset::from_raw(one.raw()), one);
+        }
+        assert!((0..1000).all(|page| PageSubset::ALL.holds(page)));
+        assert_eq!(PageSubset::one_in(99, 7).every(), 1 << PageSubset::MAX_SHIFT);
+        assert_eq!(PageSubset::from_raw(u64::MAX).every(), 1 << PageSubset::MAX_SHIFT);
+    }
 
     #[test]
     fn bins_follow_one_another() {

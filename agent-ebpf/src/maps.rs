@@ -4,8 +4,8 @@ use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LruHashMap};
 use dunlin_ebpf::{
-    CodeKey, ExitKey, ExitTimes, Loss, MAX_CODE, MAX_EXITS, MAX_SPACES, MAX_THREADS, MAX_TRACKED, PEEK_BYTES, Setting,
-    SpaceCounters, SpaceKey, Thread, ThreadKey, TrackedVm,
+    Armed, CodeKey, ExitKey, ExitTimes, Loss, MAX_CODE, MAX_EXITS, MAX_SPACES, MAX_THREADS, MAX_TRACKED, PEEK_BYTES,
+    Setting, SpaceCounters, SpaceKey, Thread, ThreadKey, TrackedVm,
 };
 
 #[map]
@@ -31,7 +31,7 @@ pub(crate) static CODE: LruHashMap<CodeKey, u64> = LruHashMap::with_max_entries(
 pub(crate) static PAGES: Array<u64> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
 #[map]
-pub(crate) static ARMED: Array<u64> = Array::with_max_entries(MAX_TRACKED, BPF_F_MMAPABLE);
+pub(crate) static ARMED: Array<Armed> = Array::with_max_entries(MAX_TRACKED, BPF_F_MMAPABLE);
 
 #[map]
 pub(crate) static SETTINGS: Array<u64> = Array::with_max_entries(Setting::COUNT, BPF_F_MMAPABLE);

@@ -125,6 +125,11 @@ impl Event {
     pub(crate) fn made_writable(&self, ctx: &impl EbpfContext, gfn: u64, level: u32) {
         let Some(thread) = self.thread(ctx) else { return };
         let vm = thread.vm;
+        let window = Moment::now(vm, gfn);
+        if window == Moment::Before {
+            thread.pages_made_writable += 1;
+            return;
+        }
         let (pages, fresh) = match level {
             1 => (1, self.mark_word(ctx, vm, gfn / 64, 1 << (gfn % 64))),
             2 => {
@@ -143,7 +148,12 @@ impl Event {
             }
         };
         thread.pages_made_writable += pages;
-        let bin = if fresh == 0 { NO_FIRST_WRITE_BIN } else { bin_now(vm) };
+        let bin = match window {
+            Moment::In(ns) if fresh != 0 => first_write_bin(ns),
+            // Its page stands for no other: whoever wrote it did not write more than others did.
+            Moment::Aside => return,
+            _ => NO_FIRST_WRITE_BIN,
+        };
         add_at(&mut thread.first_writes, bin, fresh);
         self.attribute(ctx, thread, pages, fresh, bin);
     }
@@ -156,8 +166,10 @@ impl Event {
         if setting(Setting::Attribute) & attribute::LOGGED_PAGES != 0 {
             let vm = thread.vm;
             let fresh = self.mark_word(ctx, vm, gfn / 64, 1 << (gfn % 64));
-            if fresh != 0 {
-                add_at(&mut thread.first_writes, bin_now(vm), fresh);
+            if fresh != 0
+                && let Moment::In(ns) = Moment::now(vm, gfn)
+            {
+                add_at(&mut thread.first_writes, first_write_bin(ns), fresh);
             }
         }
     }
@@ -245,17 +257,38 @@ impl Event {
     }
 }
 
-/// The bin of a first write at this moment; [`NO_FIRST_WRITE_BIN`] while the VM is not armed.
-#[inline(always)]
-fn bin_now(vm: TrackedVm) -> u32 {
-    let Some(began) = ARMED.get_ptr(vm.slot) else { return NO_FIRST_WRITE_BIN };
-    // SAFETY: a live map value, which the agent changes in one piece.
-    let began = unsafe { core::ptr::read_volatile(began) };
-    if began == 0 {
-        return NO_FIRST_WRITE_BIN;
+/// How a write stands to its VM's window of write protection.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Moment {
+    /// There is none.
+    None,
+    /// It is about to begin: what is written now will be written again.
+    Before,
+    /// So many nanoseconds after its begin.
+    In(u64),
+    /// Within it, to a page that is not protected.
+    Aside,
+}
+
+impl Moment {
+    #[inline(always)]
+    fn now(vm: TrackedVm, gfn: u64) -> Self {
+        let Some(armed) = ARMED.get_ptr(vm.slot) else { return Self::None };
+        // SAFETY: a live map value, of which the agent changes each word in one piece, the subset only while there is no window.
+        let armed = unsafe { core::ptr::read_volatile(armed) };
+        if armed.began_ns == 0 {
+            return Self::None;
+        }
+        // SAFETY: has no precondition.
+        let now = unsafe { bpf_ktime_get_ns() };
+        if now < armed.began_ns {
+            Self::Before
+        } else if armed.subset.holds(gfn) {
+            Self::In(now - armed.began_ns)
+        } else {
+            Self::Aside
+        }
     }
-    // SAFETY: has no precondition.
-    first_write_bin(unsafe { bpf_ktime_get_ns() }.saturating_sub(began))
 }
 
 #[inline(always)]

@@ -185,6 +185,7 @@ fn of_two_address_spaces_on_one_vcpu_the_one_that_writes_too_much_is_named() {
         window: Duration::from_millis(30),
         windows: 1,
         duty: 1.0,
+        protect_one_in: None,
         names: false,
         probe_log: false,
     };

@@ -14,6 +14,7 @@ use crate::model::{
     Gpa, GuestProcess, Gva, MemoryRange, MigrationId, MigrationReport, Owner, PageCount, RegionHeat, RoundReport,
     Stage, Station, VmId, WriteCurve, Writer,
 };
+use crate::port::Protected;
 use crate::service::balloon::{BalloonReport, HintReport};
 use crate::service::control::Outcome;
 use crate::service::doctor::{DoctorReport, Finding, ResultKind, Tier};
@@ -226,6 +227,7 @@ fn profile() -> Value {
         windows: 1,
         memory_bytes: 4096,
         curve: curve(),
+        protected_one_in: 1,
         exact_unique_pages: Some(1.),
         fault_cost_ns: Some(0),
         writers: writers().into_iter().map(|writer| WriterProfile { writer, share: 1., curve: curve() }).collect(),
@@ -371,6 +373,7 @@ fn samples() -> Vec<Value> {
     all.extend(events::samples());
     all.extend(crate::store::fuzz_seeds().iter().map(|line| serde_json::from_slice::<Value>(line).unwrap()));
     all.push(tagged(&Outcome { error: String::new() }));
+    all.push(tagged(&Protected { began_ns: 0, ended_ns: 0, subset: 0 }));
     all.push(serde_json::from_str(&vm::orders::console_line(b"")).unwrap());
     all
 }

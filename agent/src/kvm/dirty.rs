@@ -39,7 +39,7 @@ use rustix::mm::{MapFlags, ProtFlags};
 
 use super::memory::{Memory, RamRange};
 use super::sys::{self, KvmError};
-use crate::model::{DirtyLogKind, PAGE_SIZE, PageCount, PageRun};
+use crate::model::{DirtyLogKind, PAGE_SIZE, PageCount, PageRun, PageSubset};
 use crate::shm::SharedBitmap;
 
 /// The most entries of a ring that Dunlin asks for; KVM may allow fewer.
@@ -274,6 +274,11 @@ impl DirtyLogger {
 
     /// Re-arms the log for `run`, before its pages are read. A run that is not wholly RAM is cut to what is.
     pub fn protect(&self, run: PageRun) -> Result<(), KvmError> {
+        self.protect_some(run, PageSubset::ALL)
+    }
+
+    /// As [`Self::protect`], but only the pages whose guest frame is in `subset`: the others go on as if the log were off.
+    pub(crate) fn protect_some(&self, run: PageRun, subset: PageSubset) -> Result<(), KvmError> {
         let mut inner = self.lock();
         let Inner { on: true, kind: Kind::Bitmap { unprotected, scratch } } = &mut *inner else { return Ok(()) };
         for (range, unprotected) in self.ranges.iter().zip(unprotected) {
@@ -281,7 +286,7 @@ impl DirtyLogger {
             let end = run.end().min(range.first_page.0 + range.pages.0);
             if start < end {
                 let inside = start - range.first_page.0..end - range.first_page.0;
-                clear_pages(&self.vm, range, inside, unprotected, scratch)?;
+                clear_pages(&self.vm, range, inside, subset, unprotected, scratch)?;
             }
         }
         Ok(())
@@ -308,12 +313,13 @@ pub(crate) fn set_slot(vm: &VmFd, range: &RamRange, flags: u32) -> Result<(), Kv
     unsafe { vm.set_user_memory_region(region) }.map_err(KvmError::of("KVM_SET_USER_MEMORY_REGION"))
 }
 
-/// Clears the bits of those pages `inside` of a slot that are `unprotected`, and takes them out there. KVM wants to be asked
+/// Clears the bits of those pages `inside` of a slot that are `unprotected` and in `subset`, and takes them out there. KVM wants to be asked
 /// about whole groups of 64 pages; the bits of the neighbours are passed as zero, so they stay set.
 fn clear_pages(
     vm: &VmFd,
     range: &RamRange,
     inside: std::ops::Range<u64>,
+    subset: PageSubset,
     unprotected: &mut [u64],
     scratch: &mut Vec<u64>,
 ) -> Result<(), KvmError> {
@@ -327,6 +333,9 @@ fn clear_pages(
     if let Some(last) = scratch.last_mut() {
         *last &= u64::MAX >> beyond;
     }
+    if subset != PageSubset::ALL {
+        keep(scratch, range.guest_address / PAGE_SIZE as u64 + first, subset);
+    }
     if scratch.iter().all(|&bits| bits == 0) {
         return Ok(());
     }
@@ -335,6 +344,20 @@ fn clear_pages(
         *known &= !*cleared;
     }
     Ok(())
+}
+
+/// Takes out of `words`, whose lowest bit is of guest frame `first`, every frame that is not in `subset`.
+fn keep(words: &mut [u64], first: u64, subset: PageSubset) {
+    let mut kept = vec![0u64; words.len()];
+    let end = first + words.len() as u64 * 64;
+    for group in first / subset.every()..end.div_ceil(subset.every()) {
+        if let Some(bit) = subset.of_group(group).checked_sub(first)
+            && bit < end - first
+        {
+            kept[(bit / 64) as usize] |= 1 << (bit % 64);
+        }
+    }
+    words.iter_mut().zip(kept).for_each(|(word, kept)| *word &= kept);
 }
 
 /// One vCPU's ring, mapped.

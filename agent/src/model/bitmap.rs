@@ -59,6 +59,20 @@ impl PageBitmap {
         page < self.len && self.words[(page / 64) as usize] >> (page % 64) & 1 == 1
     }
 
+    /// Takes out every page that `keep` does not hold.
+    pub fn retain(&mut self, keep: impl Fn(u64) -> bool) {
+        for (index, word) in self.words.iter_mut().enumerate() {
+            let mut left = *word;
+            while left != 0 {
+                let bit = left.trailing_zeros();
+                left &= left - 1;
+                if !keep(index as u64 * 64 + u64::from(bit)) {
+                    *word &= !(1 << bit);
+                }
+            }
+        }
+    }
+
     /// Takes all pages out.
     pub fn clear(&mut self) {
         self.words.fill(0);

@@ -15,19 +15,39 @@ use super::units::PAGE_SIZE;
 /// The least share of its time that a writer is taken to have run. A fault costs what it costs only on average: where the
 /// faults seem to have taken all of a writer's time and more, its time between them is not known, only that it was short.
 const LEAST_RUN: f64 = 1.0 / 64.0;
+/// How much dearer than measured faults may be for the upper edge: they are measured on a guest that does nothing else, and cost one with page
+/// tables, caches and other vCPUs of its own up to twice as much (`cargo xtask bench tracking`, the loads `*-max`).
+const DEARER: f64 = 2.5;
+/// A thread that is idle for this part of its time works to a clock: what faults take from it, it makes up for.
+const PACED_IDLE: f64 = 0.1;
+
+/// What write protection did to a writer.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Slowed {
+    /// What a first write cost it, beyond the write itself.
+    pub fault_cost: Duration,
+    /// The part of its time that it did not want to run; none where that is not known.
+    pub idle: Option<f64>,
+}
 
 /// The first-write times of one writer's pages within one armed window.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FirstWrites {
     window_ns: u64,
     bins: Vec<u64>,
+    /// Pages that each counted one stands for.
+    every: u64,
+    /// When the window began, after the moment that times count from.
+    begin_ns: u64,
+    /// How far that may be off.
+    begin_within_ns: u64,
 }
 
 impl FirstWrites {
     /// An empty histogram of a window of this length; a window longer than a day counts as a day, an empty one as a nanosecond.
     pub fn new(window: Duration) -> Self {
         let window_ns = u64::try_from(window.as_nanos()).unwrap_or(u64::MAX).clamp(1, MAX_INTERVAL_NS);
-        Self { window_ns, bins: vec![0; FIRST_WRITE_BINS as usize] }
+        Self { window_ns, bins: vec![0; FIRST_WRITE_BINS as usize], every: 1, begin_ns: 0, begin_within_ns: 0 }
     }
 
     /// A histogram as it was counted elsewhere: missing bins are empty, further ones are ignored.
@@ -37,6 +57,19 @@ impl FirstWrites {
             *bin = count;
         }
         histogram
+    }
+
+    /// One page of so many was protected, and stands for them.
+    #[must_use]
+    pub fn standing_for(self, pages: u64) -> Self {
+        Self { every: pages.max(1), ..self }
+    }
+
+    /// The window began so long after the moment that times count from, give or take: pages are protected one after the other.
+    #[must_use]
+    pub fn begun(self, after: Duration, within: Duration) -> Self {
+        let ns = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX).min(MAX_INTERVAL_NS);
+        Self { begin_ns: ns(after), begin_within_ns: ns(within), ..self }
     }
 
     /// Counts `pages` pages that were first written `after` the arming.
@@ -52,49 +85,46 @@ impl FirstWrites {
         Duration::from_nanos(self.window_ns)
     }
 
-    /// All pages written within the window.
-    pub fn pages(&self) -> u64 {
+    /// The pages that were counted within the window.
+    pub fn counted(&self) -> u64 {
         self.edges().last().map_or(0, |&(_, pages)| pages)
     }
 
     /// The curve: pages first written until each bin's end, and until the window's. What came after the window is not in it.
     ///
-    /// `fault_cost` is what a first write of an armed guest costs its writer. The lower edge is the curve as seen; the upper edge
-    /// is that of a writer that never waits for anything else: what it had written at time t it would, without the faults, have
-    /// written at t - cost·U(t). A writer that works to the clock catches up and is on the lower edge, one that only computes is
-    /// on the upper; the truth lies between, and the value is their middle. Right only for a single vCPU: see [`curve_of_vm`].
-    pub fn curve(&self, fault_cost: Duration) -> WriteCurve {
+    /// The lower edge is the curve as seen. What a writer had written at time t it would, without the faults, have written at t - cost·F(t), with F
+    /// the faults until then; so it is for one that only computes, and the upper edge says so of faults that are dear ([`DEARER`]). One
+    /// that works to a clock makes up for them. Which it is, its idle time says: the value is the curve as seen for one that has idle time, the
+    /// corrected one for one that has none, and their middle where that is not known. Right only for a single vCPU: see [`WriteCurve::sum`].
+    /// The edges hold nothing of chance: neither how far windows differ, nor that a part of the pages stands for all.
+    pub fn curve(&self, slowed: &Slowed) -> WriteCurve {
         let edges = self.edges();
-        let seen = curve_through(&edges);
-        let cost = fault_cost.as_nanos() as f64;
-        // The same counts at the times that the writer had run until then. Counts that would lie at the same time, or before the
-        // ones before them, belong to the latest time among them.
-        let mut run: Vec<(u64, u64)> = Vec::with_capacity(edges.len());
-        for &(at, pages) in &edges {
-            let own = (at as f64 - cost * pages as f64).max(at as f64 * LEAST_RUN).max(1.0) as u64;
-            match run.last_mut() {
-                Some(last) if last.0 >= own => last.1 = pages,
-                _ => run.push((own, pages)),
-            }
-        }
-        let run = curve_through(&run);
-        let points = edges
-            .iter()
-            .zip(seen.points())
-            .map(|(&(at, _), point)| {
-                let low = point.unique_pages;
-                // Behind the last time that it ran until: at most as fast as until then.
-                let high = run.at_ns(at as f64).high_pages.max(low);
-                CurvePoint { interval_ns: at, unique_pages: low.midpoint(high), low_pages: low, high_pages: high }
-            })
-            .collect();
-        WriteCurve::from_measured(points).unwrap_or(seen)
+        let cost = slowed.fault_cost.as_nanos() as f64;
+        let seen = self.curve_through(&edges);
+        let (likely, dear) =
+            (self.curve_through(&without(&edges, cost)), self.curve_through(&without(&edges, cost * DEARER)));
+        let within = self.begin_within_ns as f64;
+        let points = edges.iter().map(|&(at, _)| {
+            let time = at as f64;
+            let as_seen = seen.at_ns(time).unique_pages;
+            // Behind the last time that it ran until: at most as fast as until then.
+            let corrected = likely.at_ns(time).high_pages.max(as_seen);
+            let value = match slowed.idle {
+                Some(idle) if idle >= PACED_IDLE => as_seen,
+                Some(_) => corrected,
+                None => as_seen.midpoint(corrected),
+            };
+            let low = seen.at_ns((time - within).max(1.0)).unique_pages.min(value);
+            let high = dear.at_ns(time + within).high_pages.max(value);
+            CurvePoint { interval_ns: at, unique_pages: value, low_pages: low, high_pages: high }
+        });
+        WriteCurve::from_measured(points.collect()).unwrap_or(seen)
     }
 
-    /// `(time, pages first written before it)` at the end of each bin that is not empty, and at the window's end. At least one,
+    /// `(time, pages counted before it)` at the end of each bin that is not empty, and at the window's end. At least one,
     /// rising; never more pages than any VM has.
     fn edges(&self) -> Vec<(u64, u64)> {
-        let most = MAX_MEMORY_BYTES / PAGE_SIZE as u64;
+        let most = MAX_MEMORY_BYTES / PAGE_SIZE as u64 / self.every;
         let mut edges = Vec::new();
         let mut pages = 0u64;
         for (index, &count) in self.bins.iter().enumerate() {
@@ -102,32 +132,41 @@ impl FirstWrites {
                 continue;
             }
             let bin = index as u32;
-            if first_write_bin_start_ns(bin) >= self.window_ns {
+            if first_write_bin_start_ns(bin).saturating_sub(self.begin_ns) >= self.window_ns {
                 break;
             }
             pages = pages.saturating_add(count).min(most);
-            let end = if bin + 1 < FIRST_WRITE_BINS { first_write_bin_start_ns(bin + 1) } else { self.window_ns };
-            if end < self.window_ns {
+            let end = if bin + 1 < FIRST_WRITE_BINS { first_write_bin_start_ns(bin + 1) } else { u64::MAX };
+            // What was counted before the window began was written at its very begin.
+            let end = end.saturating_sub(self.begin_ns);
+            if 0 < end && end < self.window_ns {
                 edges.push((end, pages));
             }
         }
         edges.push((self.window_ns, pages));
         edges
     }
+
+    /// The curve through `edges`, of which there is at least one, each page standing for its others.
+    fn curve_through(&self, edges: &[(u64, u64)]) -> WriteCurve {
+        let points = edges.iter().map(|&(at, pages)| CurvePoint::exact(at, (pages * self.every) as f64)).collect();
+        // Times rise, there are fewer of them than points may be, and pages are bounded: there is nothing to refuse.
+        WriteCurve::from_measured(points).expect("edges of bins are points of a curve")
+    }
 }
 
-/// The curve of a whole VM from the histograms of its vCPUs, which lose their time to faults each on its own; none without
-/// any. A page counts for the vCPU that wrote it first.
-pub fn curve_of_vm<'a>(vcpus: impl IntoIterator<Item = &'a FirstWrites>, fault_cost: Duration) -> Option<WriteCurve> {
-    let curves: Vec<WriteCurve> = vcpus.into_iter().map(|vcpu| vcpu.curve(fault_cost)).collect();
-    WriteCurve::sum(&curves)
-}
-
-/// The curve through `edges`, of which there is at least one.
-fn curve_through(edges: &[(u64, u64)]) -> WriteCurve {
-    let points = edges.iter().map(|&(at, pages)| CurvePoint::exact(at, pages as f64)).collect();
-    // Times rise, there are fewer of them than points may be, and pages are bounded: there is nothing to refuse.
-    WriteCurve::from_measured(points).expect("edges of bins are points of a curve")
+/// The same counts at the times that the writer had run until then, with each fault taking `cost` nanoseconds. Counts that would lie at the same
+/// time, or before the ones before them, belong to the latest time among them.
+fn without(edges: &[(u64, u64)], cost: f64) -> Vec<(u64, u64)> {
+    let mut run: Vec<(u64, u64)> = Vec::with_capacity(edges.len());
+    for &(at, pages) in edges {
+        let own = (at as f64 - cost * pages as f64).max(at as f64 * LEAST_RUN).max(1.0) as u64;
+        match run.last_mut() {
+            Some(last) if last.0 >= own => last.1 = pages,
+            _ => run.push((own, pages)),
+        }
+    }
+    run
 }
 
 #[cfg(test)]
@@ -154,14 +193,14 @@ mod tests {
         #[test]
         fn any_bins_make_a_curve(
             bins in prop::collection::vec(prop_oneof![Just(0), 0..1000u64, any::<u64>()], 0..200),
-            window in 1..u64::MAX, cost in 0..100_000u64,
+            window in 1..u64::MAX, cost in 0..100_000u64, idle in prop::option::of(0.0..1.0f64),
         ) {
             let window = Duration::from_nanos(window >> (window % 50));
             let histogram = FirstWrites::from_bins(window, &bins);
-            let curve = histogram.curve(Duration::from_nanos(cost));
+            let curve = histogram.curve(&Slowed { fault_cost: Duration::from_nanos(cost), idle });
             prop_assert!(WriteCurve::new(curve.points().to_vec()).is_ok(), "{:?}", WriteCurve::new(curve.points().to_vec()));
             prop_assert_eq!(curve.last().interval_ns, histogram.window_ns);
-            prop_assert_eq!(curve.last().low_pages as u64, histogram.pages());
+            prop_assert_eq!(curve.last().low_pages as u64, histogram.counted());
         }
     }
 
@@ -196,7 +235,7 @@ mod tests {
 
     #[test]
     fn without_a_cost_the_histogram_is_the_curve() {
-        let curve = simulated(10_000, 20.0, Duration::ZERO, MS * 500).curve(Duration::ZERO);
+        let curve = simulated(10_000, 20.0, Duration::ZERO, MS * 500).curve(&Slowed::default());
         for ms in [5, 20, 80, 320] {
             let truth = 10_000.0 * -(-20.0 * f64::from(ms) / 1e3).exp_m1();
             let read = curve.at(MS * ms);
@@ -205,30 +244,67 @@ mod tests {
         }
     }
 
+    /// Of a writer that never waits.
+    fn computing(fault_cost: Duration) -> Slowed {
+        Slowed { fault_cost, idle: Some(0.0) }
+    }
+
     #[test]
-    fn the_band_reaches_from_what_was_seen_to_what_a_writer_without_faults_does() {
+    fn a_writer_that_only_computes_is_given_back_what_faults_took() {
         let cost = Duration::from_micros(5);
         let armed = simulated(10_000, 20.0, cost, MS * 500);
-        let curve = armed.curve(cost);
         for ms in [5, 20, 80] {
             let truth = 10_000.0 * -(-20.0 * f64::from(ms) / 1e3).exp_m1();
-            let read = curve.at(MS * ms);
+            let read = armed.curve(&computing(cost)).at(MS * ms);
             assert!(read.low_pages < truth * 0.99, "at {ms} ms faults cost nothing");
-            assert!((read.high_pages / truth - 1.0).abs() < 0.05, "{ms} ms: {read:?}, {truth}");
+            assert!((read.unique_pages / truth - 1.0).abs() < 0.05, "{ms} ms: {read:?}, {truth}");
+            // Faults that are twice as dear as was measured.
+            let read = armed.curve(&computing(cost / 2)).at(MS * ms);
+            assert!(read.unique_pages < truth * 0.98 && truth < read.high_pages, "{ms} ms: {read:?}, {truth}");
+            // Not known whether it waits.
+            let unknown = armed.curve(&Slowed { fault_cost: cost, idle: None }).at(MS * ms);
+            assert!((read.low_pages..truth).contains(&unknown.unique_pages), "{ms} ms: {unknown:?}, {truth}");
         }
     }
 
     #[test]
-    fn each_vcpu_loses_only_its_own_time() {
+    fn a_writer_that_works_to_a_clock_is_taken_as_seen() {
         let cost = Duration::from_micros(5);
-        let vcpus = [simulated(10_000, 20.0, cost, MS * 500), simulated(10_000, 20.0, cost, MS * 500)];
-        let (vm, one) = (curve_of_vm(&vcpus, cost).unwrap(), vcpus[0].curve(cost));
-        for ms in [5, 80, 500] {
-            let (vm, one) = (vm.at(MS * ms), one.at(MS * ms));
-            assert!((vm.high_pages - 2.0 * one.high_pages).abs() < 1.0, "{ms} ms");
-            assert!((vm.low_pages - 2.0 * one.low_pages).abs() < 1.0, "{ms} ms");
+        let armed = simulated(10_000, 20.0, Duration::ZERO, MS * 500);
+        for ms in [5, 20, 80] {
+            let truth = 10_000.0 * -(-20.0 * f64::from(ms) / 1e3).exp_m1();
+            let read = armed.curve(&Slowed { fault_cost: cost, idle: Some(0.5) }).at(MS * ms);
+            assert!((read.unique_pages / truth - 1.0).abs() < 0.02 && read.high_pages > truth, "{ms} ms: {read:?}");
         }
-        assert_eq!(curve_of_vm([], cost), None);
+    }
+
+    #[test]
+    fn a_part_of_the_pages_stands_for_all_and_loses_a_part_of_the_time() {
+        let cost = Duration::from_micros(5);
+        let whole = simulated(16_000, 20.0, Duration::ZERO, MS * 500);
+        let part = simulated(1000, 20.0, cost, MS * 500).standing_for(16);
+        assert_eq!(part.counted(), 1000);
+        for ms in [20, 80, 320] {
+            let truth = whole.curve(&Slowed::default()).at(MS * ms).unique_pages;
+            let read = part.curve(&computing(cost)).at(MS * ms);
+            assert!((read.unique_pages / truth - 1.0).abs() < 0.02, "{ms} ms: {read:?}, {truth}");
+            // A fault for each of sixteen pages: the whole band is narrow.
+            assert!((read.high_pages - read.low_pages) / truth < 0.3, "{ms} ms: {read:?}");
+        }
+    }
+
+    #[test]
+    fn a_window_that_began_late_is_shorter_by_that() {
+        let mut histogram = FirstWrites::new(MS * 100);
+        (0..1000).for_each(|i| histogram.add(MS * 10 + Duration::from_micros(i * 100), 1));
+        let late = histogram.begun(MS * 10, MS).curve(&Slowed::default());
+        for ms in [20, 40, 80] {
+            let read = late.at(MS * ms);
+            assert!((read.unique_pages - f64::from(ms) * 10.0).abs() < 2.0, "{ms} ms: {read:?}");
+            assert!((read.high_pages - read.unique_pages - 10.0).abs() < 2.0, "a millisecond more or less: {read:?}");
+            // A curve is concave, so the lower edge gives way.
+            assert!(read.low_pages < read.unique_pages, "{read:?}");
+        }
     }
 
     #[test]
@@ -236,7 +312,7 @@ mod tests {
         // 100 000 faults of 10 µs are twice the window.
         let mut histogram = FirstWrites::new(MS * 500);
         (0..100_000).for_each(|i| histogram.add(Duration::from_micros(i * 5), 1));
-        let curve = histogram.curve(Duration::from_micros(10));
+        let curve = histogram.curve(&computing(Duration::from_micros(10)));
         let read = curve.at(MS * 100);
         assert!(read.high_pages > 10.0 * read.low_pages && read.high_pages.is_finite(), "{read:?}");
     }
@@ -246,6 +322,6 @@ mod tests {
         let mut histogram = FirstWrites::new(MS * 10);
         histogram.add(MS * 9, 5);
         histogram.add(MS * 20, 7);
-        assert_eq!(histogram.pages(), 5);
+        assert_eq!(histogram.counted(), 5);
     }
 }

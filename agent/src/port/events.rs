@@ -3,7 +3,10 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::model::{AddressSpace, ExitTimes, Gva, PageBitmap};
+use serde::{Deserialize, Serialize};
+
+use crate::model::schema::Schema;
+use crate::model::{AddressSpace, ExitTimes, Gva, PageBitmap, PageSubset};
 
 /// What one thread of the VM's process (a vCPU, or one that acts for it) has done since tracking began.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -181,9 +184,8 @@ pub trait EventSource: Send {
     /// The counters can no longer be read.
     fn sample(&mut self, pages: &mut PageBitmap) -> Result<EventSample, EventSourceError>;
 
-    /// Says that every page has been write-protected for as long as this, so that the times of first writes count from then; or, with
-    /// none, that no page is any more.
-    fn armed(&mut self, since: Option<Duration>);
+    /// Says that every page has just been write-protected, so that the times of first writes count from now; or that none is any more.
+    fn armed(&mut self, on: bool);
 }
 
 /// One look at a source, as policy took it.
@@ -223,6 +225,21 @@ pub struct ArmError {
     pub reason: String,
 }
 
+/// What was write-protected, and when: from the first page to the last, by the monotonic clock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Protected {
+    /// Before the first page was.
+    pub began_ns: u64,
+    /// When the last page was.
+    pub ended_ns: u64,
+    /// The pages ([`PageSubset::raw`]).
+    pub subset: u64,
+}
+
+impl Schema for Protected {
+    const SCHEMA: &'static str = "dunlin.protected/v1";
+}
+
 /// Write protection of a VM that cooperates, so that each page's next write becomes an event.
 pub trait Arm: Send {
     /// Protects every page.
@@ -230,6 +247,15 @@ pub trait Arm: Send {
     /// # Errors
     /// The VM refused (a migration already uses its log), or is gone.
     fn arm(&mut self) -> Result<(), ArmError>;
+
+    /// Protects these pages, and no others, at this time by the monotonic clock, in nanoseconds; at once if that is over. Says what was done,
+    /// or nothing if it cannot choose: then every page was protected at once.
+    ///
+    /// # Errors
+    /// As [`Arm::arm`].
+    fn arm_at(&mut self, _subset: PageSubset, _at_ns: u64) -> Result<Option<Protected>, ArmError> {
+        self.arm().map(|()| None)
+    }
 
     /// Protects again what was written since; called at the start of each interval.
     ///

@@ -14,8 +14,8 @@ pub mod region;
 
 pub use clock::{Bell, Clock, Job};
 pub use events::{
-    Arm, ArmError, EventHook, EventSample, EventSource, EventSourceError, Look, LostEvents, SampleLog, SampleLogError,
-    SpaceEvents, ThreadEvents,
+    Arm, ArmError, EventHook, EventSample, EventSource, EventSourceError, Look, LostEvents, Protected, SampleLog,
+    SampleLogError, SpaceEvents, ThreadEvents,
 };
 pub use frame::FramePort;
 pub use guest_memory::{GuestMemory, GuestMemoryError};

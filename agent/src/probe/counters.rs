@@ -1,11 +1,12 @@
 //! The counters of one VM, as a source of events.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+
+use dunlin_ebpf::Armed;
 
 use super::hook::Gives;
 use super::probes::{LoadOptions, MAX_FRAMES, Place, ProbeError, Probes};
-use crate::model::{PageBitmap, PageCount};
+use crate::model::{PageBitmap, PageCount, PageSubset};
 use crate::port::{EventHook, EventSample, EventSource, EventSourceError};
 
 /// Whom to count, and how far, where only one VM is watched.
@@ -62,6 +63,17 @@ impl KernelCounters {
         lock(&self.probes).count_pages(&self.place)
     }
 
+    /// A window of write protection of these pages begins at this time, by the monotonic clock in nanoseconds. Until then no page is marked;
+    /// in it, first writes to these pages are counted by their time, and to their writers.
+    pub fn arm(&self, began_ns: u64, subset: PageSubset) {
+        self.probes().arm(&self.place, Armed { began_ns, subset });
+    }
+
+    /// There is no such window any more.
+    pub fn disarm(&self) {
+        self.probes().disarm(&self.place);
+    }
+
     /// The programs.
     pub fn probes(&self) -> MutexGuard<'_, Probes> {
         lock(&self.probes)
@@ -83,11 +95,13 @@ impl EventSource for KernelCounters {
         Ok(probes.sweep(Some(self.place.pid))?.remove(&self.place.pid).unwrap_or_default())
     }
 
-    fn armed(&mut self, since: Option<Duration>) {
-        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-        let now_ns = now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64;
-        let began = since.map(|since| now_ns.saturating_sub(since.as_nanos() as u64));
-        lock(&self.probes).set_armed(&self.place, began);
+    fn armed(&mut self, on: bool) {
+        if on {
+            let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+            self.arm(now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64, PageSubset::ALL);
+        } else {
+            self.disarm();
+        }
     }
 }
 

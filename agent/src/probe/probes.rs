@@ -6,14 +6,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use aya::maps::{HashMap, Map, MapData, MapError};
 use aya::programs::raw_trace_point::RawTracePointLinkId;
 use aya::programs::{KProbe, ProgramError, RawTracePoint, kprobe::KProbeLinkId};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use dunlin_ebpf::{
-    CodeKey, ExitKey, ExitKind, ExitTimes as RawTimes, FIRST_WRITE_BINS, Loss, MAX_CODE, MAX_EXITS, MAX_SPACES,
+    Armed, CodeKey, ExitKey, ExitKind, ExitTimes as RawTimes, FIRST_WRITE_BINS, Loss, MAX_CODE, MAX_EXITS, MAX_SPACES,
     MAX_THREADS, MAX_TRACKED, Setting, SpaceCounters, SpaceKey, Thread, ThreadKey, TrackedVm, attribute, constant, map,
     program,
 };
@@ -139,6 +139,9 @@ pub(super) struct Place {
     window: TrackedVm,
 }
 
+/// The two words of an [`Armed`] in its map.
+const WORDS_OF_ARMED: usize = size_of::<Armed>() / size_of::<u64>();
+
 /// The programs and their maps.
 #[derive(Debug)]
 pub struct Probes {
@@ -193,7 +196,7 @@ impl Probes {
             spaces: hash(&mut bpf, map::SPACES)?,
             code: hash(&mut bpf, map::CODE)?,
             pages: array(&bpf, map::PAGES, words as usize)?,
-            armed: array(&bpf, map::ARMED, MAX_TRACKED as usize)?,
+            armed: array(&bpf, map::ARMED, MAX_TRACKED as usize * WORDS_OF_ARMED)?,
             settings: array(&bpf, map::SETTINGS, Setting::COUNT as usize)?,
             losses: array(&bpf, map::LOSSES, Loss::ALL.len())?,
             windows: Windows::new(words),
@@ -395,7 +398,7 @@ impl Probes {
         forget(&mut self.exits, MAX_EXITS, |Plain(key)| key.tgid == pid);
         forget(&mut self.spaces, MAX_SPACES, |Plain(key)| key.tgid == pid);
         forget(&mut self.code, MAX_CODE, |Plain(key)| key.tgid == pid);
-        self.set_armed(place, None);
+        self.disarm(place);
         for word in self.words(place) {
             word.store(0, Ordering::Relaxed);
         }
@@ -403,9 +406,24 @@ impl Probes {
         self.slots[place.window.slot as usize] = false;
     }
 
-    /// Says since when the VM is armed, by the monotonic clock; none: it is not.
-    pub(super) fn set_armed(&self, place: &Place, since_ns: Option<u64>) {
-        self.armed.words()[place.window.slot as usize].store(since_ns.unwrap_or(0), Ordering::Release);
+    /// Says when the VM's window of write protection begins, by the monotonic clock, and which pages it protects.
+    pub(super) fn arm(&self, place: &Place, armed: Armed) {
+        let [began, subset] = self.armed(place);
+        // A program that sees the new begin sees the new subset.
+        began.store(0, Ordering::Release);
+        subset.store(armed.subset.raw(), Ordering::Release);
+        began.store(armed.began_ns, Ordering::Release);
+    }
+
+    /// Says that the VM has no such window any more.
+    pub(super) fn disarm(&self, place: &Place) {
+        self.armed(place)[0].store(0, Ordering::Release);
+    }
+
+    /// The two words of an [`Armed`].
+    fn armed(&self, place: &Place) -> [&AtomicU64; WORDS_OF_ARMED] {
+        let first = place.window.slot as usize * WORDS_OF_ARMED;
+        [0, 1].map(|word| &self.armed.words()[first + word])
     }
 
     /// Moves the bits that the programs set into `into`.
@@ -418,7 +436,7 @@ impl Probes {
         }
     }
 
-    fn words(&self, place: &Place) -> &[std::sync::atomic::AtomicU64] {
+    fn words(&self, place: &Place) -> &[AtomicU64] {
         let first = place.window.first_word as usize;
         &self.pages.words()[first..first + place.window.words as usize]
     }

@@ -24,8 +24,8 @@ use tokio::sync::watch;
 
 use super::balloon::BalloonReport;
 use super::machine::{Host, VmInfo};
-use crate::model::Owner;
 use crate::model::schema::Schema;
+use crate::model::{Owner, PageSubset};
 
 /// Where all console output so far ends: what to ask from next.
 const POSITION_HEADER: &str = "dunlin-position";
@@ -82,9 +82,32 @@ struct Resolution {
     owner: Owner,
 }
 
+/// What is to be write-protected, and when ([`Arm::arm_at`](crate::port::Arm::arm_at)); without a subset, every page at once.
 #[derive(Deserialize)]
 struct Switch {
     on: bool,
+    #[serde(default)]
+    subset: u64,
+    #[serde(default)]
+    at_ns: u64,
+}
+
+/// Switches the dirty log, and says what is protected then.
+async fn dirty_log(
+    ConnectInfo(caller): ConnectInfo<Caller>,
+    State(host): State<Arc<Host>>,
+    Query(switch): Query<Switch>,
+) -> Response {
+    if !caller.may_act() {
+        return order(caller, |_| Ok(())).await;
+    }
+    let Switch { on, subset, at_ns } = switch;
+    let subset = PageSubset::from_raw(subset);
+    let work = move || if on { host.track(subset, at_ns) } else { host.end_tracking_now() };
+    match tokio::task::spawn_blocking(work).await.map_err(|error| error.to_string()) {
+        Ok(Ok(protected)) => Json(protected.tagged()).into_response(),
+        Ok(Err(error)) | Err(error) => answer(Err(error)),
+    }
 }
 
 /// Runs an order of `caller` on a thread that may block.
@@ -168,12 +191,7 @@ fn acting() -> Router<Arc<Host>> {
                 order(caller, move |who| host.resolve(who, owner))
             }),
         )
-        .route(
-            "/v1/dirty-log",
-            post(|ConnectInfo(caller): From, State(host): At, Query(Switch { on }): Query<Switch>| {
-                order(caller, move |_| host.set_dirty_log(on))
-            }),
-        )
+        .route("/v1/dirty-log", post(dirty_log))
         .route(
             "/v1/balloon",
             post(
@@ -304,11 +322,11 @@ pub fn give_order(socket: &Path, target: &str, body: &[u8]) -> Result<(), Contro
     blocking(request(socket, "POST", target, body.to_vec())).map(drop)
 }
 
-/// As [`give_order`], but waits no longer than `limit`: the machine's process may be stopped.
+/// As [`give_order`], but waits no longer than `limit`: the machine's process may be stopped. Returns the answer.
 ///
 /// # Errors
 /// As [`give_order`]; no answer in time, and then it is not known whether the order was carried out.
-pub fn give_order_within(socket: &Path, target: &str, limit: Duration) -> Result<(), ControlError> {
+pub fn give_order_within(socket: &Path, target: &str, limit: Duration) -> Result<Vec<u8>, ControlError> {
     blocking(async {
         let late = || ControlError::Exchange {
             socket: socket.display().to_string(),
@@ -316,7 +334,7 @@ pub fn give_order_within(socket: &Path, target: &str, limit: Duration) -> Result
         };
         tokio::time::timeout(limit, request(socket, "POST", target, Vec::new())).await.map_err(|_| late())?
     })
-    .map(drop)
+    .map(|(_, body)| body.to_vec())
 }
 
 /// Asks for the VM's state.

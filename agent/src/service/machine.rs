@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::audit::{self, Action};
+use super::clock::MonotonicClock;
 use super::gate::{GateError, GateState, OnLoss, OwnershipGate};
 use super::lease::Lease;
 use super::registry::{MachineEntry, Registry, RegistryError, boot_id, start_time_ticks};
@@ -28,11 +29,11 @@ use crate::kvm::sys::KvmError;
 use crate::kvm::virtio::{VirtioBalloon, VirtioBlk, VirtioNet, VirtioRng};
 use crate::model::schema::Schema;
 use crate::model::{
-    DirtyLogKind, DiskSpec, MachineShape, MigrationId, NetSpec, Owner, PageCount, PageRun, SerialSpec, Station, VmId,
-    chain,
+    DirtyLogKind, DiskSpec, MachineShape, MigrationId, NetSpec, Owner, PageCount, PageRun, PageSubset, SerialSpec,
+    Station, VmId, chain,
 };
 use crate::net::tap::Tap;
-use crate::port::{JournalError, JournalRecord};
+use crate::port::{Clock, JournalError, JournalRecord, Protected};
 use crate::store::FileJournal;
 
 /// How long the dirty log stays on for tracking unless asked for again.
@@ -46,6 +47,11 @@ const JOURNAL_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// Pages that are write-protected by one call while tracking: 4 GiB.
 const PROTECT_PAGES: u64 = 1 << 20;
+
+/// How long before it begins a window of write protection may be ordered.
+const LONGEST_LEAD: Duration = Duration::from_secs(1);
+/// What a sleep may oversleep: the rest is waited for without sleeping.
+const LAST_MOMENT: Duration = Duration::from_micros(200);
 
 /// A machine could not be hosted.
 #[derive(Debug, thiserror::Error)]
@@ -489,33 +495,48 @@ impl Host {
         }
     }
 
-    /// Switches the dirty log for tracking outside a migration. Switching it on write-protects every page, also when it is
-    /// on already, so that the next write to each makes an event. It goes off by itself [`TRACKING_TIME`] after the last
-    /// such order: whoever tracks may be killed.
-    pub fn set_dirty_log(self: &Arc<Self>, on: bool) -> Result<(), String> {
+    /// Switches the dirty log on for tracking outside a migration, and write-protects `subset` at the time `at_ns` by the monotonic clock, so
+    /// that the next write to each of its pages makes an event. A log that is on already and is asked for all pages has those protected again
+    /// that were written. It goes off by itself [`TRACKING_TIME`] after the last such order: whoever tracks may be killed.
+    pub fn track(self: &Arc<Self>, subset: PageSubset, at_ns: u64) -> Result<Protected, String> {
         let _turn = self.unless_migrating("switch the dirty log")?;
-        if on {
-            let host = Arc::clone(self);
-            self.tracking.grant(TRACKING_TIME, move || host.end_tracking()).map_err(|error| error.to_string())?;
-            self.protect_all()
-        } else {
-            self.tracking.give_up();
-            self.machine.log().stop()
+        let wait = Duration::from_nanos(at_ns).saturating_sub(MonotonicClock.now());
+        if wait > LONGEST_LEAD {
+            return Err(format!("a window may be ordered {LONGEST_LEAD:?} ahead at most, not {wait:?}"));
         }
-        .map_err(|error| error.to_string())
+        let host = Arc::clone(self);
+        self.tracking.grant(TRACKING_TIME, move || host.end_tracking()).map_err(|error| error.to_string())?;
+        self.protect(subset, at_ns).map_err(|error| error.to_string())
     }
 
-    fn protect_all(&self) -> Result<(), KvmError> {
+    /// Switches it off.
+    pub fn end_tracking_now(&self) -> Result<Protected, String> {
+        let _turn = self.unless_migrating("switch the dirty log")?;
+        self.tracking.give_up();
+        let began_ns = MonotonicClock.now().as_nanos() as u64;
+        self.machine.log().stop().map_err(|error| error.to_string())?;
+        Ok(Protected { began_ns, ended_ns: began_ns, subset: PageSubset::ALL.raw() })
+    }
+
+    fn protect(&self, subset: PageSubset, at_ns: u64) -> Result<Protected, KvmError> {
         let log = self.machine.log();
-        if log.is_on() { log.harvest() } else { log.start() }?;
+        let subset = if log.kind() == DirtyLogKind::Bitmap { subset } else { PageSubset::ALL };
+        if log.is_on() && subset == PageSubset::ALL { log.harvest() } else { log.start() }?;
+        let clock = MonotonicClock;
+        let at = Duration::from_nanos(at_ns);
+        clock.sleep(at.saturating_sub(clock.now()).saturating_sub(LAST_MOMENT));
+        while clock.now() < at {
+            std::hint::spin_loop();
+        }
+        let began_ns = clock.now().as_nanos() as u64;
         let pages = PageCount::covering(self.machine.shape().memory_bytes).0;
         let mut first = 0;
         while first < pages {
             let count = (pages - first).min(PROTECT_PAGES);
-            log.protect(PageRun::new(first, count as u32))?;
+            log.protect_some(PageRun::new(first, count as u32), subset)?;
             first += count;
         }
-        Ok(())
+        Ok(Protected { began_ns, ended_ns: clock.now().as_nanos() as u64, subset: subset.raw() })
     }
 
     /// Nobody has asked for the log any more. A migration that has the VM by now has the log too, and sees to it.

@@ -188,7 +188,7 @@ mod tests {
             Ok(self.sample.clone())
         }
 
-        fn armed(&mut self, _: Option<std::time::Duration>) {}
+        fn armed(&mut self, _: bool) {}
     }
 
     /// Time that passes unevenly, by a nanosecond and more.

@@ -70,7 +70,7 @@ impl<S: EventSource, C: Clock> Observer<S, C> {
             observer.arm = None;
             return Err(error.into());
         }
-        observer.source.armed(observer.arm.is_some().then_some(Duration::ZERO));
+        observer.source.armed(observer.arm.is_some());
         // What is there already is no event of any interval.
         observer.before = observer.sample(false)?;
         Ok(observer)
@@ -97,7 +97,7 @@ impl<S: EventSource, C: Clock> Observer<S, C> {
         let rate = rate_between(&self.before.1, &now.1, interval, unique, protection);
         if let Some(arm) = &mut self.arm {
             arm.rearm()?;
-            self.source.armed(Some(Duration::ZERO));
+            self.source.armed(true);
         }
         self.before = now;
         Ok(rate)
@@ -108,7 +108,7 @@ impl<S: EventSource, C: Clock> Observer<S, C> {
     /// # Errors
     /// The VM did not confirm that it does.
     pub fn stop(mut self) -> Result<(), ArmError> {
-        self.source.armed(None);
+        self.source.armed(false);
         self.arm.take().map_or(Ok(()), |mut arm| arm.disarm())
     }
 
@@ -185,7 +185,7 @@ mod tests {
             Ok(EventSample { threads: [(1, thread)].into(), ..EventSample::default() })
         }
 
-        fn armed(&mut self, _: Option<Duration>) {}
+        fn armed(&mut self, _: bool) {}
     }
 
     struct Protect(Arc<Mutex<PageBitmap>>, Arc<Mutex<Vec<&'static str>>>, bool);

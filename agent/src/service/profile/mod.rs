@@ -75,6 +75,8 @@ pub struct ProfileRequest {
     pub windows: u32,
     /// The part of the time that windows may take, above 0, at most 1: between two of them the VM is left alone.
     pub duty: f64,
+    /// Of how many pages one is to be write-protected, a power of two; none: of as few as lets the VM run as fast as it does.
+    pub protect_one_in: Option<u64>,
     /// Whether the processes of a Linux guest are to be named.
     pub names: bool,
     /// Whether the BPF programs' own diagnostics are printed.
@@ -111,7 +113,9 @@ pub struct Profile {
     pub memory_bytes: u64,
     /// U(t): different pages written in an interval of length t.
     pub curve: WriteCurve,
-    /// Different pages at the end of a window by the kernel's bitmap, on average; absent where none was kept.
+    /// Of so many pages one was write-protected, and stands for the others; 1 where no page was chosen.
+    pub protected_one_in: u64,
+    /// Different pages at the end of a window by the kernel's bitmap, on average; absent where none was kept, or not of all pages.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exact_unique_pages: Option<f64>,
     /// What a first write costs the guest while it is write-protected, measured on this host; absent where nothing was protected.

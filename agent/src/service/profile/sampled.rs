@@ -77,6 +77,7 @@ impl Reading {
             windows: 1,
             memory_bytes: self.slots.iter().map(|slot| slot.bytes).sum(),
             curve,
+            protected_one_in: 1,
             exact_unique_pages: None,
             fault_cost_ns: None,
             writers: Vec::new(),

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::WriterProfile;
-use super::average::average;
+use super::average::{Basis, average};
 use crate::model::{
-    AddressSpace, FirstWrites, GuestProcess, Gva, MemoryRange, PAGE_SIZE, PageBitmap, RegionHeat, VcpuFacts,
-    WriteCurve, Writer,
+    AddressSpace, FirstWrites, GuestProcess, Gva, MemoryRange, PAGE_SIZE, RegionHeat, Slowed, VcpuFacts, WriteCurve,
+    Writer,
 };
 use crate::port::ThreadEvents;
 
@@ -24,8 +24,24 @@ const CODE_PAGE: u64 = PAGE_SIZE as u64;
 pub(super) struct Window {
     /// Its length.
     pub(super) length: Duration,
+    /// When it began, after the moment that the times of its events count from, and how far that may be off.
+    pub(super) begin: (Duration, Duration),
+    /// Pages that each protected one stands for.
+    pub(super) every: u64,
     /// What each thread did in it.
     pub(super) threads: BTreeMap<u32, ThreadEvents>,
+    /// For which part of it each thread was idle, where that is known.
+    pub(super) idle: BTreeMap<u32, f64>,
+}
+
+impl Window {
+    /// The curve of what `thread` wrote by these counts.
+    fn curve(&self, thread: u32, bins: &[u32], fault_cost: Duration) -> WriteCurve {
+        let bins: Vec<u64> = bins.iter().map(|&pages| pages.into()).collect();
+        let (after, within) = self.begin;
+        let writes = FirstWrites::from_bins(self.length, &bins).standing_for(self.every).begun(after, within);
+        writes.curve(&Slowed { fault_cost, idle: self.idle.get(&thread).copied() })
+    }
 }
 
 /// A vCPU's number by its thread: the kernel's, or one by the order of threads where the kernel does not tell.
@@ -38,18 +54,15 @@ pub(super) fn vcpu_numbers(vcpus: &[VcpuFacts], windows: &[Window]) -> BTreeMap<
     numbers
 }
 
-fn first_writes(length: Duration, bins: &[u32]) -> FirstWrites {
-    let bins: Vec<u64> = bins.iter().map(|&pages| pages.into()).collect();
-    FirstWrites::from_bins(length, &bins)
-}
-
 /// The curve of the whole VM, and those of its vCPUs and address spaces, averaged over the windows.
 pub(super) fn curves(
     windows: &[Window],
     numbers: &BTreeMap<u32, u32>,
     processes: &BTreeMap<AddressSpace, GuestProcess>,
     fault_cost: Duration,
+    population: u64,
 ) -> (Option<WriteCurve>, Vec<WriterProfile>) {
+    let basis = Basis { every: windows.first().map_or(1, |window| window.every), population };
     let mut whole = Vec::new();
     let mut by_vcpu: BTreeMap<Writer, Vec<WriteCurve>> = BTreeMap::new();
     let mut by_space: BTreeMap<(u32, AddressSpace), (u64, Vec<WriteCurve>)> = BTreeMap::new();
@@ -58,13 +71,13 @@ pub(super) fn curves(
         let mut vcpus = Vec::new();
         for (thread, events) in &window.threads {
             let Some(&index) = numbers.get(thread) else { continue };
-            let curve = first_writes(window.length, &events.first_writes).curve(fault_cost);
+            let curve = window.curve(*thread, &events.first_writes, fault_cost);
             by_vcpu.entry(Writer::Vcpu { index, thread_id: *thread }).or_default().push(curve.clone());
             vcpus.push(curve);
             for (&space, wrote) in &events.spaces {
                 let entry = by_space.entry((index, space)).or_default();
                 entry.0 += wrote.pages_made_writable;
-                entry.1.push(first_writes(window.length, &wrote.first_writes).curve(fault_cost));
+                entry.1.push(window.curve(*thread, &wrote.first_writes, fault_cost));
             }
             for (&(space, instruction), &pages) in &events.code {
                 *code.entry((index, space, instruction.0 / CODE_PAGE)).or_default() += pages;
@@ -74,7 +87,7 @@ pub(super) fn curves(
     }
     let mut writers = Vec::new();
     let mut add = |writer, curves: &[WriteCurve], share| {
-        if let Some(curve) = average(curves) {
+        if let Some(curve) = average(curves, basis) {
             writers.push(WriterProfile { writer, share, curve });
         }
     };
@@ -96,27 +109,30 @@ pub(super) fn curves(
         let (first, last) = (Gva(page * CODE_PAGE), Gva(page * CODE_PAGE + CODE_PAGE - 1));
         add(Writer::Code { vcpu, address_space, first, last }, curves, pages as f64 / *of as f64);
     }
-    (average(&whole), writers)
+    (average(&whole, basis), writers)
 }
 
-/// Guest memory in parts of 2 MiB, those that were written.
-pub(super) fn heat(pages: &PageBitmap, ram: &[MemoryRange]) -> Vec<RegionHeat> {
+/// How many of each region's pages are in `words`, a bitmap of guest frames; by the region's number, without those of which none is.
+pub(super) fn by_region(words: &[u64]) -> impl Iterator<Item = (u64, u64)> {
+    let regions = words.chunks(REGION_PAGES as usize / 64).enumerate();
+    regions
+        .map(|(index, words)| (index as u64, words.iter().map(|word| u64::from(word.count_ones())).sum()))
+        .filter(|&(_, pages)| pages > 0)
+}
+
+/// Guest memory in parts of 2 MiB, those that were written: how many pages of each, by its number.
+pub(super) fn heat(regions: impl Iterator<Item = (u64, u64)>, ram: &[MemoryRange]) -> Vec<RegionHeat> {
     let mut heat = Vec::new();
-    let words_each = REGION_PAGES as usize / 64;
-    for (index, words) in pages.words().chunks(words_each).enumerate() {
-        let unique_pages: u64 = words.iter().map(|word| u64::from(word.count_ones())).sum();
-        if unique_pages == 0 {
-            continue;
-        }
-        let start = index as u64 * REGION_PAGES * PAGE_SIZE as u64;
+    for (index, unique_pages) in regions {
+        let start = index * REGION_PAGES * PAGE_SIZE as u64;
         let end = start + REGION_PAGES * PAGE_SIZE as u64;
         // What of the part is RAM; all of it where the slots are not known.
         let inside =
             |range: &MemoryRange| range.end().0.min(end).saturating_sub(range.start.0.max(start)) / PAGE_SIZE as u64;
         let known: u64 = ram.iter().map(inside).sum();
-        let all = if ram.is_empty() { REGION_PAGES } else { known.max(unique_pages) };
+        let all = if ram.is_empty() { REGION_PAGES } else { known.max(unique_pages).min(REGION_PAGES) };
         let range = MemoryRange { start: crate::model::Gpa(start), bytes: end - start };
-        heat.push(RegionHeat { range, unique_pages, pages: all });
+        heat.push(RegionHeat { range, unique_pages: unique_pages.min(all), pages: all });
     }
     heat
 }
@@ -152,7 +168,7 @@ pub(super) fn regions(heat: &[RegionHeat], whole: &WriteCurve) -> Vec<WriterProf
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Gpa, PageCount};
+    use crate::model::{Gpa, PageBitmap, PageCount};
     use crate::port::SpaceEvents;
 
     #[test]
@@ -167,12 +183,18 @@ mod tests {
             code: [((AddressSpace(0x1000), Gva(0x4006)), 200), ((AddressSpace(0x1000), Gva(0x4ff0)), 100)].into(),
             ..ThreadEvents::default()
         };
-        let window = Window { length: Duration::from_millis(100), threads: [(77, events)].into() };
+        let window = Window {
+            length: Duration::from_millis(100),
+            begin: (Duration::ZERO, Duration::ZERO),
+            every: 1,
+            threads: [(77, events)].into(),
+            idle: BTreeMap::new(),
+        };
         let windows = [window];
         let numbers = vcpu_numbers(&[VcpuFacts { index: 3, thread_id: Some(77) }], &windows);
         let process = GuestProcess { pid: 9, name: "db".to_owned(), threads: None };
         let (whole, writers) =
-            curves(&windows, &numbers, &[(AddressSpace(0x1000), process.clone())].into(), Duration::ZERO);
+            curves(&windows, &numbers, &[(AddressSpace(0x1000), process.clone())].into(), Duration::ZERO, 300);
         assert!((whole.unwrap().last().unique_pages - 300.0).abs() < 1e-6);
         assert_eq!(writers[0].writer, Writer::Vcpu { index: 3, thread_id: 77 });
         let named = Writer::AddressSpace { vcpu: 3, address_space: AddressSpace(0x1000), process: Some(process) };
@@ -190,7 +212,7 @@ mod tests {
         (512..612).for_each(|page| pages.insert(page));
         pages.insert(1024);
         let ram = [MemoryRange { start: Gpa(0), bytes: 1025 * 4096 }];
-        let heat = heat(&pages, &ram);
+        let heat = heat(by_region(pages.words()), &ram);
         assert_eq!(
             heat.iter().map(|region| (region.unique_pages, region.pages)).collect::<Vec<_>>(),
             [(100, 512), (1, 1)]

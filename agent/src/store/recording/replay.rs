@@ -170,7 +170,7 @@ impl EventSource for ReplaySource {
         Ok(shown.sample.clone())
     }
 
-    fn armed(&mut self, _: Option<std::time::Duration>) {}
+    fn armed(&mut self, _: bool) {}
 }
 
 /// The time of a recording. Nothing waits by it.
