@@ -186,6 +186,7 @@ fn of_two_address_spaces_on_one_vcpu_the_one_that_writes_too_much_is_named() {
         windows: 1,
         duty: 1.0,
         protect_one_in: None,
+        max_slowdown: 1.0,
         names: false,
         probe_log: false,
     };

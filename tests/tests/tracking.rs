@@ -432,12 +432,12 @@ fn writes_are_those_of_an_address_space_an_instruction_and_a_moment() {
     drop(probes);
     vm.set_logging(false).unwrap();
     vm.set_logging(true).unwrap();
-    watch.counters.armed(Some(std::time::Duration::ZERO));
+    watch.counters.armed(true);
     let before = watch.before.threads[&watch.thread].clone();
     let unattributed = watch.before.lost.unattributed;
     vm.write_pages(PageCount(200)).unwrap();
     watch.look();
-    watch.counters.armed(None);
+    watch.counters.armed(false);
     let new = watch.before.threads[&watch.thread].since(&before);
     assert_eq!(watch.before.lost.unattributed, unattributed);
     // With nested paging the walk of the guest's own tables is among them, which any instruction may cause.

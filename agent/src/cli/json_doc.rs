@@ -228,6 +228,8 @@ fn profile() -> Value {
         memory_bytes: 4096,
         curve: curve(),
         protected_one_in: 1,
+        guest_time_lost_ns: 0,
+        rest_ns: 0,
         exact_unique_pages: Some(1.),
         fault_cost_ns: Some(0),
         writers: writers().into_iter().map(|writer| WriterProfile { writer, share: 1., curve: curve() }).collect(),
@@ -373,7 +375,7 @@ fn samples() -> Vec<Value> {
     all.extend(events::samples());
     all.extend(crate::store::fuzz_seeds().iter().map(|line| serde_json::from_slice::<Value>(line).unwrap()));
     all.push(tagged(&Outcome { error: String::new() }));
-    all.push(tagged(&Protected { began_ns: 0, ended_ns: 0, subset: 0 }));
+    all.push(tagged(&Protected { began_ns: 0, ended_ns: 0, subset: 0, was_on: true }));
     all.push(serde_json::from_str(&vm::orders::console_line(b"")).unwrap());
     all
 }

@@ -54,6 +54,10 @@ pub(super) struct ProfilingArgs {
     #[arg(long, value_name = "PERCENT", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=100))]
     duty: u32,
 
+    /// How much windows may slow the VM down on average, in percent: it is left alone between two of them for as long as that takes.
+    #[arg(long, value_name = "PERCENT", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=100))]
+    max_slowdown: u32,
+
     /// Write-protect one page of each N, a power of two, to stand for all; 1 protects all, which is exact and may slow the VM down.
     /// Without it as many are protected as keep faults below some percent of a vCPU's time. For VMs that dunlin runs with a bitmap.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=4096))]
@@ -110,6 +114,7 @@ impl ProfilingArgs {
             windows: self.windows,
             duty: f64::from(self.duty) / 100.0,
             protect_one_in: self.protect_one_in,
+            max_slowdown: f64::from(self.max_slowdown) / 100.0,
             names: false,
             probe_log: self.probe_log,
         })

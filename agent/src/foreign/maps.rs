@@ -7,8 +7,6 @@ use std::fs;
 use std::io::{self, BufRead, BufReader};
 use std::ops::Range;
 
-use super::soft_dirty::HUGE_BYTES;
-
 /// One mapping.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Mapping {
@@ -128,17 +126,6 @@ pub fn detailed(pid: u32, ranges: &[Range<u64>]) -> io::Result<Vec<(Mapping, Det
     let mut all = parse_detailed(file)?;
     all.retain(|(mapping, _)| ranges.iter().any(|range| mapping.meet(range).is_some()));
     Ok(all)
-}
-
-/// The size of the largest piece, in bytes, by which any part of these ranges is mapped.
-///
-/// # Errors
-/// As [`of`].
-pub fn largest_mapping(pid: u32, ranges: &[Range<u64>]) -> io::Result<u64> {
-    let sizes = detailed(pid, ranges)?.into_iter().map(|(_, detail)| {
-        if detail.huge_mapped_bytes > 0 { HUGE_BYTES.max(detail.kernel_page_bytes) } else { detail.kernel_page_bytes }
-    });
-    Ok(sizes.max().unwrap_or(0))
 }
 
 /// All mappings of a text of `smaps`.

@@ -32,7 +32,7 @@ use crate::trial;
 use crate::trial::memory::SOFT_DIRTY;
 
 /// What one entry of a middle page table maps.
-pub(super) const HUGE_BYTES: u64 = 2 << 20;
+const HUGE_BYTES: u64 = 2 << 20;
 const HUGE_PAGES: u64 = HUGE_BYTES / PAGE_SIZE as u64;
 /// Entries of `pagemap` that one call reads.
 const CHUNK_PAGES: u64 = 1 << 15;

@@ -18,9 +18,6 @@ const LEAST_RUN: f64 = 1.0 / 64.0;
 /// How much dearer than measured faults may be for the upper edge: they are measured on a guest that does nothing else, and cost one with page
 /// tables, caches and other vCPUs of its own up to twice as much (`cargo xtask bench tracking`, the loads `*-max`).
 const DEARER: f64 = 2.5;
-/// A thread that is idle for this part of its time works to a clock: what faults take from it, it makes up for.
-const PACED_IDLE: f64 = 0.1;
-
 /// What write protection did to a writer.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Slowed {
@@ -28,6 +25,15 @@ pub struct Slowed {
     pub fault_cost: Duration,
     /// The part of its time that it did not want to run; none where that is not known.
     pub idle: Option<f64>,
+    /// By which part longer its work may have taken for other reasons.
+    pub longer: f64,
+}
+
+impl Slowed {
+    /// A thread that is idle for this part of its time works to a clock: what faults take from it, it makes up for.
+    pub const PACED_IDLE: f64 = 0.1;
+    /// How much dearer than measured faults are likely to be: see `DEARER`.
+    pub const LIKELY_DEARER: f64 = 1.5;
 }
 
 /// The first-write times of one writer's pages within one armed window.
@@ -110,12 +116,12 @@ impl FirstWrites {
             // Behind the last time that it ran until: at most as fast as until then.
             let corrected = likely.at_ns(time).high_pages.max(as_seen);
             let value = match slowed.idle {
-                Some(idle) if idle >= PACED_IDLE => as_seen,
+                Some(idle) if idle >= Slowed::PACED_IDLE => as_seen,
                 Some(_) => corrected,
                 None => as_seen.midpoint(corrected),
             };
             let low = seen.at_ns((time - within).max(1.0)).unique_pages.min(value);
-            let high = dear.at_ns(time + within).high_pages.max(value);
+            let high = dear.at_ns(time * (1.0 + slowed.longer.max(0.0)) + within).high_pages.max(value);
             CurvePoint { interval_ns: at, unique_pages: value, low_pages: low, high_pages: high }
         });
         WriteCurve::from_measured(points.collect()).unwrap_or(seen)
@@ -197,7 +203,7 @@ mod tests {
         ) {
             let window = Duration::from_nanos(window >> (window % 50));
             let histogram = FirstWrites::from_bins(window, &bins);
-            let curve = histogram.curve(&Slowed { fault_cost: Duration::from_nanos(cost), idle });
+            let curve = histogram.curve(&Slowed { fault_cost: Duration::from_nanos(cost), idle, longer: 0.0 });
             prop_assert!(WriteCurve::new(curve.points().to_vec()).is_ok(), "{:?}", WriteCurve::new(curve.points().to_vec()));
             prop_assert_eq!(curve.last().interval_ns, histogram.window_ns);
             prop_assert_eq!(curve.last().low_pages as u64, histogram.counted());
@@ -246,7 +252,7 @@ mod tests {
 
     /// Of a writer that never waits.
     fn computing(fault_cost: Duration) -> Slowed {
-        Slowed { fault_cost, idle: Some(0.0) }
+        Slowed { fault_cost, idle: Some(0.0), longer: 0.0 }
     }
 
     #[test]
@@ -262,7 +268,7 @@ mod tests {
             let read = armed.curve(&computing(cost / 2)).at(MS * ms);
             assert!(read.unique_pages < truth * 0.98 && truth < read.high_pages, "{ms} ms: {read:?}, {truth}");
             // Not known whether it waits.
-            let unknown = armed.curve(&Slowed { fault_cost: cost, idle: None }).at(MS * ms);
+            let unknown = armed.curve(&Slowed { fault_cost: cost, ..Slowed::default() }).at(MS * ms);
             assert!((read.low_pages..truth).contains(&unknown.unique_pages), "{ms} ms: {unknown:?}, {truth}");
         }
     }
@@ -273,7 +279,7 @@ mod tests {
         let armed = simulated(10_000, 20.0, Duration::ZERO, MS * 500);
         for ms in [5, 20, 80] {
             let truth = 10_000.0 * -(-20.0 * f64::from(ms) / 1e3).exp_m1();
-            let read = armed.curve(&Slowed { fault_cost: cost, idle: Some(0.5) }).at(MS * ms);
+            let read = armed.curve(&Slowed { fault_cost: cost, idle: Some(0.5), longer: 0.0 }).at(MS * ms);
             assert!((read.unique_pages / truth - 1.0).abs() < 0.02 && read.high_pages > truth, "{ms} ms: {read:?}");
         }
     }

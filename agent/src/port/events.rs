@@ -234,6 +234,8 @@ pub struct Protected {
     pub ended_ns: u64,
     /// The pages ([`PageSubset::raw`]).
     pub subset: u64,
+    /// Whether the log was on before.
+    pub was_on: bool,
 }
 
 impl Schema for Protected {

@@ -495,9 +495,8 @@ impl Host {
         }
     }
 
-    /// Switches the dirty log on for tracking outside a migration, and write-protects `subset` at the time `at_ns` by the monotonic clock, so
-    /// that the next write to each of its pages makes an event. A log that is on already and is asked for all pages has those protected again
-    /// that were written. It goes off by itself [`TRACKING_TIME`] after the last such order: whoever tracks may be killed.
+    /// Switches the dirty log on for tracking outside a migration, and write-protects `subset` at the time `at_ns` by the monotonic
+    /// clock, so that the next write to each of its pages makes an event. It goes off by itself [`TRACKING_TIME`] after the last such order: whoever tracks may be killed.
     pub fn track(self: &Arc<Self>, subset: PageSubset, at_ns: u64) -> Result<Protected, String> {
         let _turn = self.unless_migrating("switch the dirty log")?;
         let wait = Duration::from_nanos(at_ns).saturating_sub(MonotonicClock.now());
@@ -513,16 +512,18 @@ impl Host {
     pub fn end_tracking_now(&self) -> Result<Protected, String> {
         let _turn = self.unless_migrating("switch the dirty log")?;
         self.tracking.give_up();
-        let began_ns = MonotonicClock.now().as_nanos() as u64;
+        let was_on = self.machine.log().is_on();
         self.machine.log().stop().map_err(|error| error.to_string())?;
-        Ok(Protected { began_ns, ended_ns: began_ns, subset: PageSubset::ALL.raw() })
+        let now_ns = MonotonicClock.now().as_nanos() as u64;
+        Ok(Protected { began_ns: now_ns, ended_ns: now_ns, subset: PageSubset::ALL.raw(), was_on })
     }
 
     fn protect(&self, subset: PageSubset, at_ns: u64) -> Result<Protected, KvmError> {
         let log = self.machine.log();
-        let subset = if log.kind() == DirtyLogKind::Bitmap { subset } else { PageSubset::ALL };
-        if log.is_on() && subset == PageSubset::ALL { log.harvest() } else { log.start() }?;
+        let was_on = log.is_on();
+        if was_on { log.harvest() } else { log.start() }?;
         let clock = MonotonicClock;
+        let subset = if log.kind() == DirtyLogKind::Bitmap { subset } else { PageSubset::ALL };
         let at = Duration::from_nanos(at_ns);
         clock.sleep(at.saturating_sub(clock.now()).saturating_sub(LAST_MOMENT));
         while clock.now() < at {
@@ -536,7 +537,7 @@ impl Host {
             log.protect_some(PageRun::new(first, count as u32), subset)?;
             first += count;
         }
-        Ok(Protected { began_ns, ended_ns: clock.now().as_nanos() as u64, subset: subset.raw() })
+        Ok(Protected { began_ns, ended_ns: clock.now().as_nanos() as u64, subset: subset.raw(), was_on })
     }
 
     /// Nobody has asked for the log any more. A migration that has the VM by now has the log too, and sees to it.

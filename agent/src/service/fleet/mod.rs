@@ -432,7 +432,10 @@ impl Core {
             return;
         }
         let now = Instant::now();
-        let due = |vm: &Tracked| vm.last_window.is_none_or(|last| now.saturating_duration_since(last) >= plan.every);
+        let due = |vm: &Tracked| {
+            vm.last_window.is_none_or(|last| now.saturating_duration_since(last) >= plan.every)
+                && vm.rests_until.is_none_or(|until| now >= until)
+        };
         let hosted = self.vms.iter_mut().filter(|(_, vm)| vm.vm.entry.is_some() && vm.before.is_some() && due(vm));
         let Some((&key, vm)) = hosted.min_by_key(|(_, vm)| vm.last_window) else { return };
         let (Some(counters), Some(entry)) = (&vm.counters, &vm.vm.entry) else { return };
@@ -483,6 +486,7 @@ impl Core {
 fn show(vm: &mut Tracked, single: Single, terms: Option<&Terms>) {
     vm.windows += 1;
     vm.armed_problem = None;
+    vm.rests_until = Instant::now().checked_add(single.rest);
     let memory = PageCount::covering(vm.vm.memory_bytes.unwrap_or(0));
     let ranking = terms.and_then(|terms| ranked(&single.curve, &single.writers, terms, DEFAULT_MARGIN).ok());
     let ranking = ranking.map(|mut ranking| {

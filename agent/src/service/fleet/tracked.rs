@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use super::view::{ArmedView, ExitRate, FleetVcpu, FleetVm, HISTORY, PastRate};
-use crate::foreign::thread_cpu_time;
+use crate::foreign::thread_time;
 use crate::model::{ExitTimes, PageCount, VcpuFacts};
 use crate::port::{EventSample, ThreadEvents};
 use crate::probe::{KernelCounters, SharedProbes};
@@ -48,6 +48,8 @@ pub(super) struct Tracked {
     pub(super) windows: u64,
     /// When the last one began.
     pub(super) last_window: Option<Instant>,
+    /// Until when no other window may open, so that windows do not slow it down too much.
+    pub(super) rests_until: Option<Instant>,
     /// Whether one is open.
     pub(super) window_open: bool,
     /// Whether one has closed since the VM was last measured: what the inventory saw of its log may have been ours.
@@ -98,6 +100,7 @@ impl Tracked {
             watch: RogueWatch::default(),
             windows: 0,
             last_window: None,
+            rests_until: None,
             window_open: false,
             window_closed: false,
         }
@@ -132,7 +135,7 @@ impl Tracked {
         let mut used = HashMap::new();
         self.cpu_shares.clear();
         for thread in self.vm.vcpus.iter().filter_map(|vcpu| vcpu.thread_id) {
-            let Some(time) = thread_cpu_time(self.vm.pid, thread) else { continue };
+            let Some(time) = thread_time(self.vm.pid, thread).map(|time| time.ran) else { continue };
             let now = Instant::now();
             if let Some((then, before)) = self.cpu.get(&thread) {
                 let wall = now.saturating_duration_since(*then).as_secs_f64();

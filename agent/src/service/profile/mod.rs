@@ -77,6 +77,8 @@ pub struct ProfileRequest {
     pub duty: f64,
     /// Of how many pages one is to be write-protected, a power of two; none: of as few as lets the VM run as fast as it does.
     pub protect_one_in: Option<u64>,
+    /// The part of the VM's time that windows may take on average: the VM is left alone for longer than `duty` says if that is needed.
+    pub max_slowdown: f64,
     /// Whether the processes of a Linux guest are to be named.
     pub names: bool,
     /// Whether the BPF programs' own diagnostics are printed.
@@ -115,6 +117,10 @@ pub struct Profile {
     pub curve: WriteCurve,
     /// Of so many pages one was write-protected, and stands for the others; 1 where no page was chosen.
     pub protected_one_in: u64,
+    /// What a window took at most, by an estimate, of the time of a vCPU that is never idle, with what leads up to it.
+    pub guest_time_lost_ns: u64,
+    /// How long the VM is to be left alone after a window, so that windows take no more than the allowed part of its time.
+    pub rest_ns: u64,
     /// Different pages at the end of a window by the kernel's bitmap, on average; absent where none was kept, or not of all pages.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exact_unique_pages: Option<f64>,

@@ -78,6 +78,8 @@ impl Reading {
             memory_bytes: self.slots.iter().map(|slot| slot.bytes).sum(),
             curve,
             protected_one_in: 1,
+            guest_time_lost_ns: 0,
+            rest_ns: 0,
             exact_unique_pages: None,
             fault_cost_ns: None,
             writers: Vec::new(),

@@ -8,11 +8,11 @@ use serde::Serialize;
 
 use super::writers::{self, Window};
 use super::{Allowed, Profile, ProfileError, ProfileRequest, Progress, WriterProfile};
-use crate::foreign::{Permission, SoftDirty, maps, thread_cpu_time};
+use crate::foreign::{Permission, SoftDirty, thread_time};
 use crate::model::{
-    AddressSpace, GuestProcess, MemoryRange, PAGE_SIZE, PageBitmap, PageSubset, RamSlot, RegionHeat, WriteCurve,
+    AddressSpace, GuestProcess, MemoryRange, PAGE_SIZE, PageBitmap, PageSubset, RamSlot, RegionHeat, Slowed, WriteCurve,
 };
-use crate::port::{Arm, ArmError, Clock, EventSample, EventSource, LostEvents, Protected};
+use crate::port::{Arm, ArmError, Clock, EventSample, EventSource, LostEvents, Protected, ThreadEvents};
 use crate::probe::{KernelCounters, ProgramCost, syscall};
 use crate::service::audit;
 use crate::service::clock::MonotonicClock;
@@ -88,6 +88,8 @@ pub(in crate::service) struct Single {
     pub(in crate::service) curve: WriteCurve,
     /// Who wrote, and where.
     pub(in crate::service) writers: Vec<WriterProfile>,
+    /// How long the VM is to be left alone now.
+    pub(in crate::service) rest: Duration,
     /// The counters when the VM wrote freely again, and when that was: what comes later belongs to no window.
     pub(in crate::service) after: (Instant, EventSample),
 }
@@ -103,14 +105,19 @@ pub(in crate::service) fn single(
 ) -> Result<Single, ProfileError> {
     let mut measured = Measured::none(counters);
     let mut protector = Protector::Log(arm);
-    let mut opener = Opener { vm, counters, protector: &mut protector, interrupt, seed: first_seed() };
-    let shift = opener.choose(fault_cost)?;
-    measured.add(opener.open(window, shift)?);
+    let protecting = Protecting(&mut protector);
+    let mut opener = Opener::new(vm, counters, protecting.0, interrupt, fault_cost, first_seed());
+    opener.settle()?;
+    let shift = opener.choose()?;
+    let shown = opener.open(window, shift)?;
+    let rest = rest(opener.lost(&shown.window.idle), MAX_SLOWDOWN);
+    drop(protecting);
+    measured.add(shown);
     let mut nobodys = counters.empty_pages();
     let after = (Instant::now(), counters.sample(&mut nobodys)?);
     let unique_pages = measured.unique_pages() as u64;
     let Figures { curve, writers, .. } = measured.figures(vm, &BTreeMap::new(), fault_cost);
-    Ok(Single { length: measured.spent(), unique_pages, curve, writers, after })
+    Ok(Single { length: measured.spent(), unique_pages, curve, writers, rest, after })
 }
 
 /// Windows in which events were counted.
@@ -123,6 +130,10 @@ struct Measured {
     /// The same by region, over all windows.
     seen_by_region: BTreeMap<u64, u64>,
     lost: LostEvents,
+    /// What each window took of the time of the vCPU that it slowed down most.
+    guest_time_lost: Vec<Duration>,
+    /// How long the VM is to be left alone after the last.
+    rest: Duration,
 }
 
 /// What windows say of a VM.
@@ -139,7 +150,8 @@ impl Measured {
     /// No window yet.
     fn none(counters: &KernelCounters) -> Self {
         let (pages, lost) = (counters.empty_pages(), LostEvents::default());
-        Self { windows: Vec::new(), pages, seen: Vec::new(), seen_by_region: BTreeMap::new(), lost }
+        let (windows, seen, guest_time_lost) = (Vec::new(), Vec::new(), Vec::new());
+        Self { windows, pages, seen, seen_by_region: BTreeMap::new(), lost, guest_time_lost, rest: Duration::ZERO }
     }
 
     fn add(&mut self, shown: Shown) {
@@ -258,6 +270,13 @@ impl Events {
             measured.figures(&watched.vm, processes, fault_cost.unwrap_or_default());
         let (granularity, note) = granularity(protector, measured);
         notes.extend(note);
+        let waited = measured.windows.iter().map(|window| window.waited).fold(0.0, f64::max);
+        if waited > HELD_UP {
+            notes.push(format!(
+                "a vCPU waited {:.0} % of a window for a CPU of the host: with more CPU the VM would write more",
+                waited * 100.0
+            ));
+        }
         let every = measured.every();
         if every > 1 {
             notes.push(format!(
@@ -277,6 +296,8 @@ impl Events {
             memory_bytes: watched.vm.memory_bytes.unwrap_or(0),
             curve,
             protected_one_in: every,
+            guest_time_lost_ns: measured.guest_time_lost.iter().max().map_or(0, |lost| lost.as_nanos() as u64),
+            rest_ns: measured.rest.as_nanos() as u64,
             exact_unique_pages: (every == 1).then(|| measured.unique_pages()),
             fault_cost_ns: fault_cost.map(|cost| cost.as_nanos() as u64),
             writers,
@@ -322,20 +343,26 @@ fn measure(
 ) -> Result<Measured, ProfileError> {
     let mut measured = Measured::none(counters);
     let (mut done, mut shift, mut seed) = (0, None, first_seed());
+    let mut protecting = Protecting(protector);
     while done < request.windows {
         progress(done, request.windows);
         let began = Instant::now();
-        let mut opener = Opener { vm: &watched.vm, counters, protector, interrupt, seed };
-        let chosen = match (shift, request.protect_one_in) {
-            (Some(shift), _) => Ok(shift),
-            (None, Some(every)) => Ok(every.max(1).ilog2()),
-            (None, None) => opener.choose(fault_cost),
-        };
-        let shown = chosen.and_then(|chosen| {
+        let mut opener = Opener::new(&watched.vm, counters, protecting.0, interrupt, fault_cost, seed);
+        let shown = opener.settle().and_then(|()| {
+            let chosen = match (shift, request.protect_one_in) {
+                (Some(shift), _) => shift,
+                (None, Some(every)) => every.max(1).ilog2(),
+                (None, None) => opener.choose()?,
+            };
             shift = Some(chosen);
             opener.open(request.window, chosen)
         });
         seed = opener.seed;
+        if let Ok(shown) = &shown {
+            let lost = opener.lost(&shown.window.idle);
+            measured.guest_time_lost.push(lost);
+            measured.rest = rest(lost, request.max_slowdown);
+        }
         // Whatever failed of a VM that has ended, failed since it has.
         if !matches!(shown, Err(ProfileError::Interrupted)) && !watched.refresh() {
             return Err(ProfileError::Gone(watched.vm.name.clone()));
@@ -343,7 +370,10 @@ fn measure(
         measured.add(shown?);
         done += 1;
         // Between two windows the VM writes as it likes.
-        let rest = began.elapsed().mul_f64((1.0 / request.duty.clamp(0.001, 1.0)) - 1.0);
+        let rest = began.elapsed().mul_f64((1.0 / request.duty.clamp(0.001, 1.0)) - 1.0).max(measured.rest);
+        if rest > MAY_STAY_ON {
+            protecting.let_go();
+        }
         if done < request.windows && interrupt.wait_until(Instant::now() + rest) {
             return Err(ProfileError::Interrupted);
         }
@@ -377,6 +407,15 @@ const ENOUGH: u64 = 16;
 /// The part of a vCPU's time that faults may take at a window's begin, where they come most often; by the fault cost as it is measured.
 const FAULT_SHARE: f64 = 0.035;
 
+/// Pages of a huge mapping.
+const PAGES_OF_HUGE: u64 = 512;
+/// The log stays on between two windows that lie no further apart: a VM whose mappings are split runs some percent slower, and one whose
+/// mappings are split again takes a fault a page.
+const MAY_STAY_ON: Duration = Duration::from_secs(4);
+/// How long a VM may take to map its memory again once its mappings have been split, and how often that is looked at.
+const SETTLED_WITHIN: Duration = Duration::from_secs(1);
+const SETTLING: Duration = Duration::from_millis(20);
+
 /// What one window showed.
 struct Shown {
     window: Window,
@@ -389,26 +428,102 @@ struct Shown {
     chosen: bool,
 }
 
-/// Opens windows of one VM. Whatever happens in one, the VM writes freely behind it.
+/// The part of a window that a vCPU may wait for a CPU without a word.
+const HELD_UP: f64 = 0.05;
+/// How much of a busy vCPU's time small mappings take: between 3 and 12 % of guests that write 256 MiB without a pause, one page after the other,
+/// or at random, where guest and host both have page tables of their own.
+const SMALL_MAPPINGS: f64 = 0.15;
+/// The part of a VM's time that windows may take on average, unless told otherwise.
+const MAX_SLOWDOWN: f64 = 0.02;
+
+/// How long to leave a VM alone after so much of its time was taken.
+fn rest(lost: Duration, max_slowdown: f64) -> Duration {
+    lost.div_f64(max_slowdown.clamp(0.001, 1.0)).saturating_sub(lost)
+}
+
+/// Opens windows of one VM.
 struct Opener<'a> {
     vm: &'a HostVm,
     counters: &'a mut KernelCounters,
     protector: &'a mut Protector,
     interrupt: &'a Interrupt,
+    /// What a fault costs.
+    fault_cost: Duration,
     /// Of the next window's subset.
     seed: u64,
+    /// Faults of each thread so far.
+    faults: BTreeMap<u32, u64>,
+    /// Since when the log is on.
+    began: Instant,
 }
 
-impl Opener<'_> {
+impl<'a> Opener<'a> {
+    fn new(
+        vm: &'a HostVm,
+        counters: &'a mut KernelCounters,
+        protector: &'a mut Protector,
+        interrupt: &'a Interrupt,
+        fault_cost: Duration,
+        seed: u64,
+    ) -> Self {
+        Self { vm, counters, protector, interrupt, fault_cost, seed, faults: BTreeMap::new(), began: Instant::now() }
+    }
+
+    /// What all this has taken, at most, of the time of any vCPU that is never idle; one that is makes up for it.
+    fn lost(&self, idle: &BTreeMap<u32, f64>) -> Duration {
+        let busy =
+            self.faults.iter().filter(|(thread, _)| idle.get(thread).is_none_or(|&idle| idle < Slowed::PACED_IDLE));
+        let Some(most) = busy.map(|(_, &faults)| faults).max() else { return Duration::ZERO };
+        self.fault_cost.mul_f64(most as f64 * Slowed::LIKELY_DEARER) + self.began.elapsed().mul_f64(self.longer() / 2.0)
+    }
+
+    /// By which part longer small mappings may make a vCPU's work.
+    fn longer(&self) -> f64 {
+        if matches!(self.protector, Protector::Log(_)) { SMALL_MAPPINGS } else { 0.0 }
+    }
+
+    /// Adds what was made writable between two looks to the faults.
+    fn count_faults(&mut self, threads: &BTreeMap<u32, ThreadEvents>) {
+        for (&thread, events) in threads {
+            // A huge mapping is one fault.
+            let pages = events.pages_made_writable.saturating_sub(events.huge_mappings * PAGES_OF_HUGE);
+            *self.faults.entry(thread).or_default() += pages;
+        }
+    }
+
+    /// Switches the log on, has huge mappings split, and waits until little but writes to protected pages makes events. Who split them in the
+    /// window would count what is read then too, and slow the VM down where it is measured.
+    fn settle(&mut self) -> Result<(), ProfileError> {
+        let Protector::Log(arm) = self.protector else { return Ok(()) };
+        // Protecting one page splits the mapping that it is part of, and drops the other pages' parts of it: they come back as they are touched
+        // (`kvm_mmu_slot_gfn_write_protect`, arch/x86/kvm/mmu/mmu.c), but where KVM splits eagerly.
+        let each = PageSubset::one_in(PAGES_OF_HUGE.ilog2(), self.seed);
+        if arm.arm_at(each, 0)?.is_none_or(|did| did.was_on || did.subset != each.raw()) {
+            return Ok(());
+        }
+        let mut nobodys = self.counters.empty_pages();
+        let mut before = self.counters.sample(&mut nobodys)?;
+        let limit = Instant::now() + SETTLED_WITHIN;
+        loop {
+            let began = Instant::now();
+            if self.interrupt.wait_until(began + SETTLING) {
+                return Err(ProfileError::Interrupted);
+            }
+            let now = self.counters.sample(&mut nobodys)?;
+            let new = since(&before, &now);
+            self.count_faults(&new);
+            let most = new.values().map(|events| events.pages_made_writable).max().unwrap_or(0);
+            if wanted_shift(most, 1, began.elapsed(), self.fault_cost) == 0 || Instant::now() >= limit {
+                return Ok(());
+            }
+            before = now;
+        }
+    }
+
     /// Which part of the pages to protect, as the exponent of [`PageSubset::one_in`]: as large a one as lets faults take no more than
     /// [`FAULT_SHARE`] of any vCPU's time.
-    fn choose(&mut self, fault_cost: Duration) -> Result<u32, ProfileError> {
-        // Others protect what they protect; and a page of a huge mapping cannot be protected without all others of it.
-        let can = match self.protector {
-            Protector::Log(_) => !huge_mappings(self.vm),
-            _ => false,
-        };
-        if !can {
+    fn choose(&mut self) -> Result<u32, ProfileError> {
+        if !matches!(self.protector, Protector::Log(_)) {
             return Ok(0);
         }
         let mut shift = FIRST_SHIFT;
@@ -419,7 +534,7 @@ impl Opener<'_> {
             }
             let by_thread = shown.window.threads.values().map(|events| sum(&events.first_writes));
             let most = by_thread.max().unwrap_or(0);
-            let wanted = wanted_shift(most + 1, 1 << shift, shown.window.length, fault_cost);
+            let wanted = wanted_shift(most + 1, 1 << shift, shown.window.length, self.fault_cost);
             if most >= ENOUGH || wanted >= shift || (wanted == 0 && shift <= STEP) {
                 return Ok(wanted);
             }
@@ -471,16 +586,20 @@ impl Opener<'_> {
             return Ok(None);
         }
         let began = ordered + after;
-        let ran_before: Vec<_> = threads.iter().map(|&thread| thread_cpu_time(self.vm.pid, thread)).collect();
+        let times = || threads.iter().map(|&thread| thread_time(self.vm.pid, thread));
+        let times_before: Vec<_> = times().collect();
         let (looked, now) = (clock.now(), Instant::now());
         let interrupted = self.interrupt.wait_until(now + (began + length).saturating_sub(looked));
         let (ended, after_window) = (clock.now(), armed.counters.sample(&mut pages)?);
         let watched_for = ended.saturating_sub(looked).as_secs_f64();
-        let idle = threads.iter().zip(ran_before).filter_map(|(&thread, before)| {
-            let ran = thread_cpu_time(self.vm.pid, thread)?.saturating_sub(before?);
-            Some((thread, 1.0 - (ran.as_secs_f64() / watched_for).min(1.0)))
-        });
-        let idle = idle.collect();
+        let (mut idle, mut waited) = (BTreeMap::new(), 0.0f64);
+        for ((&thread, before), now) in threads.iter().zip(times_before).zip(times()) {
+            let (Some(before), Some(now)) = (before, now) else { continue };
+            let share = |time: Duration| (time.as_secs_f64() / watched_for).min(1.0);
+            let wait = now.waited.unwrap_or_default().saturating_sub(before.waited.unwrap_or_default());
+            idle.insert(thread, (1.0 - share(now.ran.saturating_sub(before.ran) + wait)).max(0.0));
+            waited = waited.max(share(wait));
+        }
         let marked = match &*armed.protector {
             Protector::Marks(marks) => {
                 let mut marked = marks.empty_pages();
@@ -498,12 +617,16 @@ impl Opener<'_> {
         }
         // Marks hold what devices and the VMM wrote too; events do not.
         let (seen, pages) = marked.unwrap_or_else(|| (pages.count().0, pages));
+        let threads = since(&before, &after_window);
+        self.count_faults(&threads);
         let window = Window {
             length: ended.saturating_sub(began),
             begin: (after, within),
             every: subset.every(),
-            threads: since(&before, &after_window),
+            threads,
             idle,
+            longer: self.longer(),
+            waited,
         };
         Ok(Some(Shown {
             window,
@@ -526,17 +649,6 @@ fn sum(bins: &[u32]) -> u64 {
     bins.iter().map(|&pages| u64::from(pages)).sum()
 }
 
-/// Whether memory of a VM that dunlin runs is mapped by more than single pages; taken for granted where that cannot be seen.
-fn huge_mappings(vm: &HostVm) -> bool {
-    // Its memory is a memfd's. Looking through all of its mappings takes long; where the kernel never uses huge pages for such, it is needless.
-    let chosen = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/shmem_enabled");
-    if chosen.is_ok_and(|word| word.contains("[never]") || word.contains("[deny]")) {
-        return false;
-    }
-    let ranges: Vec<_> = ram_slots(vm).iter().map(|slot| slot.host_address..slot.host_address + slot.bytes).collect();
-    maps::largest_mapping(vm.pid, &ranges).map_or(true, |bytes| bytes > PAGE_SIZE as u64)
-}
-
 /// The protection of one window; gone on drop.
 struct Armed<'a> {
     protector: &'a mut Protector,
@@ -551,16 +663,26 @@ impl Armed<'_> {
         let did = match self.protector {
             Protector::Log(arm) => arm.arm_at(subset, at_ns)?,
             Protector::Marks(marks) => marks.arm().map(|()| None)?,
-            Protector::Others => Some(Protected { began_ns: at_ns, ended_ns: at_ns, subset: subset.raw() }),
+            Protector::Others => {
+                Some(Protected { began_ns: at_ns, ended_ns: at_ns, subset: subset.raw(), was_on: true })
+            }
         };
-        Ok(did.unwrap_or_else(|| Protected { began_ns, ended_ns: now(), subset: PageSubset::ALL.raw() }))
+        Ok(did.unwrap_or_else(|| Protected { began_ns, ended_ns: now(), subset: PageSubset::ALL.raw(), was_on: false }))
     }
 }
 
 impl Drop for Armed<'_> {
     fn drop(&mut self) {
         self.counters.disarm();
-        let done = match self.protector {
+    }
+}
+
+/// Someone protects, or gets ready to; on drop nobody does any more, and the VM writes freely.
+struct Protecting<'a>(&'a mut Protector);
+
+impl Protecting<'_> {
+    fn let_go(&mut self) {
+        let done = match self.0 {
             Protector::Log(arm) => arm.disarm(),
             Protector::Marks(marks) => marks.disarm(),
             Protector::Others => Ok(()),
@@ -569,6 +691,12 @@ impl Drop for Armed<'_> {
             // The VM ends the protection by itself when nobody asks again.
             tracing::warn!("{error}");
         }
+    }
+}
+
+impl Drop for Protecting<'_> {
+    fn drop(&mut self) {
+        self.let_go();
     }
 }
 

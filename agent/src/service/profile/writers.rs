@@ -32,6 +32,10 @@ pub(super) struct Window {
     pub(super) threads: BTreeMap<u32, ThreadEvents>,
     /// For which part of it each thread was idle, where that is known.
     pub(super) idle: BTreeMap<u32, f64>,
+    /// By which part longer a thread that is never idle may take for its work since mappings are small.
+    pub(super) longer: f64,
+    /// For which part of it a thread wanted to run and had no CPU, at most.
+    pub(super) waited: f64,
 }
 
 impl Window {
@@ -40,7 +44,7 @@ impl Window {
         let bins: Vec<u64> = bins.iter().map(|&pages| pages.into()).collect();
         let (after, within) = self.begin;
         let writes = FirstWrites::from_bins(self.length, &bins).standing_for(self.every).begun(after, within);
-        writes.curve(&Slowed { fault_cost, idle: self.idle.get(&thread).copied() })
+        writes.curve(&Slowed { fault_cost, idle: self.idle.get(&thread).copied(), longer: self.longer })
     }
 }
 
@@ -189,6 +193,8 @@ mod tests {
             every: 1,
             threads: [(77, events)].into(),
             idle: BTreeMap::new(),
+            longer: 0.0,
+            waited: 0.0,
         };
         let windows = [window];
         let numbers = vcpu_numbers(&[VcpuFacts { index: 3, thread_id: Some(77) }], &windows);

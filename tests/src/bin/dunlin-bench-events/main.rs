@@ -154,7 +154,7 @@ fn attach(what: What, vms: u64) -> Result<Attached> {
         ensure!(found.len() as u64 == vms, "{} VMs of {vms} were found in the kernel's structures", found.len());
         probes.set_vcpus(&found)?;
     }
-    counters.armed(Some(Duration::ZERO));
+    counters.armed(true);
     Ok(Attached::Ours(counters))
 }
 

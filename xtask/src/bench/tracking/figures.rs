@@ -46,6 +46,8 @@ impl Figure {
 #[derive(Clone, Debug, Deserialize)]
 pub(super) struct Profile {
     window_ns: u64,
+    #[serde(default)]
+    rest_ns: u64,
     curve: Curve,
     exact_unique_pages: Option<f64>,
     sampled: Option<Sampled>,
@@ -140,6 +142,11 @@ impl Profile {
                 held(point.unique_pages, point.low_pages, point.high_pages, ns, true)
             })
             .collect()
+    }
+
+    /// How long the VM is left alone before another.
+    pub(super) fn rest(&self) -> Duration {
+        Duration::from_nanos(self.rest_ns)
     }
 
     /// Whether the figure itself rests on enough.

@@ -26,8 +26,8 @@ const WINDOW_MS: u64 = 1280;
 /// Windows of a control run.
 const CONTROL_WINDOWS: usize = 3;
 const QUICK_CONTROL_WINDOWS: usize = 2;
-/// The part of the time that an armed window takes where the slowdown is averaged.
-const DUTY: f64 = 0.1;
+/// The part of the time that an armed window takes at most where the slowdown is averaged.
+const DUTY: f64 = 0.25;
 /// Intervals of measurements that go on without a pause, so that guest's windows lie within them.
 const INTERVALS: u32 = 3;
 /// How long a window may be waited for.
@@ -75,8 +75,9 @@ ten in a tenth of the pages (hotcold). Windows are 1280 ms, as the guest's own a
                    guest's own count lies from it, at the worst of 5 to 1280 ms; `gap` is the longest time in a window (median)
                    for which the writer wanted to run and did not
   passive          `dirty-rate`: nothing is protected, a lower bound
-  armed            `wws --regime armed`: `figure` by the bitmap; `curve_error_*`: of the curve at that interval; `outside`: the truth is not in
-                   the stated interval; `slowdown` over ten times the window's length, so at a duty of 10 %
+  armed            `wws --regime armed`: `figure` by the bitmap, or where a part of the pages was protected by the curve's end; `curve_error_*`: of
+                   the curve at that interval; `outside`: the truth is not in the stated interval; `slowdown` over four times the window's length,
+                   or as long as the VM is left alone before another window (`rest_ns`) if that is longer
   armed-on         `dirty-rate --arm`, an interval after the other: what protection costs while it lasts
   sampled          `wws --regime sampled` of our own VM;  sampled-qemu: the same of QEMU's process, from outside
   qemu-*           QEMU's calc-dirty-rate, one after the other; the pages are those of each GiB that its sampling looks at
@@ -292,7 +293,9 @@ fn ours(places: &Places, pattern: Pattern, load: &Load, count: usize, found: &mu
     let (began, from) = (Instant::now(), console.len());
     let profile = figures::profile(&vm, "armed")?;
     let figure = profile.figure();
-    interrupt::sleep(Duration::from_secs_f64(figure.ns / 1e9 / DUTY).saturating_sub(began.elapsed()))?;
+    interrupt::sleep(
+        Duration::from_secs_f64(figure.ns / 1e9 / DUTY).saturating_sub(began.elapsed()).max(profile.rest()),
+    )?;
     let few_faults = |figure: Figure| figure.pages * FAULT_NS * 100.0 < FAULT_PERCENT * figure.ns;
     let armed = found.armed.profile(&profile, &truth, few_faults(figure));
     // A listener leaves out the window in which it began; here that is armed for the most part, and must count.
