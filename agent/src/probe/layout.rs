@@ -51,8 +51,8 @@ impl Backend {
 pub(crate) struct ProgramOffsets {
     pub(crate) page_fault_gfn: u32,
     pub(crate) vcpu_rip: u32,
+    pub(crate) vcpu_root: u32,
     pub(crate) vcpu_area: u32,
-    pub(crate) root: u32,
     pub(crate) exit_reason: u32,
 }
 
@@ -121,8 +121,8 @@ impl ProgramOffsets {
     const NONE: Self = Self {
         page_fault_gfn: OFFSET_UNKNOWN,
         vcpu_rip: OFFSET_UNKNOWN,
+        vcpu_root: OFFSET_UNKNOWN,
         vcpu_area: OFFSET_UNKNOWN,
-        root: OFFSET_UNKNOWN,
         exit_reason: OFFSET_UNKNOWN,
     };
 
@@ -133,18 +133,18 @@ impl ProgramOffsets {
         let mut offsets = Self {
             page_fault_gfn: of_kvm("kvm_page_fault", "gfn"),
             vcpu_rip: rip.map_or(OFFSET_UNKNOWN, |(index, regs)| regs + index as u32 * 8),
-            root: of_kvm("kvm_vcpu", "arch.cr3"),
+            // KVM's own copy. With nested paging on AMD it is taken from the vmcb at each exit, before the exit is handled (`svm_handle_exit`
+            // in arch/x86/kvm/svm/svm.c); on Intel KVM reads it when it needs it.
+            vcpu_root: of_kvm("kvm_vcpu", "arch.cr3"),
             ..Self::NONE
         };
         match (backend, processor) {
             (Backend::Svm, Some(types)) => {
                 // `struct vcpu_svm` begins with `struct kvm_vcpu` (arch/x86/kvm/svm/svm.h).
-                let found = types
-                    .member_offset("vcpu_svm", "vmcb")
-                    .zip(types.member_offset("vmcb", "save.cr3"))
-                    .zip(types.member_offset("vmcb", "control.exit_code"));
-                if let Some(((area, root), exit_reason)) = found {
-                    offsets = Self { vcpu_area: area, root, exit_reason, ..offsets };
+                let found =
+                    types.member_offset("vcpu_svm", "vmcb").zip(types.member_offset("vmcb", "control.exit_code"));
+                if let Some((vcpu_area, exit_reason)) = found {
+                    offsets = Self { vcpu_area, exit_reason, ..offsets };
                 }
             }
             (Backend::Vmx, Some(types)) => {
@@ -210,7 +210,7 @@ mod tests {
         if KernelTypes::vmlinux().is_ok_and(|types| types.size_of("kvm_memory_slot").is_some()) {
             let walk = layout.walk.unwrap();
             assert!(walk.slot_bytes > walk.slot_flags && walk.memslots_hash_bytes == 128 * 8, "{walk:?}");
-            assert_ne!(layout.programs.root, OFFSET_UNKNOWN);
+            assert_ne!(layout.programs.vcpu_root, OFFSET_UNKNOWN);
         } else {
             assert!(layout.walk.is_err());
         }

@@ -13,7 +13,9 @@ mod log;
 mod mapped;
 mod object;
 mod probes;
+mod runs;
 pub mod syscall;
+mod threads;
 mod windows;
 
 pub use counters::{KernelCounters, ProbeOptions, SharedProbes};

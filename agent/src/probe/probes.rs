@@ -14,8 +14,7 @@ use aya::programs::{KProbe, ProgramError, RawTracePoint, kprobe::KProbeLinkId};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use dunlin_ebpf::{
     CodeKey, ExitKey, ExitKind, ExitTimes as RawTimes, FIRST_WRITE_BINS, Loss, MAX_CODE, MAX_EXITS, MAX_SPACES,
-    MAX_THREADS, MAX_TRACKED, Setting, SpaceCounters, SpaceKey, Thread, ThreadKey, TrackedVm, attribute, constant, map,
-    program,
+    MAX_THREADS, MAX_TRACKED, Setting, SpaceCounters, SpaceKey, TrackedVm, attribute, constant, map, program,
 };
 
 use super::exit_reason;
@@ -26,7 +25,9 @@ use super::layout::{Backend, KernelLayout};
 use super::log::ProbeLog;
 use super::mapped::MappedArray;
 use super::object::{NoObject, embedded_object};
+use super::runs::settle;
 use super::syscall::{self, RunStats};
+use super::threads::ThreadRecords;
 use super::windows::Windows;
 use crate::model::{AddressSpace, ExitTimes, Gva, KernelVm, KvmDescriptors, PageBitmap, PageCount};
 use crate::port::{EventHook, EventSample, EventSourceError, LostEvents, SpaceEvents, ThreadEvents};
@@ -99,7 +100,7 @@ macro_rules! plain {
     )*};
 }
 
-plain!(ThreadKey, Thread, ExitKey, RawTimes, SpaceKey, SpaceCounters, CodeKey, TrackedVm);
+plain!(ExitKey, RawTimes, SpaceKey, SpaceCounters, CodeKey, TrackedVm);
 
 type SharedMap<K, V> = HashMap<MapData, Plain<K>, Plain<V>>;
 
@@ -143,7 +144,7 @@ pub(super) struct Place {
 #[derive(Debug)]
 pub struct Probes {
     attached: Vec<Attached>,
-    threads: SharedMap<ThreadKey, Thread>,
+    threads: ThreadRecords,
     exits: SharedMap<ExitKey, RawTimes>,
     spaces: SharedMap<SpaceKey, SpaceCounters>,
     code: HashMap<MapData, Plain<CodeKey>, u64>,
@@ -179,8 +180,8 @@ impl Probes {
             .override_global(constant::ONLY_TGID, &only, true)
             .override_global(constant::PAGE_FAULT_GFN_OFFSET, &offsets.page_fault_gfn, true)
             .override_global(constant::VCPU_RIP_OFFSET, &offsets.vcpu_rip, true)
+            .override_global(constant::VCPU_ROOT_OFFSET, &offsets.vcpu_root, true)
             .override_global(constant::VCPU_AREA_OFFSET, &offsets.vcpu_area, true)
-            .override_global(constant::ROOT_OFFSET, &offsets.root, true)
             .override_global(constant::EXIT_REASON_OFFSET, &offsets.exit_reason, true)
             .override_global(aya_log::LEVEL, &log_level, true)
             .load(object)
@@ -188,7 +189,7 @@ impl Probes {
         let log =
             if options.log { Some(ProbeLog::open(&mut bpf).map_err(|e| ProbeError::Load(Box::new(e)))?) } else { None };
         let mut probes = Self {
-            threads: hash(&mut bpf, map::THREADS)?,
+            threads: ThreadRecords::from(array(&bpf, map::THREADS, ThreadRecords::MAPPED_WORDS)?),
             exits: hash(&mut bpf, map::EXITS)?,
             spaces: hash(&mut bpf, map::SPACES)?,
             code: hash(&mut bpf, map::CODE)?,
@@ -382,16 +383,18 @@ impl Probes {
 
     /// Forgets a process and all that was counted of it.
     pub(super) fn untrack(&mut self, place: &Place) {
+        let mut others = BTreeSet::new();
         if let Ok(mut tracked) = self.map_mut::<u32, Plain<TrackedVm>>(map::TRACKED) {
             // A process that has the number by now has a window of its own, and keeps it.
             if tracked.get(&place.pid, 0).is_ok_and(|Plain(window)| window == place.window) {
                 let _ = tracked.remove(&place.pid);
             }
+            others.extend(tracked.keys().take(2 * MAX_TRACKED as usize).flatten());
         }
         self.tracked_changed();
-        // A thread that is in the middle of an event may make its entry anew; it is forgotten with the next VM of that thread's number.
+        // A thread that is in the middle of an event may make its entry anew; it is forgotten with the next VM.
         let pid = place.pid;
-        forget(&mut self.threads, MAX_THREADS, |Plain(key)| key.tgid == pid);
+        self.threads.forget(|tgid| tgid == pid || !others.contains(&tgid));
         forget(&mut self.exits, MAX_EXITS, |Plain(key)| key.tgid == pid);
         forget(&mut self.spaces, MAX_SPACES, |Plain(key)| key.tgid == pid);
         forget(&mut self.code, MAX_CODE, |Plain(key)| key.tgid == pid);
@@ -461,7 +464,11 @@ impl Probes {
                 fill(sample.threads.entry(tid).or_default());
             }
         };
-        each(&self.threads, MAX_THREADS, |Plain(key), Plain(counters)| {
+        let mut records = Vec::new();
+        for (place, key, counters) in self.threads.all() {
+            if only == Some(key.tgid) {
+                records.push((place, key, counters.space, counters.code));
+            }
             thread(key.tgid, key.tid, &mut |events| {
                 events.pages_made_writable = counters.pages_made_writable;
                 events.huge_mappings = counters.huge_mappings;
@@ -470,7 +477,7 @@ impl Probes {
                 events.guest_exits = counters.guest_exits;
                 events.first_writes = counters.first_writes[..FIRST_WRITE_BINS as usize].to_vec();
             });
-        })?;
+        }
         let backend = self.layout.backend;
         each(&self.exits, MAX_EXITS, |Plain(key), Plain(times)| {
             thread(key.tgid, key.tid, &mut |events| {
@@ -484,7 +491,7 @@ impl Probes {
         if only.is_none() {
             return Ok(samples);
         }
-        each(&self.spaces, MAX_SPACES, |Plain(key), Plain(counters)| {
+        let mut space = |key: SpaceKey, counters: &SpaceCounters| {
             thread(key.tgid, key.tid, &mut |events| {
                 let space = SpaceEvents {
                     pages_made_writable: counters.pages_made_writable,
@@ -492,12 +499,26 @@ impl Probes {
                 };
                 events.spaces.insert(AddressSpace(key.root), space);
             });
-        })?;
-        each(&self.code, MAX_CODE, |Plain(key), pages| {
+        };
+        each(&self.spaces, MAX_SPACES, |Plain(key), Plain(counters)| space(key, &counters))?;
+        for &(place, key, run, _) in &records {
+            let sum = |key| self.spaces.get(&Plain(key), 0).ok().map(|Plain(sum)| sum);
+            for (key, sum) in settle(key, run, || self.threads.get(place, key).map(|thread| thread.space), sum) {
+                space(key, &sum);
+            }
+        }
+        let mut code = |key: CodeKey, pages: u64| {
             thread(key.tgid, key.tid, &mut |events| {
                 events.code.insert((AddressSpace(key.root), Gva(key.instruction)), pages);
             });
-        })?;
+        };
+        each(&self.code, MAX_CODE, |Plain(key), pages| code(key, pages))?;
+        for &(place, key, _, run) in &records {
+            let sum = |key| self.code.get(&Plain(key), 0).ok();
+            for (key, pages) in settle(key, run, || self.threads.get(place, key).map(|thread| thread.code), sum) {
+                code(key, pages);
+            }
+        }
         Ok(samples)
     }
 
