@@ -68,6 +68,8 @@ pub mod program {
     pub const GUEST_ENTRY: &str = "guest_entry";
     /// Kernel probe on `mark_page_dirty_in_slot`.
     pub const PAGE_LOGGED: &str = "page_logged";
+    /// The same at the function's entry.
+    pub const PAGE_LOGGED_AT_ENTRY: &str = "page_logged_at_entry";
     /// Raw tracepoint program that is attached to nothing: run by hand, it reads kernel memory into [`super::map::PEEKED`].
     pub const PEEK: &str = "peek";
 }

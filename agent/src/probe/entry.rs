@@ -62,3 +62,27 @@ fn descriptor(map: &Map) -> Option<RawFd> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::object::embedded_object;
+    use super::*;
+
+    #[test]
+    fn the_kernel_takes_the_code_as_it_takes_the_librarys() {
+        // A build without programs, or a user without the right to load any, has nothing to show here.
+        let Ok(object) = embedded_object() else { return };
+        let Ok(bpf) = Ebpf::load(object) else { return };
+        let code = relocated(object, dunlin_ebpf::program::PAGE_LOGGED_AT_ENTRY, &bpf).unwrap();
+        assert!(code.len() > 50, "{} instructions", code.len());
+        // Arguments lie as a raw tracepoint's do, and raw tracepoints are allowed where function entries are not.
+        syscall::load_code(ProgramKind::RawTracepoint, None, &code).unwrap();
+        assert!(relocated(object, "no_such_program", &bpf).is_err());
+    }
+
+    #[test]
+    fn a_module_that_is_not_there_is_said_to_be_missing() {
+        let error = syscall::module_types("no_such_module").unwrap_err();
+        assert!(matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EPERM)), "{error}");
+    }
+}

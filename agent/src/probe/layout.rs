@@ -7,7 +7,8 @@ use std::path::Path;
 
 use dunlin_ebpf::OFFSET_UNKNOWN;
 
-use crate::btf::{BtfError, KernelTypes};
+use super::entry::Function;
+use crate::btf::{BtfError, KernelTypes, Kind};
 
 /// The processor's kind of virtualisation that KVM uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,6 +93,8 @@ pub struct KernelLayout {
     /// The processor's kind of virtualisation.
     pub backend: Backend,
     pub(crate) programs: ProgramOffsets,
+    /// `mark_page_dirty_in_slot`.
+    pub(crate) page_logged: Option<Function>,
     /// None with the first member that is missing.
     pub(crate) walk: Result<WalkOffsets, String>,
 }
@@ -102,7 +105,9 @@ impl KernelLayout {
         let backend = Backend::of_this_host();
         match Self::read(backend) {
             Ok(layout) => layout,
-            Err(error) => Self { backend, programs: ProgramOffsets::NONE, walk: Err(error.to_string()) },
+            Err(error) => {
+                Self { backend, programs: ProgramOffsets::NONE, page_logged: None, walk: Err(error.to_string()) }
+            }
         }
     }
 
@@ -113,7 +118,9 @@ impl KernelLayout {
             None => None,
         };
         let programs = ProgramOffsets::of(backend, &kvm, processor.as_ref());
-        Ok(Self { backend, programs, walk: WalkOffsets::of(&kvm) })
+        let module = Path::new("/sys/kernel/btf/kvm").exists().then_some("kvm");
+        let page_logged = kvm.id("mark_page_dirty_in_slot", Kind::Func).map(|id| Function { id, module });
+        Ok(Self { backend, programs, page_logged, walk: WalkOffsets::of(&kvm) })
     }
 }
 
