@@ -1,6 +1,6 @@
 //! Atomic read-modify-write on map values that other CPUs and the agent's mapping touch at the same time.
 
-use core::intrinsics::{AtomicOrdering, atomic_or, atomic_xadd};
+use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_or, atomic_xadd};
 
 /// Adds to a counter.
 ///
@@ -20,4 +20,14 @@ pub(crate) unsafe fn add(counter: *mut u64, by: u64) {
 pub(crate) unsafe fn set_bits(word: *mut u64, bits: u64) -> u64 {
     // SAFETY: the caller's promise.
     unsafe { atomic_or::<u64, u64, { AtomicOrdering::SeqCst }>(word, bits) }
+}
+
+/// Puts `word` where 0 is; whether it was 0.
+///
+/// # Safety
+/// `place` must point to a live, aligned map value.
+#[inline(always)]
+pub(crate) unsafe fn take(place: *mut u64, word: u64) -> bool {
+    // SAFETY: the caller's promise.
+    unsafe { atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(place, 0, word).0 == 0 }
 }

@@ -9,9 +9,9 @@ static PAGE_FAULT_GFN_OFFSET: u32 = OFFSET_UNKNOWN;
 #[unsafe(no_mangle)]
 static VCPU_RIP_OFFSET: u32 = OFFSET_UNKNOWN;
 #[unsafe(no_mangle)]
-static VCPU_AREA_OFFSET: u32 = OFFSET_UNKNOWN;
+static VCPU_ROOT_OFFSET: u32 = OFFSET_UNKNOWN;
 #[unsafe(no_mangle)]
-static ROOT_OFFSET: u32 = OFFSET_UNKNOWN;
+static VCPU_AREA_OFFSET: u32 = OFFSET_UNKNOWN;
 #[unsafe(no_mangle)]
 static EXIT_REASON_OFFSET: u32 = OFFSET_UNKNOWN;
 
@@ -33,10 +33,10 @@ constants! {
     page_fault_gfn_offset, PAGE_FAULT_GFN_OFFSET;
     /// Of the instruction pointer in a vCPU.
     vcpu_rip_offset, VCPU_RIP_OFFSET;
+    /// Of the root page table in a vCPU.
+    vcpu_root_offset, VCPU_ROOT_OFFSET;
     /// Of the pointer to the vCPU's area, or unknown.
     vcpu_area_offset, VCPU_AREA_OFFSET;
-    /// Of the root page table there.
-    root_offset, ROOT_OFFSET;
     /// Of the exit reason there.
     exit_reason_offset, EXIT_REASON_OFFSET;
 }

@@ -14,11 +14,11 @@ pub mod constant {
     pub const PAGE_FAULT_GFN_OFFSET: &str = "PAGE_FAULT_GFN_OFFSET";
     /// `u32`: the guest's instruction pointer in `struct kvm_vcpu`.
     pub const VCPU_RIP_OFFSET: &str = "VCPU_RIP_OFFSET";
-    /// `u32`: a pointer in `struct kvm_vcpu` (or in what encloses it) to what [`ROOT_OFFSET`] and [`EXIT_REASON_OFFSET`] are relative to;
-    /// unknown where they are in the vCPU's structure itself.
+    /// `u32`: the root of the guest's page tables (CR3) in `struct kvm_vcpu`.
+    pub const VCPU_ROOT_OFFSET: &str = "VCPU_ROOT_OFFSET";
+    /// `u32`: a pointer in `struct kvm_vcpu` (or in what encloses it) to what [`EXIT_REASON_OFFSET`] is relative to; unknown where that is in
+    /// the vCPU's structure itself.
     pub const VCPU_AREA_OFFSET: &str = "VCPU_AREA_OFFSET";
-    /// `u32`: the root of the guest's page tables (CR3).
-    pub const ROOT_OFFSET: &str = "ROOT_OFFSET";
     /// `u32`: the processor's number for why guest code was left.
     pub const EXIT_REASON_OFFSET: &str = "EXIT_REASON_OFFSET";
 }
@@ -27,7 +27,7 @@ pub mod constant {
 pub mod map {
     /// Hash, process id to [`crate::TrackedVm`]: whose events are counted.
     pub const TRACKED: &str = "TRACKED";
-    /// Hash, [`crate::ThreadKey`] to [`crate::Thread`].
+    /// Array of [`crate::Thread`], mappable: the record of a thread is at one of its [`crate::thread_place`]s.
     pub const THREADS: &str = "THREADS";
     /// Hash, thread id to `u64`: where the kernel has the vCPU (`struct kvm_vcpu`) that the thread runs.
     pub const VCPUS: &str = "VCPUS";
@@ -41,7 +41,7 @@ pub mod map {
     pub const PAGES: &str = "PAGES";
     /// Array of [`crate::Armed`], mappable: one a [`crate::TrackedVm::slot`].
     pub const ARMED: &str = "ARMED";
-    /// Array of `u64`, mappable: one value a [`crate::Setting`].
+    /// Array of one value, mappable: a `u64` for each [`crate::Setting`], so that one look-up brings all.
     pub const SETTINGS: &str = "SETTINGS";
     /// Array of `u64`, mappable: one counter a [`crate::Loss`].
     pub const LOSSES: &str = "LOSSES";
@@ -67,6 +67,8 @@ pub mod program {
     pub const GUEST_ENTRY: &str = "guest_entry";
     /// Kernel probe on `mark_page_dirty_in_slot`.
     pub const PAGE_LOGGED: &str = "page_logged";
+    /// The same at the function's entry.
+    pub const PAGE_LOGGED_AT_ENTRY: &str = "page_logged_at_entry";
     /// Raw tracepoint program that is attached to nothing: run by hand, it reads kernel memory into [`super::map::PEEKED`].
     pub const PEEK: &str = "peek";
 }
@@ -216,13 +218,60 @@ pub struct ThreadKey {
     pub tid: u32,
 }
 
-/// What one thread did, and what it is doing. Only that thread writes it, so plain additions do.
+/// Consecutive events of one address space whose pages are not in [`map::SPACES`] yet. Root and bin do not change while a run lasts.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SpaceRun {
+    /// Twice the number of runs that have ended; odd while one is being put into its map.
+    pub changes: u64,
+    /// As [`SpaceKey::root`].
+    pub root: u64,
+    /// As [`SpaceCounters::pages_made_writable`].
+    pub pages_made_writable: u64,
+    /// The element of [`SpaceCounters::first_writes`] that [`SpaceRun::first_writes`] belongs to.
+    pub bin: u32,
+    /// Pages that were written for the first time.
+    pub first_writes: u32,
+}
+
+/// Consecutive events of one instruction whose pages are not in [`map::CODE`] yet. Root and instruction do not change while a run lasts.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CodeRun {
+    /// As [`SpaceRun::changes`].
+    pub changes: u64,
+    /// As [`CodeKey::root`].
+    pub root: u64,
+    /// As [`CodeKey::instruction`].
+    pub instruction: u64,
+    /// Pages made writable.
+    pub pages: u64,
+}
+
+/// What one thread did, and what it is doing. Only that thread writes it, so plain additions do. What most events touch comes first.
+///
+/// A guest writes many pages in a row from one place; so what is attributed is summed up in a run here, and is put into its map when the
+/// next event comes from elsewhere. What an address space or instruction wrote is its map entry and the run under way, if that is its own.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Thread {
+    /// Whose it is: [`ThreadKey::word`]; 0: nobody's, and all else is 0 then.
+    pub key: u64,
     /// Guest pages (4 KiB) that a mapping made writable, huge mappings counted by what they cover.
     pub pages_made_writable: u64,
-    /// Mappings of 2 MiB and larger among them.
+    /// The window of its VM, so that an event finds it without a search.
+    pub vm: TrackedVm,
+    /// [`Setting::Tracked`] when that was looked up; 0: it never was.
+    pub vm_as_of: u64,
+    /// Where the kernel has the vCPU; 0 while that is not known.
+    pub vcpu: u64,
+    /// [`Setting::Vcpus`] when that was looked up.
+    pub vcpu_as_of: u64,
+    /// The run of the address space.
+    pub space: SpaceRun,
+    /// The run of the instruction.
+    pub code: CodeRun,
+    /// Mappings of 2 MiB and larger among [`Thread::pages_made_writable`].
     pub huge_mappings: u64,
     /// Entries pushed to a KVM dirty ring.
     pub dirty_ring_pushes: u64,
@@ -232,10 +281,6 @@ pub struct Thread {
     pub userspace_exits: u64,
     /// Exits from guest code, those that KVM handles itself among them.
     pub guest_exits: u64,
-    /// Where the kernel has the vCPU; 0 while that is not known.
-    pub vcpu: u64,
-    /// [`Setting::Vcpus`] when that was looked up.
-    pub vcpu_as_of: u64,
     /// When guest code was left last, by the monotonic clock in nanoseconds; 0 while it runs.
     pub left_guest_ns: u64,
     /// When KVM returned to user space last; 0 while it is in KVM.
@@ -244,33 +289,30 @@ pub struct Thread {
     pub guest_exit_reason: u32,
     /// The reason that belongs to [`Thread::left_kvm_ns`].
     pub userspace_exit_reason: u32,
-    /// The window of its VM, so that an event finds it without a search.
-    pub vm: TrackedVm,
-    /// [`Setting::Tracked`] when that was looked up; 0: it never was.
-    pub vm_as_of: u64,
     /// Pages by the time of their first write since their VM was armed: see [`first_write_bin`].
     pub first_writes: [u32; FIRST_WRITE_SLOTS],
 }
 
-impl Thread {
-    /// A thread that has done nothing.
-    pub const NEW: Self = Self {
-        pages_made_writable: 0,
-        huge_mappings: 0,
-        dirty_ring_pushes: 0,
-        pages_logged: 0,
-        userspace_exits: 0,
-        guest_exits: 0,
-        vcpu: 0,
-        vcpu_as_of: 0,
-        left_guest_ns: 0,
-        left_kvm_ns: 0,
-        guest_exit_reason: 0,
-        userspace_exit_reason: 0,
-        vm: TrackedVm { first_word: 0, words: 0, slot: 0, reserved: 0 },
-        vm_as_of: 0,
-        first_writes: [0; FIRST_WRITE_SLOTS],
-    };
+impl ThreadKey {
+    /// The key as one word, as `bpf_get_current_pid_tgid` has it.
+    #[must_use]
+    #[inline(always)]
+    #[allow(clippy::inline_always, reason = "called in BPF programs, where a call costs a frame of a small stack")]
+    pub const fn word(self) -> u64 {
+        (self.tgid as u64) << 32 | self.tid as u64
+    }
+}
+
+/// Places where the record of a thread may be. Nearly always it is at the first: threads of a process have numbers in a row.
+pub const THREAD_PLACES: u32 = 16;
+
+/// One of a thread's [`THREAD_PLACES`] places in [`map::THREADS`].
+#[must_use]
+#[inline(always)]
+#[allow(clippy::inline_always, reason = "called in BPF programs, where a call costs a frame of a small stack")]
+pub const fn thread_place(tid: u32, nth: u32) -> u32 {
+    // A prime, so that the threads of two processes that lie upon one another do not look for room at the same places.
+    tid.wrapping_add(nth * 1021) % MAX_THREADS
 }
 
 /// Where in KVM's layers an exit was taken.

@@ -5,14 +5,14 @@ use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LruHashMap};
 use dunlin_ebpf::{
     Armed, CodeKey, ExitKey, ExitTimes, Loss, MAX_CODE, MAX_EXITS, MAX_SPACES, MAX_THREADS, MAX_TRACKED, PEEK_BYTES,
-    Setting, SpaceCounters, SpaceKey, Thread, ThreadKey, TrackedVm,
+    Setting, SpaceCounters, SpaceKey, Thread, TrackedVm,
 };
 
 #[map]
 pub(crate) static TRACKED: HashMap<u32, TrackedVm> = HashMap::with_max_entries(MAX_TRACKED, BPF_F_NO_PREALLOC);
 
 #[map]
-pub(crate) static THREADS: HashMap<ThreadKey, Thread> = HashMap::with_max_entries(MAX_THREADS, BPF_F_NO_PREALLOC);
+pub(crate) static THREADS: Array<Thread> = Array::with_max_entries(MAX_THREADS, BPF_F_MMAPABLE);
 
 #[map]
 pub(crate) static VCPUS: HashMap<u32, u64> = HashMap::with_max_entries(MAX_THREADS, BPF_F_NO_PREALLOC);
@@ -34,7 +34,7 @@ pub(crate) static PAGES: Array<u64> = Array::with_max_entries(1, BPF_F_MMAPABLE)
 pub(crate) static ARMED: Array<Armed> = Array::with_max_entries(MAX_TRACKED, BPF_F_MMAPABLE);
 
 #[map]
-pub(crate) static SETTINGS: Array<u64> = Array::with_max_entries(Setting::COUNT, BPF_F_MMAPABLE);
+pub(crate) static SETTINGS: Array<[u64; Setting::COUNT as usize]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
 #[map]
 pub(crate) static LOSSES: Array<u64> = Array::with_max_entries(Loss::ALL.len() as u32, BPF_F_MMAPABLE);

@@ -3,10 +3,11 @@
 use aya_ebpf::EbpfContext;
 use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::{bpf_get_current_pid_tgid, bpf_ktime_get_ns};
-use aya_log_ebpf::{debug, warn};
+use aya_log_ebpf::warn;
 use dunlin_ebpf::{
-    CodeKey, EXIT_TIME_BINS, ExitKey, ExitKind, ExitTimes, FIRST_WRITE_SLOTS, Loss, NO_FIRST_WRITE_BIN, Setting,
-    SpaceCounters, SpaceKey, Thread, ThreadKey, TrackedVm, attribute, first_write_bin,
+    CodeKey, CodeRun, EXIT_TIME_BINS, ExitKey, ExitKind, ExitTimes, FIRST_WRITE_SLOTS, Loss, NO_FIRST_WRITE_BIN,
+    Setting, SpaceCounters, SpaceKey, SpaceRun, THREAD_PLACES, Thread, ThreadKey, TrackedVm, attribute,
+    first_write_bin, thread_place,
 };
 
 use crate::maps::{ARMED, CODE, EXITS, LOSSES, PAGES, SETTINGS, SPACES, THREADS, TRACKED, VCPUS};
@@ -18,13 +19,13 @@ const LEVEL_SHIFT: u32 = 9;
 const WORDS_IN_2_MIB: u32 = 8;
 
 /// What map entries begin as; too large for a program's stack.
-static NEW_THREAD: Thread = Thread::NEW;
 static NEW_SPACE: SpaceCounters = SpaceCounters::NONE;
 static NEW_TIMES: ExitTimes = ExitTimes::NONE;
 
 /// An event of a process that may be tracked, with the thread that caused it.
 pub(crate) struct Event {
     key: ThreadKey,
+    settings: Settings,
 }
 
 impl Event {
@@ -34,7 +35,10 @@ impl Event {
         let both = bpf_get_current_pid_tgid();
         let key = ThreadKey { tgid: (both >> 32) as u32, tid: both as u32 };
         let only = constants::only_tgid();
-        (only == 0 || only == key.tgid).then_some(Self { key })
+        if only != 0 && only != key.tgid {
+            return None;
+        }
+        Some(Self { key, settings: Settings::now()? })
     }
 
     /// The window of the current process; none: it is not tracked.
@@ -44,32 +48,58 @@ impl Event {
         unsafe { TRACKED.get(self.key.tgid).copied() }
     }
 
-    /// The thread's own record, made on its first event; none if its process is not tracked. One search, not two: the record
-    /// knows the window.
+    /// The thread's own record, made on its first event; none if its process is not tracked. No search: the place follows from the thread's
+    /// number, and the record knows the window.
     #[inline(always)]
     pub(crate) fn thread(&self, ctx: &impl EbpfContext) -> Option<&mut Thread> {
-        let as_of = setting(Setting::Tracked);
-        let thread = match THREADS.get_ptr_mut(self.key) {
+        let as_of = self.settings.get(Setting::Tracked);
+        let thread = match self.record(0) {
             Some(thread) => thread,
             None => {
                 self.window()?;
-                debug!(ctx, "thread {} of process {} seen for the first time", self.key.tid, self.key.tgid);
-                // Only this thread inserts its own key: an error means that the map is full, and the lookup below says so.
-                let _ = THREADS.insert(self.key, &NEW_THREAD, u64::from(BPF_NOEXIST));
-                let Some(thread) = THREADS.get_ptr_mut(self.key) else {
-                    self.lose(ctx, Loss::ThreadsFull);
-                    return None;
-                };
-                thread
+                match self.elsewhere() {
+                    Some(thread) => thread,
+                    None => {
+                        self.lose(ctx, Loss::ThreadsFull);
+                        return None;
+                    }
+                }
             }
         };
-        // SAFETY: a live map value that only the current thread writes; entries are never deleted under a tracked VM.
+        // SAFETY: a live map value that only the current thread writes. The agent clears it when it forgets the VM; an event that is under
+        // way then counts nowhere, or as one of whoever has the place next.
         let thread = unsafe { &mut *thread };
         if thread.vm_as_of != as_of {
             thread.vm = self.window()?;
             thread.vm_as_of = as_of;
         }
         Some(thread)
+    }
+
+    /// The record at one of the thread's places, if it is there.
+    #[inline(always)]
+    fn record(&self, nth: u32) -> Option<*mut Thread> {
+        let thread = THREADS.get_ptr_mut(thread_place(self.key.tid, nth))?;
+        // SAFETY: a live map value.
+        (unsafe { (*thread).key } == self.key.word()).then_some(thread)
+    }
+
+    /// The record at another place than the first, or at any place that is free; none: all are taken.
+    #[inline(always)]
+    fn elsewhere(&self) -> Option<*mut Thread> {
+        for nth in 1..THREAD_PLACES {
+            if let Some(thread) = self.record(nth) {
+                return Some(thread);
+            }
+        }
+        for nth in 0..THREAD_PLACES {
+            let thread = THREADS.get_ptr_mut(thread_place(self.key.tid, nth))?;
+            // SAFETY: a live map value. Only this thread looks for a place for itself.
+            if unsafe { atomic::take(&raw mut (*thread).key, self.key.word()) } {
+                return Some(thread);
+            }
+        }
+        None
     }
 
     /// Counts an event that a kernel structure would not tell of.
@@ -163,7 +193,7 @@ impl Event {
     pub(crate) fn logged(&self, ctx: &impl EbpfContext, gfn: u64) {
         let Some(thread) = self.thread(ctx) else { return };
         thread.pages_logged += 1;
-        if setting(Setting::Attribute) & attribute::LOGGED_PAGES != 0 {
+        if self.settings.get(Setting::Attribute) & attribute::LOGGED_PAGES != 0 {
             let vm = thread.vm;
             let fresh = self.mark_word(ctx, vm, gfn / 64, 1 << (gfn % 64));
             if fresh != 0
@@ -177,18 +207,40 @@ impl Event {
     /// Counts the pages for the address space and the instruction that the vCPU was in.
     #[inline(always)]
     fn attribute(&self, ctx: &impl EbpfContext, thread: &mut Thread, pages: u64, fresh: u32, bin: u32) {
-        let wanted = setting(Setting::Attribute);
+        let wanted = self.settings.get(Setting::Attribute);
         if wanted & (attribute::SPACES | attribute::CODE) == 0 {
             return;
         }
-        let Some(vcpu) = self.vcpu(thread) else {
-            return self.lose(ctx, Loss::Unattributed);
-        };
-        let Some(root) = vcpu::root(vcpu) else {
+        let Some((root, instruction)) = self.vcpu(thread).and_then(vcpu::place) else {
             return self.lose(ctx, Loss::Unattributed);
         };
         if wanted & attribute::SPACES != 0 {
-            let key = SpaceKey { tgid: self.key.tgid, tid: self.key.tid, root };
+            let run = &thread.space;
+            if run.root != root || (fresh != 0 && run.bin != bin) {
+                self.end_space_run(&mut thread.space, root, bin);
+            }
+            thread.space.pages_made_writable += pages;
+            thread.space.first_writes = thread.space.first_writes.wrapping_add(fresh);
+        }
+        if wanted & attribute::CODE != 0 {
+            let Some(instruction) = instruction else {
+                return self.lose(ctx, Loss::Unattributed);
+            };
+            let run = &thread.code;
+            if run.instruction != instruction || run.root != root {
+                self.end_code_run(&mut thread.code, root, instruction);
+            }
+            thread.code.pages += pages;
+        }
+    }
+
+    /// Puts the run of the address space into its map, and begins another.
+    #[inline(always)]
+    fn end_space_run(&self, run: &mut SpaceRun, root: u64, bin: u32) {
+        let ended = *run;
+        change(&mut run.changes);
+        if ended.pages_made_writable != 0 {
+            let key = SpaceKey { tgid: self.key.tgid, tid: self.key.tid, root: ended.root };
             let space = match SPACES.get_ptr_mut(key) {
                 Some(space) => Some(space),
                 None => {
@@ -199,14 +251,21 @@ impl Event {
             if let Some(space) = space {
                 // SAFETY: a live map value of this thread only; the kernel may forget the entry meanwhile, not its memory.
                 let space = unsafe { &mut *space };
-                space.pages_made_writable += pages;
-                add_at(&mut space.first_writes, bin, fresh);
+                space.pages_made_writable += ended.pages_made_writable;
+                add_at(&mut space.first_writes, ended.bin, ended.first_writes);
             }
         }
-        if wanted & attribute::CODE != 0 {
-            let Some(instruction) = vcpu::instruction(vcpu) else {
-                return self.lose(ctx, Loss::Unattributed);
-            };
+        *run = SpaceRun { changes: run.changes, root, pages_made_writable: 0, bin, first_writes: 0 };
+        change(&mut run.changes);
+    }
+
+    /// Puts the run of the instruction into its map, and begins another.
+    #[inline(always)]
+    fn end_code_run(&self, run: &mut CodeRun, root: u64, instruction: u64) {
+        let ended = *run;
+        change(&mut run.changes);
+        if ended.pages != 0 {
+            let CodeRun { root, instruction, pages, .. } = ended;
             let key = CodeKey { tgid: self.key.tgid, tid: self.key.tid, root, instruction };
             if let Some(count) = CODE.get_ptr_mut(key) {
                 // SAFETY: as above.
@@ -215,12 +274,14 @@ impl Event {
                 let _ = CODE.insert(key, pages, u64::from(BPF_NOEXIST));
             }
         }
+        *run = CodeRun { changes: run.changes, root, instruction, pages: 0 };
+        change(&mut run.changes);
     }
 
     /// Where the kernel has the vCPU that this thread runs.
     #[inline(always)]
     fn vcpu(&self, thread: &mut Thread) -> Option<u64> {
-        let as_of = setting(Setting::Vcpus);
+        let as_of = self.settings.get(Setting::Vcpus);
         if thread.vcpu_as_of != as_of {
             // SAFETY: the value is copied at once.
             if let Some(vcpu) = unsafe { VCPUS.get(self.key.tid).copied() } {
@@ -257,16 +318,28 @@ impl Event {
     }
 }
 
+/// Counts the beginning, and then the end, of a change of runs: the agent takes no record that it read meanwhile. The compiler moves no
+/// write across it; processors that would (no x86 does) need a barrier here.
+#[inline(always)]
+fn change(changes: &mut u64) {
+    // SAFETY: no instruction at all; only the compiler minds it.
+    unsafe { core::arch::asm!("", options(nostack)) };
+    // SAFETY: a live field.
+    unsafe { core::ptr::write_volatile(changes, changes.wrapping_add(1)) };
+    // SAFETY: as above.
+    unsafe { core::arch::asm!("", options(nostack)) };
+}
+
 /// How a write stands to its VM's window of write protection.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Moment {
     /// There is none.
     None,
-    /// It is about to begin: what is written now will be written again.
+    /// It is about to begin: the page will be protected, and what is written now does not count.
     Before,
     /// So many nanoseconds after its begin.
     In(u64),
-    /// Within it, to a page that is not protected.
+    /// To a page that it does not protect.
     Aside,
 }
 
@@ -279,15 +352,11 @@ impl Moment {
         if armed.began_ns == 0 {
             return Self::None;
         }
-        // SAFETY: has no precondition.
-        let now = unsafe { bpf_ktime_get_ns() };
-        if now < armed.began_ns {
-            Self::Before
-        } else if armed.subset.holds(gfn) {
-            Self::In(now - armed.began_ns)
-        } else {
-            Self::Aside
+        if !armed.subset.holds(gfn) {
+            return Self::Aside;
         }
+        // SAFETY: has no precondition.
+        unsafe { bpf_ktime_get_ns() }.checked_sub(armed.began_ns).map_or(Self::Before, Self::In)
     }
 }
 
@@ -308,8 +377,19 @@ fn masked(number: u32) -> u64 {
     number
 }
 
-#[inline(always)]
-fn setting(which: Setting) -> u64 {
-    // SAFETY: a live map value, which the agent changes in one piece.
-    SETTINGS.get_ptr(which as u32).map_or(0, |value| unsafe { core::ptr::read_volatile(value) })
+/// What the agent has set.
+#[derive(Clone, Copy)]
+struct Settings(*const [u64; Setting::COUNT as usize]);
+
+impl Settings {
+    #[inline(always)]
+    fn now() -> Option<Self> {
+        SETTINGS.get_ptr(0).map(Self)
+    }
+
+    #[inline(always)]
+    fn get(self, which: Setting) -> u64 {
+        // SAFETY: a live map value, each word of which the agent changes in one piece.
+        unsafe { core::ptr::read_volatile(self.0.cast::<u64>().add(which as usize)) }
+    }
 }

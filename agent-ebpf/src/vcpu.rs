@@ -18,30 +18,33 @@ pub(crate) fn read_at(structure: u64, offset: u32) -> Option<u64> {
     if offset == OFFSET_UNKNOWN { None } else { read(structure.wrapping_add(u64::from(offset))) }
 }
 
-/// The structure that holds root and exit reason of a vCPU.
+/// Words from the instruction pointer on in which the root is looked for.
+const PLACE_WORDS: usize = 8;
+/// Bits 12 to 51 of CR3, the others are flags (Intel SDM volume 3, table 4-12).
+const ROOT_BITS: u64 = 0x000f_ffff_ffff_f000;
+
+/// Where guest code was left: the root of its page tables, without flag bits, and the instruction pointer, where that is known.
+///
+/// The two lie close together in `struct kvm_vcpu_arch` (registers, then control registers), so one read brings both: calls of helpers are
+/// what an event costs. The offsets are constants to the verifier, which drops the way that is not taken.
 #[inline(always)]
-fn area(vcpu: u64) -> Option<u64> {
-    match constants::vcpu_area_offset() {
-        OFFSET_UNKNOWN => Some(vcpu),
-        offset => read_at(vcpu, offset),
+pub(crate) fn place(vcpu: u64) -> Option<(u64, Option<u64>)> {
+    let (rip, root) = (constants::vcpu_rip_offset(), constants::vcpu_root_offset());
+    let words = root.wrapping_sub(rip) / 8;
+    if rip != OFFSET_UNKNOWN && root != OFFSET_UNKNOWN && root % 8 == rip % 8 && words < PLACE_WORDS as u32 {
+        // SAFETY: as in `read`.
+        let place = unsafe { bpf_probe_read_kernel((vcpu + u64::from(rip)) as *const [u64; PLACE_WORDS]) }.ok()?;
+        return Some((place[words as usize % PLACE_WORDS] & ROOT_BITS, Some(place[0])));
     }
-}
-
-/// The root of the guest's page tables, without flag bits.
-#[inline(always)]
-pub(crate) fn root(vcpu: u64) -> Option<u64> {
-    // Bits 12 to 51 (Intel SDM volume 3, table 4-12).
-    read_at(area(vcpu)?, constants::root_offset()).map(|root| root & 0x000f_ffff_ffff_f000)
-}
-
-/// The guest's instruction pointer.
-#[inline(always)]
-pub(crate) fn instruction(vcpu: u64) -> Option<u64> {
-    read_at(vcpu, constants::vcpu_rip_offset())
+    Some((read_at(vcpu, root)? & ROOT_BITS, read_at(vcpu, rip)))
 }
 
 /// Why the processor left guest code: the low 32 bits of its reason.
 #[inline(always)]
 pub(crate) fn exit_reason(vcpu: u64) -> Option<u32> {
-    read_at(area(vcpu)?, constants::exit_reason_offset()).map(|reason| reason as u32)
+    let area = match constants::vcpu_area_offset() {
+        OFFSET_UNKNOWN => vcpu,
+        offset => read_at(vcpu, offset)?,
+    };
+    read_at(area, constants::exit_reason_offset()).map(|reason| reason as u32)
 }

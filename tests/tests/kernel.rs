@@ -6,10 +6,11 @@
 use std::fs;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 
 use dunlin::model::{DirtyLogKind, PageCount};
 use dunlin::port::{EventSample, EventSource, ThreadEvents};
-use dunlin::probe::{KernelCounters, ProbeOptions};
+use dunlin::probe::{Attach, Gives, KernelCounters, LoadOptions, ProbeOptions, Probes, Tiers};
 use dunlin::trial::tiny_vm::{FIRST_FRAME, TinyVm};
 
 const TRACEFS: &str = "/sys/kernel/tracing";
@@ -113,6 +114,38 @@ fn exits_counted_by_bpf_are_those_that_tracefs_counts() {
     let pages = after.pages_made_writable - before.pages_made_writable;
     // Not every entry that is set turns writable, nor every fast fault: the kernel's counts are the upper bound.
     assert!(pages >= 20_000 && pages <= faults, "{pages} pages turned writable in {faults} events");
+}
+
+/// Counts what KVM logs while a VM writes 200 pages, with programs attached in some ways only: how, why not faster, and how many.
+fn pages_logged(vm: &mut TinyVm, without: Vec<Attach>) -> (Option<Attach>, Option<String>, u64) {
+    let pid = std::process::id();
+    let wanted = vec![Gives::Pages, Gives::HardwareLog];
+    let options = LoadOptions { only: Some(pid), capacity: FRAMES, wanted, attribute: false, log: false };
+    let probes = Probes::load_with(&options, Tiers { without, useless_too: true }).unwrap();
+    let way = probes.ways().into_iter().find(|way| way.hook.gives == Gives::HardwareLog);
+    let mut counters = KernelCounters::track(&Arc::new(Mutex::new(probes)), pid, FRAMES).unwrap();
+    vm.set_logging(false).unwrap();
+    vm.set_logging(true).unwrap();
+    vm.write_pages(PageCount(200)).unwrap();
+    let logged = look(&mut counters).threads.get(&thread()).map_or(0, |events| events.pages_logged);
+    (way.as_ref().map(|way| way.attach), way.and_then(|way| way.slower_because), logged)
+}
+
+#[test]
+#[ignore = "needs a kernel with function entries and kernel probes: `cargo xtask test-vm` runs it"]
+fn a_functions_entry_and_a_kernel_probe_count_the_same_and_one_stands_in_for_the_other() {
+    let _alone = ALONE.lock();
+    let mut vm = TinyVm::new(PageCount(256), DirtyLogKind::Bitmap).unwrap();
+    vm.write_pages(PageCount(256)).unwrap();
+    let entry = pages_logged(&mut vm, Vec::new());
+    let probe = pages_logged(&mut vm, vec![Attach::FunctionEntry]);
+    let neither = pages_logged(&mut vm, vec![Attach::FunctionEntry, Attach::KernelProbe]);
+    println!("shows {} pages logged by function entry, {} by kernel probe", entry.2, probe.2);
+    assert_eq!((entry.0, &entry.1), (Some(Attach::FunctionEntry), &None));
+    assert_eq!(probe.0, Some(Attach::KernelProbe));
+    assert!(probe.1.is_some_and(|why| why.contains("left out")), "nobody says why it is slower");
+    assert_eq!((neither.0, neither.2), (None, 0));
+    assert!(entry.2 >= 200 && entry.2 == probe.2, "{} and {}", entry.2, probe.2);
 }
 
 #[test]

@@ -19,6 +19,16 @@ fn dirty_ring_push(ctx: RawTracePointContext) -> i32 {
     0
 }
 
+/// [`page_logged`] at the function's entry, where the kernel lets programs be called without a breakpoint. A raw tracepoint program to the
+/// BPF library, which cannot load it for a function of a module; the agent does, and the arguments lie alike.
+#[raw_tracepoint]
+fn page_logged_at_entry(ctx: RawTracePointContext) -> i32 {
+    if let Some(event) = Event::current() {
+        event.logged(&ctx, ctx.arg(2));
+    }
+    0
+}
+
 /// `mark_page_dirty_in_slot(struct kvm *kvm, const struct kvm_memory_slot *memslot, gfn_t gfn)`: also what the processor logged by itself, and
 /// what KVM wrote. Not a count of guest writes.
 #[kprobe(function = "mark_page_dirty_in_slot")]

@@ -7,7 +7,8 @@ use std::path::Path;
 
 use dunlin_ebpf::OFFSET_UNKNOWN;
 
-use crate::btf::{BtfError, KernelTypes};
+use super::entry::Function;
+use crate::btf::{BtfError, KernelTypes, Kind};
 
 /// The processor's kind of virtualisation that KVM uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,8 +52,8 @@ impl Backend {
 pub(crate) struct ProgramOffsets {
     pub(crate) page_fault_gfn: u32,
     pub(crate) vcpu_rip: u32,
+    pub(crate) vcpu_root: u32,
     pub(crate) vcpu_area: u32,
-    pub(crate) root: u32,
     pub(crate) exit_reason: u32,
 }
 
@@ -92,6 +93,8 @@ pub struct KernelLayout {
     /// The processor's kind of virtualisation.
     pub backend: Backend,
     pub(crate) programs: ProgramOffsets,
+    /// `mark_page_dirty_in_slot`.
+    pub(crate) page_logged: Option<Function>,
     /// None with the first member that is missing.
     pub(crate) walk: Result<WalkOffsets, String>,
 }
@@ -102,7 +105,9 @@ impl KernelLayout {
         let backend = Backend::of_this_host();
         match Self::read(backend) {
             Ok(layout) => layout,
-            Err(error) => Self { backend, programs: ProgramOffsets::NONE, walk: Err(error.to_string()) },
+            Err(error) => {
+                Self { backend, programs: ProgramOffsets::NONE, page_logged: None, walk: Err(error.to_string()) }
+            }
         }
     }
 
@@ -113,7 +118,9 @@ impl KernelLayout {
             None => None,
         };
         let programs = ProgramOffsets::of(backend, &kvm, processor.as_ref());
-        Ok(Self { backend, programs, walk: WalkOffsets::of(&kvm) })
+        let module = Path::new("/sys/kernel/btf/kvm").exists().then_some("kvm");
+        let page_logged = kvm.id("mark_page_dirty_in_slot", Kind::Func).map(|id| Function { id, module });
+        Ok(Self { backend, programs, page_logged, walk: WalkOffsets::of(&kvm) })
     }
 }
 
@@ -121,8 +128,8 @@ impl ProgramOffsets {
     const NONE: Self = Self {
         page_fault_gfn: OFFSET_UNKNOWN,
         vcpu_rip: OFFSET_UNKNOWN,
+        vcpu_root: OFFSET_UNKNOWN,
         vcpu_area: OFFSET_UNKNOWN,
-        root: OFFSET_UNKNOWN,
         exit_reason: OFFSET_UNKNOWN,
     };
 
@@ -133,18 +140,18 @@ impl ProgramOffsets {
         let mut offsets = Self {
             page_fault_gfn: of_kvm("kvm_page_fault", "gfn"),
             vcpu_rip: rip.map_or(OFFSET_UNKNOWN, |(index, regs)| regs + index as u32 * 8),
-            root: of_kvm("kvm_vcpu", "arch.cr3"),
+            // KVM's own copy. With nested paging on AMD it is taken from the vmcb at each exit, before the exit is handled (`svm_handle_exit`
+            // in arch/x86/kvm/svm/svm.c); on Intel KVM reads it when it needs it.
+            vcpu_root: of_kvm("kvm_vcpu", "arch.cr3"),
             ..Self::NONE
         };
         match (backend, processor) {
             (Backend::Svm, Some(types)) => {
                 // `struct vcpu_svm` begins with `struct kvm_vcpu` (arch/x86/kvm/svm/svm.h).
-                let found = types
-                    .member_offset("vcpu_svm", "vmcb")
-                    .zip(types.member_offset("vmcb", "save.cr3"))
-                    .zip(types.member_offset("vmcb", "control.exit_code"));
-                if let Some(((area, root), exit_reason)) = found {
-                    offsets = Self { vcpu_area: area, root, exit_reason, ..offsets };
+                let found =
+                    types.member_offset("vcpu_svm", "vmcb").zip(types.member_offset("vmcb", "control.exit_code"));
+                if let Some((vcpu_area, exit_reason)) = found {
+                    offsets = Self { vcpu_area, exit_reason, ..offsets };
                 }
             }
             (Backend::Vmx, Some(types)) => {
@@ -210,7 +217,7 @@ mod tests {
         if KernelTypes::vmlinux().is_ok_and(|types| types.size_of("kvm_memory_slot").is_some()) {
             let walk = layout.walk.unwrap();
             assert!(walk.slot_bytes > walk.slot_flags && walk.memslots_hash_bytes == 128 * 8, "{walk:?}");
-            assert_ne!(layout.programs.root, OFFSET_UNKNOWN);
+            assert_ne!(layout.programs.vcpu_root, OFFSET_UNKNOWN);
         } else {
             assert!(layout.walk.is_err());
         }

@@ -4,6 +4,7 @@
 //! Nothing is pinned: when the process ends, however it ends, the kernel detaches and frees everything.
 
 mod counters;
+mod entry;
 mod exit_reason;
 mod hook;
 mod inventory;
@@ -13,13 +14,15 @@ mod log;
 mod mapped;
 mod object;
 mod probes;
+mod runs;
 pub mod syscall;
+mod threads;
 mod windows;
 
 pub use counters::{KernelCounters, ProbeOptions, SharedProbes};
-pub use hook::{Attach, Gives, HOOKS, Hook};
+pub use hook::{Attach, Faster, Gives, HOOKS, Hook};
 pub use inventory::InventoryError;
 pub use kernel_memory::PeekError;
 pub use layout::{Backend, KernelLayout};
 pub use object::{NoObject, embedded_object};
-pub use probes::{LoadOptions, ProbeError, Probes, ProgramCost};
+pub use probes::{LoadOptions, ProbeError, Probes, ProgramCost, Tiers, Way};

@@ -14,20 +14,21 @@ use aya::programs::{KProbe, ProgramError, RawTracePoint, kprobe::KProbeLinkId};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use dunlin_ebpf::{
     Armed, CodeKey, ExitKey, ExitKind, ExitTimes as RawTimes, FIRST_WRITE_BINS, Loss, MAX_CODE, MAX_EXITS, MAX_SPACES,
-    MAX_THREADS, MAX_TRACKED, Setting, SpaceCounters, SpaceKey, Thread, ThreadKey, TrackedVm, attribute, constant, map,
-    program,
+    MAX_THREADS, MAX_TRACKED, Setting, SpaceCounters, SpaceKey, TrackedVm, attribute, constant, map, program,
 };
 
-use super::exit_reason;
-use super::hook::{Attach, Gives, HOOKS, Hook};
+use super::hook::{Attach, Faster, Gives, HOOKS, Hook};
 use super::inventory::{self, InventoryError, Tasks};
 use super::kernel_memory::KernelMemory;
 use super::layout::{Backend, KernelLayout};
 use super::log::ProbeLog;
 use super::mapped::MappedArray;
 use super::object::{NoObject, embedded_object};
+use super::runs::settle;
 use super::syscall::{self, RunStats};
+use super::threads::ThreadRecords;
 use super::windows::Windows;
+use super::{entry, exit_reason};
 use crate::model::{AddressSpace, ExitTimes, Gva, KernelVm, KvmDescriptors, PageBitmap, PageCount};
 use crate::port::{EventHook, EventSample, EventSourceError, LostEvents, SpaceEvents, ThreadEvents};
 
@@ -47,6 +48,26 @@ pub struct LoadOptions {
     pub attribute: bool,
     /// Whether the programs' own diagnostics are printed.
     pub log: bool,
+}
+
+/// Which ways of attaching are tried.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tiers {
+    /// These are not.
+    pub without: Vec<Attach>,
+    /// Programs that tell nothing more than others do on this processor are attached too.
+    pub useless_too: bool,
+}
+
+/// How a program is attached at present.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Way {
+    /// Which.
+    pub hook: &'static Hook,
+    /// How.
+    pub attach: Attach,
+    /// Why not in the faster way, where there is one.
+    pub slower_because: Option<String>,
 }
 
 /// Why there is nothing to count with.
@@ -99,7 +120,7 @@ macro_rules! plain {
     )*};
 }
 
-plain!(ThreadKey, Thread, ExitKey, RawTimes, SpaceKey, SpaceCounters, CodeKey, TrackedVm);
+plain!(ExitKey, RawTimes, SpaceKey, SpaceCounters, CodeKey, TrackedVm);
 
 type SharedMap<K, V> = HashMap<MapData, Plain<K>, Plain<V>>;
 
@@ -108,6 +129,18 @@ type SharedMap<K, V> = HashMap<MapData, Plain<K>, Plain<V>>;
 enum Link {
     Raw(RawTracePointLinkId),
     Probe(KProbeLinkId),
+    /// Detached when dropped.
+    Entry(OwnedFd),
+}
+
+impl Link {
+    fn attach(&self) -> Attach {
+        match self {
+            Self::Raw(_) => Attach::RawTracepoint,
+            Self::Probe(_) => Attach::KernelProbe,
+            Self::Entry(_) => Attach::FunctionEntry,
+        }
+    }
 }
 
 /// One program's state.
@@ -119,6 +152,8 @@ struct Attached {
     /// While detached, the reason.
     link: Result<Link, String>,
     program: Option<OwnedFd>,
+    /// Why it is not attached in the faster way.
+    slower_because: Option<String>,
 }
 
 /// What one program has cost.
@@ -146,7 +181,7 @@ const WORDS_OF_ARMED: usize = size_of::<Armed>() / size_of::<u64>();
 #[derive(Debug)]
 pub struct Probes {
     attached: Vec<Attached>,
-    threads: SharedMap<ThreadKey, Thread>,
+    threads: ThreadRecords,
     exits: SharedMap<ExitKey, RawTimes>,
     spaces: SharedMap<SpaceKey, SpaceCounters>,
     code: HashMap<MapData, Plain<CodeKey>, u64>,
@@ -158,6 +193,9 @@ pub struct Probes {
     slots: Vec<bool>,
     memory: Option<KernelMemory>,
     layout: KernelLayout,
+    tiers: Tiers,
+    /// The program at a function's entry, once it is loaded.
+    entry: Option<OwnedFd>,
     log: Option<ProbeLog>,
     /// Holds programs, links and the remaining maps.
     bpf: Ebpf,
@@ -170,6 +208,14 @@ impl Probes {
     /// Each says whether the policy refuses or the kernel lacks something, and what to do. Whatever was attached by then is detached
     /// again.
     pub fn load(options: &LoadOptions) -> Result<Self, ProbeError> {
+        Self::load_with(options, Tiers::default())
+    }
+
+    /// Likewise, in some ways only.
+    ///
+    /// # Errors
+    /// As [`Probes::load`].
+    pub fn load_with(options: &LoadOptions, tiers: Tiers) -> Result<Self, ProbeError> {
         let object = embedded_object()?;
         let words = options.capacity.0.clamp(64, MAX_FRAMES).div_ceil(64) as u32;
         let layout = KernelLayout::of_running_kernel();
@@ -182,8 +228,8 @@ impl Probes {
             .override_global(constant::ONLY_TGID, &only, true)
             .override_global(constant::PAGE_FAULT_GFN_OFFSET, &offsets.page_fault_gfn, true)
             .override_global(constant::VCPU_RIP_OFFSET, &offsets.vcpu_rip, true)
+            .override_global(constant::VCPU_ROOT_OFFSET, &offsets.vcpu_root, true)
             .override_global(constant::VCPU_AREA_OFFSET, &offsets.vcpu_area, true)
-            .override_global(constant::ROOT_OFFSET, &offsets.root, true)
             .override_global(constant::EXIT_REASON_OFFSET, &offsets.exit_reason, true)
             .override_global(aya_log::LEVEL, &log_level, true)
             .load(object)
@@ -191,7 +237,7 @@ impl Probes {
         let log =
             if options.log { Some(ProbeLog::open(&mut bpf).map_err(|e| ProbeError::Load(Box::new(e)))?) } else { None };
         let mut probes = Self {
-            threads: hash(&mut bpf, map::THREADS)?,
+            threads: ThreadRecords::from(array(&bpf, map::THREADS, ThreadRecords::MAPPED_WORDS)?),
             exits: hash(&mut bpf, map::EXITS)?,
             spaces: hash(&mut bpf, map::SPACES)?,
             code: hash(&mut bpf, map::CODE)?,
@@ -204,6 +250,8 @@ impl Probes {
             memory: None,
             attached: Vec::new(),
             layout,
+            tiers,
+            entry: None,
             log,
             bpf,
         };
@@ -211,9 +259,11 @@ impl Probes {
         probes.memory = probes.kernel_memory();
         for hook in &HOOKS {
             let wanted = options.wanted.contains(&hook.gives) && probes.is_of_use(hook);
-            let link = if wanted { probes.attach_one(hook) } else { Err("not asked for".to_owned()) };
-            let program = probes.program_fd(hook.program);
-            probes.attached.push(Attached { hook, wanted, link, program });
+            let link = Err("not asked for".to_owned());
+            probes.attached.push(Attached { hook, wanted, link, program: None, slower_because: None });
+            if wanted {
+                probes.attach(probes.attached.len() - 1);
+            }
         }
         probes.check_attached(&options.wanted)?;
         Ok(probes)
@@ -221,7 +271,7 @@ impl Probes {
 
     /// Whether a program would tell anything that no other does, on this processor.
     fn is_of_use(&self, hook: &Hook) -> bool {
-        hook.gives != Gives::HardwareLog || self.logs_by_hardware()
+        hook.gives != Gives::HardwareLog || self.tiers.useless_too || self.logs_by_hardware()
     }
 
     fn logs_by_hardware(&self) -> bool {
@@ -249,6 +299,15 @@ impl Probes {
             missing: attached.link.as_ref().err().cloned(),
         });
         hooks.collect()
+    }
+
+    /// How each program that is attached is.
+    pub fn ways(&self) -> Vec<Way> {
+        let ways = self.attached.iter().filter_map(|attached| {
+            let attach = attached.link.as_ref().ok()?.attach();
+            Some(Way { hook: attached.hook, attach, slower_because: attached.slower_because.clone() })
+        });
+        ways.collect()
     }
 
     /// Whether anything that gives this is attached.
@@ -294,6 +353,10 @@ impl Probes {
             let _ = match link {
                 Link::Raw(id) => <&mut RawTracePoint>::try_from(program).map(|p| p.detach(id)).map(drop),
                 Link::Probe(id) => <&mut KProbe>::try_from(program).map(|p| p.detach(id)).map(drop),
+                Link::Entry(link) => {
+                    drop(link);
+                    Ok(())
+                }
             };
         }
     }
@@ -303,7 +366,7 @@ impl Probes {
         for index in 0..self.attached.len() {
             let hook = self.attached[index].hook;
             if hook.gives == gives && self.attached[index].wanted && self.attached[index].link.is_err() {
-                self.attached[index].link = self.attach_one(hook);
+                self.attach(index);
             }
         }
     }
@@ -385,16 +448,18 @@ impl Probes {
 
     /// Forgets a process and all that was counted of it.
     pub(super) fn untrack(&mut self, place: &Place) {
+        let mut others = BTreeSet::new();
         if let Ok(mut tracked) = self.map_mut::<u32, Plain<TrackedVm>>(map::TRACKED) {
             // A process that has the number by now has a window of its own, and keeps it.
             if tracked.get(&place.pid, 0).is_ok_and(|Plain(window)| window == place.window) {
                 let _ = tracked.remove(&place.pid);
             }
+            others.extend(tracked.keys().take(2 * MAX_TRACKED as usize).flatten());
         }
         self.tracked_changed();
-        // A thread that is in the middle of an event may make its entry anew; it is forgotten with the next VM of that thread's number.
+        // A thread that is in the middle of an event may make its entry anew; it is forgotten with the next VM.
         let pid = place.pid;
-        forget(&mut self.threads, MAX_THREADS, |Plain(key)| key.tgid == pid);
+        self.threads.forget(|tgid| tgid == pid || !others.contains(&tgid));
         forget(&mut self.exits, MAX_EXITS, |Plain(key)| key.tgid == pid);
         forget(&mut self.spaces, MAX_SPACES, |Plain(key)| key.tgid == pid);
         forget(&mut self.code, MAX_CODE, |Plain(key)| key.tgid == pid);
@@ -479,7 +544,11 @@ impl Probes {
                 fill(sample.threads.entry(tid).or_default());
             }
         };
-        each(&self.threads, MAX_THREADS, |Plain(key), Plain(counters)| {
+        let mut records = Vec::new();
+        for (place, key, counters) in self.threads.all() {
+            if only == Some(key.tgid) {
+                records.push((place, key, counters.space, counters.code));
+            }
             thread(key.tgid, key.tid, &mut |events| {
                 events.pages_made_writable = counters.pages_made_writable;
                 events.huge_mappings = counters.huge_mappings;
@@ -488,7 +557,7 @@ impl Probes {
                 events.guest_exits = counters.guest_exits;
                 events.first_writes = counters.first_writes[..FIRST_WRITE_BINS as usize].to_vec();
             });
-        })?;
+        }
         let backend = self.layout.backend;
         each(&self.exits, MAX_EXITS, |Plain(key), Plain(times)| {
             thread(key.tgid, key.tid, &mut |events| {
@@ -502,7 +571,7 @@ impl Probes {
         if only.is_none() {
             return Ok(samples);
         }
-        each(&self.spaces, MAX_SPACES, |Plain(key), Plain(counters)| {
+        let mut space = |key: SpaceKey, counters: &SpaceCounters| {
             thread(key.tgid, key.tid, &mut |events| {
                 let space = SpaceEvents {
                     pages_made_writable: counters.pages_made_writable,
@@ -510,12 +579,26 @@ impl Probes {
                 };
                 events.spaces.insert(AddressSpace(key.root), space);
             });
-        })?;
-        each(&self.code, MAX_CODE, |Plain(key), pages| {
+        };
+        each(&self.spaces, MAX_SPACES, |Plain(key), Plain(counters)| space(key, &counters))?;
+        for &(place, key, run, _) in &records {
+            let sum = |key| self.spaces.get(&Plain(key), 0).ok().map(|Plain(sum)| sum);
+            for (key, sum) in settle(key, run, || self.threads.get(place, key).map(|thread| thread.space), sum) {
+                space(key, &sum);
+            }
+        }
+        let mut code = |key: CodeKey, pages: u64| {
             thread(key.tgid, key.tid, &mut |events| {
                 events.code.insert((AddressSpace(key.root), Gva(key.instruction)), pages);
             });
-        })?;
+        };
+        each(&self.code, MAX_CODE, |Plain(key), pages| code(key, pages))?;
+        for &(place, key, _, run) in &records {
+            let sum = |key| self.code.get(&Plain(key), 0).ok();
+            for (key, pages) in settle(key, run, || self.threads.get(place, key).map(|thread| thread.code), sum) {
+                code(key, pages);
+            }
+        }
         Ok(samples)
     }
 
@@ -546,8 +629,53 @@ impl Probes {
         std::os::fd::AsFd::as_fd(fd).try_clone_to_owned().ok()
     }
 
+    /// Attaches one program, in the faster way if there is one and it is possible.
+    fn attach(&mut self, index: usize) {
+        let hook = self.attached[index].hook;
+        let faster = hook.faster.map(|faster| self.attach_faster(faster));
+        let (link, slower_because) = match faster {
+            Some(Ok(link)) => (Ok(link), None),
+            Some(Err(why)) => (self.attach_one(hook), Some(why)),
+            None => (self.attach_one(hook), None),
+        };
+        let program = match &link {
+            Ok(Link::Entry(_)) => self.entry.as_ref().and_then(|program| program.try_clone().ok()),
+            _ => self.program_fd(hook.program),
+        };
+        let attached = &mut self.attached[index];
+        (attached.link, attached.program, attached.slower_because) = (link, program, slower_because);
+    }
+
+    /// Loads and attaches a program at a function's entry; the reason where that cannot be.
+    fn attach_faster(&mut self, faster: Faster) -> Result<Link, String> {
+        if self.tiers.without.contains(&faster.attach) {
+            return Err("left out, as asked for".to_owned());
+        }
+        let function = self.layout.page_logged.ok_or("this kernel's type information does not have the function")?;
+        let attempt = |program: Option<OwnedFd>| -> io::Result<(OwnedFd, OwnedFd)> {
+            let program = match program {
+                Some(program) => program,
+                None => {
+                    let object = embedded_object().map_err(io::Error::other)?;
+                    entry::load(object, faster.program, &self.bpf, function)?
+                }
+            };
+            let link = syscall::attach(&program, None)?;
+            Ok((program, link))
+        };
+        let (program, link) = attempt(self.entry.take()).map_err(|error| match error.raw_os_error() {
+            Some(libc::EPERM) => "refused by the policy of this host".to_owned(),
+            _ => error.to_string(),
+        })?;
+        self.entry = Some(program);
+        Ok(Link::Entry(link))
+    }
+
     /// Loads and attaches one program; a failure is a fact about this host, not an error.
     fn attach_one(&mut self, hook: &Hook) -> Result<Link, String> {
+        if self.tiers.without.contains(&hook.attach) {
+            return Err("left out, as asked for".to_owned());
+        }
         let mut attempt = || -> Result<Link, ProgramError> {
             let program = self.bpf.program_mut(hook.program).ok_or(ProgramError::NotLoaded)?;
             match hook.attach {
@@ -561,12 +689,16 @@ impl Probes {
                     loaded(program.load())?;
                     program.attach(hook.place, 0).map(Link::Probe)
                 }
+                // Only ever the faster way.
+                Attach::FunctionEntry => Err(ProgramError::NotLoaded),
             }
         };
         attempt().map_err(|error| match errno(&error) {
             Some(libc::ENOENT) => match hook.attach {
                 Attach::RawTracepoint => "this kernel has no such tracepoint (is KVM loaded?)".to_owned(),
-                Attach::KernelProbe => "this kernel has no probes of functions, or no such function".to_owned(),
+                Attach::KernelProbe | Attach::FunctionEntry => {
+                    "this kernel has no probes of functions, or no such function".to_owned()
+                }
             },
             Some(libc::EPERM | libc::EACCES) if !matches!(error, ProgramError::LoadError { .. }) => {
                 "refused by the policy of this host".to_owned()

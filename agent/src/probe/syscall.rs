@@ -11,6 +11,8 @@ const PROG_LOAD: libc::c_long = 5;
 const PROG_TEST_RUN: libc::c_long = 10;
 const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const RAW_TRACEPOINT_OPEN: libc::c_long = 17;
+const BTF_GET_FD_BY_ID: libc::c_long = 19;
+const BTF_GET_NEXT_ID: libc::c_long = 23;
 const ENABLE_STATS: libc::c_long = 32;
 
 /// A kind of program, and what it is attached to.
@@ -86,7 +88,20 @@ pub fn try_map() -> io::Result<()> {
 /// What the kernel answered: the verifier's `EINVAL`, the policy's `EPERM`.
 pub fn load(kind: ProgramKind) -> io::Result<OwnedFd> {
     // r0 = 0; exit
-    let code: [u64; 2] = [0xb7, 0x95];
+    load_code(kind, None, &[0xb7u64, 0x95])
+}
+
+/// Loads a program of these instructions. `module` is the type information that a [`ProgramKind::FunctionEntry`]'s id is of, where that is not
+/// the kernel's own ([`module_types`]).
+///
+/// # Errors
+/// What the kernel answered: the verifier's `EINVAL` or `EACCES`, the policy's `EPERM`.
+pub fn load_code<Instruction>(
+    kind: ProgramKind,
+    module: Option<&OwnedFd>,
+    code: &[Instruction],
+) -> io::Result<OwnedFd> {
+    const { assert!(size_of::<Instruction>() == 8) };
     let license = c"GPL";
     let (kind, expected_attach_type, attach_btf_id) = match kind {
         ProgramKind::RawTracepoint => (17, 0, 0),
@@ -100,9 +115,48 @@ pub fn load(kind: ProgramKind) -> io::Result<OwnedFd> {
         license: license.as_ptr() as u64,
         expected_attach_type,
         attach_btf_id,
+        attach_fd: module.map_or(0, |module| module.as_raw_fd() as u32),
         ..ProgramAttr::default()
     };
     bpf(PROG_LOAD, &attr)
+}
+
+/// The type information of a module that is loaded.
+///
+/// # Errors
+/// What the kernel answered; `ENOENT` when it has none of that name.
+pub fn module_types(module: &str) -> io::Result<OwnedFd> {
+    /// `struct bpf_btf_info`.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Info {
+        types: u64,
+        types_size: u32,
+        id: u32,
+        name: u64,
+        name_size: u32,
+        of_kernel: u32,
+    }
+    // Each number that the kernel tells is larger than the one before.
+    let mut after = 0u32;
+    loop {
+        let mut ids = [after, 0, 0];
+        call_mut(BTF_GET_NEXT_ID, &mut ids)?;
+        after = ids[1];
+        // One that goes between the two calls is none that is looked for.
+        let Ok(types) = bpf(BTF_GET_FD_BY_ID, &[after]) else { continue };
+        let mut name = [0u8; 64];
+        let mut info = Info { name: name.as_mut_ptr() as u64, name_size: name.len() as u32, ..Info::default() };
+        let attr = InfoAttr {
+            program: types.as_raw_fd() as u32,
+            length: size_of::<Info>() as u32,
+            info: (&raw mut info) as u64,
+        };
+        call(OBJ_GET_INFO_BY_FD, &attr)?;
+        if info.of_kernel == 1 && name.split(|&byte| byte == 0).next() == Some(module.as_bytes()) {
+            return Ok(types);
+        }
+    }
 }
 
 /// Attaches a program: to the tracepoint `name`, or, for kinds that carry their target, to that.
@@ -198,10 +252,8 @@ pub fn run(program: impl AsFd, arguments: &[u64]) -> io::Result<u32> {
         contexts: [arguments.as_ptr() as u64, 0],
         ..RunAttr::default()
     };
-    // SAFETY: a whole, initialised C structure without padding that the kernel may write its answer to; `arguments` lives during the
-    // call.
-    let answer = unsafe { libc::syscall(libc::SYS_bpf, PROG_TEST_RUN, &raw mut attr, size_of::<RunAttr>()) };
-    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(attr.answer) }
+    call_mut(PROG_TEST_RUN, &mut attr)?;
+    Ok(attr.answer)
 }
 
 /// One `bpf(2)` that answers with a descriptor.
@@ -209,6 +261,14 @@ fn bpf<T>(command: libc::c_long, attr: &T) -> io::Result<OwnedFd> {
     let fd = call(command, attr)?;
     // SAFETY: the kernel has just made this descriptor for us.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// One whose answer is in its own structure.
+fn call_mut<T>(command: libc::c_long, attr: &mut T) -> io::Result<()> {
+    // SAFETY: a whole, initialised C structure without padding that the kernel may write its answer to; its pointers are valid during
+    // the call.
+    let answer = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 fn call<T>(command: libc::c_long, attr: &T) -> io::Result<i32> {

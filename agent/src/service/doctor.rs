@@ -154,8 +154,8 @@ const CHECKS: [Check; 17] = [
     Check {
         name: "bpf-function-entry",
         tier: Tier::Optional,
-        why: "would see pages that KVM logs without a tracepoint",
-        remedy: "a kernel with CONFIG_FUNCTION_TRACER that allows it; nothing needs it yet",
+        why: "sees pages that KVM logs without a tracepoint, at less cost than a kernel probe",
+        remedy: "a kernel with CONFIG_FUNCTION_TRACER that allows it; a kernel probe does the same",
         trial: |_| trial::bpf::function_entry(),
     },
     Check {
@@ -255,7 +255,8 @@ fn object() -> Finding {
                 .filter_map(|hook| Some(format!("{} ({})", hook.name, hook.missing.as_ref()?)))
                 .collect();
             if missing.is_empty() {
-                Verdict::Works(format!("{} programs loaded and attached", counters.hooks().len()))
+                let ways = ways(&counters.probes().ways());
+                Verdict::Works(format!("{} programs loaded and attached: {ways}", counters.hooks().len()))
             } else {
                 Verdict::Missing(format!("not attached: {}", missing.join(", ")))
             }
@@ -265,6 +266,25 @@ fn object() -> Finding {
     };
     let remedy = "as it says; a kernel that refuses only some of the programs still tracks with the others";
     finding("bpf-programs", Tier::Tracking, "dunlin's own programs", verdict, remedy)
+}
+
+/// How the programs of each source are attached, and why not in a faster way.
+fn ways(attached: &[probe::Way]) -> String {
+    let of_source = SOURCES.iter().filter_map(|source| {
+        let mut words: Vec<String> = Vec::new();
+        for hook in source.hooks() {
+            let Some(way) = attached.iter().find(|way| way.hook == hook) else { continue };
+            let how = match &way.slower_because {
+                Some(why) => format!("{} (no function entry: {why})", way.attach.words()),
+                None => way.attach.words().to_owned(),
+            };
+            if !words.contains(&how) {
+                words.push(how);
+            }
+        }
+        (!words.is_empty()).then(|| format!("{} by {}", source.name, words.join(" and ")))
+    });
+    of_source.collect::<Vec<_>>().join(", ")
 }
 
 /// The probe plan: which of KVM's tracepoints are really emitted while a VM runs (some KVM backends have them and never do), and the
