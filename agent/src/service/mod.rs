@@ -26,7 +26,7 @@ pub mod events;
 pub mod exits;
 pub mod fleet;
 pub mod gate;
-mod guest_names;
+pub mod guest_names;
 pub mod interrupt;
 pub mod inventory;
 pub mod lease;

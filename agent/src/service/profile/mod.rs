@@ -18,6 +18,7 @@ pub use window::WindowCost;
 pub(super) use window::{Single, ram_slots, single};
 
 use super::config::TrackConfig;
+use super::guest_names::{GuestFileError, GuestFiles, GuestNames};
 use super::interrupt::Interrupt;
 use super::inventory::{self, FindError, HostVm};
 use super::observe::{MissingSource, Observed};
@@ -77,6 +78,10 @@ pub struct ProfileRequest {
     pub duty: f64,
     /// Whether the processes of a Linux guest are to be named.
     pub names: bool,
+    /// What is known of the guest's kernel for that.
+    pub guest_files: GuestFiles,
+    /// Whether it must show who wrote: a regime that does not is refused before anything is measured.
+    pub who: bool,
     /// Whether the BPF programs' own diagnostics are printed.
     pub probe_log: bool,
 }
@@ -188,6 +193,18 @@ pub enum ProfileError {
         /// The key that does.
         key: &'static str,
     },
+    /// A file about the guest's kernel does not help.
+    #[error(transparent)]
+    GuestFile(#[from] GuestFileError),
+    /// Who wrote does not show in samples.
+    #[error(
+        "`{vm}` would be measured under the regime `sampled`, which shows what was written and where, not by which vCPU, address space or \
+         process: measure under another regime"
+    )]
+    NotInSamples {
+        /// The VM.
+        vm: String,
+    },
     /// Nobody logs.
     #[error("nobody has the dirty log of `{0}` on, so there is nothing to see under the regime `logged`")]
     NotLogged(String),
@@ -258,10 +275,14 @@ impl Profiler {
             (How::Auto, false) => How::Logged,
             (how, _) => how,
         };
+        let known = request.guest_files.load()?;
         let by = if how == How::Sampled {
+            if request.who {
+                return Err(ProfileError::NotInSamples { vm: found.name });
+            }
             By::Reading(Box::new(sampled::Reading::open(request, found, allowed)?))
         } else {
-            By::Events(Box::new(events(request, &found, how, allowed)?))
+            By::Events(Box::new(events(request, &found, how, allowed, GuestNames::new(known))?))
         };
         Ok(Self { request: request.clone(), by })
     }
@@ -284,6 +305,7 @@ fn events(
     found: &HostVm,
     how: How,
     allowed: Allowed,
+    names: GuestNames,
 ) -> Result<window::Events, ProfileError> {
     let (watched, counters) = WatchedVm::open(&WatchRequest {
         run_dir: request.run_dir.clone(),
@@ -306,7 +328,7 @@ fn events(
         }
         _ => return Err(ProfileError::NotLogged(name())),
     };
-    window::Events::new(watched, counters, protector, allowed)
+    window::Events::new(watched, counters, protector, allowed, names)
 }
 
 /// Measures once.
