@@ -11,10 +11,11 @@ use std::time::{Duration, Instant};
 use dunlin::guest_os::{Hints, LinuxGuest as GuestKernel, Origin, Processes, Symbols};
 use dunlin::model::{AddressSpace, Gpa, MemoryRange};
 use dunlin::port::{GuestMemory, GuestMemoryError};
-use dunlin_tests::dunlin;
+use dunlin_tests::agent::Agent;
 use dunlin_tests::foreign::ForeignVm;
 use dunlin_tests::linux::LinuxGuest;
 use dunlin_tests::wait::wait_for;
+use dunlin_tests::{Rig, VmSpec, dunlin};
 use serde_json::{Value, json};
 
 /// Two processes that write, and a look at the kernel's symbols.
@@ -203,4 +204,39 @@ fn an_operators_files_lead_to_the_names_and_wrong_ones_are_said_to_be_wrong() {
     assert!(code == Some(2) && report.is_null() && said.contains("is no System.map"), "{said}");
     let (code, _, said) = named_with(&vm, &map, Some(&map));
     assert!(code == Some(2) && said.contains("gives no types"), "{said}");
+}
+
+#[test]
+#[ignore = "needs a KVM that runs Linux: `cargo xtask test-vm` runs it"]
+fn the_agent_names_the_process_that_keeps_a_hosted_linux_from_moving() {
+    let spec = VmSpec {
+        cpus: 1,
+        memory_bytes: 256 << 20,
+        linux: Some(LinuxGuest::all().unwrap().remove(0)),
+        guest: "dunlin.wl=ws:20M,rate:1000 dunlin.wl=ws:1M,rate:20".to_owned(),
+        ..VmSpec::default()
+    };
+    let mut rig = Rig::boot(&spec).unwrap();
+    // The link carries less than the first writes, and more than the second does.
+    let terms = ["--arm", "--window", "1s", "--every", "2s", "--bandwidth", "1500KiB/s", "--downtime", "1s"];
+    let mut agent = Agent::start(&rig.run_dir(rig.at()), "500ms", 1.0, &terms).unwrap();
+    let named = wait_for("a rogue with a name", LIMIT, || {
+        let fleet = agent.fleet().ok()?;
+        let armed = &fleet["vms"][0]["armed"];
+        let rogues = armed["rogues"].as_array()?;
+        rogues.iter().any(|rogue| rogue["writer"]["process"]["name"] == "writer0").then(|| armed.clone())
+    });
+    let named = named.unwrap_or_else(|error| panic!("{error}: {:#}\n{}", agent.fleet().unwrap(), agent.log()));
+    assert_eq!(named["names_missing"], Value::Null, "{named:#}");
+    let words = |rogue: &Value| rogue["words"].as_str().unwrap().to_owned();
+    let rogues: Vec<String> = named["rogues"].as_array().unwrap().iter().map(words).collect();
+    println!("shows the agent's rogues: {rogues:?}");
+    assert!(!rogues.iter().any(|words| words.contains("`writer1`")), "{rogues:?}");
+    let rate = agent.metric("dunlin_vm_rogue_process_bytes_per_second", &["process=\"writer0\""]).unwrap().unwrap();
+    println!("shows its metric: {rate:.0} bytes/s");
+    assert!((2e6..6e6).contains(&rate), "{rate}");
+    // The thread that reads guests' memory ends with the agent.
+    agent.process.signal(rustix::process::Signal::TERM).unwrap();
+    assert_eq!(agent.process.wait_for(LIMIT).unwrap().and_then(|status| status.code()), Some(0), "{}", agent.log());
+    rig.stop().unwrap();
 }

@@ -142,9 +142,22 @@ impl GuestNames {
         for (&space, events) in threads.flat_map(|events| &events.spaces) {
             *wrote.entry(space).or_default() += events.pages_made_writable;
         }
-        let mut roots: Vec<AddressSpace> = wrote.keys().copied().collect();
-        roots.sort_by_key(|root| std::cmp::Reverse(wrote[root]));
-        roots.truncate(MOST_ROOTS);
+        let mut spaces: Vec<AddressSpace> = wrote.keys().copied().collect();
+        spaces.sort_by_key(|space| std::cmp::Reverse(wrote[space]));
+        self.of_spaces(vm, &spaces)
+    }
+
+    /// The processes of those address spaces that have one; those that wrote most come first. That the VM's memory may be read is the
+    /// caller's to know.
+    ///
+    /// # Errors
+    /// Why they are not known, in words.
+    pub(super) fn of_spaces(
+        &mut self,
+        vm: &HostVm,
+        spaces: &[AddressSpace],
+    ) -> Result<BTreeMap<AddressSpace, GuestProcess>, String> {
+        let roots = &spaces[..spaces.len().min(MOST_ROOTS)];
         let all = match self.found.as_mut().map(|(memory, guest)| guest.processes(memory)) {
             Some(Ok(all)) => all,
             // Not found yet, or the guest has restarted since.
@@ -152,13 +165,13 @@ impl GuestNames {
                 self.found = None;
                 let memory = ProcessMemory::of(&vm.process, &ram_slots(vm)).map_err(|error| error.to_string())?;
                 let hints = Hints { symbols: self.known.symbols.as_ref(), types: self.known.types.as_ref() };
-                let mut guest = LinuxGuest::find(&memory, &roots, &hints).map_err(|error| error.to_string())?;
+                let mut guest = LinuxGuest::find(&memory, roots, &hints).map_err(|error| error.to_string())?;
                 let all = guest.processes(&memory).map_err(|error| error.to_string())?;
                 self.found = Some((memory, guest));
                 all
             }
         };
-        Ok(wrote.into_keys().filter_map(|space| Some((space, all.get(space)?.clone()))).collect())
+        Ok(spaces.iter().filter_map(|&space| Some((space, all.get(space)?.clone()))).collect())
     }
 }
 

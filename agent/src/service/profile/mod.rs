@@ -347,9 +347,14 @@ pub fn profile(
 fn allowed(request: &ProfileRequest, vm: &HostVm) -> Allowed {
     let own = vm.entry.is_some();
     Allowed {
-        read_memory: own || request.allowed.read_memory || names(&request.config.read_memory, vm),
+        read_memory: request.allowed.read_memory || may_read(&request.config.read_memory, vm),
         soft_dirty: own || request.allowed.soft_dirty || names(&request.config.soft_dirty, vm),
     }
+}
+
+/// Whether the memory of this VM may be read without a flag: that of our own, and what the configuration's list names.
+pub(super) fn may_read(list: &[String], vm: &HostVm) -> bool {
+    vm.entry.is_some() || names(list, vm)
 }
 
 /// Whether a list of the configuration names the VM: by `*`, its name, `uuid:U` or `pid:P`.
