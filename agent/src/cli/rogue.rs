@@ -14,7 +14,7 @@ use crate::service::interrupt::Interrupt;
 use crate::service::out::{complain, say};
 use crate::service::profile::ProfileRequest;
 use crate::service::rogues::{RogueError, RogueReport, rogues};
-use crate::track::{DEFAULT_MARGIN, Terms};
+use crate::track::{DEFAULT_MARGIN, Regime, Terms};
 
 /// Say who keeps a VM from migrating, and how far that writer would have to be slowed
 ///
@@ -148,7 +148,12 @@ fn text(report: &RogueReport) -> String {
         let end = if index + 1 < report.rogues.len() { "\n" } else { "" };
         let _ = write!(out, "rogue: {}: {}{limit}{end}", rogue.words, rate(rogue.pages_per_second));
     }
-    if !report.ranking.enough {
+    if report.regime == Regime::Sampled {
+        let _ = write!(
+            out,
+            "\nsampled: who writes does not show, only where; regions are estimates, and slowing is a vCPU's: measure under another regime"
+        );
+    } else if !report.ranking.enough {
         let _ =
             write!(out, "\nslowing vCPUs is not enough: too much is written by devices, by KVM, or by nobody known");
     }

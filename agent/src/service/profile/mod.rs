@@ -124,7 +124,7 @@ pub struct Profile {
     pub fault_cost_ns: Option<u64>,
     /// Who wrote; empty where that cannot be seen.
     pub writers: Vec<WriterProfile>,
-    /// Where, in parts of 2 MiB; only those that were written. Empty where that cannot be seen.
+    /// Where, in parts of 2 MiB or, sampled, in regions that may be larger; only those that were written.
     pub heat: Vec<RegionHeat>,
     /// Guest memory that could be written.
     #[serde(skip)]
@@ -147,8 +147,11 @@ impl Schema for Profile {
 }
 
 impl Profile {
-    /// All of guest memory in parts of 2 MiB, those that were not written too.
+    /// All of guest memory in parts of 2 MiB, or in the regions that samples tell apart; those that were not written too.
     pub fn map(&self) -> Vec<RegionHeat> {
+        if let Some(sampled) = &self.sampled {
+            return sampled::heat(&sampled.heat).collect();
+        }
         self.ram.iter().flat_map(|range| writers::all_regions(range, &self.heat)).collect()
     }
 }
