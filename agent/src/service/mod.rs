@@ -28,6 +28,7 @@ pub mod fleet;
 pub mod gate;
 pub mod guest_names;
 pub mod interrupt;
+mod intervals;
 pub mod inventory;
 pub mod lease;
 pub mod machine;

@@ -40,6 +40,7 @@ use super::sources::{self, SourceState};
 use crate::model::{AddressSpace, KernelVm, PageCount, VcpuFacts, Writer};
 use crate::port::LostEvents;
 use crate::probe::{Backend, LoadOptions, ProbeError, Probes, SharedProbes};
+use crate::time::thread_cpu_time;
 use crate::track::{DEFAULT_BUDGET, DEFAULT_MARGIN, Terms, TermsError, forecast};
 
 /// Intervals shorter than this watch mostly the fleet itself.
@@ -294,7 +295,7 @@ impl Core {
             },
             sequence: 0,
             lost_before: LostEvents::default(),
-            own: (Instant::now(), own_time()),
+            own: (Instant::now(), thread_cpu_time()),
         })
     }
 
@@ -314,7 +315,7 @@ impl Core {
         let lost = self.measure(window);
         self.open_window();
         let now = Instant::now();
-        let (own, wall) = (own_time(), now.saturating_duration_since(self.own.0));
+        let (own, wall) = (thread_cpu_time(), now.saturating_duration_since(self.own.0));
         let share = own.saturating_sub(self.own.1).as_secs_f64() / wall.as_secs_f64().max(f64::MIN_POSITIVE);
         self.own = (now, own);
         let mut vms: Vec<FleetVm> = self.vms.values().map(Tracked::view).collect();
@@ -545,12 +546,6 @@ fn show(vm: &mut Tracked, single: Single, terms: Option<&Terms>) {
     });
     vm.show_names();
     vm.before = Some(single.after);
-}
-
-/// The CPU time of the calling thread.
-fn own_time() -> Duration {
-    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
-    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 fn unix_ms() -> u64 {

@@ -15,6 +15,7 @@ use crate::model::{AddressSpace, GuestProcess, Writer};
 use crate::service::guest_names::GuestNames;
 use crate::service::interrupt::{Interrupt, Wake};
 use crate::service::inventory::HostVm;
+use crate::time::thread_cpu_time;
 
 /// Names are as old as this, at most, while their VM's windows open.
 const FRESH: Duration = Duration::from_mins(1);
@@ -110,9 +111,9 @@ impl Names {
                 if interrupt.wait_until(Instant::now()) {
                     break;
                 }
-                let before = super::own_time();
+                let before = thread_cpu_time();
                 let outcome = find(&mut guest, &vm, &spaces);
-                let cost = super::own_time().saturating_sub(before);
+                let cost = thread_cpu_time().saturating_sub(before);
                 if answer.send(Answer { key, guest, spaces, outcome }).is_err()
                     || interrupt.wait_until(Instant::now() + cost.div_f64(SHARE_OF_CORE))
                 {
