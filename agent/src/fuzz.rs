@@ -77,6 +77,7 @@ pub const TARGETS: &[Target] = &[
     target("config", config_file, config_seeds),
     target("maps", maps::fuzz, maps::fuzz_seeds),
     target("btf", btf, guest_os::testing::type_seeds),
+    target("btf_file", crate::btf::fuzz_file, crate::btf::file_seeds),
     target("guest_os", guest_os::testing::fuzz, guest_os::testing::fuzz_seeds),
     target("kernel_symbols", guest_os::fuzz_symbols, guest_os::symbol_seeds),
     target("guest_words", prove::fuzz_line, prove::fuzz_seeds),

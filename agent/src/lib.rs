@@ -8,7 +8,7 @@
 //! | faces | [`cli`], [`tui`] | arguments and keys in, human or JSON out |
 //! | service | [`service`] | the composition root: machine host, migration managers, observer |
 //! | policy | [`migrate`], [`announce`], [`track`] | the subject itself, generic over ports |
-//! | mechanism | [`kvm`], [`block`], [`net`], [`link`], [`shm`], [`probe`], [`btf`], [`trial`], [`foreign`], [`guest_os`], [`store`], [`draw`] | one kernel interface each, thin |
+//! | mechanism | [`kvm`], [`block`], [`net`], [`link`], [`shm`], [`probe`], [`btf`], [`trial`], [`foreign`], [`guest_os`], [`store`], [`draw`], `time` | one kernel interface each, thin |
 //! | ports | [`port`] | the traits that join policy to mechanism |
 //! | words | [`model`] | newtypes with units, neutral names |
 //!
@@ -38,6 +38,7 @@ pub mod shm;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;
 pub mod store;
+mod time;
 pub mod track;
 pub mod trial;
 pub mod tui;

@@ -5,15 +5,18 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use dunlin::guest_os::{Hints, LinuxGuest as GuestKernel, Origin, Processes, Symbols};
 use dunlin::model::{AddressSpace, Gpa, MemoryRange};
 use dunlin::port::{GuestMemory, GuestMemoryError};
+use dunlin_tests::agent::Agent;
 use dunlin_tests::foreign::ForeignVm;
 use dunlin_tests::linux::LinuxGuest;
 use dunlin_tests::wait::wait_for;
-use serde_json::json;
+use dunlin_tests::{Rig, VmSpec, dunlin};
+use serde_json::{Value, json};
 
 /// Two processes that write, and a look at the kernel's symbols.
 const WORK: &str = "dunlin.wl=ws:16M,rate:1000 dunlin.wl=ws:8M,rate:300 dunlin.symbols";
@@ -68,6 +71,12 @@ fn names(processes: &Processes) -> Vec<(u32, String)> {
     names
 }
 
+/// What the guest told of its kernel's symbols, as `/proc/kallsyms` has it.
+fn symbols(vm: &ForeignVm) -> String {
+    let console = std::fs::read_to_string(vm.console()).unwrap();
+    console.lines().filter_map(|line| line.strip_prefix("SYMBOL ")).collect::<Vec<_>>().join("\n")
+}
+
 /// Boots, finds, names, and compares.
 fn check(linux: &LinuxGuest, options: &str, more: &[&str]) {
     let mut vm = ForeignVm::boot_with(linux, &format!("{WORK} {options}"), more).unwrap();
@@ -101,9 +110,8 @@ fn check(linux: &LinuxGuest, options: &str, more: &[&str]) {
     .unwrap_or_else(|error| panic!("{what}: {error}; seen: {seen:?}"));
 
     // The guest's own symbols lead to the same, and one vCPU's look at any time is enough.
-    let console = std::fs::read_to_string(vm.console()).unwrap();
-    let symbols: Vec<_> = console.lines().filter_map(|line| line.strip_prefix("SYMBOL ")).collect();
-    let symbols = Symbols::parse(symbols.join("\n").as_bytes()).unwrap_or_else(|e| panic!("{what}: {e}: {symbols:?}"));
+    let symbols = symbols(&vm);
+    let symbols = Symbols::parse(symbols.as_bytes()).unwrap_or_else(|e| panic!("{what}: {e}: {symbols:?}"));
     let hints = Hints { symbols: Some(&symbols), ..Hints::default() };
     let roots = address_spaces(&mut vm);
     let mut again = GuestKernel::find(&ram, &roots[..1], &hints).unwrap_or_else(|e| panic!("{what}: {e}"));
@@ -129,4 +137,107 @@ fn writers_are_named_under_page_table_isolation_and_with_two_cpus() {
     for linux in LinuxGuest::all().unwrap() {
         check(&linux, "pti=on", &["-smp", "2"]);
     }
+}
+
+/// `dunlin wws --names` with an operator's files: exit code, report, and what it said besides.
+fn named_with(vm: &ForeignVm, map: &Path, types: Option<&Path>) -> (Option<i32>, Value, String) {
+    let mut command = dunlin();
+    command.args([
+        "wws",
+        &format!("pid:{}", vm.pid()),
+        "--json",
+        "--names",
+        "--window",
+        "2s",
+        "--regime",
+        "soft-dirty",
+    ]);
+    command.args(["--allow-soft-dirty", "--allow-read-memory", "--system-map"]).arg(map);
+    if let Some(types) = types {
+        command.arg("--btf").arg(types);
+    }
+    let output = command.output().unwrap();
+    let report = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    (output.status.code(), report, String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+#[test]
+#[ignore = "needs a KVM that runs Linux, and soft-dirty: `cargo xtask test-vm` runs it"]
+fn an_operators_files_lead_to_the_names_and_wrong_ones_are_said_to_be_wrong() {
+    let linux = LinuxGuest::all().unwrap().remove(0);
+    let vm = ForeignVm::boot_with(&linux, WORK, &[]).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    let right = symbols(&vm);
+    let map = file("System.map", &right);
+    let own_release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let release = vm.state().unwrap()["identity"]["kernel"].as_str().unwrap().to_owned();
+    let own_types = Path::new("/sys/kernel/btf/vmlinux");
+    // Where the guest runs this host's kernel, the host's types are the guest's.
+    let types = (own_release.trim() == release).then_some(own_types);
+    let (code, report, said) = named_with(&vm, &map, types);
+    assert_eq!(code, Some(0), "{said}");
+    let writers = report["writers"].as_array().unwrap();
+    let names: BTreeSet<&str> = writers.iter().filter_map(|part| part["writer"]["process"]["name"].as_str()).collect();
+    println!("shows {}: named by an operator's files (types {types:?}): {names:?}", linux.label);
+    assert!(names.is_superset(&BTreeSet::from(["writer0", "writer1"])), "{report:#}");
+
+    // Another kernel's symbols: the first task is elsewhere.
+    let moved = |line: &str| match line.split_once(' ') {
+        Some((at, name)) if name.ends_with(" init_task") => {
+            format!("{:x} {name}", u64::from_str_radix(at, 16).unwrap() + 4096)
+        }
+        _ => line.to_owned(),
+    };
+    let other = file("System.map-other", &right.lines().map(moved).collect::<Vec<_>>().join("\n"));
+    assert_ne!(std::fs::read_to_string(&other).unwrap(), right);
+    let (code, report, said) = named_with(&vm, &other, None);
+    let note = format!("no process list is found in the guest's kernel ({release}) by the given symbols");
+    assert!(code == Some(0) && report["notes"].to_string().contains(&note), "{said} {:#}", report["notes"]);
+
+    // No file of this kind at all: nothing is measured.
+    let (code, report, said) = named_with(&vm, own_types, None);
+    assert!(code == Some(2) && report.is_null() && said.contains("is no System.map"), "{said}");
+    let (code, _, said) = named_with(&vm, &map, Some(&map));
+    assert!(code == Some(2) && said.contains("gives no types"), "{said}");
+}
+
+#[test]
+#[ignore = "needs a KVM that runs Linux: `cargo xtask test-vm` runs it"]
+fn the_agent_names_the_process_that_keeps_a_hosted_linux_from_moving() {
+    let spec = VmSpec {
+        cpus: 1,
+        memory_bytes: 256 << 20,
+        linux: Some(LinuxGuest::all().unwrap().remove(0)),
+        guest: "dunlin.wl=ws:20M,rate:1000 dunlin.wl=ws:1M,rate:20".to_owned(),
+        ..VmSpec::default()
+    };
+    let mut rig = Rig::boot(&spec).unwrap();
+    // The link carries less than the first writes, and more than the second does.
+    let terms = ["--arm", "--window", "1s", "--every", "2s", "--bandwidth", "500KiB/s", "--downtime", "1s"];
+    let mut agent = Agent::start(&rig.run_dir(rig.at()), "500ms", 1.0, &terms).unwrap();
+    let named = wait_for("a rogue with a name", LIMIT, || {
+        let fleet = agent.fleet().ok()?;
+        let armed = &fleet["vms"][0]["armed"];
+        let rogues = armed["rogues"].as_array()?;
+        rogues.iter().any(|rogue| rogue["writer"]["process"]["name"] == "writer0").then(|| armed.clone())
+    });
+    let named = named.unwrap_or_else(|error| panic!("{error}: {:#}\n{}", agent.fleet().unwrap(), agent.log()));
+    assert_eq!(named["names_missing"], Value::Null, "{named:#}");
+    let words = |rogue: &Value| rogue["words"].as_str().unwrap().to_owned();
+    let rogues: Vec<String> = named["rogues"].as_array().unwrap().iter().map(words).collect();
+    println!("shows the agent's rogues: {rogues:?}");
+    assert!(!rogues.iter().any(|words| words.contains("`writer1`")), "{rogues:?}");
+    let rate = agent.metric("dunlin_vm_rogue_process_bytes_per_second", &["process=\"writer0\""]).unwrap().unwrap();
+    println!("shows its metric: {rate:.0} bytes/s");
+    // It is told to write 4 MB/s; in software it may get to a part of that.
+    assert!((2e5..6e6).contains(&rate), "{rate}");
+    // The thread that reads guests' memory ends with the agent.
+    agent.process.signal(rustix::process::Signal::TERM).unwrap();
+    assert_eq!(agent.process.wait_for(LIMIT).unwrap().and_then(|status| status.code()), Some(0), "{}", agent.log());
+    rig.stop().unwrap();
 }

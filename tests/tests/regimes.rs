@@ -8,8 +8,9 @@ use dunlin::port::GuestMemory;
 use dunlin::service::clock::MonotonicClock;
 use dunlin::track::{SampledCurve, Sampler, SamplingOptions, WindowEstimate};
 use dunlin_tests::bare::{Accelerator, BareVm, Ram, has_huge_pages};
+use dunlin_tests::dunlin;
 use dunlin_tests::guest;
-use dunlin_tests::hosted::TestHost;
+use dunlin_tests::hosted::{TestHost, VM};
 use dunlin_tests::serial::SerialLog;
 use dunlin_tests::wait::wait_for;
 
@@ -302,4 +303,69 @@ mod with_marks {
         println!("shows granularity of anonymous memory: {granularity}");
         assert_eq!(granularity.largest_bytes, HUGE_PAGE as u64, "QEMU asks for huge pages");
     }
+}
+
+/// One object of a command on a hosted VM; its exit code and what it said besides.
+fn told(host: &TestHost, words: &[&str]) -> (Option<i32>, serde_json::Value, String) {
+    let mut command = dunlin();
+    command.args(words).arg("--run-dir").arg(host.run_dir()).arg("--state-dir").arg(host.state_dir()).arg("--json");
+    let output = command.output().unwrap();
+    let object = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    (output.status.code(), object, String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+#[test]
+fn samples_show_where_a_vm_writes_as_write_protection_does() {
+    // All of it within each window, and the rest of memory not at all.
+    const WHOLE: u64 = 500;
+    let host = TestHost::new().unwrap();
+    let _vm = host.boot_with("256MiB", "dunlin.wl0=ws:32M,rate:20000,pattern:seq", &[]).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let drawing = folder.path().join("heat.svg");
+    let (code, armed, said) = told(&host, &["heat", VM, "--regime", "armed"]);
+    assert_eq!(code, Some(0), "{said}");
+    let plot = drawing.display().to_string();
+    let (code, sampled, said) = told(&host, &["heat", VM, "--regime", "sampled", "--plot", &plot]);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(std::fs::read_to_string(&drawing).unwrap().contains("sampled ("));
+    let number = |value: &serde_json::Value, name: &str| value[name].as_u64().unwrap();
+    let heat = &sampled["sampled"]["heat"];
+    let regions = heat["regions"].as_array().unwrap();
+    println!(
+        "shows {} regions of {} bytes, {} pages sampled",
+        regions.len(),
+        heat["region_bytes"],
+        regions.iter().map(|region| number(region, "sampled_pages")).sum::<u64>()
+    );
+    assert_eq!(number(heat, "region_bytes"), 2 << 20);
+    let (mut wholly, mut outside) = (0, Vec::new());
+    for region in regions {
+        let start = number(&region["range"], "start");
+        let parts = armed["heat"].as_array().unwrap();
+        let truth = parts.iter().find(|part| number(&part["range"], "start") == start);
+        let truth = truth.map_or(0, |part| number(part, "unique_pages"));
+        wholly += u64::from(truth >= WHOLE);
+        // Two windows that are not the same: the guest's own few pages differ.
+        let (low, high) = (number(region, "unique_pages_low"), number(region, "unique_pages_high"));
+        if truth + 8 < low || truth > high + 8 {
+            outside.push((start, truth, low, high));
+        }
+    }
+    println!("shows {wholly} regions that are written wholly; outside of the interval: {outside:?}");
+    assert!(wholly >= 14, "{armed:#}");
+    assert!(outside.len() * 10 <= regions.len(), "{outside:?}");
+    // Regions are ranked, and nobody is named.
+    let rogue = ["rogue", VM, "--regime", "sampled", "--looks", "1", "--bandwidth", "1Mbit"];
+    let (code, report, said) = told(&host, &rogue);
+    assert_eq!(code, Some(3), "{said}");
+    let ranked = report["ranking"]["writers"].as_array().unwrap();
+    let kinds: std::collections::BTreeSet<_> =
+        ranked.iter().map(|ranked| ranked["writer"]["kind"].as_str().unwrap()).collect();
+    assert_eq!(kinds, ["region", "vm"].into(), "{report:#}");
+    assert_eq!(report["rogues"], serde_json::json!([]));
+    // Who writes cannot be had so: refused, and at once.
+    let began = std::time::Instant::now();
+    let (code, object, said) = told(&host, &["wws", VM, "--names", "--regime", "sampled"]);
+    assert!(code == Some(3) && object.is_null() && said.contains("not by which vCPU"), "{said}");
+    assert!(began.elapsed() < Duration::from_secs(2), "nothing was measured: {:?}", began.elapsed());
 }

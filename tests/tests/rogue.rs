@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use dunlin::model::{AddressSpace, BytesPerSecond, DirtyLogKind, PageCount, Random, VmRef, Writer};
 use dunlin::service::config::TrackConfig;
+use dunlin::service::guest_names::GuestFiles;
 use dunlin::service::interrupt::Interrupt;
 use dunlin::service::profile::{Allowed, How, ProfileRequest};
 use dunlin::service::rogues::{RogueReport, rogues};
@@ -188,6 +189,8 @@ fn of_two_address_spaces_on_one_vcpu_the_one_that_writes_too_much_is_named() {
         protect_one_in: None,
         max_slowdown: 1.0,
         names: false,
+        guest_files: GuestFiles::default(),
+        who: false,
         probe_log: false,
     };
     let terms = Terms {

@@ -108,6 +108,7 @@ impl AgentArgs {
             arm: arm.then_some(ArmPlan { window, every }),
             terms,
             budget: config.track.budget,
+            read_memory: config.track.read_memory.clone(),
             ..FleetOptions::new(run_dir.path(config))
         };
         Ok(AgentOptions { fleet, listen, vcpu_metrics })

@@ -27,8 +27,8 @@ use crate::service::registry::MachineEntry;
 use crate::service::rogues::{Rogue, RogueReport};
 use crate::service::{audit, events, inventory};
 use crate::track::{
-    Compression, DirtyRate, Lost, Ranked, Ranking, Regime, SampledCurve, Terms, ThreadRate, UnreadableRange,
-    WindowEstimate, ZeroPages, forecast,
+    Compression, DirtyRate, Lost, Ranked, Ranking, Regime, SampledCurve, SampledHeat, SampledRegion, Terms, ThreadRate,
+    UnreadableRange, WindowEstimate, ZeroPages, forecast,
 };
 
 fn tagged(object: &impl Schema) -> Value {
@@ -205,6 +205,20 @@ fn sampled() -> SampledCurve {
         regime: Regime::Sampled,
         meaning: "",
         population_pages: 0,
+        heat: SampledHeat {
+            region_bytes: 1,
+            window_ns: 0,
+            windows: 1,
+            regions: vec![SampledRegion {
+                range: MemoryRange { start: Gpa(0), bytes: 4096 },
+                pages: 0,
+                sampled_pages: 0,
+                changed_pages: 0,
+                unique_pages: 0,
+                unique_pages_low: 0,
+                unique_pages_high: 0,
+            }],
+        },
         unreadable_ranges: vec![UnreadableRange { start: Gpa(0), bytes: 0, reason: String::new() }],
         zero_pages: Some(ZeroPages { share: 0., share_low: 0., share_high: 0., sampled_pages: 0 }),
         compression: Some(Compression { ratio: 0., ratio_low: 0., ratio_high: 0., sampled_pages: 0 }),

@@ -11,6 +11,7 @@ use crate::model::VmRef;
 use crate::model::outcome::exit;
 use crate::model::units::{display_bytes, display_duration, parse_duration};
 use crate::service::config::Config;
+use crate::service::guest_names::GuestFiles;
 use crate::service::interrupt::Interrupt;
 use crate::service::out::complain;
 use crate::service::profile::{
@@ -30,6 +31,25 @@ pub(super) enum RegimeArg {
     Logged,
     /// Comparing a sample of the VM's pages (needs --allow-read-memory).
     Sampled,
+}
+
+/// What an operator knows of the guest's kernel.
+#[derive(Debug, Args)]
+pub(super) struct GuestFilesArgs {
+    /// The System.map of the guest's kernel, or a copy of its /proc/kallsyms: where its list of processes begins.
+    #[arg(long, value_name = "FILE")]
+    system_map: Option<PathBuf>,
+
+    /// The types of the guest's kernel: its vmlinux, or BTF alone, as in its /sys/kernel/btf/vmlinux.
+    #[arg(long, value_name = "FILE")]
+    btf: Option<PathBuf>,
+}
+
+impl GuestFilesArgs {
+    /// The files.
+    pub(super) fn files(self) -> GuestFiles {
+        GuestFiles { system_map: self.system_map, btf: self.btf }
+    }
 }
 
 /// How to measure.
@@ -116,6 +136,8 @@ impl ProfilingArgs {
             protect_one_in: self.protect_one_in,
             max_slowdown: f64::from(self.max_slowdown) / 100.0,
             names: false,
+            guest_files: GuestFiles::default(),
+            who: false,
             probe_log: self.probe_log,
         })
     }
@@ -139,18 +161,34 @@ fn measured(request: &ProfileRequest, interrupt: &Interrupt) -> Result<Profile, 
 
 /// The profile that the arguments ask for; or, with the reason said where there is one, the exit code.
 pub(super) fn taken(arguments: ProfilingArgs, config: &Config) -> anyhow::Result<Result<Profile, u8>> {
-    let request = match arguments.request(config) {
-        Ok(request) => request,
+    match arguments.request(config) {
+        Ok(request) => taken_by(&request),
         Err(words) => {
             complain!("dunlin: {words}");
-            return Ok(Err(exit::USAGE));
+            Ok(Err(exit::USAGE))
         }
-    };
-    let interrupt = Interrupt::install()?;
-    match measured(&request, &interrupt) {
-        Err(ProfileError::Interrupted) => Ok(Err(exit::CANCELLED)),
-        other => Ok(Ok(other?)),
     }
+}
+
+/// The profile that is asked for, likewise.
+pub(super) fn taken_by(request: &ProfileRequest) -> anyhow::Result<Result<Profile, u8>> {
+    let interrupt = Interrupt::install()?;
+    match measured(request, &interrupt) {
+        Err(error) => no_profile(error).map(Err),
+        Ok(profile) => Ok(Ok(profile)),
+    }
+}
+
+/// The exit code of what is no failure of the measurement, with the reason said where there is one.
+pub(super) fn no_profile(error: ProfileError) -> anyhow::Result<u8> {
+    let code = match error {
+        ProfileError::Interrupted => return Ok(exit::CANCELLED),
+        ProfileError::GuestFile(_) => exit::USAGE,
+        ProfileError::NotInSamples { .. } => exit::REFUSED,
+        other => return Err(other.into()),
+    };
+    complain!("dunlin: {error}");
+    Ok(code)
 }
 
 /// What stands above every report of a profile.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::profiling::ProfilingArgs;
+use super::profiling::{GuestFilesArgs, ProfilingArgs, no_profile};
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
 use crate::model::units::{PAGE_SIZE, display_bytes, display_duration, parse_duration};
@@ -12,9 +12,9 @@ use crate::model::{BytesPerSecond, Writer};
 use crate::service::config::Config;
 use crate::service::interrupt::Interrupt;
 use crate::service::out::{complain, say};
-use crate::service::profile::{ProfileError, ProfileRequest};
+use crate::service::profile::ProfileRequest;
 use crate::service::rogues::{RogueError, RogueReport, rogues};
-use crate::track::{DEFAULT_MARGIN, Terms};
+use crate::track::{DEFAULT_MARGIN, Regime, Terms};
 
 /// Say who keeps a VM from migrating, and how far that writer would have to be slowed
 ///
@@ -26,6 +26,7 @@ use crate::track::{DEFAULT_MARGIN, Terms};
 Examples:
   dunlin rogue web-1 --bandwidth 10Gbit --downtime 300ms
   dunlin rogue pid:4711 --bandwidth 1Gbit --downtime 100ms --regime soft-dirty --allow-soft-dirty --allow-read-memory --json
+  dunlin rogue pid:4711 --bandwidth 1Gbit --allow-soft-dirty --allow-read-memory --system-map System.map-6.1 --btf vmlinux-6.1
 
 Exit codes: 0 it converges and nobody must be slowed, or the rogues were found; 3 it does not converge, and slowing vCPUs is not enough.")]
 pub(super) struct RogueArgs {
@@ -49,8 +50,11 @@ pub(super) struct RogueArgs {
     rtt: Duration,
 
     /// Do not look for the names of the guest's processes.
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["system_map", "btf"])]
     no_names: bool,
+
+    #[command(flatten)]
+    guest_files: GuestFilesArgs,
 
     /// How often to look.
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
@@ -60,9 +64,11 @@ pub(super) struct RogueArgs {
 impl RogueArgs {
     /// Runs the command.
     pub(super) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
-        let Self { profiling, bandwidth, downtime, switch_cost, rtt, no_names, looks } = self;
+        let Self { profiling, bandwidth, downtime, switch_cost, rtt, no_names, looks, guest_files } = self;
+        let guest_files = guest_files.files();
+        let who = !guest_files.is_empty();
         let request = match profiling.request(config) {
-            Ok(request) => ProfileRequest { names: !no_names, ..request },
+            Ok(request) => ProfileRequest { names: !no_names, who, guest_files, ..request },
             Err(words) => {
                 complain!("dunlin: {words}");
                 return Ok(exit::USAGE);
@@ -76,7 +82,7 @@ impl RogueArgs {
             rogues(&request, &terms, DEFAULT_MARGIN, looks, &interrupt, &mut |done, _| bar.set_position(done.into()));
         bar.finish_and_clear();
         let report = match found {
-            Err(RogueError::Profile(ProfileError::Interrupted)) => return Ok(exit::CANCELLED),
+            Err(RogueError::Profile(error)) => return no_profile(error),
             Err(RogueError::Terms(error)) => {
                 complain!("dunlin: {error}");
                 return Ok(exit::USAGE);
@@ -142,7 +148,12 @@ fn text(report: &RogueReport) -> String {
         let end = if index + 1 < report.rogues.len() { "\n" } else { "" };
         let _ = write!(out, "rogue: {}: {}{limit}{end}", rogue.words, rate(rogue.pages_per_second));
     }
-    if !report.ranking.enough {
+    if report.regime == Regime::Sampled {
+        let _ = write!(
+            out,
+            "\nsampled: who writes does not show, only where; regions are estimates, and slowing is a vCPU's: measure under another regime"
+        );
+    } else if !report.ranking.enough {
         let _ =
             write!(out, "\nslowing vCPUs is not enough: too much is written by devices, by KVM, or by nobody known");
     }

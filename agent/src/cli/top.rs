@@ -81,6 +81,7 @@ impl TopArgs {
             arm: arm.then(ArmPlan::default),
             terms,
             budget: config.track.budget,
+            read_memory: config.track.read_memory.clone(),
             ..FleetOptions::new(run_dir.path(config))
         };
         let fleet = Fleet::start(options)?;

@@ -5,15 +5,16 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::profiling::{ProfilingArgs, heading, taken, write_drawing};
+use super::profiling::{GuestFilesArgs, ProfilingArgs, heading, taken_by, write_drawing};
 use crate::draw::{Glyphs, LINKS, curve_svg, curve_text};
+use crate::model::Writer;
 use crate::model::curve::SHOWN_MS;
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
 use crate::model::units::{PAGE_SIZE, display_bytes, display_duration, parse_duration};
 use crate::service::config::Config;
-use crate::service::out::say;
-use crate::service::profile::Profile;
+use crate::service::out::{complain, say};
+use crate::service::profile::{Profile, ProfileRequest};
 
 /// Show a VM's writable working set: how many different pages it writes in an interval, over the interval's length
 ///
@@ -24,6 +25,7 @@ use crate::service::profile::Profile;
 Examples:
   dunlin wws web-1
   dunlin wws web-1 --windows 5 --duty 10 --plot web-1.svg
+  dunlin wws web-1 --names --system-map System.map-6.1
   dunlin wws pid:4711 --regime sampled --allow-read-memory --json")]
 pub(super) struct WwsArgs {
     #[command(flatten)]
@@ -37,6 +39,13 @@ pub(super) struct WwsArgs {
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     downtime: Option<Duration>,
 
+    /// List the address spaces that wrote, with the names of a Linux guest's processes, and the vCPUs.
+    #[arg(long)]
+    names: bool,
+
+    #[command(flatten)]
+    guest_files: GuestFilesArgs,
+
     /// Draw in ASCII only.
     #[arg(long)]
     ascii: bool,
@@ -45,8 +54,17 @@ pub(super) struct WwsArgs {
 impl WwsArgs {
     /// Runs the command.
     pub(super) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
-        let Self { profiling, plot, downtime, ascii } = self;
-        let profile = match taken(profiling, config)? {
+        let Self { profiling, plot, downtime, names, guest_files, ascii } = self;
+        let guest_files = guest_files.files();
+        let names = names || !guest_files.is_empty();
+        let request = match profiling.request(config) {
+            Ok(request) => ProfileRequest { names, who: names, guest_files, ..request },
+            Err(words) => {
+                complain!("dunlin: {words}");
+                return Ok(exit::USAGE);
+            }
+        };
+        let profile = match taken_by(&request)? {
             Ok(profile) => profile,
             Err(code) => return Ok(code),
         };
@@ -63,13 +81,13 @@ impl WwsArgs {
             say!("{}", serde_json::to_string(&profile.tagged())?);
         } else {
             let glyphs = if ascii { Glyphs::Ascii } else { Glyphs::Unicode };
-            say!("{}", text(&profile, downtime, glyphs));
+            say!("{}", text(&profile, names, downtime, glyphs));
         }
         Ok(exit::DONE)
     }
 }
 
-fn text(profile: &Profile, downtime: Option<Duration>, glyphs: Glyphs) -> String {
+fn text(profile: &Profile, names: bool, downtime: Option<Duration>, glyphs: Glyphs) -> String {
     use std::fmt::Write;
     let mut out = heading(profile);
     let bytes = |pages: f64| display_bytes((pages * PAGE_SIZE as f64) as u64);
@@ -131,6 +149,18 @@ fn text(profile: &Profile, downtime: Option<Duration>, glyphs: Glyphs) -> String
             display_duration(Duration::from_nanos(cost.bpf_run_time_ns)),
             cost.bpf_core_share * 100.0
         );
+    }
+    if names {
+        let _ = writeln!(
+            out,
+            "\n{:>12}  WRITER ({} of a window)",
+            "PAGES",
+            display_duration(profile.curve.measured_until())
+        );
+        let told = |writer: &Writer| matches!(writer, Writer::Vcpu { .. } | Writer::AddressSpace { .. });
+        for part in profile.writers.iter().filter(|part| told(&part.writer)) {
+            let _ = writeln!(out, "{:>12.0}  {}", part.share * part.curve.last().unique_pages, part.writer);
+        }
     }
     out.push('\n');
     out + &curve_text(&[("U(t)", &profile.curve)], &LINKS, downtime, 78, 20, glyphs)

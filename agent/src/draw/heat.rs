@@ -38,6 +38,19 @@ text{font:12px system-ui,sans-serif;fill:#24292f}.title{font-size:16px;font-weig
 @media(prefers-color-scheme:dark){text{fill:#e6edf3}.bg{fill:#0d1117}.small{fill:#9aa4af}\
 .h0{fill:#1b212a}.h1{fill:#123a63}.h2{fill:#1361a9}.h3{fill:#4292c6}.h4{fill:#8fc1de}.h5{fill:#f2f8ff}}";
 
+/// What an estimate from a sample is told with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Estimated {
+    /// The size of the regions: cells are no smaller.
+    pub region_bytes: u64,
+    /// Where the 95 % interval of all pages written begins.
+    pub low_pages: u64,
+    /// Where it ends.
+    pub high_pages: u64,
+    /// Pages that were looked at.
+    pub sampled_pages: u64,
+}
+
 /// One cell.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Cell {
@@ -71,7 +84,7 @@ enum Row {
 
 impl Map {
     /// The map of `regions` in at most `most` cells. A region that lies in several cells counts in each by its part there.
-    fn of(regions: &[RegionHeat], most: usize) -> Self {
+    fn of(regions: &[RegionHeat], most: usize, estimated: Option<Estimated>) -> Self {
         let mut spans: Vec<(u64, u64)> = regions
             .iter()
             .filter(|region| region.range.bytes > 0)
@@ -86,7 +99,9 @@ impl Map {
                 count.saturating_add((to + 1).saturating_sub(from))
             })
         };
-        let mut cell_bytes = CELL_BYTES;
+        let least =
+            estimated.map_or(0, |estimated| estimated.region_bytes.checked_next_power_of_two().unwrap_or(1 << 62));
+        let mut cell_bytes = CELL_BYTES.max(least);
         while count(cell_bytes) > most as u64 && cell_bytes < 1 << 62 {
             cell_bytes *= 2;
         }
@@ -128,15 +143,23 @@ impl Map {
     }
 
     /// What the map is about, in a line.
-    fn summary(&self) -> String {
+    fn summary(&self, estimated: Option<Estimated>) -> String {
         let share = if self.pages > 0 { self.written as f64 / self.pages as f64 * 100.0 } else { 0.0 };
+        if let Some(Estimated { low_pages, high_pages, sampled_pages, .. }) = estimated {
+            return format!(
+                "sampled ({sampled_pages} pages): about {} of {} pages written ({share:.1} %; 95 % interval {low_pages} to {high_pages}); a cell is {}",
+                self.written,
+                self.pages,
+                whole(self.cell_bytes)
+            );
+        }
         format!("{} of {} pages written ({share:.1} %); a cell is {}", self.written, self.pages, whole(self.cell_bytes))
     }
 }
 
 /// The map as a drawing, with a legend.
-pub fn heat_svg(title: &str, regions: &[RegionHeat]) -> String {
-    let map = Map::of(regions, MOST_CELLS);
+pub fn heat_svg(title: &str, regions: &[RegionHeat], estimated: Option<Estimated>) -> String {
+    let map = Map::of(regions, MOST_CELLS, estimated);
     let rows = map.rows(COLUMNS);
     let height = TOP + rows.iter().map(row_height).sum::<usize>() + 56;
     let title = clean_xml(title);
@@ -145,7 +168,7 @@ pub fn heat_svg(title: &str, regions: &[RegionHeat]) -> String {
          height=\"{height}\">\n<title>{title}</title>\n<desc>Guest memory by guest physical address, shaded by the part that \
          was written</desc>\n<style>{STYLE}</style>\n<rect class=\"bg\" width=\"{ALL_WIDTH}\" height=\"{height}\"/>\n\
          <text class=\"title\" x=\"16\" y=\"28\">{title}</text>\n<text class=\"small\" x=\"16\" y=\"48\">{}</text>\n",
-        map.summary()
+        map.summary(estimated)
     );
     let mut y = TOP;
     for row in &rows {
@@ -197,7 +220,7 @@ pub fn heat_svg(title: &str, regions: &[RegionHeat]) -> String {
 }
 
 /// The map as text of `width` characters, 40 to 400, and a legend, without a line end behind the last line.
-pub fn heat_text(regions: &[RegionHeat], width: usize, glyphs: Glyphs) -> String {
+pub fn heat_text(regions: &[RegionHeat], width: usize, glyphs: Glyphs, estimated: Option<Estimated>) -> String {
     let (blocks, hole) = match glyphs {
         Glyphs::Unicode => (BLOCKS, '╌'),
         Glyphs::Ascii => (ASCII_BLOCKS, '~'),
@@ -205,8 +228,8 @@ pub fn heat_text(regions: &[RegionHeat], width: usize, glyphs: Glyphs) -> String
     const MARGIN: usize = 15;
     // A multiple of eight, so that addresses are round.
     let columns = (width.clamp(40, 400) - MARGIN) / 8 * 8;
-    let map = Map::of(regions, columns * MOST_ROWS);
-    let mut lines = vec![map.summary()];
+    let map = Map::of(regions, columns * MOST_ROWS, estimated);
+    let mut lines = vec![map.summary(estimated)];
     for row in map.rows(columns) {
         lines.push(match row {
             Row::Cells(number, cells) => {
@@ -275,21 +298,36 @@ mod tests {
     fn drawn_as_ever() {
         let small: Vec<RegionHeat> =
             memory().into_iter().filter(|region| region.range.start.0 % (4 << 30) < 160 << 20).collect();
-        golden("heat.svg", &heat_svg("web1 <&> memory", &small));
-        golden("heat.txt", &heat_text(&memory(), 80, Glyphs::Unicode));
-        golden("heat-ascii.txt", &heat_text(&memory(), 50, Glyphs::Ascii));
+        golden("heat.svg", &heat_svg("web1 <&> memory", &small, None));
+        golden("heat.txt", &heat_text(&memory(), 80, Glyphs::Unicode, None));
+        golden("heat-ascii.txt", &heat_text(&memory(), 50, Glyphs::Ascii, None));
     }
 
     #[test]
     fn cells_grow_until_they_fit() {
-        let map = Map::of(&memory(), MOST_CELLS);
+        let map = Map::of(&memory(), MOST_CELLS, None);
         assert_eq!((map.cell_bytes, map.cells.len()), (2 << 20, 2048));
         let tebibyte = [region(0, 3 << 30, 5), region(4 << 30, 1 << 40, 1 << 20)];
-        let map = Map::of(&tebibyte, MOST_CELLS);
+        let map = Map::of(&tebibyte, MOST_CELLS, None);
         assert_eq!((map.cell_bytes, map.cells.len()), (512 << 20, 6 + 2048));
         assert!(matches!(map.rows(COLUMNS)[1], Row::Hole(at, bytes) if at == 3 << 30 && bytes == 1 << 30));
         let written: f64 = map.cells.values().map(|cell| cell.written).sum();
         assert!((written - 5.0 - f64::from(1 << 20)).abs() < 1e-3);
+    }
+
+    #[test]
+    fn an_estimate_is_said_to_be_one_and_has_no_finer_cells_than_regions() {
+        let regions: Vec<RegionHeat> =
+            (0..16).map(|i| region(i << 26, 64 << 20, if i == 3 { 1000 } else { 0 })).collect();
+        let estimated = Estimated { region_bytes: 64 << 20, low_pages: 800, high_pages: 1200, sampled_pages: 4000 };
+        let text = heat_text(&regions, 80, Glyphs::Ascii, Some(estimated));
+        assert_eq!(
+            text.lines().next().unwrap(),
+            "sampled (4000 pages): about 1000 of 262144 pages written (0.4 %; 95 % interval 800 to 1200); a cell is 64 MiB"
+        );
+        assert!(text.contains("0x0 ...+............\n"), "{text}");
+        let svg = heat_svg("x", &regions, Some(estimated));
+        assert!(svg.contains("sampled (4000 pages)") && svg.matches("class=\"h0\"").count() == 15, "{svg}");
     }
 
     #[test]
@@ -308,11 +346,11 @@ mod tests {
             let regions: Vec<RegionHeat> = raw.into_iter().map(|(start, bytes, unique_pages, pages, shift)| RegionHeat {
                 range: MemoryRange { start: Gpa(start >> shift), bytes: bytes >> (63 - shift) }, unique_pages, pages,
             }).collect();
-            let map = Map::of(&regions, MOST_CELLS);
+            let map = Map::of(&regions, MOST_CELLS, None);
             prop_assert!(map.cells.len() <= MOST_CELLS);
-            let svg = heat_svg("x", &regions);
+            let svg = heat_svg("x", &regions, None);
             prop_assert!(svg.len() < 1 << 20 && svg.ends_with("</svg>\n") && !svg.contains("NaN"));
-            let text = heat_text(&regions, width, Glyphs::Ascii);
+            let text = heat_text(&regions, width, Glyphs::Ascii, None);
             let rows = text.lines().count() - 2;
             // Addresses that no guest has are longer than their place.
             prop_assert!(text.is_ascii() && text.lines().skip(1).take(rows).all(|line| line.len() <= width.max(56) + 4), "{text}");

@@ -13,7 +13,7 @@ mod label;
 mod scale;
 
 pub use curve::{LINKS, curve_svg, curve_text};
-pub use heat::{heat_svg, heat_text};
+pub use heat::{Estimated, heat_svg, heat_text};
 
 /// What a drawing as text is made of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

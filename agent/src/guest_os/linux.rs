@@ -4,6 +4,7 @@
 //! come from, nor what the names are for.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use super::image::{self, Image, Marks};
 use super::layout::Layout;
@@ -61,11 +62,17 @@ pub enum GuestOsError {
         "the list of processes was not found in the guest's kernel: it has not finished booting, or its data cannot be told apart; a System.map or a copy of the guest's /proc/kallsyms tells where it is"
     )]
     NoProcesses,
-    /// The operator's symbols lead elsewhere.
+    /// What the operator gave leads elsewhere.
     #[error(
-        "the given symbols do not fit the guest's kernel: no process list where they say; are they of the version that runs?"
+        "no process list is found in the guest's kernel ({}) by the given {what}: give those of that very kernel, or it has not finished booting",
+        release.as_deref().unwrap_or("of unknown version"),
     )]
-    WrongSymbols,
+    WrongHints {
+        /// What it was.
+        what: Given,
+        /// What the kernel says that it is.
+        release: Option<String>,
+    },
     /// It was found, and is there no more.
     #[error("the guest's kernel is no longer where it was: it has restarted, and must be found again")]
     Moved,
@@ -85,7 +92,7 @@ impl GuestOsError {
             Self::NoKernel => 1,
             Self::NoTypes { .. } => 2,
             Self::WrongTypes { .. } => 3,
-            Self::NoProcesses | Self::WrongSymbols => 4,
+            Self::NoProcesses | Self::WrongHints { .. } => 4,
             Self::Moved | Self::TooMuch | Self::Memory(_) => 5,
         }
     }
@@ -107,6 +114,39 @@ pub struct Hints<'a> {
     pub symbols: Option<&'a Symbols>,
     /// Its type information.
     pub types: Option<&'a KernelTypes>,
+}
+
+impl Hints<'_> {
+    /// What of it there is.
+    fn given(&self) -> Option<Given> {
+        match (self.symbols, self.types) {
+            (None, None) => None,
+            (Some(_), None) => Some(Given::Symbols),
+            (None, Some(_)) => Some(Given::Types),
+            (Some(_), Some(_)) => Some(Given::Both),
+        }
+    }
+}
+
+/// What an operator gave that may be wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Given {
+    /// Symbols.
+    Symbols,
+    /// Type information.
+    Types,
+    /// Both: either may be wrong.
+    Both,
+}
+
+impl fmt::Display for Given {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Symbols => "symbols",
+            Self::Types => "types (BTF)",
+            Self::Both => "symbols and types (BTF)",
+        })
+    }
 }
 
 /// Where something was taken from.
@@ -231,12 +271,17 @@ impl LinuxGuest {
             let tasks = Tasks { space, layout: &layout, first: at };
             tasks.is_first().map_err(|error| failed(error, GuestOsError::NoProcesses))
         };
+        let nowhere = || match hints.given() {
+            // Whoever gave the right ones gets as far as the guest does.
+            Some(what) => GuestOsError::WrongHints { what, release: marks.release.clone() },
+            None => GuestOsError::NoProcesses,
+        };
         let (init_task, first_task_from) = match hints.symbols {
             Some(symbols) => {
                 // Both are below the last address: an image begins in its window, and the offset is less than that is long.
                 let at = Gva(image.start().0 + symbols.init_task);
                 if !is_first(at)? {
-                    return Err(GuestOsError::WrongSymbols);
+                    return Err(nowhere());
                 }
                 (at, Origin::Operator)
             }
@@ -249,7 +294,7 @@ impl LinuxGuest {
                         break;
                     }
                 }
-                (found.ok_or(GuestOsError::NoProcesses)?, Origin::Guest)
+                (found.ok_or_else(nowhere)?, Origin::Guest)
             }
         };
         // A copy of the kernel's table in which nothing can be found is none.

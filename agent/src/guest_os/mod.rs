@@ -24,7 +24,7 @@ pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 
-pub use linux::{GuestOsError, Hints, LinuxGuest, Origin, Processes};
+pub use linux::{Given, GuestOsError, Hints, LinuxGuest, Origin, Processes};
 pub use symbols::{Symbols, SymbolsError};
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) use symbols::{fuzz as fuzz_symbols, fuzz_seeds as symbol_seeds};

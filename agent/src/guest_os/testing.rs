@@ -125,7 +125,7 @@ const SAMPLE_LAYOUT: Layout = Layout {
 };
 
 /// Type information of such a kernel, without what is `missing` (`STRUCTURE` or `STRUCTURE.MEMBER`).
-pub(super) fn types(missing: &[&str]) -> Vec<u8> {
+pub(crate) fn types(missing: &[&str]) -> Vec<u8> {
     const LIST: u32 = 2;
     const POINTER: u32 = 6;
     let mut strings = vec![0u8];

@@ -100,11 +100,15 @@ fn an_operator_can_give_what_the_kernel_does_not_show() {
     let symbols = map(INIT_TASK_OFFSET);
     // The name is no longer what is looked for.
     guest.ram.write(guest.tasks[0].0 + 80, b"swapper/000");
-    assert_eq!(find(&hints), Err(GuestOsError::NoProcesses));
+    assert_eq!(
+        find(&hints),
+        Err(GuestOsError::WrongHints { what: Given::Types, release: Some("6.1.0-dunlin".into()) })
+    );
     let linux = find(&Hints { symbols: Some(&symbols), ..hints }).unwrap();
     assert_eq!(linux.first_task_from, Origin::Operator);
     let wrong = map(INIT_TASK_OFFSET + 64);
-    assert_eq!(find(&Hints { symbols: Some(&wrong), ..hints }), Err(GuestOsError::WrongSymbols));
+    let misled = |what| Err(GuestOsError::WrongHints { what, release: Some("6.1.0-dunlin".into()) });
+    assert_eq!(find(&Hints { symbols: Some(&wrong), ..hints }), misled(Given::Both));
     let other = KernelTypes::parse(&types(&["task_struct.mm"])).unwrap();
     let error = find(&Hints { types: Some(&other), ..Hints::default() });
     assert_eq!(error, Err(GuestOsError::WrongTypes { missing: "task_struct.mm" }));

@@ -9,8 +9,9 @@ use netlink_packet_route::link::{
     BridgePortState, InfoBridgePort, InfoKind, InfoPortData, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 
+use super::NetError;
 use super::netlink::{Event, Events, Requests};
-use super::{NetError, monotonic_now};
+use crate::time::monotonic_now;
 
 /// `RTNLGRP_LINK`.
 const GROUP_LINK: u32 = 1;

@@ -10,10 +10,11 @@ use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourFlags, Neighb
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
 
+use super::NetError;
 use super::bridge::{self, Link, LinkKind};
 use super::netlink::{Event, Events, Requests};
-use super::{NetError, monotonic_now};
 use crate::model::MacAddress;
+use crate::time::monotonic_now;
 
 /// `RTNLGRP_NEIGH`.
 pub(super) const GROUP_NEIGH: u32 = 3;

@@ -13,8 +13,6 @@ pub mod tap;
 use std::io;
 use std::time::Duration;
 
-use rustix::time::{ClockId, clock_gettime};
-
 /// What an interface, a bridge or the kernel behind them refused.
 #[derive(Debug, thiserror::Error)]
 pub enum NetError {
@@ -74,10 +72,4 @@ impl NetError {
             _ => Self::Kernel { action, source },
         }
     }
-}
-
-/// `CLOCK_MONOTONIC`: the clock of every time that this floor reports.
-pub(crate) fn monotonic_now() -> Duration {
-    let now = clock_gettime(ClockId::Monotonic);
-    Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
 }

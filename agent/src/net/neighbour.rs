@@ -8,10 +8,11 @@ use std::time::Duration;
 use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
+use super::NetError;
 use super::fdb::GROUP_NEIGH;
 use super::netlink::{Event, Events, Requests};
-use super::{NetError, monotonic_now};
 use crate::model::MacAddress;
+use crate::time::monotonic_now;
 
 /// The Ethernet address that `message` gives for `ip`; `None` if it is about another address or knows none.
 fn mac_of(message: &NeighbourMessage, ip: IpAddr) -> Option<MacAddress> {

@@ -12,7 +12,8 @@ use rtnetlink::sys::protocols::NETLINK_ROUTE;
 use rtnetlink::sys::{Socket, SocketAddr};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::{NetError, monotonic_now};
+use super::NetError;
+use crate::time::monotonic_now;
 
 /// The kernel fills a dump's datagram up to 32 KiB.
 const DATAGRAM_BYTES: usize = 64 << 10;

@@ -8,6 +8,7 @@ use super::hook::Gives;
 use super::probes::{LoadOptions, MAX_FRAMES, Place, ProbeError, Probes};
 use crate::model::{PageBitmap, PageCount, PageSubset};
 use crate::port::{EventHook, EventSample, EventSource, EventSourceError};
+use crate::time::monotonic_now;
 
 /// Whom to count, and how far, where only one VM is watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,8 +98,7 @@ impl EventSource for KernelCounters {
 
     fn armed(&mut self, on: bool) {
         if on {
-            let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-            self.arm(now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64, PageSubset::ALL);
+            self.arm(monotonic_now().as_nanos() as u64, PageSubset::ALL);
         } else {
             self.disarm();
         }

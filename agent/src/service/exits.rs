@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::interrupt::Interrupt;
+use super::intervals::{Intervals, printed};
 use super::observe::{Ended, MissingSource, Observed, missing_sources};
 use super::watch::{WatchError, WatchRequest, WatchedVm};
 use crate::model::schema::Schema;
@@ -121,15 +122,11 @@ pub fn exits(
     let missing = missing_sources(counters.hooks());
     let mut pages = counters.empty_pages();
     let mut before = counters.sample(&mut pages)?;
-    let (mut began, mut deadline) = (Instant::now(), Instant::now());
-    let mut left = request.count;
+    let mut began = Instant::now();
+    let mut intervals = Intervals::begin(request.interval, request.count);
     loop {
-        if left == Some(0) {
-            return Ok(Ended::Counted);
-        }
-        deadline = (deadline + request.interval).max(Instant::now());
-        if interrupt.wait_until(deadline) {
-            return Ok(Ended::Interrupted);
+        if let Err(ended) = intervals.wait(interrupt) {
+            return Ok(ended);
         }
         if !watched.refresh() {
             return Ok(Ended::VmGone);
@@ -145,12 +142,9 @@ pub fn exits(
             missing_sources: missing.clone(),
         };
         before = after;
-        match each(&report) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(Ended::NobodyReads),
-            Err(error) => return Err(error.into()),
+        if let Some(ended) = printed(each(&report))? {
+            return Ok(ended);
         }
-        left = left.map(|left| left - 1);
     }
 }
 

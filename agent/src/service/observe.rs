@@ -2,12 +2,13 @@
 
 use std::io;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::Serialize;
 
 use super::clock::MonotonicClock;
 use super::interrupt::Interrupt;
+use super::intervals::{Intervals, printed};
 use super::inventory::HostVm;
 use super::machine::TRACKING_TIME;
 use super::watch::{WatchError, WatchRequest, WatchedVm};
@@ -160,16 +161,10 @@ pub(super) fn observe_logged(
     let log = log(&watched.vm, &counters)?;
     let mut observer = Observer::start_logged(counters, MonotonicClock, arm, log)?;
     let missing_sources = missing_sources(observer.hooks());
-    let mut deadline = Instant::now();
-    let mut left = request.count;
+    let mut intervals = Intervals::begin(request.interval, request.count);
     let ended = loop {
-        if left == Some(0) {
-            break Ended::Counted;
-        }
-        // From the start of the last interval, not from now: the intervals do not drift with the time that printing takes.
-        deadline = (deadline + request.interval).max(Instant::now());
-        if interrupt.wait_until(deadline) {
-            break Ended::Interrupted;
+        if let Err(ended) = intervals.wait(interrupt) {
+            break ended;
         }
         // Whether someone has its dirty log on counts as it was during the interval.
         let logged = watched.vm.logged_bytes > 0;
@@ -180,15 +175,10 @@ pub(super) fn observe_logged(
         for thread in &mut rate.threads {
             thread.name = watched.vm.process.thread_name(thread.thread_id);
         }
-        let printed = each(&DirtyRateReport { vm: vm.clone(), rate, missing_sources: missing_sources.clone() });
-        if let Err(error) = printed {
-            break if error.kind() == io::ErrorKind::BrokenPipe {
-                Ended::NobodyReads
-            } else {
-                return Err(error.into());
-            };
+        let report = DirtyRateReport { vm: vm.clone(), rate, missing_sources: missing_sources.clone() };
+        if let Some(ended) = printed(each(&report))? {
+            break ended;
         }
-        left = left.map(|left| left - 1);
     };
     if ended != Ended::VmGone {
         observer.stop()?;

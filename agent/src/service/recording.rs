@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::interrupt::Interrupt;
+use super::intervals::printed;
 use super::inventory::HostVm;
 use super::observe::{
     DirtyRateReport, Ended, ObserveRequest, ObserveVmError, Observed, missing_sources, observe_logged,
@@ -124,11 +125,9 @@ pub fn replay(
         for thread in &mut rate.threads {
             thread.name = look.names.get(&thread.thread_id).cloned();
         }
-        let printed = each(&DirtyRateReport { vm: vm.clone(), rate, missing_sources: missing_sources.clone() });
-        match printed {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => break Ended::NobodyReads,
-            Err(error) => return Err(error.into()),
+        let report = DirtyRateReport { vm: vm.clone(), rate, missing_sources: missing_sources.clone() };
+        if let Some(ended) = printed(each(&report))? {
+            break ended;
         }
     };
     Ok(ReplayEnded { ended, broke_off: recording.broke_off() })

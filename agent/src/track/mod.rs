@@ -25,5 +25,6 @@ pub use rogue::{
     Allocation, DEFAULT_MARGIN, Observed, Patience, Ranked, Ranking, RogueChange, RogueWatch, max_min, rank,
 };
 pub use sampling::{
-    Compression, SampledCurve, Sampler, SamplingError, SamplingOptions, UnreadableRange, WindowEstimate, ZeroPages,
+    Compression, SampledCurve, SampledHeat, SampledRegion, Sampler, SamplingError, SamplingOptions, UnreadableRange,
+    WindowEstimate, ZeroPages,
 };

@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 use std::sync::{Mutex, PoisonError};
 
+use super::capabilities::{Effective, SYS_PTRACE};
 use crate::model::PAGE_SIZE;
 use crate::shm::{Mapping, memory_file};
 
@@ -41,16 +42,11 @@ pub fn read_of_other_processes() -> io::Result<String> {
     if std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").is_ok_and(|scope| scope.trim() == "3") {
         return Err(io::Error::other("kernel.yama.ptrace_scope is 3: nobody may, until the next boot"));
     }
-    let status = std::fs::read_to_string("/proc/self/status")?;
-    let bits = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok());
-    match bits {
-        Some(bits) if bits >> CAP_SYS_PTRACE & 1 == 1 => Ok(String::new()),
+    match Effective::own() {
+        Some(own) if own.has(SYS_PTRACE) => Ok(String::new()),
         _ => Err(io::Error::from_raw_os_error(libc::EPERM)),
     }
 }
-
-/// include/uapi/linux/capability.h.
-const CAP_SYS_PTRACE: u32 = 19;
 
 /// Bit 55 of an entry of `/proc/PID/pagemap` (Documentation/admin-guide/mm/soft-dirty.rst).
 pub const SOFT_DIRTY: u64 = 1 << 55;

@@ -5,6 +5,7 @@
 //! [`crate::service::doctor`].
 
 pub mod bpf;
+pub mod capabilities;
 pub mod files;
 pub mod kvm;
 pub mod memory;

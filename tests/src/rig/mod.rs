@@ -277,7 +277,8 @@ impl Rig {
         }
     }
 
-    fn run_dir(&self, side: Side) -> PathBuf {
+    /// The run folder of one host.
+    pub fn run_dir(&self, side: Side) -> PathBuf {
         self.folder.path().join(format!("run-{side:?}"))
     }
 

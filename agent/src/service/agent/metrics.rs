@@ -76,7 +76,7 @@ const fn vcpu_metric(name: &'static str, help: &'static str, samples: fn(&FleetV
 }
 
 /// All of them.
-pub const METRICS: [Metric; 28] = [
+pub const METRICS: [Metric; 29] = [
     metric("dunlin_agent", Kind::Info, "The agent", |view| {
         let version = ("version", env!("CARGO_PKG_VERSION").to_owned());
         vec![(vec![version, ("backend", view.watching.backend.to_owned())], 1.0)]
@@ -161,6 +161,24 @@ pub const METRICS: [Metric; 28] = [
     metric("dunlin_vm_rogues", Kind::Gauge, "Writers that keep a VM from converging", |view| {
         each(view, |vm| Some(vm.armed.as_ref()?.rogues.len() as f64))
     }),
+    metric(
+        "dunlin_vm_rogue_process_bytes_per_second",
+        Kind::Gauge,
+        "Different pages that a rogue process of a guest writes, by the last window",
+        |view| {
+            let of = |vm: &FleetVm| {
+                let rogues = vm.armed.iter().flat_map(|armed| &armed.rogue_processes);
+                let value = |rogue: &crate::service::fleet::RogueProcess| {
+                    let mut labels = identity(vm);
+                    labels.extend([("vcpu", rogue.vcpu.to_string()), ("guest_pid", rogue.pid.clone())]);
+                    labels.push(("process", rogue.name.clone()));
+                    (labels, rogue.bytes_per_second)
+                };
+                rogues.map(value).collect::<Vec<_>>()
+            };
+            distinct(view).flat_map(of).collect()
+        },
+    ),
     metric("dunlin_vm_armed_windows", Kind::Counter, "Windows of write protection", |view| {
         each(view, |vm| Some(vm.armed.as_ref()?.windows as f64))
     }),

@@ -6,6 +6,7 @@
 mod capabilities;
 mod census;
 mod cost;
+mod names;
 mod tracked;
 mod view;
 mod windows;
@@ -19,24 +20,27 @@ use std::time::{Duration, Instant, SystemTime};
 
 use census::Census;
 use cost::Costs;
+use names::Names;
 use tracked::{Key, Tracked};
 #[cfg(test)]
 pub(crate) use view::sample;
 pub use view::{
-    ArmedView, ExitRate, FleetVcpu, FleetView, FleetVm, HISTORY, PastRate, ProgramView, ShedView, Watching,
+    ArmedView, ExitRate, FleetVcpu, FleetView, FleetVm, HISTORY, PastRate, ProgramView, RogueProcess, ShedView,
+    Watching,
 };
 use windows::{Job, Windows};
 
 use super::arm::ControlSocketArm;
 use super::interrupt::{Interrupt, Wake};
 use super::inventory;
-use super::profile::Single;
+use super::profile::{Single, may_read};
 use super::registry::Registry;
 use super::rogues::{named, ranked};
 use super::sources::{self, SourceState};
-use crate::model::{KernelVm, PageCount, VcpuFacts};
+use crate::model::{AddressSpace, KernelVm, PageCount, VcpuFacts, Writer};
 use crate::port::LostEvents;
 use crate::probe::{Backend, LoadOptions, ProbeError, Probes, SharedProbes};
+use crate::time::thread_cpu_time;
 use crate::track::{DEFAULT_BUDGET, DEFAULT_MARGIN, Terms, TermsError, forecast};
 
 /// Intervals shorter than this watch mostly the fleet itself.
@@ -79,6 +83,8 @@ pub struct FleetOptions {
     pub terms: Option<Terms>,
     /// The part of one core that all BPF programs may take.
     pub budget: f64,
+    /// VMs of other VMMs whose memory may be read, as in `[track]` of the configuration.
+    pub read_memory: Vec<String>,
     /// Whether VMs of this very process are watched too.
     pub watch_self: bool,
 }
@@ -92,6 +98,7 @@ impl FleetOptions {
             arm: None,
             terms: None,
             budget: DEFAULT_BUDGET,
+            read_memory: Vec::new(),
             watch_self: false,
         }
     }
@@ -257,6 +264,7 @@ struct Core {
     problem: Option<(String, u64)>,
     vms: BTreeMap<Key, Tracked>,
     windows: Option<Windows>,
+    names: Option<Names>,
     tried: Vec<SourceState>,
     backend: &'static str,
     sequence: u64,
@@ -266,9 +274,10 @@ struct Core {
 
 impl Core {
     fn new(options: FleetOptions) -> Result<Self, FleetError> {
-        let windows = match options.arm {
-            Some(_) => Some(Windows::start()?),
-            None => None,
+        // Who wrote shows in windows alone.
+        let (windows, names) = match options.arm {
+            Some(_) => (Some(Windows::start()?), Some(Names::start()?)),
+            None => (None, None),
         };
         Ok(Self {
             options,
@@ -277,6 +286,7 @@ impl Core {
             problem: None,
             vms: BTreeMap::new(),
             windows,
+            names,
             tried: sources::try_others(),
             backend: match Backend::of_this_host() {
                 Backend::Svm => "svm",
@@ -285,7 +295,7 @@ impl Core {
             },
             sequence: 0,
             lost_before: LostEvents::default(),
-            own: (Instant::now(), own_time()),
+            own: (Instant::now(), thread_cpu_time()),
         })
     }
 
@@ -301,10 +311,11 @@ impl Core {
         };
         self.come_and_go(found);
         let window = self.close_window();
+        self.take_names();
         let lost = self.measure(window);
         self.open_window();
         let now = Instant::now();
-        let (own, wall) = (own_time(), now.saturating_duration_since(self.own.0));
+        let (own, wall) = (thread_cpu_time(), now.saturating_duration_since(self.own.0));
         let share = own.saturating_sub(self.own.1).as_secs_f64() / wall.as_secs_f64().max(f64::MIN_POSITIVE);
         self.own = (now, own);
         let mut vms: Vec<FleetVm> = self.vms.values().map(Tracked::view).collect();
@@ -412,7 +423,13 @@ impl Core {
             vm.window_open = false;
             vm.window_closed = true;
             match outcome {
-                Ok(single) => show(vm, single, self.options.terms.as_ref()),
+                Ok(single) => {
+                    if let Some(names) = &self.names {
+                        let may_read = may_read(&self.options.read_memory, &vm.vm);
+                        names.ask(key, &vm.vm, may_read, &mut vm.names, &spaces(&single));
+                    }
+                    show(vm, single, self.options.terms.as_ref());
+                }
                 Err(problem) => {
                     // What was counted meanwhile belongs to no interval.
                     vm.before = None;
@@ -421,6 +438,16 @@ impl Core {
             }
         }
         was_open
+    }
+
+    /// Shows names that have been found meanwhile. Those of a VM that has ended are nobody's.
+    fn take_names(&mut self) {
+        while let Some((key, found)) = self.names.as_ref().and_then(Names::answered) {
+            if let Some(vm) = self.vms.get_mut(&key) {
+                vm.names.take(found);
+                vm.show_names();
+            }
+        }
     }
 
     /// Opens a window on the hosted VM that has waited longest, if it has waited long enough.
@@ -482,6 +509,19 @@ impl Core {
     }
 }
 
+/// The address spaces that wrote in a window, those that wrote most first, each once.
+fn spaces(single: &Single) -> Vec<AddressSpace> {
+    let mut spaces = Vec::new();
+    for part in &single.writers {
+        if let Writer::AddressSpace { address_space, .. } = part.writer
+            && !spaces.contains(&address_space)
+        {
+            spaces.push(address_space);
+        }
+    }
+    spaces
+}
+
 /// Shows what a window of a VM showed; the VM's next interval begins behind it.
 fn show(vm: &mut Tracked, single: Single, terms: Option<&Terms>) {
     vm.windows += 1;
@@ -505,14 +545,11 @@ fn show(vm: &mut Tracked, single: Single, terms: Option<&Terms>) {
         ranking,
         curve: single.curve,
         windows: vm.windows,
+        names_missing: None,
+        rogue_processes: Vec::new(),
     });
+    vm.show_names();
     vm.before = Some(single.after);
-}
-
-/// The CPU time of the calling thread.
-fn own_time() -> Duration {
-    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
-    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 fn unix_ms() -> u64 {

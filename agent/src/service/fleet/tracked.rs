@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
-use super::view::{ArmedView, ExitRate, FleetVcpu, FleetVm, HISTORY, PastRate};
+use super::names::Known;
+use super::view::{ArmedView, ExitRate, FleetVcpu, FleetVm, HISTORY, PastRate, RogueProcess};
 use crate::foreign::thread_time;
-use crate::model::{ExitTimes, PageCount, VcpuFacts};
+use crate::model::{ExitTimes, PAGE_SIZE, PageCount, VcpuFacts, Writer};
 use crate::port::{EventSample, ThreadEvents};
 use crate::probe::{KernelCounters, SharedProbes};
 use crate::service::inventory::HostVm;
@@ -42,6 +43,8 @@ pub(super) struct Tracked {
     pub(super) armed: Option<ArmedView>,
     /// Why the last one did not open.
     pub(super) armed_problem: Option<String>,
+    /// Who its address spaces are.
+    pub(super) names: Known,
     /// Who stays above the line.
     pub(super) watch: RogueWatch,
     /// Windows so far.
@@ -97,6 +100,7 @@ impl Tracked {
             history: VecDeque::new(),
             armed: None,
             armed_problem: None,
+            names: Known::default(),
             watch: RogueWatch::default(),
             windows: 0,
             last_window: None,
@@ -147,6 +151,31 @@ impl Tracked {
             used.insert(thread, (now, time));
         }
         self.cpu = used;
+    }
+
+    /// Gives the writers of the last window the names that are known.
+    pub(super) fn show_names(&mut self) {
+        let Some(armed) = &mut self.armed else { return };
+        for ranked in armed.ranking.iter_mut().flat_map(|ranking| &mut ranking.writers) {
+            self.names.name(&mut ranked.writer);
+        }
+        // Two address spaces may be one process's: under page-table isolation each has two.
+        let mut processes: BTreeMap<(u32, String, String), f64> = BTreeMap::new();
+        for rogue in &mut armed.rogues {
+            self.names.name(&mut rogue.writer);
+            rogue.words = rogue.writer.to_string();
+            if let Writer::AddressSpace { vcpu, process: Some(process), .. } = &rogue.writer {
+                let (pid, name) = if self.names.is_told_apart(process) {
+                    (process.pid.to_string(), process.name.clone())
+                } else {
+                    (String::new(), "other".to_owned())
+                };
+                *processes.entry((*vcpu, pid, name)).or_default() += rogue.pages_per_second * PAGE_SIZE as f64;
+            }
+        }
+        let of = |((vcpu, pid, name), bytes_per_second)| RogueProcess { vcpu, pid, name, bytes_per_second };
+        armed.rogue_processes = processes.into_iter().map(of).collect();
+        armed.names_missing = self.names.problem().cloned();
     }
 
     /// What is shown of it.

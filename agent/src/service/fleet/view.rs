@@ -157,6 +157,25 @@ pub struct ArmedView {
     pub rogues: Vec<Rogue>,
     /// Windows of this VM so far.
     pub windows: u64,
+    /// Why address spaces have no names of processes; absent where they have, and while they are looked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub names_missing: Option<String>,
+    /// Those rogues that are named processes of the guest, as metrics tell them: of at most 64 different names while the VM lives.
+    #[serde(skip)]
+    pub rogue_processes: Vec<RogueProcess>,
+}
+
+/// A rogue process on one vCPU, or all that are not told apart.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RogueProcess {
+    /// The vCPU's number.
+    pub vcpu: u32,
+    /// Its number in the guest; empty for those that are not told apart.
+    pub pid: String,
+    /// Its name in the guest, or `other`.
+    pub name: String,
+    /// What it writes, different pages in bytes per second.
+    pub bytes_per_second: f64,
 }
 
 /// What watching costs, and what is not seen.
@@ -265,6 +284,13 @@ pub(crate) fn sample() -> FleetView {
         ranking: Some(ranking),
         curve,
         windows: 4,
+        names_missing: Some(String::new()),
+        rogue_processes: vec![RogueProcess {
+            vcpu: 0,
+            pid: "812".to_owned(),
+            name: "stress".to_owned(),
+            bytes_per_second: 81_920_000.0,
+        }],
     };
     let vm = FleetVm {
         name: "a \"quoted\" name\\".to_owned(),

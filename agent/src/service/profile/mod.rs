@@ -18,6 +18,7 @@ pub use window::WindowCost;
 pub(super) use window::{Single, ram_slots, single};
 
 use super::config::TrackConfig;
+use super::guest_names::{GuestFileError, GuestFiles, GuestNames};
 use super::interrupt::Interrupt;
 use super::inventory::{self, FindError, HostVm};
 use super::observe::{MissingSource, Observed};
@@ -81,6 +82,10 @@ pub struct ProfileRequest {
     pub max_slowdown: f64,
     /// Whether the processes of a Linux guest are to be named.
     pub names: bool,
+    /// What is known of the guest's kernel for that.
+    pub guest_files: GuestFiles,
+    /// Whether it must show who wrote: a regime that does not is refused before anything is measured.
+    pub who: bool,
     /// Whether the BPF programs' own diagnostics are printed.
     pub probe_log: bool,
 }
@@ -129,7 +134,7 @@ pub struct Profile {
     pub fault_cost_ns: Option<u64>,
     /// Who wrote; empty where that cannot be seen.
     pub writers: Vec<WriterProfile>,
-    /// Where, in parts of 2 MiB; only those that were written. Empty where that cannot be seen.
+    /// Where, in parts of 2 MiB or, sampled, in regions that may be larger; only those that were written.
     pub heat: Vec<RegionHeat>,
     /// Guest memory that could be written.
     #[serde(skip)]
@@ -152,8 +157,11 @@ impl Schema for Profile {
 }
 
 impl Profile {
-    /// All of guest memory in parts of 2 MiB, those that were not written too.
+    /// All of guest memory in parts of 2 MiB, or in the regions that samples tell apart; those that were not written too.
     pub fn map(&self) -> Vec<RegionHeat> {
+        if let Some(sampled) = &self.sampled {
+            return sampled::heat(&sampled.heat).collect();
+        }
         self.ram.iter().flat_map(|range| writers::all_regions(range, &self.heat)).collect()
     }
 }
@@ -197,6 +205,18 @@ pub enum ProfileError {
         flag: &'static str,
         /// The key that does.
         key: &'static str,
+    },
+    /// A file about the guest's kernel does not help.
+    #[error(transparent)]
+    GuestFile(#[from] GuestFileError),
+    /// Who wrote does not show in samples.
+    #[error(
+        "`{vm}` would be measured under the regime `sampled`, which shows what was written and where, not by which vCPU, address space or \
+         process: measure under another regime"
+    )]
+    NotInSamples {
+        /// The VM.
+        vm: String,
     },
     /// Nobody logs.
     #[error("nobody has the dirty log of `{0}` on, so there is nothing to see under the regime `logged`")]
@@ -268,10 +288,14 @@ impl Profiler {
             (How::Auto, false) => How::Logged,
             (how, _) => how,
         };
+        let known = request.guest_files.load()?;
         let by = if how == How::Sampled {
+            if request.who {
+                return Err(ProfileError::NotInSamples { vm: found.name });
+            }
             By::Reading(Box::new(sampled::Reading::open(request, found, allowed)?))
         } else {
-            By::Events(Box::new(events(request, &found, how, allowed)?))
+            By::Events(Box::new(events(request, &found, how, allowed, GuestNames::new(known))?))
         };
         Ok(Self { request: request.clone(), by })
     }
@@ -294,6 +318,7 @@ fn events(
     found: &HostVm,
     how: How,
     allowed: Allowed,
+    names: GuestNames,
 ) -> Result<window::Events, ProfileError> {
     let (watched, counters) = WatchedVm::open(&WatchRequest {
         run_dir: request.run_dir.clone(),
@@ -316,7 +341,7 @@ fn events(
         }
         _ => return Err(ProfileError::NotLogged(name())),
     };
-    window::Events::new(watched, counters, protector, allowed)
+    window::Events::new(watched, counters, protector, allowed, names)
 }
 
 /// Measures once.
@@ -335,9 +360,14 @@ pub fn profile(
 fn allowed(request: &ProfileRequest, vm: &HostVm) -> Allowed {
     let own = vm.entry.is_some();
     Allowed {
-        read_memory: own || request.allowed.read_memory || names(&request.config.read_memory, vm),
+        read_memory: request.allowed.read_memory || may_read(&request.config.read_memory, vm),
         soft_dirty: own || request.allowed.soft_dirty || names(&request.config.soft_dirty, vm),
     }
+}
+
+/// Whether the memory of this VM may be read without a flag: that of our own, and what the configuration's list names.
+pub(super) fn may_read(list: &[String], vm: &HostVm) -> bool {
+    vm.entry.is_some() || names(list, vm)
 }
 
 /// Whether a list of the configuration names the VM: by `*`, its name, `uuid:U` or `pid:P`.

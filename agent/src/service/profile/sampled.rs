@@ -3,14 +3,24 @@
 use std::time::Instant;
 
 use super::window::ram_slots;
+use super::writers;
 use super::{Allowed, Profile, ProfileError, ProfileRequest, Progress};
 use crate::foreign::{MemoryOpenError, ProcessMemory, guess_ram};
-use crate::model::{CurvePoint, RamSlot, WriteCurve};
+use crate::model::{CurvePoint, RamSlot, RegionHeat, WriteCurve};
 use crate::service::clock::MonotonicClock;
 use crate::service::interrupt::Interrupt;
 use crate::service::inventory::{self, HostVm};
 use crate::service::observe::Observed;
-use crate::track::{Sampler, SamplingError, SamplingOptions};
+use crate::track::{SampledHeat, Sampler, SamplingError, SamplingOptions};
+
+/// All regions as they are drawn.
+pub(super) fn heat(sampled: &SampledHeat) -> impl Iterator<Item = RegionHeat> + '_ {
+    sampled.regions.iter().map(|region| RegionHeat {
+        range: region.range,
+        unique_pages: region.unique_pages,
+        pages: region.pages,
+    })
+}
 
 /// What measures one VM by reading its memory.
 pub(super) struct Reading {
@@ -27,7 +37,7 @@ impl Reading {
             let (flag, key) = ("--allow-read-memory", "read_memory");
             return Err(ProfileError::NeedsPermission { vm: found.name, what: "sampled", flag, key });
         }
-        let mut notes = vec!["sampling shows what was written, not by whom nor where".to_owned()];
+        let mut notes = vec!["sampling shows what was written and where, not by whom".to_owned()];
         let vm = match inventory::kernel_view() {
             Some(mut view) => inventory::again(&found, &request.run_dir, &mut view).unwrap_or(found),
             None => found,
@@ -66,6 +76,7 @@ impl Reading {
         });
         let nothing = |_| ProfileError::Sampling(SamplingError::Unreadable("no window was finished".to_owned()));
         let curve = WriteCurve::from_measured(points.collect()).map_err(nothing)?;
+        let heat: Vec<RegionHeat> = heat(&sampled.heat).filter(|region| region.unique_pages > 0).collect();
         Ok(Profile {
             vm: Observed::of(&self.vm),
             regime: sampled.regime,
@@ -76,14 +87,14 @@ impl Reading {
             window_ns: curve.last().interval_ns,
             windows: 1,
             memory_bytes: self.slots.iter().map(|slot| slot.bytes).sum(),
+            writers: writers::regions(&heat, &curve),
             curve,
             protected_one_in: 1,
             guest_time_lost_ns: 0,
             rest_ns: 0,
             exact_unique_pages: None,
             fault_cost_ns: None,
-            writers: Vec::new(),
-            heat: Vec::new(),
+            heat,
             ram: self.slots.iter().map(RamSlot::range).collect(),
             sampled: Some(sampled),
             lost_events: None,

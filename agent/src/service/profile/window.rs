@@ -223,12 +223,12 @@ impl Events {
         counters: KernelCounters,
         protector: Protector,
         allowed: Allowed,
+        names: GuestNames,
     ) -> Result<Self, ProfileError> {
         let fault_cost = match protector.regime() {
             Regime::Logged => None,
             _ => Some(crate::trial::kvm::fault_cost().map_err(ProfileError::FaultCost)?),
         };
-        let names = GuestNames::default();
         Ok(Self { watched, counters, protector, allowed, fault_cost, names, _counting: syscall::count_runs().ok() })
     }
 

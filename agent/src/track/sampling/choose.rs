@@ -2,7 +2,7 @@
 //!
 //! Pure. Every page has the same chance as the others of its stratum, the last one too.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 
 use crate::model::{Gpa, MemoryRange, PAGE_SIZE, Random};
 
@@ -28,6 +28,21 @@ impl Population {
             population.pages += range.bytes / PAGE_SIZE as u64;
         }
         population
+    }
+
+    /// How many pages lie in each region of `bytes`, by the region's number; in order, those without any left out.
+    pub(super) fn by_region(&self, bytes: u64) -> BTreeMap<u64, u64> {
+        let mut pages = BTreeMap::new();
+        for (_, range) in &self.ranges {
+            let end = range.start.0.saturating_add(range.bytes / PAGE_SIZE as u64 * PAGE_SIZE as u64);
+            let mut at = range.start.0;
+            while at < end {
+                let next = (at / bytes).saturating_add(1).saturating_mul(bytes).min(end);
+                *pages.entry(at / bytes).or_default() += (next - at) / PAGE_SIZE as u64;
+                at = next;
+            }
+        }
+        pages
     }
 
     /// How many there are.
@@ -174,5 +189,6 @@ mod tests {
         let population = Population::new([range(0x1000, 2), range(0x10_0000, 1)]);
         assert_eq!(population.pages(), 3);
         assert_eq!([0, 1, 2].map(|page| population.address(page).0), [0x1000, 0x2000, 0x10_0000]);
+        assert_eq!(population.by_region(0x2000).into_iter().collect::<Vec<_>>(), [(0, 1), (1, 1), (0x80, 1)]);
     }
 }

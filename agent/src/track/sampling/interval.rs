@@ -31,6 +31,12 @@ impl Count {
         self.hits += u64::from(hit);
     }
 
+    /// Adds as many pages as another holds.
+    pub(super) fn add_all(&mut self, other: Self) {
+        self.sampled += other.sampled;
+        self.hits += other.hits;
+    }
+
     fn share(self) -> f64 {
         self.hits as f64 / self.sampled as f64
     }
@@ -145,6 +151,19 @@ impl Tally {
         let limit = freedom * (1.0 - ninth + Z_DIFFER * ninth.sqrt()).powi(3);
         (sum > limit).then_some((sum / freedom, freedom))
     }
+}
+
+/// The share of a region of `pages` pages that was written, with its interval, low and high; none if nothing was sampled. Of one window a sample
+/// approaches a census; of several it tells of their mean, and pages that were looked at in one of them are not known in the others. The
+/// sample is a simple random one there: strata are larger, and windows whose shares differ only make it more even.
+pub(super) fn of_region(count: Count, pages: u64, one_window: bool) -> Option<(f64, f64, f64)> {
+    if count.sampled == 0 {
+        return None;
+    }
+    let left = if one_window { pages.saturating_sub(count.sampled) as f64 / (pages.max(2) - 1) as f64 } else { 1.0 };
+    let share = count.share();
+    let (low, high) = wilson(share, count.sampled as f64, Z * Z * left);
+    Some((share, low, high))
 }
 
 /// Wilson's interval of a share seen in `n` pages; `z2` is the square of the quantile, corrected for the population. Of no width for 0.

@@ -14,6 +14,7 @@
 //! a pilot shows, each page's own interval is t, and every figure has its interval.
 
 mod choose;
+mod heat;
 mod interval;
 mod result;
 #[cfg(test)]
@@ -24,8 +25,11 @@ use std::time::Duration;
 use xxhash_rust::xxh3::xxh3_128_with_seed;
 
 use self::choose::{Population, Sample};
+use self::heat::Seen;
 use self::interval::{Count, Share, Tally};
-pub use self::result::{Compression, SampledCurve, UnreadableRange, WindowEstimate, ZeroPages};
+pub use self::result::{
+    Compression, SampledCurve, SampledHeat, SampledRegion, UnreadableRange, WindowEstimate, ZeroPages,
+};
 use super::Regime;
 use crate::model::{Gpa, MemoryRange, PAGE_SIZE, Random};
 use crate::port::{Clock, GuestMemory, GuestMemoryError};
@@ -144,6 +148,8 @@ struct Observed {
     zeros: Vec<(u64, Count)>,
     /// Pages with something in them, in random order.
     filled: Vec<u64>,
+    /// By place.
+    seen: Seen,
     unreadable: u64,
     intervals: Intervals,
     busy: Duration,
@@ -235,12 +241,16 @@ impl<M: GuestMemory, C: Clock> Sampler<M, C> {
         self.learn_cost()?;
         let mut pilot: Option<Count> = None;
         let mut largest: Option<Observed> = None;
+        let mut heat = None;
         for window in self.options.windows.clone() {
             let observed = self.observe_well(window, pilot)?;
             let Some(estimate) = self.estimate(window, &observed) else {
                 let reason = "no page of the sample could be read".to_owned();
                 return Ok(Err(SamplingError::Unreadable(reason)));
             };
+            // Where, by the longest window: it shows most.
+            let (total, windows) = (observed.tally.total().sampled, estimate.windows);
+            heat = Some(observed.seen.heat(&self.population, total, estimate.effective_interval_ns, windows));
             finished.push(estimate);
             // A longer window shows no less: this one's sample is the next one's pilot.
             pilot = Some(observed.tally.total());
@@ -252,7 +262,9 @@ impl<M: GuestMemory, C: Clock> Sampler<M, C> {
             (ZeroPages::new(&observed.zeros, self.population.pages()), observed.filled)
         });
         let compression = self.compress(&filled)?;
+        let Some(heat) = heat else { return Ok(Err(SamplingError::Options("take 1 to 16 windows of 1 ms to 60 s"))) };
         Ok(Ok(SampledCurve {
+            heat,
             windows: std::mem::take(finished),
             regime: Regime::Sampled,
             meaning: Regime::Sampled.meaning(),
@@ -317,6 +329,7 @@ impl<M: GuestMemory, C: Clock> Sampler<M, C> {
             tally: Tally { strata: empty.clone(), windows: Vec::new() },
             zeros: empty,
             filled: Vec::new(),
+            seen: Seen::default(),
             unreadable: 0,
             intervals: Intervals { sum: Duration::ZERO, batches: 0, shortest: Duration::MAX, longest: Duration::ZERO },
             busy: Duration::ZERO,
@@ -387,6 +400,7 @@ impl<M: GuestMemory, C: Clock> Sampler<M, C> {
                 observed.tally.strata[stratum].1.add(changed);
                 observed.zeros[stratum].1.add(before == zero);
                 count.add(changed);
+                observed.seen.add(self.population.address(page), changed);
                 if before != zero && observed.filled.len() < MOST_PAGES as usize {
                     observed.filled.push(page);
                 }

@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+pub use super::heat::{SampledHeat, SampledRegion};
 use crate::model::Gpa;
 use crate::track::Regime;
 
@@ -16,6 +17,8 @@ pub struct SampledCurve {
     pub meaning: &'static str,
     /// Pages of RAM that the sample was taken from.
     pub population_pages: u64,
+    /// Where it was written, by the longest window's sample.
+    pub heat: SampledHeat,
     /// RAM that was left out, since it cannot be read.
     pub unreadable_ranges: Vec<UnreadableRange>,
     /// Pages that hold nothing but zeros; none if no page could be read.

@@ -393,3 +393,21 @@ fn options_that_cannot_be_followed_are_refused() {
         assert!(matches!(made, Err(SamplingError::Options(_))), "{bad:?}");
     }
 }
+
+#[test]
+fn where_a_writer_is_shows_in_the_regions_and_their_sum_is_the_whole() {
+    for seed in 0..8 {
+        let mut guest = SimGuest::new(64 * 512, 4000.0, seed);
+        guest.order = Order::Sequential;
+        let curve = guest.curve(options(&[320, 1280], seed));
+        let heat = &curve.heat;
+        assert_eq!((heat.region_bytes, heat.regions.len(), heat.windows), (2 << 20, 64, 1));
+        let sum: u64 = heat.regions.iter().map(|region| region.unique_pages).sum();
+        let window = curve.windows.last().unwrap();
+        assert!((window.unique_pages_low..=window.unique_pages_high).contains(&sum), "{sum} of {window:?}");
+        // 5120 pages in a row lie in eleven regions of 512; what was read last was read a moment later.
+        let written: Vec<usize> = (0..64).filter(|&index| heat.regions[index].changed_pages > 0).collect();
+        let apart = written.windows(2).filter(|pair| pair[1] - pair[0] > 1).count();
+        assert!((10..=14).contains(&written.len()) && apart <= 1, "{written:?}");
+    }
+}

@@ -253,6 +253,9 @@ fn facts(vm: &FleetVm) -> Vec<Line<'static>> {
             ));
         }
     }
+    if let Some(missing) = vm.armed.as_ref().and_then(|armed| armed.names_missing.as_ref()) {
+        lines.push(Line::styled(format!("processes are not named: {missing}"), DIM));
+    }
     lines.extend(vm.notes.iter().map(|note| Line::styled(note.clone(), DIM)));
     lines
 }

@@ -6,8 +6,14 @@
 //!
 //! Format: Documentation/bpf/btf.rst and include/uapi/linux/btf.h of Linux.
 
+mod file;
+
 use std::io;
 use std::path::Path;
+
+pub use file::{BtfFileError, kernel_types_of};
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) use file::{fuzz as fuzz_file, fuzz_seeds as file_seeds};
 
 /// Where the kernel shows its own and its modules' type information.
 const FOLDER: &str = "/sys/kernel/btf";
