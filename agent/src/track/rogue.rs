@@ -7,7 +7,7 @@
 //! is allowed to the VM; within a vCPU that must be slowed, its address spaces share what is allowed to it, and within these their
 //! code. Regions are another cut and share on their own.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use serde::Serialize;
 
@@ -293,15 +293,19 @@ impl RogueWatch {
 
     /// Takes the next observation. `held` are the writers that are being slowed now, and to what rate (pages per second): such a one is
     /// above while it uses up what it is allowed, else slowing a rogue would be what acquits it. A writer that is not in
-    /// the ranking is below.
+    /// the ranking is below, and so is one whose band holds the line, unless none of its group writes more: what was seen of it may be chance.
     pub fn observe(&mut self, ranking: &Ranking, held: &BTreeMap<Writer, f64>) -> Vec<RogueChange> {
         let held: BTreeMap<Writer, f64> = held.iter().map(|(writer, &limit)| (writer.identity(), limit)).collect();
         let mut above: BTreeMap<Writer, f64> = BTreeMap::new();
+        let mut largest = BTreeSet::new();
         // The largest come first, so they are what there is room for.
         for ranked in &ranking.writers {
             let identity = ranked.writer.identity();
             let pressed = held.get(&identity).copied().filter(|&limit| ranked.pages_per_second >= limit * PRESSES);
-            let Some(limit) = ranked.limit_pages_per_second.or(pressed) else { continue };
+            // Whoever writes most is above the line wherever it is; of the others it must be sure.
+            let is_largest = largest.insert(group(&ranked.writer));
+            let sure = ranked.limit_pages_per_second.filter(|&limit| is_largest || ranked.low_pages_per_second > limit);
+            let Some(limit) = sure.or(pressed) else { continue };
             if self.seen.contains_key(&identity) || self.seen.len() < MAX_SEEN {
                 self.seen.entry(identity.clone()).or_default();
                 above.insert(identity, limit);
@@ -561,6 +565,29 @@ mod tests {
         assert!(observe(&mut watch, &quiet, process(), &held).is_empty());
         assert_eq!(observe(&mut watch, &quiet, process(), &held).len(), 2);
         assert_eq!(watch.rogues().count(), 0);
+    }
+
+    #[test]
+    fn of_those_that_may_be_below_by_chance_only_the_largest_is_a_rogue() {
+        let band = |rate: f64, low: f64| {
+            let point = |ms: &f64| crate::model::CurvePoint {
+                interval_ns: (ms * 1e6) as u64,
+                unique_pages: rate * ms / 1e3,
+                low_pages: low * ms / 1e3,
+                high_pages: 2.0 * rate * ms / 1e3,
+            };
+            WriteCurve::new(MS.iter().map(point).collect()).unwrap()
+        };
+        // The line is at 450: one is surely above it, one is by what was counted, and the largest may be anywhere.
+        let (largest, sure, chance) = (band(2000.0, 100.0), band(1500.0, 1000.0), band(800.0, 100.0));
+        let mut watch = RogueWatch::default();
+        for _ in 0..3 {
+            let observed = [seen(vcpu(0), &largest, 1.0), seen(vcpu(1), &sure, 1.0), seen(vcpu(2), &chance, 1.0)];
+            let ranking = rank(&observed, &terms(1500.0), DEFAULT_MARGIN).unwrap();
+            assert_eq!(limits(&ranking).len(), 3);
+            watch.observe(&ranking, &BTreeMap::new());
+        }
+        assert_eq!(watch.rogues().collect::<Vec<_>>(), [&vcpu(0).identity(), &vcpu(1).identity()]);
     }
 
     #[test]

@@ -30,7 +30,7 @@ const UNTESTED: [&str; 7] = [
 ];
 
 /// What a group of tests proves: words for the page, the suite, and a part of the tests' names (empty: all of the suite).
-const PROOFS: [(&str, &str, &str); 15] = [
+const PROOFS: [(&str, &str, &str); 21] = [
     ("hosted machine: boot, pause, reset, save and restore", "kvm", "machine_tests"),
     ("hosted machine: test guest moves, nothing lost", "kvm", "guest_tests"),
     ("dirty bitmap and dirty ring: no write lost", "kvm", "dirty"),
@@ -39,6 +39,12 @@ const PROOFS: [(&str, &str, &str); 15] = [
     ("doctor --prove: tracking error, cost, moves", "prove", ""),
     ("BPF counts exits as tracefs does (within 1 %)", "kernel", "exits_counted"),
     ("counting without type information", "kernel", "without_type_information"),
+    ("pages logged: function entry and kernel probe count the same", "kernel", "functions_entry"),
+    ("exits: the processor's reasons and times", "kernel", "processors_reasons"),
+    ("agent: VMs come and go, floods are shed, nothing stays", "agent", ""),
+    ("processes of a Linux guest named with what each writes", "attribution", "two_processes"),
+    ("names from outside, with page table isolation, by System.map", "guest-names", ""),
+    ("sampled and soft-dirty: rates of foreign and hosted VMs", "regimes", ""),
     ("stock Linux boots with 1 and 2 vCPUs, restarts, switches off", "linux", "stock_kernels"),
     ("entropy and balloon by stock drivers", "linux", "balloon"),
     ("working Linux moved 20 times under delay and loss", "linux", "twenty_times"),

@@ -121,8 +121,8 @@ impl Profile {
     pub(super) fn held_against(&self, truth: &Truth) -> Vec<Held> {
         let held = |pages: f64, low: f64, high: f64, ns: f64, enough: bool| {
             let figure = Figure { pages, ns };
-            let true_pages = truth.pages(ns);
-            Held { error: figure.error(truth), outside: !(low..=high).contains(&true_pages), enough }
+            let (least, most) = truth.range(ns);
+            Held { error: figure.error(truth), outside: high < least || most < low, enough }
         };
         if let Some(sampled) = &self.sampled {
             let windows = sampled.windows.iter().map(|window| {

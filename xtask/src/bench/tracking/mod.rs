@@ -76,7 +76,7 @@ ten in a tenth of the pages (hotcold). Windows are 1280 ms, as the guest's own a
                    for which the writer wanted to run and did not
   passive          `dirty-rate`: nothing is protected, a lower bound
   armed            `wws --regime armed`: `figure` by the bitmap, or where a part of the pages was protected by the curve's end; `curve_error_*`: of
-                   the curve at that interval; `outside`: the truth is not in the stated interval; `slowdown` over four times the window's length,
+                   the curve at that interval; `outside`: no truth of the control's windows is in the stated interval; `slowdown` over four times the window's length,
                    or as long as the VM is left alone before another window (`rest_ns`) if that is longer
   armed-on         `dirty-rate --arm`, an interval after the other: what protection costs while it lasts
   sampled          `wws --regime sampled` of our own VM;  sampled-qemu: the same of QEMU's process, from outside

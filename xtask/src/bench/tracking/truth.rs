@@ -123,6 +123,8 @@ pub(super) struct Truth {
     pattern: Pattern,
     /// How it fared.
     pub(super) pace: Pace,
+    /// Pages per second of its slowest and its fastest window.
+    range: (f64, f64),
     /// The marks of all windows, averaged.
     marks: Vec<(f64, f64, f64)>,
 }
@@ -138,12 +140,20 @@ impl Truth {
             (sum(|mark| mark.0), sum(|mark| mark.1), sum(|mark| mark.2))
         };
         let marks = (0..windows.first()?.marks.len()).map(mean).collect();
-        Some(Self { pattern, pace, marks })
+        let paces = windows.iter().map(|window| window.written as f64 * tsc_hz as f64 / window.cycles as f64);
+        let range = paces.fold((f64::INFINITY, 0.0), |(least, most), pace| (pace.min(least), pace.max(most)));
+        Some(Self { pattern, pace, range, marks })
     }
 
     /// The same guest at the pace that it had while it was measured.
     pub(super) fn at_pace(&self, pace: Pace) -> Self {
         Self { pace, ..self.clone() }
+    }
+
+    /// The same as [`Self::pages`] at the paces of its slowest and its fastest window: what is true of an unthrottled guest is known no better.
+    pub(super) fn range(&self, ns: f64) -> (f64, f64) {
+        let at = |pages_per_second| self.at_pace(Pace { pages_per_second, ..self.pace }).pages(ns);
+        (at(self.range.0), at(self.range.1))
     }
 
     /// Different pages in `ns`, of all that the VM writes: by the pattern and the pace that it had, and with the books and the other pages.
@@ -214,6 +224,7 @@ mod tests {
         assert_eq!(truth.pace, Pace { pages_per_second: 1000.0, gap_ms: 2.0 });
         // 500 pages, books between 3 at 20 ms and 9 at 1 s, and the others.
         assert!((truth.pages(510e6) - (510.0 + 6.0 + OTHER_PAGES)).abs() < 1e-9);
+        assert_eq!(truth.range(510e6), (truth.pages(510e6), truth.pages(510e6)));
         // At 5 ms the guest counted 10 + 3 + 8 where 5 + 3 + 8 are predicted.
         assert!((truth.model_error() - 31.25).abs() < 1e-9, "{}", truth.model_error());
         let slower = Pace { pages_per_second: 750.0, gap_ms: 0.0 };
