@@ -5,7 +5,7 @@ use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::{bpf_get_current_pid_tgid, bpf_ktime_get_ns};
 use aya_log_ebpf::warn;
 use dunlin_ebpf::{
-    CodeKey, CodeRun, EXIT_TIME_BINS, ExitKey, ExitKind, ExitTimes, FIRST_WRITE_SLOTS, Loss, NO_FIRST_WRITE_BIN,
+    Armed, CodeKey, CodeRun, EXIT_TIME_BINS, ExitKey, ExitKind, ExitTimes, FIRST_WRITE_SLOTS, Loss, NO_FIRST_WRITE_BIN,
     Setting, SpaceCounters, SpaceKey, SpaceRun, THREAD_PLACES, Thread, ThreadKey, TrackedVm, attribute,
     first_write_bin, thread_place,
 };
@@ -155,12 +155,15 @@ impl Event {
     pub(crate) fn made_writable(&self, ctx: &impl EbpfContext, gfn: u64, level: u32) {
         let Some(thread) = self.thread(ctx) else { return };
         let vm = thread.vm;
-        let window = Moment::now(vm, gfn);
+        // The clock costs as much as a search: what is marked already is not written for the first time.
+        let window =
+            if level == 1 && self.is_marked(vm, gfn) { Moment::of_marked(vm, gfn) } else { Moment::now(vm, gfn) };
         if window == Moment::Before {
             thread.pages_made_writable += 1;
             return;
         }
         let (pages, fresh) = match level {
+            1 if window == Moment::Marked => (1, 0),
             1 => (1, self.mark_word(ctx, vm, gfn / 64, 1 << (gfn % 64))),
             2 => {
                 thread.huge_mappings += 1;
@@ -292,6 +295,19 @@ impl Event {
         (thread.vcpu != 0).then_some(thread.vcpu)
     }
 
+    /// Whether a page's bit of the VM's window is set.
+    #[inline(always)]
+    fn is_marked(&self, vm: TrackedVm, gfn: u64) -> bool {
+        let word = gfn / 64;
+        if word < u64::from(vm.words)
+            && let Some(word) = PAGES.get_ptr(vm.first_word + word as u32)
+        {
+            // SAFETY: a live map value.
+            return unsafe { core::ptr::read_volatile(word) } >> (gfn % 64) & 1 != 0;
+        }
+        false
+    }
+
     /// Sets bits of the VM's window; returns how many were not set before.
     #[inline(always)]
     fn mark_word(&self, ctx: &impl EbpfContext, vm: TrackedVm, word: u64, bits: u64) -> u32 {
@@ -341,17 +357,32 @@ enum Moment {
     In(u64),
     /// To a page that it does not protect.
     Aside,
+    /// To a page that is marked already.
+    Marked,
+}
+
+/// The VM's window; none: there is none.
+#[inline(always)]
+fn window_of(vm: TrackedVm) -> Option<Armed> {
+    // SAFETY: a live map value, of which the agent changes each word in one piece, the subset only while there is no window.
+    let armed = unsafe { core::ptr::read_volatile(ARMED.get_ptr(vm.slot)?) };
+    (armed.began_ns != 0).then_some(armed)
 }
 
 impl Moment {
+    /// Of a write to a page that is marked.
+    #[inline(always)]
+    fn of_marked(vm: TrackedVm, gfn: u64) -> Self {
+        match window_of(vm) {
+            Some(armed) if !armed.subset.holds(gfn) => Self::Aside,
+            _ => Self::Marked,
+        }
+    }
+
+    /// Of any other.
     #[inline(always)]
     fn now(vm: TrackedVm, gfn: u64) -> Self {
-        let Some(armed) = ARMED.get_ptr(vm.slot) else { return Self::None };
-        // SAFETY: a live map value, of which the agent changes each word in one piece, the subset only while there is no window.
-        let armed = unsafe { core::ptr::read_volatile(armed) };
-        if armed.began_ns == 0 {
-            return Self::None;
-        }
+        let Some(armed) = window_of(vm) else { return Self::None };
         if !armed.subset.holds(gfn) {
             return Self::Aside;
         }

@@ -369,3 +369,40 @@ fn samples_show_where_a_vm_writes_as_write_protection_does() {
     assert!(code == Some(3) && object.is_null() && said.contains("not by which vCPU"), "{said}");
     assert!(began.elapsed() < Duration::from_secs(2), "nothing was measured: {:?}", began.elapsed());
 }
+
+#[test]
+fn an_unthrottled_vm_is_measured_by_a_part_of_its_pages_and_a_slow_one_by_all() {
+    const WRITTEN: f64 = 16384.0;
+    let host = TestHost::new().unwrap();
+    let _vm = host.boot_with("256MiB", "dunlin.wl0=ws:64M,rate:max,pattern:random", &[]).unwrap();
+    let armed = |more: &[&str]| {
+        let (code, profile, said) =
+            told(&host, &[&["wws", VM, "--regime", "armed", "--window", "640ms"], more].concat());
+        assert_eq!(code, Some(0), "{said}");
+        let last = profile["curve"]["points"].as_array().unwrap().last().unwrap().clone();
+        let [low, high] = ["low_pages", "high_pages"].map(|edge| last[edge].as_f64().unwrap());
+        println!(
+            "shows one page of {} protected: {} pages ({low:.0} to {high:.0}), at most {} ns of the guest's time",
+            profile["protected_one_in"], last["unique_pages"], profile["guest_time_lost_ns"]
+        );
+        (profile, low, high)
+    };
+    // All of its working set is written in a window, many times over.
+    let (part, low, high) = armed(&[]);
+    assert!(part["protected_one_in"].as_u64().unwrap() > 1, "{part:#}");
+    assert!(part["exact_unique_pages"].is_null(), "what a part says is not exact");
+    assert!(low <= WRITTEN + OTHER_PAGES && WRITTEN <= high, "{low} to {high}");
+    assert!(part["rest_ns"].as_u64().unwrap() > 1_000_000_000, "{part:#}");
+    let (all, ..) = armed(&["--protect-one-in", "1"]);
+    let exact = all["exact_unique_pages"].as_f64().unwrap();
+    assert!((WRITTEN..=WRITTEN + 4.0 * OTHER_PAGES).contains(&exact), "{exact}");
+
+    let host = TestHost::new().unwrap();
+    let _vm = host.boot_with("64MiB", "dunlin.wl0=ws:16M,rate:500,pattern:seq", &[]).unwrap();
+    let (code, slow, said) = told(&host, &["wws", VM, "--regime", "armed", "--window", "640ms"]);
+    assert_eq!(code, Some(0), "{said}");
+    assert_eq!(slow["protected_one_in"], 1, "{slow:#}");
+    assert!(slow["exact_unique_pages"].as_f64().unwrap() >= 250.0, "{slow:#}");
+    let (code, _, said) = told(&host, &["wws", VM, "--protect-one-in", "3"]);
+    assert!(code == Some(2) && said.contains("power of two"), "{said}");
+}

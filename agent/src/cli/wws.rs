@@ -141,6 +141,14 @@ fn text(profile: &Profile, names: bool, downtime: Option<Duration>, glyphs: Glyp
             );
         }
     }
+    if profile.guest_time_lost_ns > 0 {
+        let _ = writeln!(
+            out,
+            "a window took up to {} of a busy vCPU's time; left alone for {} after it, the VM is slowed down no more than was allowed",
+            display_duration(Duration::from_nanos(profile.guest_time_lost_ns)),
+            display_duration(Duration::from_nanos(profile.rest_ns))
+        );
+    }
     if let Some(cost) = &profile.cost {
         let _ = writeln!(
             out,

@@ -497,6 +497,22 @@ mod tests {
         }
     }
 
+    proptest::proptest! {
+        /// Of any words at any place only the frames of the subset are left.
+        #[test]
+        fn what_is_kept_is_what_the_subset_holds(
+            words in proptest::collection::vec(proptest::prelude::any::<u64>(), 1..40), place in 0..1u64 << 30, shift in 1..=PageSubset::MAX_SHIFT, seed in proptest::prelude::any::<u64>(),
+        ) {
+            let (subset, first) = (PageSubset::one_in(shift, seed), place * 64);
+            let mut kept = words.clone();
+            keep(&mut kept, first, subset);
+            for bit in 0..words.len() as u64 * 64 {
+                let is_set = |words: &[u64]| words[(bit / 64) as usize] >> (bit % 64) & 1 == 1;
+                proptest::prop_assert_eq!(is_set(&kept), is_set(&words) && subset.holds(first + bit), "frame {}", first + bit);
+            }
+        }
+    }
+
     fn both(test: impl Fn(DirtyLogKind)) {
         if kvm_or_skip("a dirty log") {
             test(DirtyLogKind::Bitmap);

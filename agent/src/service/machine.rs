@@ -409,13 +409,23 @@ impl Host {
     /// A turn at the machine. A manager that has brought the VM here, which is ours already, is about to let it run: it is
     /// waited for.
     fn turn(&self) -> Option<Turn<'_>> {
+        self.seat.take(self.patience())
+    }
+
+    /// How long to wait for who has the machine in passing.
+    fn patience(&self) -> Duration {
         let ours = lock(&self.gate).may_run();
-        self.seat.take(if ours { ARRIVAL_LIMIT } else { Duration::ZERO })
+        if ours { ARRIVAL_LIMIT } else { Duration::ZERO }
     }
 
     /// Refuses an operator's order while a migration has the machine.
     fn unless_migrating(&self, order: &str) -> Result<Turn<'_>, String> {
         self.turn().ok_or_else(|| format!("cannot {order} while a migration has the VM; cancel it first"))
+    }
+
+    fn turn_to_track(&self) -> Result<Turn<'_>, String> {
+        let turn = self.seat.take_for_tracking(self.patience());
+        turn.ok_or_else(|| "cannot switch the dirty log while a migration has the VM".to_owned())
     }
 
     /// Pauses by an operator's order.
@@ -498,7 +508,7 @@ impl Host {
     /// Switches the dirty log on for tracking outside a migration, and write-protects `subset` at the time `at_ns` by the monotonic
     /// clock, so that the next write to each of its pages makes an event. It goes off by itself [`TRACKING_TIME`] after the last such order: whoever tracks may be killed.
     pub fn track(self: &Arc<Self>, subset: PageSubset, at_ns: u64) -> Result<Protected, String> {
-        let _turn = self.unless_migrating("switch the dirty log")?;
+        let _turn = self.turn_to_track()?;
         let wait = Duration::from_nanos(at_ns).saturating_sub(MonotonicClock.now());
         if wait > LONGEST_LEAD {
             return Err(format!("a window may be ordered {LONGEST_LEAD:?} ahead at most, not {wait:?}"));
@@ -510,7 +520,7 @@ impl Host {
 
     /// Switches it off.
     pub fn end_tracking_now(&self) -> Result<Protected, String> {
-        let _turn = self.unless_migrating("switch the dirty log")?;
+        let _turn = self.turn_to_track()?;
         self.tracking.give_up();
         let was_on = self.machine.log().is_on();
         self.machine.log().stop().map_err(|error| error.to_string())?;

@@ -4,6 +4,8 @@
 //! reading memory. What follows from a profile (a forecast, rogues, drawings) is decided elsewhere.
 
 mod average;
+mod opener;
+mod protector;
 mod sampled;
 mod window;
 mod writers;
@@ -14,9 +16,11 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+pub(super) use protector::ram_slots;
 pub use window::WindowCost;
-pub(super) use window::{Single, ram_slots, single};
+pub(super) use window::{Single, single};
 
+use self::protector::Protector;
 use super::config::TrackConfig;
 use super::guest_names::{GuestFileError, GuestFiles, GuestNames};
 use super::interrupt::Interrupt;
@@ -329,13 +333,13 @@ fn events(
     })?;
     let name = || watched.vm.name.clone();
     let protector = match how {
-        How::Armed => window::Protector::Log(watched.arm()?),
-        How::SoftDirty if allowed.soft_dirty => window::Protector::soft_dirty(request, &watched.vm)?,
+        How::Armed => Protector::Log(watched.arm()?),
+        How::SoftDirty if allowed.soft_dirty => Protector::soft_dirty(request, &watched.vm)?,
         How::SoftDirty => {
             let (flag, key) = ("--allow-soft-dirty", "soft_dirty");
             return Err(ProfileError::NeedsPermission { vm: name(), what: "soft-dirty", flag, key });
         }
-        _ if watched.vm.logged_bytes > 0 => window::Protector::Others,
+        _ if watched.vm.logged_bytes > 0 => Protector::Others,
         _ if request.how == How::Auto => {
             return Err(ProfileError::NotAllowed { vm: name(), vmm: watched.vm.vmm.clone() });
         }

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::window::ram_slots;
+use super::protector::ram_slots;
 use super::writers;
 use super::{Allowed, Profile, ProfileError, ProfileRequest, Progress};
 use crate::foreign::{MemoryOpenError, ProcessMemory, guess_ram};

@@ -1,4 +1,6 @@
-//! Measuring in windows in which every page is write-protected at the start, by whoever does it.
+//! Measuring in windows at whose start pages are write-protected, by whoever does it.
+//!
+//! Owns what windows say together, and how they follow one another; `opener` opens each.
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -6,22 +8,25 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use super::opener::{MAX_SLOWDOWN, Opener, Shown, first_seed, rest};
+use super::protector::{Protecting, Protector, ram_slots};
 use super::writers::{self, Window};
 use super::{Allowed, Profile, ProfileError, ProfileRequest, Progress, WriterProfile};
-use crate::foreign::{Permission, SoftDirty, thread_time};
-use crate::model::{
-    AddressSpace, GuestProcess, MemoryRange, PAGE_SIZE, PageBitmap, PageSubset, RamSlot, RegionHeat, Slowed, WriteCurve,
-};
-use crate::port::{Arm, ArmError, Clock, EventSample, EventSource, LostEvents, Protected, ThreadEvents};
+use crate::model::{AddressSpace, GuestProcess, MemoryRange, PAGE_SIZE, PageBitmap, RamSlot, RegionHeat, WriteCurve};
+use crate::port::{Arm, EventSample, EventSource, LostEvents};
 use crate::probe::{KernelCounters, ProgramCost, syscall};
-use crate::service::audit;
-use crate::service::clock::MonotonicClock;
 use crate::service::guest_names::GuestNames;
 use crate::service::interrupt::Interrupt;
 use crate::service::inventory::HostVm;
 use crate::service::observe::{Observed, missing_sources};
 use crate::service::watch::WatchedVm;
 use crate::track::Regime;
+
+/// The part of a window that a vCPU may wait for a CPU without a word.
+const HELD_UP: f64 = 0.05;
+/// The log stays on between two windows that lie no further apart: a VM whose mappings are split runs some percent slower, and one whose
+/// mappings are split again takes a fault a page.
+const MAY_STAY_ON: Duration = Duration::from_secs(4);
 
 /// What the measurement cost the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
@@ -32,50 +37,6 @@ pub struct WindowCost {
     pub bpf_runs: u64,
     /// The same as a part of one core, over the windows.
     pub bpf_core_share: f64,
-}
-
-/// Who protects.
-pub(super) enum Protector {
-    /// The VM's own dirty log, switched on by us.
-    Log(Box<dyn Arm>),
-    /// Soft-dirty marks.
-    Marks(SoftDirty),
-    /// Someone else's dirty log.
-    Others,
-}
-
-/// The slots that the guest can write.
-pub(in crate::service) fn ram_slots(vm: &HostVm) -> Vec<RamSlot> {
-    let slots = vm.slots.iter().filter(|slot| !slot.read_only);
-    slots
-        .map(|slot| RamSlot { start: slot.range.start, bytes: slot.range.bytes, host_address: slot.host_address })
-        .collect()
-}
-
-impl Protector {
-    /// Soft-dirty marks, with the operator's permission; recorded.
-    pub(super) fn soft_dirty(request: &ProfileRequest, vm: &HostVm) -> Result<Self, ProfileError> {
-        let by = if request.allowed.soft_dirty { "--allow-soft-dirty" } else { "[track] soft_dirty" };
-        let marks = SoftDirty::of(&vm.process, &ram_slots(vm), Permission::granted(by));
-        let action = audit::Action {
-            who: audit::me(),
-            what: "write-protect by soft-dirty marks",
-            vm_id: vm.vm_id,
-            before: "unprotected".to_owned(),
-            after: format!("{} windows of {} ms, allowed by {by}", request.windows, request.window.as_millis()),
-            result: marks.as_ref().map_or_else(ToString::to_string, |_| "ok".to_owned()),
-        };
-        audit::record(&request.state_dir, &action);
-        Ok(Self::Marks(marks?))
-    }
-
-    fn regime(&self) -> Regime {
-        match self {
-            Self::Log(_) => Regime::Armed,
-            Self::Marks(_) => Regime::SoftDirty,
-            Self::Others => Regime::Logged,
-        }
-    }
 }
 
 /// What one window of a hosted VM showed, for those who watch it anyway.
@@ -380,331 +341,6 @@ fn measure(
     }
     progress(done, request.windows);
     Ok(measured)
-}
-
-/// A number that differs from measurement to measurement, so that their subsets do.
-fn first_seed() -> u64 {
-    MonotonicClock.now().as_nanos() as u64
-}
-
-/// How long before it begins a window is ordered: the log is on by then.
-const LEAD: Duration = Duration::from_millis(10);
-/// A window that began later than ordered by more is opened again, and ordered earlier: first writes are counted in bins that grow with time.
-const LATE: Duration = Duration::from_millis(2);
-/// How often that is tried, and by how much earlier each time.
-const TRIES: u32 = 4;
-const EARLIER: u32 = 3;
-
-/// Windows that only show how much there is to see.
-const PILOT: Duration = Duration::from_millis(20);
-const PILOTS: usize = 4;
-/// The part of the pages that the first of them protects: 2^-n.
-const FIRST_SHIFT: u32 = 6;
-/// How many times as many pages each further one protects at most, as an exponent.
-const STEP: u32 = 4;
-/// First writes in a pilot that say enough of the rate: within a half, for sure.
-const ENOUGH: u64 = 16;
-/// The part of a vCPU's time that faults may take at a window's begin, where they come most often; by the fault cost as it is measured.
-const FAULT_SHARE: f64 = 0.035;
-
-/// Pages of a huge mapping.
-const PAGES_OF_HUGE: u64 = 512;
-/// The log stays on between two windows that lie no further apart: a VM whose mappings are split runs some percent slower, and one whose
-/// mappings are split again takes a fault a page.
-const MAY_STAY_ON: Duration = Duration::from_secs(4);
-/// How long a VM may take to map its memory again once its mappings have been split, and how often that is looked at.
-const SETTLED_WITHIN: Duration = Duration::from_secs(1);
-const SETTLING: Duration = Duration::from_millis(20);
-
-/// What one window showed.
-struct Shown {
-    window: Window,
-    /// Different pages among those that were protected.
-    seen: u64,
-    /// These pages.
-    pages: PageBitmap,
-    lost: LostEvents,
-    /// Whether these pages were protected, and no others.
-    chosen: bool,
-}
-
-/// The part of a window that a vCPU may wait for a CPU without a word.
-const HELD_UP: f64 = 0.05;
-/// How much of a busy vCPU's time small mappings take: between 3 and 12 % of guests that write 256 MiB without a pause, one page after the other,
-/// or at random, where guest and host both have page tables of their own.
-const SMALL_MAPPINGS: f64 = 0.15;
-/// The part of a VM's time that windows may take on average, unless told otherwise.
-const MAX_SLOWDOWN: f64 = 0.02;
-
-/// How long to leave a VM alone after so much of its time was taken.
-fn rest(lost: Duration, max_slowdown: f64) -> Duration {
-    lost.div_f64(max_slowdown.clamp(0.001, 1.0)).saturating_sub(lost)
-}
-
-/// Opens windows of one VM.
-struct Opener<'a> {
-    vm: &'a HostVm,
-    counters: &'a mut KernelCounters,
-    protector: &'a mut Protector,
-    interrupt: &'a Interrupt,
-    /// What a fault costs.
-    fault_cost: Duration,
-    /// Of the next window's subset.
-    seed: u64,
-    /// Faults of each thread so far.
-    faults: BTreeMap<u32, u64>,
-    /// Since when the log is on.
-    began: Instant,
-}
-
-impl<'a> Opener<'a> {
-    fn new(
-        vm: &'a HostVm,
-        counters: &'a mut KernelCounters,
-        protector: &'a mut Protector,
-        interrupt: &'a Interrupt,
-        fault_cost: Duration,
-        seed: u64,
-    ) -> Self {
-        Self { vm, counters, protector, interrupt, fault_cost, seed, faults: BTreeMap::new(), began: Instant::now() }
-    }
-
-    /// What all this has taken, at most, of the time of any vCPU that is never idle; one that is makes up for it.
-    fn lost(&self, idle: &BTreeMap<u32, f64>) -> Duration {
-        let busy =
-            self.faults.iter().filter(|(thread, _)| idle.get(thread).is_none_or(|&idle| idle < Slowed::PACED_IDLE));
-        let Some(most) = busy.map(|(_, &faults)| faults).max() else { return Duration::ZERO };
-        self.fault_cost.mul_f64(most as f64 * Slowed::LIKELY_DEARER) + self.began.elapsed().mul_f64(self.longer() / 2.0)
-    }
-
-    /// By which part longer small mappings may make a vCPU's work.
-    fn longer(&self) -> f64 {
-        if matches!(self.protector, Protector::Log(_)) { SMALL_MAPPINGS } else { 0.0 }
-    }
-
-    /// Adds what was made writable between two looks to the faults.
-    fn count_faults(&mut self, threads: &BTreeMap<u32, ThreadEvents>) {
-        for (&thread, events) in threads {
-            // A huge mapping is one fault.
-            let pages = events.pages_made_writable.saturating_sub(events.huge_mappings * PAGES_OF_HUGE);
-            *self.faults.entry(thread).or_default() += pages;
-        }
-    }
-
-    /// Switches the log on, has huge mappings split, and waits until little but writes to protected pages makes events. Who split them in the
-    /// window would count what is read then too, and slow the VM down where it is measured.
-    fn settle(&mut self) -> Result<(), ProfileError> {
-        let Protector::Log(arm) = self.protector else { return Ok(()) };
-        // Protecting one page splits the mapping that it is part of, and drops the other pages' parts of it: they come back as they are touched
-        // (`kvm_mmu_slot_gfn_write_protect`, arch/x86/kvm/mmu/mmu.c), but where KVM splits eagerly.
-        let each = PageSubset::one_in(PAGES_OF_HUGE.ilog2(), self.seed);
-        if arm.arm_at(each, 0)?.is_none_or(|did| did.was_on || did.subset != each.raw()) {
-            return Ok(());
-        }
-        let mut nobodys = self.counters.empty_pages();
-        let mut before = self.counters.sample(&mut nobodys)?;
-        let limit = Instant::now() + SETTLED_WITHIN;
-        loop {
-            let began = Instant::now();
-            if self.interrupt.wait_until(began + SETTLING) {
-                return Err(ProfileError::Interrupted);
-            }
-            let now = self.counters.sample(&mut nobodys)?;
-            let new = since(&before, &now);
-            self.count_faults(&new);
-            let most = new.values().map(|events| events.pages_made_writable).max().unwrap_or(0);
-            if wanted_shift(most, 1, began.elapsed(), self.fault_cost) == 0 || Instant::now() >= limit {
-                return Ok(());
-            }
-            before = now;
-        }
-    }
-
-    /// Which part of the pages to protect, as the exponent of [`PageSubset::one_in`]: as large a one as lets faults take no more than
-    /// [`FAULT_SHARE`] of any vCPU's time.
-    fn choose(&mut self) -> Result<u32, ProfileError> {
-        if !matches!(self.protector, Protector::Log(_)) {
-            return Ok(0);
-        }
-        let mut shift = FIRST_SHIFT;
-        for _ in 0..PILOTS {
-            let shown = self.open(PILOT, shift)?;
-            if !shown.chosen {
-                return Ok(0);
-            }
-            let by_thread = shown.window.threads.values().map(|events| sum(&events.first_writes));
-            let most = by_thread.max().unwrap_or(0);
-            let wanted = wanted_shift(most + 1, 1 << shift, shown.window.length, self.fault_cost);
-            if most >= ENOUGH || wanted >= shift || (wanted == 0 && shift <= STEP) {
-                return Ok(wanted);
-            }
-            shift = wanted.max(shift.saturating_sub(STEP));
-        }
-        Ok(shift)
-    }
-
-    /// One window of one page of each `2^shift`.
-    fn open(&mut self, length: Duration, shift: u32) -> Result<Shown, ProfileError> {
-        let mut lead = LEAD;
-        for further in (0..TRIES).rev() {
-            if let Some(shown) = self.try_open(length, shift, lead, further == 0)? {
-                return Ok(shown);
-            }
-            lead *= EARLIER;
-        }
-        unreachable!("the last try takes a late begin as it is")
-    }
-
-    /// One window, ordered so long before; none if it began late and must not.
-    fn try_open(
-        &mut self,
-        length: Duration,
-        shift: u32,
-        lead: Duration,
-        may_be_late: bool,
-    ) -> Result<Option<Shown>, ProfileError> {
-        let clock = MonotonicClock;
-        self.seed = self.seed.wrapping_add(1);
-        let subset = PageSubset::one_in(shift, self.seed);
-        let ordered = match self.protector {
-            Protector::Log(_) => clock.now() + lead,
-            _ => clock.now(),
-        };
-        let ordered_ns = ordered.as_nanos() as u64;
-        let mut pages = self.counters.empty_pages();
-        // From here on to the begin no page is marked, so that each is marked in the window when it is written first.
-        self.counters.arm(ordered_ns, subset);
-        let before = self.counters.sample(&mut pages)?;
-        pages.clear();
-        let threads: Vec<u32> = self.vm.vcpus.iter().filter_map(|vcpu| vcpu.thread_id).collect();
-        let mut armed = Armed { protector: self.protector, counters: self.counters };
-        let did = armed.protect(subset, ordered_ns)?;
-        // Pages are protected one after the other, so that on average their window begins in the middle of it.
-        let after = Duration::from_nanos((did.began_ns / 2 + did.ended_ns / 2).saturating_sub(ordered_ns));
-        let within = Duration::from_nanos(did.ended_ns.saturating_sub(did.began_ns) / 2);
-        if !may_be_late && did.began_ns.saturating_sub(ordered_ns) > LATE.as_nanos() as u64 {
-            return Ok(None);
-        }
-        let began = ordered + after;
-        let times = || threads.iter().map(|&thread| thread_time(self.vm.pid, thread));
-        let times_before: Vec<_> = times().collect();
-        let (looked, now) = (clock.now(), Instant::now());
-        let interrupted = self.interrupt.wait_until(now + (began + length).saturating_sub(looked));
-        let (ended, after_window) = (clock.now(), armed.counters.sample(&mut pages)?);
-        let watched_for = ended.saturating_sub(looked).as_secs_f64();
-        let (mut idle, mut waited) = (BTreeMap::new(), 0.0f64);
-        for ((&thread, before), now) in threads.iter().zip(times_before).zip(times()) {
-            let (Some(before), Some(now)) = (before, now) else { continue };
-            let share = |time: Duration| (time.as_secs_f64() / watched_for).min(1.0);
-            let wait = now.waited.unwrap_or_default().saturating_sub(before.waited.unwrap_or_default());
-            idle.insert(thread, (1.0 - share(now.ran.saturating_sub(before.ran) + wait)).max(0.0));
-            waited = waited.max(share(wait));
-        }
-        let marked = match &*armed.protector {
-            Protector::Marks(marks) => {
-                let mut marked = marks.empty_pages();
-                let writes = marks.read(&mut marked)?;
-                Some((writes.iter().map(|slot| slot.pages.0).sum::<u64>(), marked))
-            }
-            _ => None,
-        };
-        drop(armed);
-        if interrupted {
-            return Err(ProfileError::Interrupted);
-        }
-        if subset != PageSubset::ALL {
-            pages.retain(|page| subset.holds(page));
-        }
-        // Marks hold what devices and the VMM wrote too; events do not.
-        let (seen, pages) = marked.unwrap_or_else(|| (pages.count().0, pages));
-        let threads = since(&before, &after_window);
-        self.count_faults(&threads);
-        let window = Window {
-            length: ended.saturating_sub(began),
-            begin: (after, within),
-            every: subset.every(),
-            threads,
-            idle,
-            longer: self.longer(),
-            waited,
-        };
-        Ok(Some(Shown {
-            window,
-            seen,
-            pages,
-            lost: after_window.lost.since(&before.lost),
-            chosen: did.subset == subset.raw(),
-        }))
-    }
-}
-
-/// The smallest exponent with which faults take [`FAULT_SHARE`] of a writer's time at most, when so many pages, each for `every`, were written in
-/// `length`.
-fn wanted_shift(seen: u64, every: u64, length: Duration, fault_cost: Duration) -> u32 {
-    let share = (seen * every) as f64 / length.as_secs_f64() * fault_cost.as_secs_f64();
-    ((share / FAULT_SHARE).log2().ceil().max(0.0) as u32).min(PageSubset::MAX_SHIFT)
-}
-
-fn sum(bins: &[u32]) -> u64 {
-    bins.iter().map(|&pages| u64::from(pages)).sum()
-}
-
-/// The protection of one window; gone on drop.
-struct Armed<'a> {
-    protector: &'a mut Protector,
-    counters: &'a mut KernelCounters,
-}
-
-impl Armed<'_> {
-    /// Protects at the time that was ordered, or at once, and says when that was.
-    fn protect(&mut self, subset: PageSubset, at_ns: u64) -> Result<Protected, ArmError> {
-        let now = || MonotonicClock.now().as_nanos() as u64;
-        let began_ns = now();
-        let did = match self.protector {
-            Protector::Log(arm) => arm.arm_at(subset, at_ns)?,
-            Protector::Marks(marks) => marks.arm().map(|()| None)?,
-            Protector::Others => {
-                Some(Protected { began_ns: at_ns, ended_ns: at_ns, subset: subset.raw(), was_on: true })
-            }
-        };
-        Ok(did.unwrap_or_else(|| Protected { began_ns, ended_ns: now(), subset: PageSubset::ALL.raw(), was_on: false }))
-    }
-}
-
-impl Drop for Armed<'_> {
-    fn drop(&mut self) {
-        self.counters.disarm();
-    }
-}
-
-/// Someone protects, or gets ready to; on drop nobody does any more, and the VM writes freely.
-struct Protecting<'a>(&'a mut Protector);
-
-impl Protecting<'_> {
-    fn let_go(&mut self) {
-        let done = match self.0 {
-            Protector::Log(arm) => arm.disarm(),
-            Protector::Marks(marks) => marks.disarm(),
-            Protector::Others => Ok(()),
-        };
-        if let Err(error) = done {
-            // The VM ends the protection by itself when nobody asks again.
-            tracing::warn!("{error}");
-        }
-    }
-}
-
-impl Drop for Protecting<'_> {
-    fn drop(&mut self) {
-        self.let_go();
-    }
-}
-
-fn since(before: &EventSample, after: &EventSample) -> BTreeMap<u32, crate::port::ThreadEvents> {
-    let nothing = crate::port::ThreadEvents::default();
-    let threads =
-        after.threads.iter().map(|(&thread, now)| (thread, now.since(before.threads.get(&thread).unwrap_or(&nothing))));
-    threads.filter(|(_, new)| new.pages_made_writable + new.pages_logged > 0).collect()
 }
 
 /// What the programs have cost between two looks.

@@ -7,7 +7,7 @@
 use std::io::Write as _;
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -49,9 +49,11 @@ enum What {
     Nothing,
     /// A program of two instructions: what the counting of run times sees of itself.
     Empty,
-    /// Ours, without attribution.
+    /// Ours, outside of a window and without attribution.
     Counting,
-    /// Ours, with attribution to address spaces and instructions.
+    /// Ours, in a window in which every write is the first to its page, so that its time is taken.
+    FirstWrites,
+    /// The same, with attribution to address spaces and instructions.
     Attributing,
 }
 
@@ -59,7 +61,14 @@ enum What {
 enum Attached {
     Nothing,
     Empty { program: OwnedFd, _link: OwnedFd },
-    Ours(KernelCounters),
+    Ours { counters: SharedCounters, in_window: bool },
+}
+
+/// Counters that the VMs' threads harvest.
+type SharedCounters = Arc<Mutex<KernelCounters>>;
+
+fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn main() -> Result<()> {
@@ -69,9 +78,13 @@ fn main() -> Result<()> {
     let mut attached = attach(cli.what, cli.vms)?;
     let before = totals(&mut attached)?;
     let began = Instant::now();
-    let order =
-        Order { time: Duration::from_millis(cli.millis), rate: cli.rate.map(|rate| rate as f64 / cli.vms as f64) };
-    writers.iter().try_for_each(|writer| writer.order.send(order).context("a VM's thread"))?;
+    let harvested = match &attached {
+        Attached::Ours { counters, in_window: true } => Some(Arc::clone(counters)),
+        _ => None,
+    };
+    let rate = cli.rate.map(|rate| rate as f64 / cli.vms as f64);
+    let order = Order { time: Duration::from_millis(cli.millis), rate, harvested };
+    writers.iter().try_for_each(|writer| writer.order.send(order.clone()).context("a VM's thread"))?;
     let written = writers.drain(..).map(Writer::finish).sum::<Result<u64>>()?;
     let elapsed = began.elapsed();
     let after = totals(&mut attached)?;
@@ -90,11 +103,13 @@ fn main() -> Result<()> {
 }
 
 /// How a VM is to write.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Order {
     time: Duration,
     /// Pages per second; as many as it can where not given.
     rate: Option<f64>,
+    /// What takes the marks of all pages before each pass.
+    harvested: Option<SharedCounters>,
 }
 
 /// A VM on a thread of its own, which it keeps: that is how the kernel knows a vCPU.
@@ -114,7 +129,7 @@ impl Writer {
             vm.set_logging(true)?;
             ready.send(())?;
             // No order: the measurement failed elsewhere.
-            orders.recv().map_or(Ok(0), |order| write(&mut vm, order))
+            orders.recv().map_or(Ok(0), |order| write(&mut vm, &order))
         });
         match is_ready.recv() {
             Ok(()) => Ok(Self { order, thread }),
@@ -139,7 +154,7 @@ fn attach(what: What, vms: u64) -> Result<Attached> {
             let link = syscall::attach(&program, Some(&std::ffi::CString::new(EVENT)?)).context(EVENT)?;
             return Ok(Attached::Empty { program, _link: link });
         }
-        What::Counting => false,
+        What::Counting | What::FirstWrites => false,
         What::Attributing => true,
     };
     let pid = std::process::id();
@@ -149,13 +164,14 @@ fn attach(what: What, vms: u64) -> Result<Attached> {
     let probes: SharedProbes = Arc::new(Mutex::new(Probes::load(&options)?));
     let mut counters = KernelCounters::track(&probes, pid, frames)?;
     if attribute {
-        let mut probes = probes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut probes = lock(&probes);
         let found = probes.inventory(&[own_descriptors()?])?.remove(0)?;
         ensure!(found.len() as u64 == vms, "{} VMs of {vms} were found in the kernel's structures", found.len());
         probes.set_vcpus(&found)?;
     }
-    counters.armed(true);
-    Ok(Attached::Ours(counters))
+    let in_window = what != What::Counting;
+    counters.armed(in_window);
+    Ok(Attached::Ours { counters: Arc::new(Mutex::new(counters)), in_window })
 }
 
 /// This process's KVM descriptors, as `/proc` shows them.
@@ -189,7 +205,8 @@ fn totals(attached: &mut Attached) -> Result<Totals> {
             let stats = syscall::run_stats(&*program)?;
             Ok(Totals { events: stats.run_count, lost: 0, of_events: stats, run_time_ns: stats.run_time_ns })
         }
-        Attached::Ours(counters) => {
+        Attached::Ours { counters, .. } => {
+            let mut counters = lock(counters);
             let mut pages = counters.empty_pages();
             let sample = counters.sample(&mut pages)?;
             let mut totals = Totals { lost: sample.lost.total(), ..Totals::default() };
@@ -207,12 +224,15 @@ fn totals(attached: &mut Attached) -> Result<Totals> {
 }
 
 /// Writes pages, protected anew each time. Returns how many.
-fn write(vm: &mut TinyVm, order: Order) -> Result<u64> {
+fn write(vm: &mut TinyVm, order: &Order) -> Result<u64> {
     // A paced VM writes in many small passes, so that a pass is no burst.
     let pages = order.rate.map_or(PAGES, |rate| ((rate / 200.0) as u64).clamp(1, PAGES));
     let began = Instant::now();
     let mut written = 0;
     while began.elapsed() < order.time {
+        if let Some(counters) = &order.harvested {
+            lock(counters).count_pages();
+        }
         vm.fetch_log()?;
         vm.write_pages(PageCount(pages))?;
         written += pages;

@@ -40,7 +40,7 @@ const SOURCES: [Source; 3] = [
 ];
 
 /// What is attached; the first one is a program that does nothing.
-const WHAT: [&str; 3] = ["empty", "counting", "attributing"];
+const WHAT: [&str; 4] = ["empty", "counting", "first-writes", "attributing"];
 
 /// One `EVENTS` line.
 #[derive(Clone, Copy, Debug)]
