@@ -50,7 +50,7 @@ impl Regime {
                  never again, however often it is written; a page that was only read or executed may count too"
             }
             Self::Armed => {
-                "every page was write-protected at the start of the interval: the unique pages are those that the guest wrote in \
+                "pages were write-protected at the start of the interval: the unique pages are those that the guest wrote in \
                  it; pages that only devices or KVM itself wrote are not among them"
             }
             Self::Logged => {
