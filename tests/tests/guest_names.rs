@@ -179,12 +179,20 @@ fn an_operators_files_lead_to_the_names_and_wrong_ones_are_said_to_be_wrong() {
     let own_types = Path::new("/sys/kernel/btf/vmlinux");
     // Where the guest runs this host's kernel, the host's types are the guest's.
     let types = (own_release.trim() == release).then_some(own_types);
-    let (code, report, said) = named_with(&vm, &map, types);
-    assert_eq!(code, Some(0), "{said}");
-    let writers = report["writers"].as_array().unwrap();
-    let names: BTreeSet<&str> = writers.iter().filter_map(|part| part["writer"]["process"]["name"].as_str()).collect();
+    // Huge mappings are protected, and become writable, as a whole: of two writers in one of them, one window shows the first.
+    let wanted = BTreeSet::from(["writer0", "writer1"].map(str::to_owned));
+    let mut names = BTreeSet::new();
+    for _ in 0..8 {
+        let (code, report, said) = named_with(&vm, &map, types);
+        assert_eq!(code, Some(0), "{said}");
+        let writers = report["writers"].as_array().unwrap();
+        names.extend(writers.iter().filter_map(|part| Some(part["writer"]["process"]["name"].as_str()?.to_owned())));
+        if names.is_superset(&wanted) {
+            break;
+        }
+    }
     println!("shows {}: named by an operator's files (types {types:?}): {names:?}", linux.label);
-    assert!(names.is_superset(&BTreeSet::from(["writer0", "writer1"])), "{report:#}");
+    assert!(names.is_superset(&wanted), "{names:?}");
 
     // Another kernel's symbols: the first task is elsewhere.
     let moved = |line: &str| match line.split_once(' ') {
