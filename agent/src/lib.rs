@@ -22,6 +22,7 @@ pub mod block;
 pub mod btf;
 pub mod cli;
 pub mod draw;
+mod elf;
 pub mod foreign;
 #[cfg(any(test, feature = "fuzz"))]
 pub mod fuzz;

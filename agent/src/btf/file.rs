@@ -11,6 +11,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 use zerocopy::{FromBytes, Immutable, KnownLayout};
 
 use super::{BtfError, KernelTypes};
+use crate::elf::Header;
 
 /// The most type information that is read, in bytes; kernels have 4 to 10 MiB.
 const MAX_TYPES_BYTES: u64 = 32 << 20;
@@ -53,26 +54,6 @@ pub enum BtfFileError {
     /// It is a module's, or a program's.
     #[error("it describes no whole kernel (it has no task_struct): is it a module's?")]
     NoKernel,
-}
-
-/// The fields of the 64-bit file header.
-#[repr(C)]
-#[derive(Clone, Copy, FromBytes, Immutable, KnownLayout)]
-struct Header {
-    ident: [u8; 16],
-    kind: u16,
-    machine: u16,
-    version: u32,
-    entry: u64,
-    segments_offset: u64,
-    sections_offset: u64,
-    flags: u32,
-    own_bytes: u16,
-    segment_bytes: u16,
-    segments: u16,
-    section_bytes: u16,
-    sections: u16,
-    names: u16,
 }
 
 /// A section header.
@@ -120,8 +101,7 @@ pub fn kernel_types_of(mut file: impl Read + Seek) -> Result<KernelTypes, BtfFil
 
 /// The bytes of an ELF file's section with type information.
 fn section(file: &mut (impl Read + Seek), header: &Header) -> Result<Vec<u8>, BtfFileError> {
-    // 64 bit, little-endian, x86-64.
-    if header.ident[4..6] != [2, 1] || header.machine != 62 {
+    if !header.is_x86_64() {
         return Err(BtfFileError::Processor);
     }
     if usize::from(header.section_bytes) != size_of::<Section>() || header.sections == 0 {

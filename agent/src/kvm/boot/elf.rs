@@ -5,31 +5,11 @@
 use zerocopy::{FromBytes, Immutable, KnownLayout};
 
 use super::BootError;
+use crate::elf::Header;
 
-const HEADER_BYTES: usize = 64;
 const SEGMENT_BYTES: usize = 56;
 const SEGMENT_LOAD: u32 = 1;
 const SEGMENT_NOTE: u32 = 4;
-
-/// The fields of the 64-bit file header.
-#[repr(C)]
-#[derive(Clone, Copy, FromBytes, Immutable, KnownLayout)]
-struct Header {
-    ident: [u8; 16],
-    kind: u16,
-    machine: u16,
-    version: u32,
-    entry: u64,
-    segments_offset: u64,
-    sections_offset: u64,
-    flags: u32,
-    own_bytes: u16,
-    segment_bytes: u16,
-    segments: u16,
-    section_bytes: u16,
-    sections: u16,
-    names: u16,
-}
 
 /// A program header.
 #[repr(C)]
@@ -45,7 +25,7 @@ struct Segment {
     align: u64,
 }
 
-const _: () = assert!(size_of::<Header>() == HEADER_BYTES && size_of::<Segment>() == SEGMENT_BYTES);
+const _: () = assert!(size_of::<Segment>() == SEGMENT_BYTES);
 
 /// Whether the file says that it is an ELF file.
 pub(super) fn is(file: &[u8]) -> bool {
@@ -60,8 +40,7 @@ pub(super) fn check(file: &[u8], start: u64, end: u64) -> Result<u64, BootError>
     if !is(file) {
         return Err(bad("it does not start as an ELF file does"));
     }
-    // 64 bit, little-endian, x86-64.
-    if header.ident[4..6] != [2, 1] || header.machine != 62 {
+    if !header.is_x86_64() {
         return Err(bad("it is not for 64-bit x86"));
     }
     if usize::from(header.segment_bytes) != SEGMENT_BYTES || header.segments == 0 {
@@ -69,7 +48,7 @@ pub(super) fn check(file: &[u8], start: u64, end: u64) -> Result<u64, BootError>
     }
     let table = usize::try_from(header.segments_offset)
         .ok()
-        .filter(|&offset| offset >= HEADER_BYTES)
+        .filter(|&offset| offset >= size_of::<Header>())
         .and_then(|offset| file.get(offset..)?.get(..usize::from(header.segments) * SEGMENT_BYTES))
         .ok_or_else(|| bad("its program headers are cut off"))?;
     let mut image_end = start;
