@@ -43,6 +43,8 @@ pub mod map {
     pub const ARMED: &str = "ARMED";
     /// Array of one value, mappable: a `u64` for each [`crate::Setting`], so that one look-up brings all.
     pub const SETTINGS: &str = "SETTINGS";
+    /// Ring of [`crate::Write`]s, one after the other. Sized at load: a page, unless single writes are asked for.
+    pub const WRITES: &str = "WRITES";
     /// Array of `u64`, mappable: one counter a [`crate::Loss`].
     pub const LOSSES: &str = "LOSSES";
     /// Array of [`crate::PEEK_BYTES`] bytes, mappable: what the program `peek` has read.
@@ -116,6 +118,46 @@ pub mod attribute {
     /// Pages of a log that someone else has switched on are marked as they are logged (where the processor logs by itself, page tables
     /// show next to nothing).
     pub const LOGGED_PAGES: u64 = 4;
+    /// Each write is told by itself too, in [`super::map::WRITES`].
+    pub const SINGLE_WRITES: u64 = 8;
+}
+
+/// A root or an instruction that could not be read.
+pub const PLACE_UNKNOWN: u64 = u64::MAX;
+
+/// One event: a mapping that turned writable.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Write {
+    /// When, by the monotonic clock in nanoseconds.
+    pub at_ns: u64,
+    /// As [`SpaceKey::root`], or [`PLACE_UNKNOWN`].
+    pub root: u64,
+    /// As [`CodeKey::instruction`], or [`PLACE_UNKNOWN`].
+    pub instruction: u64,
+    /// The first guest frame that the mapping covers.
+    pub gfn: u64,
+    /// Process id.
+    pub tgid: u32,
+    /// Thread id.
+    pub tid: u32,
+    /// Pages that the mapping covers.
+    pub pages: u32,
+    /// How many of them were not marked in [`map::PAGES`] before.
+    pub fresh: u32,
+}
+
+impl Write {
+    /// Its words, in order of their place.
+    pub const WORDS: usize = size_of::<Self>() / size_of::<u64>();
+
+    /// As it lies in the ring on a little-endian processor, word by word.
+    #[must_use]
+    pub const fn from_words(words: [u64; Self::WORDS]) -> Self {
+        let [at_ns, root, instruction, gfn, ids, counts] = words;
+        let (tgid, tid) = (ids as u32, (ids >> 32) as u32);
+        Self { at_ns, root, instruction, gfn, tgid, tid, pages: counts as u32, fresh: (counts >> 32) as u32 }
+    }
 }
 
 /// The window of [`map::PAGES`] that belongs to one VM.
@@ -456,12 +498,21 @@ pub enum Loss {
     Unreadable = 4,
     /// A guest's address space or instruction could not be read: the write is counted, and belongs to nobody.
     Unattributed = 5,
+    /// No room in [`map::WRITES`]: the write is counted, and not told by itself.
+    WritesFull = 6,
 }
 
 impl Loss {
     /// All of them, in order of index.
-    pub const ALL: [Self; 6] =
-        [Self::OutOfRange, Self::ThreadsFull, Self::ExitsFull, Self::TooLarge, Self::Unreadable, Self::Unattributed];
+    pub const ALL: [Self; 7] = [
+        Self::OutOfRange,
+        Self::ThreadsFull,
+        Self::ExitsFull,
+        Self::TooLarge,
+        Self::Unreadable,
+        Self::Unattributed,
+        Self::WritesFull,
+    ];
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, HashMap, LruHashMap};
+use aya_ebpf::maps::{Array, HashMap, LruHashMap, RingBuf};
 use dunlin_ebpf::{
     Armed, CodeKey, ExitKey, ExitTimes, Loss, MAX_CODE, MAX_EXITS, MAX_SPACES, MAX_THREADS, MAX_TRACKED, PEEK_BYTES,
     Setting, SpaceCounters, SpaceKey, Thread, TrackedVm,
@@ -35,6 +35,10 @@ pub(crate) static ARMED: Array<Armed> = Array::with_max_entries(MAX_TRACKED, BPF
 
 #[map]
 pub(crate) static SETTINGS: Array<[u64; Setting::COUNT as usize]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
+/// The loader sets its size; the kernel wants a page at least.
+#[map]
+pub(crate) static WRITES: RingBuf = RingBuf::with_byte_size(4096, 0);
 
 #[map]
 pub(crate) static LOSSES: Array<u64> = Array::with_max_entries(Loss::ALL.len() as u32, BPF_F_MMAPABLE);

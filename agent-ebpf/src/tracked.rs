@@ -1,16 +1,16 @@
 //! Whose event this is, and where it is counted.
 
 use aya_ebpf::EbpfContext;
-use aya_ebpf::bindings::BPF_NOEXIST;
+use aya_ebpf::bindings::{BPF_NOEXIST, BPF_RB_NO_WAKEUP};
 use aya_ebpf::helpers::{bpf_get_current_pid_tgid, bpf_ktime_get_ns};
 use aya_log_ebpf::warn;
 use dunlin_ebpf::{
     Armed, CodeKey, CodeRun, EXIT_TIME_BINS, ExitKey, ExitKind, ExitTimes, FIRST_WRITE_SLOTS, Loss, NO_FIRST_WRITE_BIN,
-    Setting, SpaceCounters, SpaceKey, SpaceRun, THREAD_PLACES, Thread, ThreadKey, TrackedVm, attribute,
-    first_write_bin, thread_place,
+    PLACE_UNKNOWN, Setting, SpaceCounters, SpaceKey, SpaceRun, THREAD_PLACES, Thread, ThreadKey, TrackedVm, Write,
+    attribute, first_write_bin, thread_place,
 };
 
-use crate::maps::{ARMED, CODE, EXITS, LOSSES, PAGES, SETTINGS, SPACES, THREADS, TRACKED, VCPUS};
+use crate::maps::{ARMED, CODE, EXITS, LOSSES, PAGES, SETTINGS, SPACES, THREADS, TRACKED, VCPUS, WRITES};
 use crate::{atomic, constants, vcpu};
 
 /// Pages under one entry of each higher page table level.
@@ -188,7 +188,7 @@ impl Event {
             _ => NO_FIRST_WRITE_BIN,
         };
         add_at(&mut thread.first_writes, bin, fresh);
-        self.attribute(ctx, thread, pages, fresh, bin);
+        self.attribute(ctx, thread, pages, fresh, bin, gfn);
     }
 
     /// Marks a page that KVM has logged, where the page tables do not show it.
@@ -209,12 +209,16 @@ impl Event {
 
     /// Counts the pages for the address space and the instruction that the vCPU was in.
     #[inline(always)]
-    fn attribute(&self, ctx: &impl EbpfContext, thread: &mut Thread, pages: u64, fresh: u32, bin: u32) {
+    fn attribute(&self, ctx: &impl EbpfContext, thread: &mut Thread, pages: u64, fresh: u32, bin: u32, gfn: u64) {
         let wanted = self.settings.get(Setting::Attribute);
-        if wanted & (attribute::SPACES | attribute::CODE) == 0 {
+        if wanted & (attribute::SPACES | attribute::CODE | attribute::SINGLE_WRITES) == 0 {
             return;
         }
-        let Some((root, instruction)) = self.vcpu(thread).and_then(vcpu::place) else {
+        let place = self.vcpu(thread).and_then(vcpu::place);
+        if wanted & attribute::SINGLE_WRITES != 0 {
+            self.tell(ctx, gfn, pages, fresh, place);
+        }
+        let Some((root, instruction)) = place else {
             return self.lose(ctx, Loss::Unattributed);
         };
         if wanted & attribute::SPACES != 0 {
@@ -235,6 +239,25 @@ impl Event {
             }
             thread.code.pages += pages;
         }
+    }
+
+    /// Tells of one write by itself. Nobody is woken: the agent looks when it looks at the counters.
+    #[inline(always)]
+    fn tell(&self, ctx: &impl EbpfContext, gfn: u64, pages: u64, fresh: u32, place: Option<(u64, Option<u64>)>) {
+        let Some(mut room) = WRITES.reserve::<Write>(0) else { return self.lose(ctx, Loss::WritesFull) };
+        let (root, instruction) = place.unwrap_or((PLACE_UNKNOWN, None));
+        room.write(Write {
+            // SAFETY: has no precondition.
+            at_ns: unsafe { bpf_ktime_get_ns() },
+            root,
+            instruction: instruction.unwrap_or(PLACE_UNKNOWN),
+            gfn: gfn & !(pages - 1),
+            tgid: self.key.tgid,
+            tid: self.key.tid,
+            pages: pages as u32,
+            fresh,
+        });
+        room.submit(u64::from(BPF_RB_NO_WAKEUP));
     }
 
     /// Puts the run of the address space into its map, and begins another.

@@ -120,7 +120,8 @@ fn exits_counted_by_bpf_are_those_that_tracefs_counts() {
 fn pages_logged(vm: &mut TinyVm, without: Vec<Attach>) -> (Option<Attach>, Option<String>, u64) {
     let pid = std::process::id();
     let wanted = vec![Gives::Pages, Gives::HardwareLog];
-    let options = LoadOptions { only: Some(pid), capacity: FRAMES, wanted, attribute: false, log: false };
+    let options =
+        LoadOptions { only: Some(pid), capacity: FRAMES, wanted, attribute: false, single_writes: None, log: false };
     let probes = Probes::load_with(&options, Tiers { without, useless_too: true }).unwrap();
     let way = probes.ways().into_iter().find(|way| way.hook.gives == Gives::HardwareLog);
     let mut counters = KernelCounters::track(&Arc::new(Mutex::new(probes)), pid, FRAMES).unwrap();

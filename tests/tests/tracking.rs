@@ -5,13 +5,15 @@
 use std::io::BufRead;
 use std::process::{Child, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use dunlin::foreign::KvmProcess;
 use dunlin::model::{AddressSpace, DirtyLogKind, Gpa, Gva, KvmDescriptors, PageBitmap, PageCount, PageRun};
 use dunlin::port::{EventSample, EventSource};
-use dunlin::probe::{KernelCounters, LoadOptions, ProbeOptions, Probes};
+use dunlin::probe::{Gives, KernelCounters, LoadOptions, ProbeOptions, Probes};
 use dunlin::trial::tiny_vm::{self, FIRST_FRAME, TinyVm};
+use dunlin_tests::client::gap::monotonic_ns;
 use dunlin_tests::dunlin;
 use serde_json::Value;
 
@@ -35,8 +37,12 @@ struct Watch {
 
 impl Watch {
     fn new(frames: PageCount) -> Self {
+        Self::of(attach(frames))
+    }
+
+    fn of(counters: KernelCounters) -> Self {
         let thread = rustix::thread::gettid().as_raw_nonzero().get() as u32;
-        let mut watch = Self { counters: attach(frames), thread, before: EventSample::default() };
+        let mut watch = Self { counters, thread, before: EventSample::default() };
         watch.look();
         watch
     }
@@ -341,7 +347,7 @@ fn a_recording_of_a_hosted_vm_replays_byte_for_byte() {
     let vm = Hosted::start("ring", "dunlin.cpus=1 dunlin.wl0=ws:8M,rate:5000,pattern:random");
     let file = vm.folder.path().join("recording.jsonl");
     let live = dunlin()
-        .args(["record", "tracked", "--json", "--interval", "200ms", "--count", "4", "--arm", "--run-dir"])
+        .args(["record", "tracked", "--json", "--interval", "200ms", "--count", "4", "--arm", "--writes", "--run-dir"])
         .arg(vm.folder.path().join("run"))
         .arg(&file)
         .stderr(Stdio::inherit())
@@ -349,10 +355,24 @@ fn a_recording_of_a_hosted_vm_replays_byte_for_byte() {
         .unwrap();
     assert_eq!(live.status.code(), Some(0));
     drop(vm.child);
+    let writes = dunlin().args(["replay", "--json", "--writes"]).arg(&file).stderr(Stdio::inherit()).output().unwrap();
     let replay = dunlin().args(["replay", "--json"]).arg(&file).stderr(Stdio::inherit()).output().unwrap();
     assert_eq!(replay.status.code(), Some(0));
     let lines = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
     assert_eq!(lines(&replay.stdout), lines(&live.stdout));
+    let (mut told, mut reports) = (0, 0);
+    for line in lines(&writes.stdout).lines().map(|line| serde_json::from_str::<Value>(line).unwrap()) {
+        if line["schema"] == "dunlin.guest-write/v1" {
+            told += 1;
+            continue;
+        }
+        let kept = line["single_writes"].as_u64().unwrap();
+        assert!(kept == std::mem::take(&mut told) && kept > 500, "{line:#}");
+        let pages = line["pages_per_second"].as_f64().unwrap() * line["interval_ns"].as_f64().unwrap() / 1e9;
+        assert!((pages - kept as f64).abs() < 1.0, "{line:#}");
+        reports += 1;
+    }
+    assert_eq!(reports, 4);
     let last: Value = serde_json::from_str(lines(&live.stdout).lines().last().unwrap()).unwrap();
     assert!(last["unique_pages"].as_u64().unwrap() > 500 && last["regime"] == "armed", "{last:#}");
     // A disk that was full, a machine that lost power: what is whole is shown, and what is not is said.
@@ -456,13 +476,84 @@ fn writes_are_those_of_an_address_space_an_instruction_and_a_moment() {
 }
 
 #[test]
+fn each_write_is_told_by_itself_and_a_flood_is_counted() {
+    let _alone = alone();
+    let mut vm = TinyVm::new(PageCount(300), DirtyLogKind::Bitmap).unwrap();
+    vm.write_pages(PageCount(300)).unwrap();
+    let pid = std::process::id();
+    let watch = |bytes: u32| {
+        let wanted = vec![Gives::Pages];
+        let single_writes = Some(bytes);
+        let options =
+            LoadOptions { only: Some(pid), capacity: FRAMES, wanted, attribute: true, single_writes, log: false };
+        let probes = Arc::new(Mutex::new(Probes::load(&options).unwrap()));
+        let counters = KernelCounters::track(&probes, pid, FRAMES).unwrap();
+        let mut locked = counters.probes();
+        let vms = locked.inventory(&[own_descriptors()]).unwrap().remove(0).unwrap();
+        locked.set_vcpus(&vms).unwrap();
+        drop(locked);
+        Watch::of(counters)
+    };
+    for (ring_bytes, room) in [(1 << 16, None), (1, Some(4096 / 56))] {
+        let mut watch = watch(ring_bytes);
+        vm.set_logging(true).unwrap();
+        watch.counters.armed(true);
+        let mut writes = Vec::new();
+        watch.look();
+        watch.counters.take_writes(&mut writes);
+        writes.clear();
+        let began = monotonic_ns();
+        vm.write_pages(PageCount(200)).unwrap();
+        let ended = monotonic_ns();
+        let before = watch.before.clone();
+        let seen = watch.look();
+        watch.counters.take_writes(&mut writes);
+        let before_of_thread = before.threads.get(&watch.thread).cloned().unwrap_or_default();
+        let new = watch.before.threads[&watch.thread].since(&before_of_thread);
+        let lost = watch.before.lost.since(&before.lost);
+        // All are counted; each is told, or counted as not told.
+        assert_eq!((seen.events, seen.lost), (200, 0));
+        assert_eq!(writes.len() as u64 + lost.writes_full, new.pages_made_writable, "{lost:?}");
+        assert_eq!(lost.writes_full > 0, room.is_some());
+        assert!(room.is_none_or(|room| writes.len() <= room && writes.len() > room / 2), "{}", writes.len());
+        assert!(writes.is_sorted_by_key(|write| write.at_ns));
+        // The guest's own page tables are written too where the hardware walks them.
+        writes.retain(|write| write.gfn.0 >= FIRST_FRAME);
+        for (write, gfn) in writes.iter().zip(FIRST_FRAME..) {
+            assert!((began..=ended).contains(&write.at_ns), "{write:?}");
+            let of = (write.thread_id, write.gfn.0, write.pages, write.fresh);
+            assert_eq!(of, (watch.thread, gfn, 1, 1), "{write:?}");
+            assert_eq!(write.address_space, Some(AddressSpace(tiny_vm::ROOT)));
+            assert_eq!(write.instruction, Some(Gva(tiny_vm::WRITE)));
+        }
+        // What was taken makes room again.
+        writes.clear();
+        vm.set_logging(false).unwrap();
+        vm.set_logging(true).unwrap();
+        vm.write_pages(PageCount(5)).unwrap();
+        watch.counters.take_writes(&mut writes);
+        writes.retain(|write| write.gfn.0 >= FIRST_FRAME);
+        let again: Vec<_> = writes.iter().map(|write| (write.gfn.0, write.fresh)).collect();
+        assert_eq!(again, [0, 1, 2, 3, 4].map(|page| (FIRST_FRAME + page, 1)));
+        vm.set_logging(false).unwrap();
+    }
+}
+
+#[test]
 fn the_kernels_own_structures_show_a_vms_slots_and_vcpus() {
     let _alone = alone();
     let mut vm = TinyVm::new(PageCount(300), DirtyLogKind::Bitmap).unwrap();
     vm.write_pages(PageCount(300)).unwrap();
     let descriptors = own_descriptors();
     let pid = descriptors.pid;
-    let options = LoadOptions { only: Some(pid), capacity: FRAMES, wanted: Vec::new(), attribute: false, log: false };
+    let options = LoadOptions {
+        only: Some(pid),
+        capacity: FRAMES,
+        wanted: Vec::new(),
+        attribute: false,
+        single_writes: None,
+        log: false,
+    };
     let mut probes = Probes::load(&options).unwrap();
     for log in [false, true] {
         vm.set_logging(log).unwrap();

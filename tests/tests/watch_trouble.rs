@@ -98,7 +98,14 @@ fn programs_that_are_refused_half_way_leave_nothing() {
     use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
     let _alone = ALONE.lock();
     let load = |wanted: Vec<Gives>| {
-        Probes::load(&LoadOptions { only: None, capacity: PageCount(64), wanted, attribute: true, log: false })
+        Probes::load(&LoadOptions {
+            only: None,
+            capacity: PageCount(64),
+            wanted,
+            attribute: true,
+            single_writes: None,
+            log: false,
+        })
     };
     let before = bpf_descriptors();
     // Capabilities are a thread's own: maps can be made without this one, programs cannot be loaded.

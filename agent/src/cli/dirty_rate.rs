@@ -80,7 +80,16 @@ impl WatchArgs {
         let Self { vm, interval, count, arm, max_address, probe_log, run_dir } = self;
         check_interval(interval)?;
         let run_dir = run_dir.path(config);
-        Ok(ObserveRequest { run_dir, vm, interval, count, max_address_bytes: max_address, arm, probe_log })
+        Ok(ObserveRequest {
+            run_dir,
+            vm,
+            interval,
+            count,
+            max_address_bytes: max_address,
+            arm,
+            single_writes: None,
+            probe_log,
+        })
     }
 }
 
@@ -129,7 +138,7 @@ pub(super) fn told(ended: Ended, vm: &VmRef) -> u8 {
 /// One interval for people; what stays the same is said once.
 pub(super) fn text(report: &DirtyRateReport, first: bool) -> String {
     use std::fmt::Write;
-    let DirtyRateReport { vm, rate, missing_sources } = report;
+    let DirtyRateReport { vm, rate, missing_sources, single_writes } = report;
     let mut out = String::new();
     let mut line = |text: std::fmt::Arguments<'_>| {
         let _ = out.write_fmt(text);
@@ -176,6 +185,9 @@ pub(super) fn text(report: &DirtyRateReport, first: bool) -> String {
         detail.iter().filter(|(_, count)| *count > 0).map(|(what, count)| format!("{count} {what}")).collect();
     let detail = if detail.is_empty() { String::new() } else { format!(" ({})", detail.join(", ")) };
     line(format_args!("  source: {}; lost events: {}{detail}", rate.source, lost.total));
+    if let Some(writes) = single_writes {
+        line(format_args!("  single writes: {writes} kept, {} not, as the buffer was full", lost.writes_full));
+    }
     let regime = rate.regime.word();
     if first {
         line(format_args!("  regime: {regime}; {}", rate.meaning));

@@ -11,8 +11,8 @@ use crate::kvm::virtio::GuestStats;
 use crate::model::schema::Schema;
 use crate::model::{
     AddressSpace, AnnounceReport, AnnounceRound, BlackoutLedger, BlackoutPhase, BytesPerSecond, CurvePoint, Ending,
-    Gpa, GuestProcess, Gva, MemoryRange, MigrationId, MigrationReport, Owner, PageCount, RegionHeat, RoundReport,
-    Stage, Station, VmId, WriteCurve, Writer,
+    Gfn, Gpa, GuestProcess, GuestWrite, Gva, MemoryRange, MigrationId, MigrationReport, Owner, PageCount, RegionHeat,
+    RoundReport, Stage, Station, VmId, WriteCurve, Writer,
 };
 use crate::port::Protected;
 use crate::service::balloon::{BalloonReport, HintReport};
@@ -151,11 +151,20 @@ fn dirty_rate() -> Value {
         exits: BTreeMap::from([("REASON".to_owned(), 1)]),
         lost_events: lost(),
     };
-    tagged(&DirtyRateReport { vm: observed(), rate, missing_sources: missing_sources() })
+    tagged(&DirtyRateReport { vm: observed(), rate, missing_sources: missing_sources(), single_writes: Some(0) })
 }
 
 fn lost() -> Lost {
-    Lost { total: 0, out_of_range: 0, threads_full: 0, exits_full: 0, too_large: 0, unreadable: 0, unattributed: 0 }
+    Lost {
+        total: 0,
+        out_of_range: 0,
+        threads_full: 0,
+        exits_full: 0,
+        too_large: 0,
+        unreadable: 0,
+        unattributed: 0,
+        writes_full: 0,
+    }
 }
 
 fn observed() -> Observed {
@@ -381,6 +390,15 @@ fn samples() -> Vec<Value> {
     let mut all = vec![migration(), dirty_rate(), doctor(), proof(), audit::sample(), vm::run::sample(), balloon()];
     all.extend([exits(), profile(), rogue()]);
     all.extend(crate::store::recording::samples());
+    all.push(tagged(&GuestWrite {
+        at_ns: 0,
+        thread_id: 1,
+        gfn: Gfn(0),
+        pages: 1,
+        fresh: 1,
+        address_space: Some(AddressSpace(0)),
+        instruction: Some(Gva(0)),
+    }));
     all.push(tagged(&inventory::sample()));
     all.extend(machines());
     all.extend(announcements());

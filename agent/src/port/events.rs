@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::model::schema::Schema;
-use crate::model::{AddressSpace, ExitTimes, Gva, PageBitmap, PageSubset};
+use crate::model::{AddressSpace, ExitTimes, GuestWrite, Gva, PageBitmap, PageSubset};
 
 /// What one thread of the VM's process (a vCPU, or one that acts for it) has done since tracking began.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -111,10 +111,12 @@ pub struct LostEvents {
     pub unreadable: u64,
     /// Writes whose address space or instruction could not be read: counted, and nobody's.
     pub unattributed: u64,
+    /// Single writes that were counted and not told by themselves, for want of room.
+    pub writes_full: u64,
 }
 
 impl LostEvents {
-    /// All that make a figure of pages too low. Writes that are nobody's do not.
+    /// All that make a figure of pages too low. Writes that are nobody's, and those that are only counted, do not.
     pub const fn total(&self) -> u64 {
         self.out_of_range + self.threads_full + self.exits_full + self.too_large + self.unreadable
     }
@@ -129,6 +131,7 @@ impl LostEvents {
             too_large: self.too_large + other.too_large,
             unreadable: self.unreadable + other.unreadable,
             unattributed: self.unattributed + other.unattributed,
+            writes_full: self.writes_full + other.writes_full,
         }
     }
 
@@ -141,6 +144,7 @@ impl LostEvents {
             too_large: self.too_large.saturating_sub(before.too_large),
             unreadable: self.unreadable.saturating_sub(before.unreadable),
             unattributed: self.unattributed.saturating_sub(before.unattributed),
+            writes_full: self.writes_full.saturating_sub(before.writes_full),
         }
     }
 }
@@ -184,6 +188,9 @@ pub trait EventSource: Send {
     /// The counters can no longer be read.
     fn sample(&mut self, pages: &mut PageBitmap) -> Result<EventSample, EventSourceError>;
 
+    /// Moves the single writes since they were last taken into `into`, in the order of their times; a source that does not tell them has none.
+    fn take_writes(&mut self, _into: &mut Vec<GuestWrite>) {}
+
     /// Says that every page has just been write-protected, so that the times of first writes count from now; or that none is any more.
     fn armed(&mut self, on: bool);
 }
@@ -199,6 +206,8 @@ pub struct Look<'a> {
     pub sample: &'a EventSample,
     /// The pages that turned writable since the look before.
     pub pages: &'a PageBitmap,
+    /// The single writes since then, if they are told.
+    pub writes: &'a [GuestWrite],
 }
 
 /// What was seen could not be kept.

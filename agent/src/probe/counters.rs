@@ -6,7 +6,7 @@ use dunlin_ebpf::Armed;
 
 use super::hook::Gives;
 use super::probes::{LoadOptions, MAX_FRAMES, Place, ProbeError, Probes};
-use crate::model::{PageBitmap, PageCount, PageSubset};
+use crate::model::{GuestWrite, PageBitmap, PageCount, PageSubset};
 use crate::port::{EventHook, EventSample, EventSource, EventSourceError};
 use crate::time::monotonic_now;
 
@@ -41,7 +41,14 @@ impl KernelCounters {
     pub fn attach(options: ProbeOptions) -> Result<Self, ProbeError> {
         let frames = PageCount(options.frames.0.clamp(1, MAX_FRAMES));
         let wanted = vec![Gives::Pages, Gives::RingPages, Gives::HardwareLog, Gives::VmmExits, Gives::GuestExits];
-        let load = LoadOptions { only: Some(options.pid), capacity: frames, wanted, attribute: true, log: options.log };
+        let load = LoadOptions {
+            only: Some(options.pid),
+            capacity: frames,
+            wanted,
+            attribute: true,
+            single_writes: None,
+            log: options.log,
+        };
         let probes = Arc::new(Mutex::new(Probes::load(&load)?));
         Self::track(&probes, options.pid, frames)
     }
@@ -94,6 +101,10 @@ impl EventSource for KernelCounters {
         let mut probes = lock(&self.probes);
         probes.take_pages(&self.place, pages);
         Ok(probes.sweep(Some(self.place.pid))?.remove(&self.place.pid).unwrap_or_default())
+    }
+
+    fn take_writes(&mut self, into: &mut Vec<GuestWrite>) {
+        self.probes().take_writes(&self.place, into);
     }
 
     fn armed(&mut self, on: bool) {

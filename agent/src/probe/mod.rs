@@ -18,6 +18,7 @@ mod runs;
 pub mod syscall;
 mod threads;
 mod windows;
+mod writes;
 
 pub use counters::{KernelCounters, ProbeOptions, SharedProbes};
 pub use hook::{Attach, Faster, Gives, HOOKS, Hook};

@@ -28,8 +28,9 @@ use super::runs::settle;
 use super::syscall::{self, RunStats};
 use super::threads::ThreadRecords;
 use super::windows::Windows;
+use super::writes::{Writes, ring_bytes};
 use super::{entry, exit_reason};
-use crate::model::{AddressSpace, ExitTimes, Gva, KernelVm, KvmDescriptors, PageBitmap, PageCount};
+use crate::model::{AddressSpace, ExitTimes, GuestWrite, Gva, KernelVm, KvmDescriptors, PageBitmap, PageCount};
 use crate::port::{EventHook, EventSample, EventSourceError, LostEvents, SpaceEvents, ThreadEvents};
 
 /// The widest guest physical address space that is tracked: 16 TiB, a bitmap of 512 MiB.
@@ -46,6 +47,8 @@ pub struct LoadOptions {
     pub wanted: Vec<Gives>,
     /// Whether writes are attributed to address spaces and instructions from the start.
     pub attribute: bool,
+    /// The size in bytes of the buffer in which each write is told by itself too; none: it is not.
+    pub single_writes: Option<u32>,
     /// Whether the programs' own diagnostics are printed.
     pub log: bool,
 }
@@ -103,7 +106,7 @@ pub enum ProbeError {
 }
 
 impl ProbeError {
-    fn map(name: &'static str, problem: impl ToString) -> Self {
+    pub(super) fn map(name: &'static str, problem: impl ToString) -> Self {
         Self::Map { name, problem: problem.to_string() }
     }
 }
@@ -197,6 +200,8 @@ pub struct Probes {
     /// The program at a function's entry, once it is loaded.
     entry: Option<OwnedFd>,
     log: Option<ProbeLog>,
+    /// Where single writes are told, if they are.
+    writes: Option<Writes>,
     /// Holds programs, links and the remaining maps.
     bpf: Ebpf,
 }
@@ -225,6 +230,7 @@ impl Probes {
         let mut bpf = EbpfLoader::new()
             .verifier_log_level(VerifierLogLevel::STATS)
             .map_max_entries(map::PAGES, words)
+            .map_max_entries(map::WRITES, ring_bytes(options.single_writes))
             .override_global(constant::ONLY_TGID, &only, true)
             .override_global(constant::PAGE_FAULT_GFN_OFFSET, &offsets.page_fault_gfn, true)
             .override_global(constant::VCPU_RIP_OFFSET, &offsets.vcpu_rip, true)
@@ -236,6 +242,11 @@ impl Probes {
             .map_err(classify)?;
         let log =
             if options.log { Some(ProbeLog::open(&mut bpf).map_err(|e| ProbeError::Load(Box::new(e)))?) } else { None };
+        // The programs keep the map itself.
+        let writes = match options.single_writes {
+            Some(_) => Some(Writes::open(&mut bpf, ring_bytes(options.single_writes))?),
+            None => None,
+        };
         let mut probes = Self {
             threads: ThreadRecords::from(array(&bpf, map::THREADS, ThreadRecords::MAPPED_WORDS)?),
             exits: hash(&mut bpf, map::EXITS)?,
@@ -253,6 +264,7 @@ impl Probes {
             tiers,
             entry: None,
             log,
+            writes,
             bpf,
         };
         probes.attribute(options.attribute);
@@ -375,7 +387,15 @@ impl Probes {
     pub fn attribute(&mut self, on: bool) {
         let logged = if self.logs_by_hardware() { attribute::LOGGED_PAGES } else { 0 };
         let attributed = if on { attribute::SPACES | attribute::CODE } else { 0 };
-        self.settings.words()[Setting::Attribute as usize].store(attributed | logged, Ordering::Relaxed);
+        let single = if self.writes.is_some() { attribute::SINGLE_WRITES } else { 0 };
+        self.settings.words()[Setting::Attribute as usize].store(attributed | logged | single, Ordering::Relaxed);
+    }
+
+    /// Moves the single writes of a process since they were last taken into `into`, if they were asked for.
+    pub(super) fn take_writes(&mut self, place: &Place, into: &mut Vec<GuestWrite>) {
+        if let Some(writes) = &mut self.writes {
+            writes.take(place.pid, into);
+        }
     }
 
     /// The VMs of some processes as the kernel has them; one answer a process, in order.
@@ -612,6 +632,7 @@ impl Probes {
             too_large: count(Loss::TooLarge),
             unreadable: count(Loss::Unreadable),
             unattributed: count(Loss::Unattributed),
+            writes_full: count(Loss::WritesFull),
         }
     }
 

@@ -112,6 +112,7 @@ pub fn exits(
         vm: request.vm.clone(),
         wanted: vec![Gives::VmmExits, Gives::GuestExits],
         max_address_bytes: None,
+        single_writes: None,
         probe_log: false,
     })?;
     let backend = match counters.probes().backend() {

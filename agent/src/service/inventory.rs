@@ -98,6 +98,7 @@ pub fn kernel_view() -> Option<Probes> {
         capacity: crate::model::PageCount(64),
         wanted: nothing,
         attribute: false,
+        single_writes: None,
         log: false,
     };
     match Probes::load(&options) {

@@ -34,6 +34,8 @@ pub struct ObserveRequest {
     pub max_address_bytes: Option<u64>,
     /// Whether to write-protect the VM's pages meanwhile (hosted VMs only).
     pub arm: bool,
+    /// The size in bytes of the buffer in which each write is told by itself too; none: it is not.
+    pub single_writes: Option<u32>,
     /// Whether the BPF programs' own diagnostics are printed.
     pub probe_log: bool,
 }
@@ -48,6 +50,9 @@ pub struct DirtyRateReport {
     pub rate: DirtyRate,
     /// Sources that could not be attached, and why.
     pub missing_sources: Vec<MissingSource>,
+    /// Writes that were told by themselves too, where that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub single_writes: Option<u64>,
 }
 
 impl Schema for DirtyRateReport {
@@ -154,6 +159,7 @@ pub(super) fn observe_logged(
         vm: request.vm.clone(),
         wanted: vec![Gives::Pages, Gives::RingPages, Gives::HardwareLog, Gives::VmmExits, Gives::GuestExits],
         max_address_bytes: request.max_address_bytes,
+        single_writes: request.single_writes,
         probe_log: request.probe_log,
     })?;
     let arm = if request.arm { Some(watched.arm()?) } else { None };
@@ -175,7 +181,9 @@ pub(super) fn observe_logged(
         for thread in &mut rate.threads {
             thread.name = watched.vm.process.thread_name(thread.thread_id);
         }
-        let report = DirtyRateReport { vm: vm.clone(), rate, missing_sources: missing_sources.clone() };
+        let single_writes = request.single_writes.map(|_| observer.writes().len() as u64);
+        let missing_sources = missing_sources.clone();
+        let report = DirtyRateReport { vm: vm.clone(), rate, missing_sources, single_writes };
         if let Some(ended) = printed(each(&report))? {
             break ended;
         }
@@ -224,7 +232,7 @@ mod tests {
             Protection::Ours,
         );
         let vm = Observed { name: "a".to_owned(), vm_id: None, pid: 5, cpus: 1 };
-        let report = DirtyRateReport { vm, rate, missing_sources: Vec::new() };
+        let report = DirtyRateReport { vm, rate, missing_sources: Vec::new(), single_writes: None };
         let mut golden = json!({
             "schema": "dunlin.dirty-rate/v1",
             "vm": {"name": "a", "pid": 5, "cpus": 1},
@@ -242,7 +250,7 @@ mod tests {
             "exits": {"mmio": 4},
             "lost_events": {
                 "total": 0, "out_of_range": 0, "threads_full": 0, "exits_full": 0, "too_large": 0, "unreadable": 0,
-                "unattributed": 0
+                "unattributed": 0, "writes_full": 0
             },
             "missing_sources": [],
         });

@@ -13,6 +13,7 @@ use super::inventory::HostVm;
 use super::observe::{
     DirtyRateReport, Ended, ObserveRequest, ObserveVmError, Observed, missing_sources, observe_logged,
 };
+use crate::model::GuestWrite;
 use crate::port::{EventSource, SampleLog};
 use crate::probe::KernelCounters;
 use crate::store::recording::{RecordedSource, RecordedVm, Recorder, RecordingError, RecordingHeader, Replay};
@@ -50,6 +51,7 @@ pub fn record(
             began_unix_ms: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64),
             interval_ns: request.observe.interval.as_nanos() as u64,
             armed: request.observe.arm,
+            writes: request.observe.single_writes.is_some(),
             frames: counters.empty_pages().len().0,
             sources: counters.hooks().iter().map(RecordedSource::from).collect(),
         };
@@ -67,6 +69,8 @@ pub struct ReplayRequest {
     pub file: PathBuf,
     /// How many times faster than it was, at least [`SLOWEST`]; none for without waiting.
     pub speed: Option<f64>,
+    /// Whether single writes are wanted, so that a recording without them is refused.
+    pub writes: bool,
 }
 
 /// The slowest replay: an interval of a day, the longest that a recording may have, takes 100 days.
@@ -93,18 +97,25 @@ pub enum ReplayError {
     /// A report could not be printed.
     #[error("a report could not be printed")]
     Print(#[from] io::Error),
+    /// Nobody asked for them when it was made.
+    #[error("{0} holds no single writes: it was recorded without `--writes`")]
+    NoWrites(String),
 }
 
-/// Reports to `each` what was reported when the recording was made.
+/// Reports to `each` what was reported when the recording was made, and the single writes of each interval, if they were kept.
 ///
 /// # Errors
 /// The file cannot be read, or is damaged.
 pub fn replay(
     request: &ReplayRequest,
     interrupt: &Interrupt,
-    mut each: impl FnMut(&DirtyRateReport) -> io::Result<()>,
+    mut each: impl FnMut(&DirtyRateReport, &[GuestWrite]) -> io::Result<()>,
 ) -> Result<ReplayEnded, ReplayError> {
     let mut recording = Replay::open(&request.file)?;
+    let has_writes = recording.header().writes;
+    if request.writes && !has_writes {
+        return Err(ReplayError::NoWrites(request.file.display().to_string()));
+    }
     let vm = &recording.header().vm;
     let vm = Observed { name: vm.name.clone(), vm_id: Some(vm.vm_id), pid: vm.pid, cpus: vm.cpus };
     let began = Instant::now();
@@ -125,8 +136,10 @@ pub fn replay(
         for thread in &mut rate.threads {
             thread.name = look.names.get(&thread.thread_id).cloned();
         }
-        let report = DirtyRateReport { vm: vm.clone(), rate, missing_sources: missing_sources.clone() };
-        if let Some(ended) = printed(each(&report))? {
+        let single_writes = has_writes.then(|| observer.writes().len() as u64);
+        let missing_sources = missing_sources.clone();
+        let report = DirtyRateReport { vm: vm.clone(), rate, missing_sources, single_writes };
+        if let Some(ended) = printed(each(&report, observer.writes()))? {
             break ended;
         }
     };
@@ -137,7 +150,7 @@ pub fn replay(
 mod tests {
     use super::*;
     use crate::model::schema::Schema;
-    use crate::model::{ExitTimes, PageBitmap, PageCount, Random, VmId};
+    use crate::model::{AddressSpace, ExitTimes, Gfn, Gva, PageBitmap, PageCount, Random, VmId};
     use crate::port::{Arm, ArmError, Clock, EventHook, EventSample, EventSourceError, LostEvents, ThreadEvents};
 
     const FRAMES: PageCount = PageCount(5000);
@@ -147,13 +160,14 @@ mod tests {
         dice: Random,
         sample: EventSample,
         hooks: Vec<EventHook>,
+        writes: std::sync::Arc<std::sync::Mutex<Vec<GuestWrite>>>,
     }
 
     impl Storm {
         fn new(seed: u64) -> Self {
             let missing = Some("not here".to_owned());
             let hooks = vec![EventHook { name: "kvm_exit".to_owned(), gives: "exits".to_owned(), missing }];
-            Self { dice: Random(seed), sample: EventSample::default(), hooks }
+            Self { dice: Random(seed), sample: EventSample::default(), hooks, writes: std::sync::Arc::default() }
         }
     }
 
@@ -185,6 +199,25 @@ mod tests {
             self.sample.lost =
                 LostEvents { unreadable: self.sample.lost.unreadable + self.dice.below(3), ..LostEvents::default() };
             Ok(self.sample.clone())
+        }
+
+        fn take_writes(&mut self, into: &mut Vec<GuestWrite>) {
+            // More than a line holds, once in a while.
+            let most = if self.dice.below(20) == 0 { 100_000 } else { 50 };
+            for _ in 0..self.dice.below(most) {
+                let pages = 1 + self.dice.below(512) as u32;
+                let address_space = (self.dice.below(2) == 0).then_some(AddressSpace(4096));
+                into.push(GuestWrite {
+                    at_ns: (1 << 40) + self.dice.below(1 << 40),
+                    thread_id: self.dice.below(4) as u32,
+                    gfn: Gfn(self.dice.below(FRAMES.0)),
+                    pages,
+                    fresh: self.dice.below(2) as u32 * pages,
+                    address_space,
+                    instruction: address_space.filter(|_| self.dice.below(2) == 0).map(|_| Gva(u64::MAX)),
+                });
+            }
+            self.writes.lock().unwrap().extend_from_slice(into);
         }
 
         fn armed(&mut self, _: bool) {}
@@ -229,6 +262,7 @@ mod tests {
             let folder = tempfile::tempdir().unwrap();
             let file = folder.path().join("recording");
             let storm = Storm::new(seed);
+            let told = std::sync::Arc::clone(&storm.writes);
             let armed = seed % 3 == 0;
             let vm = Observed { name: "a".to_owned(), vm_id: Some(VmId::random()), pid: 5, cpus: 2 };
             let header = RecordingHeader {
@@ -242,6 +276,7 @@ mod tests {
                 began_unix_ms: 0,
                 interval_ns: 1,
                 armed,
+                writes: true,
                 frames: FRAMES.0,
                 sources: storm.hooks.iter().map(RecordedSource::from).collect(),
             };
@@ -254,18 +289,29 @@ mod tests {
                 .map(|interval| {
                     let mut rate = observer.measure(interval % 4 == 0).unwrap();
                     rate.threads.iter_mut().for_each(|thread| thread.name = Some(format!("vcpu{}", thread.thread_id)));
-                    line(&DirtyRateReport { vm: vm.clone(), rate, missing_sources: missing_sources.clone() })
+                    let missing_sources = missing_sources.clone();
+                    let single_writes = Some(observer.writes().len() as u64);
+                    line(&DirtyRateReport { vm: vm.clone(), rate, missing_sources, single_writes })
                 })
                 .collect();
             let (never, _wake) = Interrupt::by_hand().unwrap();
             let mut replayed = Vec::new();
-            let request = ReplayRequest { file, speed: None };
-            let ended = replay(&request, &never, |report| {
+            let request = ReplayRequest { file, speed: None, writes: true };
+            let mut writes = Vec::new();
+            let ended = replay(&request, &never, |report, new| {
                 replayed.push(line(report));
+                writes.extend_from_slice(new);
                 Ok(())
             });
             assert_eq!(ended.unwrap(), ReplayEnded { ended: Ended::Counted, broke_off: false });
             assert_eq!(replayed, live, "seed {seed}");
+            // Those of the first look belong to no interval; all others are there, counted from that look on.
+            let told = told.lock().unwrap();
+            assert!(writes.len() > 300 && writes.len() <= told.len());
+            let began_ns = told.last().unwrap().at_ns - writes.last().unwrap().at_ns;
+            for (told, write) in told[told.len() - writes.len()..].iter().zip(&writes) {
+                assert_eq!(*write, GuestWrite { at_ns: told.at_ns.saturating_sub(began_ns), ..*told }, "seed {seed}");
+            }
         }
     }
 
@@ -274,6 +320,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("recording");
         let mut lines: Vec<String> = crate::store::recording::samples().iter().map(ToString::to_string).collect();
+        lines.remove(1);
         let sample = lines.pop().unwrap();
         lines.extend(
             [0u64, 200_000_000, 400_000_000]
@@ -282,11 +329,11 @@ mod tests {
         std::fs::write(&file, lines.join("\n")).unwrap();
         let (never, wake) = Interrupt::by_hand().unwrap();
         let began = Instant::now();
-        let fast = ReplayRequest { file: file.clone(), speed: Some(4.0) };
-        let ended = replay(&fast, &never, |_| Ok(())).unwrap();
+        let fast = ReplayRequest { file: file.clone(), speed: Some(4.0), writes: false };
+        let ended = replay(&fast, &never, |_, _| Ok(())).unwrap();
         assert!(ended.ended == Ended::Counted && began.elapsed() >= Duration::from_millis(100));
         drop(wake);
-        let slow = ReplayRequest { file, speed: Some(SLOWEST) };
-        assert_eq!(replay(&slow, &never, |_| Ok(())).unwrap().ended, Ended::Interrupted);
+        let slow = ReplayRequest { file, speed: Some(SLOWEST), writes: false };
+        assert_eq!(replay(&slow, &never, |_, _| Ok(())).unwrap().ended, Ended::Interrupted);
     }
 }

@@ -26,6 +26,8 @@ pub struct WatchRequest {
     pub wanted: Vec<Gives>,
     /// The end of the guest physical addresses that are told apart; found out where not given.
     pub max_address_bytes: Option<u64>,
+    /// The size in bytes of the buffer in which each write is told by itself too; none: it is not.
+    pub single_writes: Option<u32>,
     /// Whether the BPF programs' own diagnostics are printed.
     pub probe_log: bool,
 }
@@ -71,6 +73,7 @@ impl WatchedVm {
             capacity,
             wanted: request.wanted.clone(),
             attribute: request.wanted.contains(&Gives::Pages),
+            single_writes: request.single_writes,
             log: request.probe_log,
         })?;
         let vm = inventory::again(&found, &request.run_dir, &mut probes).unwrap_or(found);

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::rate::{DirtyRate, rate_between};
 use super::regime::Protection;
-use crate::model::PageBitmap;
+use crate::model::{GuestWrite, PageBitmap};
 use crate::port::{
     Arm, ArmError, Clock, EventHook, EventSample, EventSource, EventSourceError, Look, SampleLog, SampleLogError,
 };
@@ -30,6 +30,7 @@ pub struct Observer<S: EventSource, C: Clock> {
     arm: Option<Box<dyn Arm>>,
     log: Option<Box<dyn SampleLog>>,
     pages: PageBitmap,
+    writes: Vec<GuestWrite>,
     before: (Duration, EventSample),
 }
 
@@ -62,7 +63,7 @@ impl<S: EventSource, C: Clock> Observer<S, C> {
         log: Option<Box<dyn SampleLog>>,
     ) -> Result<Self, ObserveError> {
         let pages = source.empty_pages();
-        let mut observer = Self { source, clock, arm, log, pages, before: Default::default() };
+        let mut observer = Self { source, clock, arm, log, pages, writes: Vec::new(), before: Default::default() };
         if let Some(arm) = &mut observer.arm
             && let Err(error) = arm.arm()
         {
@@ -79,6 +80,11 @@ impl<S: EventSource, C: Clock> Observer<S, C> {
     /// What is listened to.
     pub fn hooks(&self) -> &[EventHook] {
         self.source.hooks()
+    }
+
+    /// The single writes of the interval that ended last, if its source tells them.
+    pub fn writes(&self) -> &[GuestWrite] {
+        &self.writes
     }
 
     /// Ends the interval under way, reports it, and begins the next. `logged`: someone else had the VM's dirty log on.
@@ -114,10 +120,12 @@ impl<S: EventSource, C: Clock> Observer<S, C> {
 
     fn sample(&mut self, logged: bool) -> Result<(Duration, EventSample), ObserveError> {
         self.pages.clear();
+        self.writes.clear();
         let sample = self.source.sample(&mut self.pages)?;
+        self.source.take_writes(&mut self.writes);
         let at = self.clock.now();
         if let Some(log) = &mut self.log {
-            log.look(&Look { at, logged, sample: &sample, pages: &self.pages })?;
+            log.look(&Look { at, logged, sample: &sample, pages: &self.pages, writes: &self.writes })?;
         }
         Ok((at, sample))
     }

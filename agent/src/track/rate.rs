@@ -87,6 +87,8 @@ pub struct Lost {
     pub unreadable: u64,
     /// Writes whose address space or instruction could not be read: counted, not lost, and nobody's.
     pub unattributed: u64,
+    /// Single writes (`dunlin record --writes`) that were counted and not kept, for want of room: no figure is lower for it.
+    pub writes_full: u64,
 }
 
 impl From<LostEvents> for Lost {
@@ -99,6 +101,7 @@ impl From<LostEvents> for Lost {
             too_large: lost.too_large,
             unreadable: lost.unreadable,
             unattributed: lost.unattributed,
+            writes_full: lost.writes_full,
         }
     }
 }

@@ -243,6 +243,7 @@ fn load_options() -> LoadOptions {
         capacity: PageCount(frames + CAPACITY_OF_RATES),
         wanted: sources::wanted(),
         attribute: false,
+        single_writes: None,
         log: false,
     }
 }

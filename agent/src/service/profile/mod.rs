@@ -329,6 +329,7 @@ fn events(
         vm: VmRef::Pid(found.pid),
         wanted: vec![Gives::Pages, Gives::RingPages, Gives::HardwareLog],
         max_address_bytes: None,
+        single_writes: None,
         probe_log: request.probe_log,
     })?;
     let name = || watched.vm.name.clone();

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{MAX_FRAMES, MAX_LINE_BYTES};
 use crate::model::schema::Schema;
 use crate::model::{AddressSpace, EXIT_TIME_BINS, ExitTimes, Gva, PageBitmap, VmId};
+use crate::model::{Gfn, GuestWrite};
 use crate::port::{EventHook, LostEvents, SpaceEvents, ThreadEvents};
 
 /// The most that one counter may have been raised between two looks: far above what any host does in a day, and far below where sums
@@ -17,6 +18,11 @@ const MAX_COUNT: u64 = 1 << 50;
 const MAX_GAP_NS: u64 = 86_400_000_000_000;
 /// The most sources of a header.
 const MAX_SOURCES: usize = 64;
+/// The most single writes between two looks, what the largest buffer holds; and pages that one covers: a mapping of 1 GiB.
+const MAX_WRITES: usize = 20_000_000;
+const MAX_PAGES_OF_WRITE: u64 = 1 << 18;
+/// Single writes in a line: each takes less than 100 bytes.
+pub(super) const WRITES_IN_LINE: usize = 1 << 16;
 /// The longest word of a file that is shown: longer ones are cut.
 const MAX_WORD: usize = 256;
 
@@ -31,6 +37,9 @@ pub struct RecordingHeader {
     pub interval_ns: u64,
     /// Whether every page was write-protected at the start of each interval.
     pub armed: bool,
+    /// Whether single writes were kept.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub writes: bool,
     /// Guest frames that were told apart.
     pub frames: u64,
     /// What was listened to, and what not.
@@ -74,7 +83,83 @@ impl Schema for RecordingHeader {
     const SCHEMA: &'static str = "dunlin.recording/v1";
 }
 
-/// One look: every line but the first.
+/// Single writes since the look before: any number of lines before that of the look to which they belong.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct RecordedWrites {
+    /// Of each: when, after the first look; which thread; the first page and how many; how many of them were not written since the look before;
+    /// in which address space, and by which instruction. The last, or the last two, are left out where they are not known.
+    pub(super) writes: Vec<Vec<u64>>,
+}
+
+impl Schema for RecordedWrites {
+    const SCHEMA: &'static str = "dunlin.recorded-writes/v1";
+}
+
+impl RecordedWrites {
+    /// `began_ns`: the first look, by the clock of the writes.
+    pub(super) fn of(writes: &[GuestWrite], began_ns: u64) -> Self {
+        let one = |write: &GuestWrite| {
+            let GuestWrite { at_ns, thread_id, gfn, pages, fresh, address_space, instruction } = *write;
+            let known = [at_ns.saturating_sub(began_ns), thread_id.into(), gfn.0, pages.into(), fresh.into()];
+            let space = address_space.map(|space| space.0);
+            // An instruction means nothing without its address space.
+            let instruction = instruction.filter(|_| space.is_some()).map(|instruction| instruction.0);
+            known.into_iter().chain(space).chain(instruction).collect()
+        };
+        Self { writes: writes.iter().map(one).collect() }
+    }
+
+    /// Adds them to those that belong to the same look.
+    ///
+    /// # Errors
+    /// In words, what is wrong with one of them; or there are more than any buffer holds.
+    pub(super) fn add_to(&self, writes: &mut Vec<GuestWrite>) -> Result<(), String> {
+        if writes.len() + self.writes.len() > MAX_WRITES {
+            return Err("there are more single writes than any buffer holds".to_owned());
+        }
+        for write in &self.writes {
+            writes.push(write_of(write).ok_or("a write is none, or later, larger or farther than any can be")?);
+        }
+        Ok(())
+    }
+}
+
+fn write_of(words: &[u64]) -> Option<GuestWrite> {
+    let (&[at_ns, thread, gfn, pages, fresh], place) = words.split_first_chunk()?;
+    let known = |index: usize| place.get(index).copied();
+    let sound = at_ns <= MAX_COUNT && gfn <= MAX_COUNT && (1..=MAX_PAGES_OF_WRITE).contains(&pages) && fresh <= pages;
+    (sound && place.len() <= 2).then_some(GuestWrite {
+        at_ns,
+        thread_id: thread.try_into().ok()?,
+        gfn: Gfn(gfn),
+        pages: pages as u32,
+        fresh: fresh as u32,
+        address_space: known(0).map(AddressSpace),
+        instruction: known(1).map(Gva),
+    })
+}
+
+/// A line behind the first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum RecordedLine {
+    Writes(RecordedWrites),
+    Sample(RecordedSample),
+}
+
+impl RecordedLine {
+    /// Reads and checks a line that follows a look of `before_ns` in a recording of `frames`.
+    ///
+    /// # Errors
+    /// In words, what is wrong with it.
+    pub(super) fn parse(line: &[u8], frames: u64, before_ns: u64) -> Result<Self, String> {
+        if kind_of(line)? == RecordedWrites::SCHEMA {
+            return read(line).map(Self::Writes);
+        }
+        RecordedSample::parse(line, frames, before_ns).map(Self::Sample)
+    }
+}
+
+/// One look: all other lines but the first.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct RecordedSample {
     /// When, after the first look.
@@ -151,12 +236,20 @@ pub(super) struct RecordedLost {
     pub(super) too_large: u64,
     pub(super) unreadable: u64,
     pub(super) unattributed: u64,
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub(super) writes_full: u64,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde's form")]
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 impl From<&LostEvents> for RecordedLost {
     fn from(lost: &LostEvents) -> Self {
-        let LostEvents { out_of_range, threads_full, exits_full, too_large, unreadable, unattributed } = *lost;
-        Self { out_of_range, threads_full, exits_full, too_large, unreadable, unattributed }
+        let LostEvents { out_of_range, threads_full, exits_full, too_large, unreadable, unattributed, writes_full } =
+            *lost;
+        Self { out_of_range, threads_full, exits_full, too_large, unreadable, unattributed, writes_full }
     }
 }
 
@@ -169,11 +262,12 @@ impl RecordedLost {
         add(&mut lost.too_large, self.too_large);
         add(&mut lost.unreadable, self.unreadable);
         add(&mut lost.unattributed, self.unattributed);
+        add(&mut lost.writes_full, self.writes_full);
     }
 
-    fn counts(&self) -> [u64; 6] {
-        let Self { out_of_range, threads_full, exits_full, too_large, unreadable, unattributed } = *self;
-        [out_of_range, threads_full, exits_full, too_large, unreadable, unattributed]
+    fn counts(&self) -> [u64; 7] {
+        let Self { out_of_range, threads_full, exits_full, too_large, unreadable, unattributed, writes_full } = *self;
+        [out_of_range, threads_full, exits_full, too_large, unreadable, unattributed, writes_full]
     }
 }
 
@@ -331,20 +425,26 @@ pub(super) fn take_runs(runs: &[u64], into: &mut PageBitmap) {
     }
 }
 
-/// What a line says that it is.
+/// The member that every line has.
 #[derive(Deserialize)]
 struct Kind {
     schema: String,
 }
 
-/// Reads a line of one kind.
-fn read<T: Schema + for<'de> Deserialize<'de>>(line: &[u8]) -> Result<T, String> {
+/// What a line says that it is.
+fn kind_of(line: &[u8]) -> Result<String, String> {
     if line.len() > MAX_LINE_BYTES {
         return Err("it is too long".to_owned());
     }
     let kind: Kind = serde_json::from_slice(line).map_err(|error| format!("it is no line of a recording: {error}"))?;
-    if kind.schema != T::SCHEMA {
-        return Err(format!("its schema is `{}`, where `{}` belongs", shown(&kind.schema), T::SCHEMA));
+    Ok(kind.schema)
+}
+
+/// Reads a line of one kind.
+fn read<T: Schema + for<'de> Deserialize<'de>>(line: &[u8]) -> Result<T, String> {
+    let kind = kind_of(line)?;
+    if kind != T::SCHEMA {
+        return Err(format!("its schema is `{}`, where `{}` belongs", shown(&kind), T::SCHEMA));
     }
     serde_json::from_slice(line).map_err(|error| error.to_string())
 }
@@ -425,9 +525,23 @@ pub(crate) fn fuzz(input: &[u8]) {
     let (mut before_ns, mut threads) = (0, BTreeMap::<u32, ThreadEvents>::new());
     let mut lost = LostEvents::default();
     for line in lines {
-        let Ok(sample) = RecordedSample::parse(line, header.frames, before_ns) else { continue };
-        let written = serde_json::to_vec(&sample.tagged()).expect("what was read can be written");
-        assert_eq!(RecordedSample::parse(&written, header.frames, before_ns).as_ref(), Ok(&sample));
+        let Ok(read) = RecordedLine::parse(line, header.frames, before_ns) else { continue };
+        let written = match &read {
+            RecordedLine::Writes(writes) => serde_json::to_vec(&writes.tagged()),
+            RecordedLine::Sample(sample) => serde_json::to_vec(&sample.tagged()),
+        };
+        let written = written.expect("what was read can be written");
+        assert_eq!(RecordedLine::parse(&written, header.frames, before_ns).as_ref(), Ok(&read));
+        let sample = match read {
+            RecordedLine::Sample(sample) => sample,
+            RecordedLine::Writes(writes) => {
+                let mut told = Vec::new();
+                if writes.add_to(&mut told).is_ok() {
+                    assert_eq!(RecordedWrites::of(&told, 0), writes);
+                }
+                continue;
+            }
+        };
         before_ns = sample.at_ns;
         threads = sample.threads.iter().map(|new| (new.thread_id, new.onto(threads.get(&new.thread_id)))).collect();
         sample.lost.add_to(&mut lost);
@@ -456,6 +570,7 @@ pub(crate) fn samples() -> Vec<serde_json::Value> {
         began_unix_ms: 1,
         interval_ns: 1_000_000_000,
         armed: true,
+        writes: true,
         frames: 1 << 16,
         sources: vec![source],
     };
@@ -480,10 +595,16 @@ pub(crate) fn samples() -> Vec<serde_json::Value> {
         at_ns: 1_000_000_000,
         logged: false,
         threads: vec![thread],
-        lost: RecordedLost::default(),
+        lost: RecordedLost { writes_full: 1, ..RecordedLost::default() },
         pages: vec![70, 2, 100, 1],
     };
-    [serde_json::to_value(header.tagged()), serde_json::to_value(sample.tagged())].into_iter().flatten().collect()
+    let writes = RecordedWrites { writes: vec![vec![999_000_000, 8, 70, 1, 1, 4096, 4096]] };
+    let lines = [
+        serde_json::to_value(header.tagged()),
+        serde_json::to_value(writes.tagged()),
+        serde_json::to_value(sample.tagged()),
+    ];
+    lines.into_iter().flatten().collect()
 }
 
 /// For fuzzing: a recording.

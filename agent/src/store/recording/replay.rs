@@ -7,9 +7,9 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::format::{RecordedSample, RecordingHeader, take_runs};
+use super::format::{RecordedLine, RecordedSample, RecordingHeader, take_runs};
 use super::{MAX_LINE_BYTES, RecordingError};
-use crate::model::{PageBitmap, PageCount};
+use crate::model::{GuestWrite, PageBitmap, PageCount};
 use crate::port::{Arm, ArmError, Clock, EventHook, EventSample, EventSource, EventSourceError};
 
 /// The look that is shown at present.
@@ -18,6 +18,7 @@ struct Shown {
     at: Duration,
     sample: EventSample,
     runs: Vec<u64>,
+    writes: Vec<GuestWrite>,
 }
 
 /// A recording that is being read.
@@ -91,21 +92,8 @@ impl Replay {
     /// # Errors
     /// A damaged line with others behind it, or the file cannot be read any more.
     pub fn advance(&mut self) -> Result<Option<Replayed>, RecordingError> {
-        let line =
-            next_line(&mut self.file).map_err(|source| RecordingError::Io { path: self.path.clone(), source })?;
-        let Some(line) = line else { return Ok(None) };
-        self.line += 1;
-        let before_ns = lock(&self.shown).at.as_nanos() as u64;
-        let sample = match RecordedSample::parse(&line.bytes, self.header.frames, before_ns) {
-            Ok(sample) => sample,
-            Err(_) if !line.is_whole => {
-                self.broke_off = true;
-                return Ok(None);
-            }
-            Err(problem) => {
-                return Err(RecordingError::Damaged { path: self.path.clone(), line: self.line, problem });
-            }
-        };
+        let mut writes = Vec::new();
+        let Some(sample) = self.next_sample(&mut writes)? else { return Ok(None) };
         let at = Duration::from_nanos(sample.at_ns);
         let mut shown = lock(&self.shown);
         let before = &shown.sample.threads;
@@ -114,8 +102,36 @@ impl Replay {
         sample.lost.add_to(&mut shown.sample.lost);
         shown.at = at;
         shown.runs = sample.pages;
+        shown.writes = writes;
         let names = sample.threads.into_iter().filter_map(|thread| Some((thread.thread_id, thread.name?))).collect();
         Ok(Some(Replayed { at, logged: sample.logged, names }))
+    }
+
+    /// Reads on to the next look; the single writes before it go into `writes`.
+    fn next_sample(&mut self, writes: &mut Vec<GuestWrite>) -> Result<Option<RecordedSample>, RecordingError> {
+        let before_ns = lock(&self.shown).at.as_nanos() as u64;
+        loop {
+            let line =
+                next_line(&mut self.file).map_err(|source| RecordingError::Io { path: self.path.clone(), source })?;
+            let Some(line) = line else { return Ok(None) };
+            self.line += 1;
+            let read = RecordedLine::parse(&line.bytes, self.header.frames, before_ns);
+            let read = read.and_then(|line| match line {
+                RecordedLine::Sample(sample) => Ok(Some(sample)),
+                RecordedLine::Writes(more) => more.add_to(writes).map(|()| None),
+            });
+            match read {
+                Ok(Some(sample)) => return Ok(Some(sample)),
+                Ok(None) => {}
+                Err(_) if !line.is_whole => {
+                    self.broke_off = true;
+                    return Ok(None);
+                }
+                Err(problem) => {
+                    return Err(RecordingError::Damaged { path: self.path.clone(), line: self.line, problem });
+                }
+            }
+        }
     }
 
     /// Whether the recording ended within a line, which was skipped.
@@ -168,6 +184,10 @@ impl EventSource for ReplaySource {
         let shown = lock(&self.shown);
         take_runs(&shown.runs, pages);
         Ok(shown.sample.clone())
+    }
+
+    fn take_writes(&mut self, into: &mut Vec<GuestWrite>) {
+        into.extend_from_slice(&lock(&self.shown).writes);
     }
 
     fn armed(&mut self, _: bool) {}

@@ -16,7 +16,15 @@ const FRAMES: u64 = 1000;
 fn header() -> RecordingHeader {
     let vm =
         RecordedVm { name: "web1".to_owned(), vm_id: VmId(uuid::Uuid::nil()), pid: 7, start_time_ticks: 9, cpus: 1 };
-    RecordingHeader { vm, began_unix_ms: 1, interval_ns: 5, armed: false, frames: FRAMES, sources: Vec::new() }
+    RecordingHeader {
+        vm,
+        began_unix_ms: 1,
+        interval_ns: 5,
+        armed: false,
+        writes: false,
+        frames: FRAMES,
+        sources: Vec::new(),
+    }
 }
 
 struct Folder(tempfile::TempDir);
@@ -42,7 +50,7 @@ fn look(recorder: &mut Recorder, ms: u64, threads: &[(u32, ThreadEvents)], writt
         pages.insert(page);
     }
     let at = Duration::from_secs(100) + Duration::from_millis(ms);
-    recorder.look(&Look { at, logged: ms > 10, sample: &sample, pages: &pages }).unwrap();
+    recorder.look(&Look { at, logged: ms > 10, sample: &sample, pages: &pages, writes: &[] }).unwrap();
 }
 
 fn pages(count: u64) -> ThreadEvents {
@@ -104,6 +112,7 @@ fn a_damaged_line_is_refused_with_its_place() {
     look(&mut recorder, 0, &[(1, pages(50))], &[3]);
     let whole = std::fs::read_to_string(folder.file()).unwrap();
     let good = r#"{"schema":"dunlin.recorded-sample/v1","at_ns":5,"logged":false,"threads":[],"lost":{"out_of_range":0,"threads_full":0,"exits_full":0,"too_large":0,"unreadable":0,"unattributed":0},"pages":[1,2]}"#;
+    let writes = |write: &str| format!(r#"{{"schema":"dunlin.recorded-writes/v1","writes":[{write}]}}"#);
     for (words, line) in [
         ("EOF while parsing", String::new()),
         ("no line of a recording", "nonsense".to_owned()),
@@ -120,6 +129,12 @@ fn a_damaged_line_is_refused_with_its_place() {
             good.replace("[],\"lost", r#"[{"thread_id":1,"pages_made_writable":9007199254740992}],"lost"#),
         ),
         ("than any thread", good.replace("[],\"lost", r#"[{"thread_id":1,"first_writes":[[4000000,1]]}],"lost"#)),
+        ("a write is none", writes("[1,1,1,0,0]")),
+        ("a write is none", writes("[1,1,1,1,2]")),
+        ("a write is none", writes("[1,4294967296,1,1,1]")),
+        ("a write is none", writes("[1,1,1,1,1,1,1,1]")),
+        ("a write is none", writes("[1,1,1,1]")),
+        ("expected a", writes("1")),
         ("lost than there can be", good.replace("\"too_large\":0", "\"too_large\":18446744073709551615")),
     ] {
         std::fs::write(folder.file(), format!("{whole}{line}\n{good}\n")).unwrap();
@@ -165,6 +180,7 @@ fn a_recording_ends_at_its_size_and_can_be_replayed() {
             logged: false,
             sample: &sample,
             pages: &PageBitmap::new(PageCount(0)),
+            writes: &[],
         };
         if let Err(error) = recorder.look(&look) {
             full = Some((second, error.to_string()));
@@ -183,11 +199,13 @@ fn a_recording_ends_at_its_size_and_can_be_replayed() {
 
 #[test]
 fn the_form_of_a_line_is_kept() {
-    let [header, sample]: [serde_json::Value; 2] = samples().try_into().unwrap();
-    let golden = r#"{"schema":"dunlin.recorded-sample/v1","at_ns":1000000000,"logged":false,"threads":[{"thread_id":8,"name":"vcpu0","pages_made_writable":3,"huge_mappings":0,"dirty_ring_pushes":0,"pages_logged":0,"guest_exits":2,"exits":{"REASON":{"count":2,"total_ns":3000,"longest_ns":2000,"bins":[[9,1],[10,1]]}},"guest_exit_reasons":{"REASON":{"count":2,"total_ns":3000,"longest_ns":2000,"bins":[[9,1],[10,1]]}},"first_writes":[[1,3]],"spaces":[{"address_space":4096,"pages_made_writable":3,"first_writes":[[1,3]]}],"code":[{"address_space":4096,"instruction":4096,"pages":3}]}],"lost":{"out_of_range":0,"threads_full":0,"exits_full":0,"too_large":0,"unreadable":0,"unattributed":0},"pages":[70,2,100,1]}"#;
+    let [header, writes, sample]: [serde_json::Value; 3] = samples().try_into().unwrap();
+    let golden = r#"{"schema":"dunlin.recorded-sample/v1","at_ns":1000000000,"logged":false,"threads":[{"thread_id":8,"name":"vcpu0","pages_made_writable":3,"huge_mappings":0,"dirty_ring_pushes":0,"pages_logged":0,"guest_exits":2,"exits":{"REASON":{"count":2,"total_ns":3000,"longest_ns":2000,"bins":[[9,1],[10,1]]}},"guest_exit_reasons":{"REASON":{"count":2,"total_ns":3000,"longest_ns":2000,"bins":[[9,1],[10,1]]}},"first_writes":[[1,3]],"spaces":[{"address_space":4096,"pages_made_writable":3,"first_writes":[[1,3]]}],"code":[{"address_space":4096,"instruction":4096,"pages":3}]}],"lost":{"out_of_range":0,"threads_full":0,"exits_full":0,"too_large":0,"unreadable":0,"unattributed":0,"writes_full":1},"pages":[70,2,100,1]}"#;
     assert_eq!(sample, serde_json::from_str::<serde_json::Value>(golden).unwrap());
     RecordedSample::parse(golden.as_bytes(), 1 << 16, 0).unwrap();
     assert_eq!(header["schema"], "dunlin.recording/v1");
+    let golden = r#"{"schema":"dunlin.recorded-writes/v1","writes":[[999000000,8,70,1,1,4096,4096]]}"#;
+    assert_eq!(writes, serde_json::from_str::<serde_json::Value>(golden).unwrap());
 }
 
 fn any_thread() -> impl Strategy<Value = ThreadEvents> {

@@ -6,7 +6,9 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::time::Duration;
 
-use super::format::{RecordedLost, RecordedSample, RecordedThread, RecordingHeader, runs};
+use super::format::{
+    RecordedLost, RecordedSample, RecordedThread, RecordedWrites, RecordingHeader, WRITES_IN_LINE, runs,
+};
 use super::{MAX_FRAMES, MAX_LINE_BYTES, RecordingError};
 use crate::model::schema::Schema;
 use crate::port::{EventSample, Look, SampleLog, SampleLogError, ThreadEvents};
@@ -98,6 +100,9 @@ impl SampleLog for Recorder {
             pages: runs(look.pages),
         };
         self.before = look.sample.clone();
+        for writes in look.writes.chunks(WRITES_IN_LINE) {
+            self.write(&RecordedWrites::of(writes, began.as_nanos() as u64))?;
+        }
         self.write(&sample)
     }
 }

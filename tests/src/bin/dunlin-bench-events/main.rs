@@ -55,7 +55,12 @@ enum What {
     FirstWrites,
     /// The same, with attribution to address spaces and instructions.
     Attributing,
+    /// The same, each write told by itself too.
+    SingleWrites,
 }
+
+/// Room for all single writes of a measurement of 2 s.
+const SINGLE_WRITES_BYTES: u32 = 256 << 20;
 
 /// What was attached, for as long as this lives.
 enum Attached {
@@ -155,12 +160,13 @@ fn attach(what: What, vms: u64) -> Result<Attached> {
             return Ok(Attached::Empty { program, _link: link });
         }
         What::Counting | What::FirstWrites => false,
-        What::Attributing => true,
+        What::Attributing | What::SingleWrites => true,
     };
     let pid = std::process::id();
     let frames = PageCount(2 * PAGES);
     let wanted = vec![Gives::Pages, Gives::RingPages, Gives::HardwareLog, Gives::VmmExits, Gives::GuestExits];
-    let options = LoadOptions { only: Some(pid), capacity: frames, wanted, attribute, log: false };
+    let single_writes = (what == What::SingleWrites).then_some(SINGLE_WRITES_BYTES);
+    let options = LoadOptions { only: Some(pid), capacity: frames, wanted, attribute, single_writes, log: false };
     let probes: SharedProbes = Arc::new(Mutex::new(Probes::load(&options)?));
     let mut counters = KernelCounters::track(&probes, pid, frames)?;
     if attribute {
@@ -209,7 +215,7 @@ fn totals(attached: &mut Attached) -> Result<Totals> {
             let mut counters = lock(counters);
             let mut pages = counters.empty_pages();
             let sample = counters.sample(&mut pages)?;
-            let mut totals = Totals { lost: sample.lost.total(), ..Totals::default() };
+            let mut totals = Totals { lost: sample.lost.total() + sample.lost.writes_full, ..Totals::default() };
             totals.events = sample.threads.values().map(|thread| thread.pages_made_writable).sum();
             for cost in counters.probes().costs() {
                 totals.run_time_ns += cost.stats.run_time_ns;

@@ -84,7 +84,7 @@ ten in a tenth of the pages (hotcold). Windows are 1280 ms, as the guest's own a
   error            |figure / truth_model - 1|;  counting_error: the same beside what the guest wrote meanwhile, slowed down or held up by the host
   slowdown         1 - writes/s / control's;  gap_added: gap - control's;  core_share: of one core
   events/*         outside of a window (counting); in one, each a first write whose time is taken (first-writes), and put down to an address space and an
-                   instruction besides (attributing): the programs' run time per event, as the kernel counts it, and that of a program that does nothing (`empty`): the
+                   instruction besides (attributing), and each told by itself too (single-writes, on request only): the programs' run time per event, as the kernel counts it, and that of a program that does nothing (`empty`): the
                    counting of run times sees so much of itself; `event_cost_net` is without that; `core_share`: all programs
 Values are medians of so many runs; `outside` is a part of all runs and intervals, in all/* of all cases too.";
 
