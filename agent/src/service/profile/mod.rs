@@ -6,6 +6,7 @@
 mod average;
 mod opener;
 mod protector;
+mod running;
 mod sampled;
 mod window;
 mod writers;

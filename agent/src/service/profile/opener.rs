@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use super::ProfileError;
 use super::protector::{Armed, Protector};
+use super::running::{Running, Spent};
 use super::writers::Window;
-use crate::foreign::thread_time;
 use crate::model::{PageBitmap, PageSubset, Slowed};
 use crate::port::{Clock, EventSample, EventSource, LostEvents, ThreadEvents};
 use crate::probe::KernelCounters;
@@ -40,6 +40,9 @@ const STEP: u32 = 4;
 const ENOUGH: u64 = 16;
 /// The part of a vCPU's time that faults may take at a window's begin, where they come most often; by the fault cost as it is measured.
 const FAULT_SHARE: f64 = 0.035;
+/// The part of a vCPU's idle time that they may take instead, if that is more: a guest that is idle works to a clock and makes up for it, and the
+/// more pages are protected, the less is left to chance.
+const FAULT_SHARE_OF_IDLE: f64 = 0.25;
 
 /// Pages of a huge mapping.
 const PAGES_OF_HUGE: u64 = 512;
@@ -84,6 +87,8 @@ pub(super) struct Opener<'a> {
     faults: BTreeMap<u32, u64>,
     /// Since when the log is on.
     began: Instant,
+    /// The vCPUs since then.
+    running: Running,
 }
 
 impl<'a> Opener<'a> {
@@ -95,7 +100,8 @@ impl<'a> Opener<'a> {
         fault_cost: Duration,
         seed: u64,
     ) -> Self {
-        Self { vm, counters, protector, interrupt, fault_cost, seed, faults: BTreeMap::new(), began: Instant::now() }
+        let (faults, began, running) = (BTreeMap::new(), Instant::now(), Running::begin(vm));
+        Self { vm, counters, protector, interrupt, fault_cost, seed, faults, began, running }
     }
 
     /// What all this has taken, at most, of the time of any vCPU that is never idle; one that is makes up for it.
@@ -142,7 +148,7 @@ impl<'a> Opener<'a> {
             let new = since(&before, &now);
             self.count_faults(&new);
             let most = new.values().map(|events| events.pages_made_writable).max().unwrap_or(0);
-            if wanted_shift(most, 1, began.elapsed(), self.fault_cost) == 0 || Instant::now() >= limit {
+            if wanted_shift(most, 1, began.elapsed(), self.fault_cost, FAULT_SHARE) == 0 || Instant::now() >= limit {
                 return Ok(());
             }
             before = now;
@@ -150,7 +156,7 @@ impl<'a> Opener<'a> {
     }
 
     /// Which part of the pages to protect, as the exponent of [`PageSubset::one_in`]: as large a one as lets faults take no more than
-    /// [`FAULT_SHARE`] of any vCPU's time.
+    /// [`FAULT_SHARE`] of any vCPU's time, or [`FAULT_SHARE_OF_IDLE`].
     pub(super) fn choose(&mut self) -> Result<u32, ProfileError> {
         if !matches!(self.protector, Protector::Log(_)) {
             return Ok(0);
@@ -161,9 +167,15 @@ impl<'a> Opener<'a> {
             if !shown.chosen {
                 return Ok(0);
             }
-            let by_thread = shown.window.threads.values().map(|events| sum(&events.first_writes));
-            let most = by_thread.max().unwrap_or(0);
-            let wanted = wanted_shift(most + 1, 1 << shift, shown.window.length, self.fault_cost);
+            // Since the log is on, which is longer than a pilot: less that has to do with when a guest's clock ticks.
+            let idle = self.running.spent().idle;
+            let (mut most, mut wanted) = (0, 0);
+            for (thread, events) in &shown.window.threads {
+                let seen = sum(&events.first_writes);
+                let limit = (idle.get(thread).unwrap_or(&0.0) * FAULT_SHARE_OF_IDLE).max(FAULT_SHARE);
+                most = most.max(seen);
+                wanted = wanted.max(wanted_shift(seen + 1, 1 << shift, shown.window.length, self.fault_cost, limit));
+            }
             if most >= ENOUGH || wanted >= shift || (wanted == 0 && shift <= STEP) {
                 return Ok(wanted);
             }
@@ -205,7 +217,6 @@ impl<'a> Opener<'a> {
         self.counters.arm(ordered_ns, subset);
         let before = self.counters.sample(&mut pages)?;
         pages.clear();
-        let threads: Vec<u32> = self.vm.vcpus.iter().filter_map(|vcpu| vcpu.thread_id).collect();
         let mut armed = Armed { protector: self.protector, counters: self.counters };
         let did = armed.protect(subset, ordered_ns)?;
         // Pages are protected one after the other, so that on average their window begins in the middle of it.
@@ -215,20 +226,11 @@ impl<'a> Opener<'a> {
             return Ok(None);
         }
         let began = ordered + after;
-        let times = || threads.iter().map(|&thread| thread_time(self.vm.pid, thread));
-        let times_before: Vec<_> = times().collect();
+        let running = Running::begin(self.vm);
         let (looked, now) = (clock.now(), Instant::now());
         let interrupted = self.interrupt.wait_until(now + (began + length).saturating_sub(looked));
         let (ended, after_window) = (clock.now(), armed.counters.sample(&mut pages)?);
-        let watched_for = ended.saturating_sub(looked).as_secs_f64();
-        let (mut idle, mut waited) = (BTreeMap::new(), 0.0f64);
-        for ((&thread, before), now) in threads.iter().zip(times_before).zip(times()) {
-            let (Some(before), Some(now)) = (before, now) else { continue };
-            let share = |time: Duration| (time.as_secs_f64() / watched_for).min(1.0);
-            let wait = now.waited.unwrap_or_default().saturating_sub(before.waited.unwrap_or_default());
-            idle.insert(thread, (1.0 - share(now.ran.saturating_sub(before.ran) + wait)).max(0.0));
-            waited = waited.max(share(wait));
-        }
+        let Spent { idle, waited } = running.spent();
         let marked = match &*armed.protector {
             Protector::Marks(marks) => {
                 let mut marked = marks.empty_pages();
@@ -267,11 +269,11 @@ impl<'a> Opener<'a> {
     }
 }
 
-/// The smallest exponent with which faults take [`FAULT_SHARE`] of a writer's time at most, when so many pages, each for `every`, were written in
+/// The smallest exponent with which faults take `limit` of a writer's time at most, when so many pages, each for `every`, were written in
 /// `length`.
-fn wanted_shift(seen: u64, every: u64, length: Duration, fault_cost: Duration) -> u32 {
+fn wanted_shift(seen: u64, every: u64, length: Duration, fault_cost: Duration, limit: f64) -> u32 {
     let share = (seen * every) as f64 / length.as_secs_f64() * fault_cost.as_secs_f64();
-    ((share / FAULT_SHARE).log2().ceil().max(0.0) as u32).min(PageSubset::MAX_SHIFT)
+    ((share / limit).log2().ceil().max(0.0) as u32).min(PageSubset::MAX_SHIFT)
 }
 
 fn sum(bins: &[u32]) -> u64 {
@@ -293,12 +295,14 @@ mod tests {
     fn faster_writers_have_fewer_of_their_pages_protected() {
         let cost = Duration::from_micros(2);
         let wanted = |pages_per_second: f64, every: u64| {
-            wanted_shift((pages_per_second * 0.02) as u64 / every, every, Duration::from_millis(20), cost)
+            wanted_shift((pages_per_second * 0.02) as u64 / every, every, Duration::from_millis(20), cost, FAULT_SHARE)
         };
         // 10 000 faults a second of 2 us are 2 % of the time; 1 000 000 are all of it, twice.
         assert_eq!([10_000.0, 50_000.0, 200_000.0, 1e6].map(|rate| wanted(rate, 1)), [0, 2, 4, 6]);
         assert_eq!(wanted(1e6, 64), 6, "the same by a part of the pages");
         assert_eq!((wanted(0.0, 1), wanted(1e12, 1)), (0, PageSubset::MAX_SHIFT));
+        // Of one that is idle for half of its time all may be.
+        assert_eq!(wanted_shift(1000, 1, Duration::from_millis(20), cost, 0.5 * FAULT_SHARE_OF_IDLE), 0);
     }
 
     #[test]
