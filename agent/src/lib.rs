@@ -7,8 +7,8 @@
 //! |---|---|---|
 //! | faces | [`cli`], [`tui`] | arguments and keys in, human or JSON out |
 //! | service | [`service`] | the composition root: machine host, migration managers, observer |
-//! | policy | [`migrate`], [`announce`], [`track`] | the subject itself, generic over ports |
-//! | mechanism | [`kvm`], [`block`], [`net`], [`link`], [`shm`], [`probe`], [`btf`], [`trial`], [`foreign`], [`guest_os`], [`store`], [`draw`], `time` | one kernel interface each, thin |
+//! | policy | [`migrate`], [`announce`], [`stun`], [`track`] | the subject itself, generic over ports |
+//! | mechanism | [`kvm`], [`block`], [`net`], [`cgroup`], [`link`], [`shm`], [`probe`], [`btf`], [`trial`], [`foreign`], [`guest_os`], [`store`], [`draw`], `time` | one kernel interface each, thin |
 //! | ports | [`port`] | the traits that join policy to mechanism |
 //! | words | [`model`] | newtypes with units, neutral names |
 //!
@@ -20,6 +20,7 @@
 pub mod announce;
 pub mod block;
 pub mod btf;
+pub mod cgroup;
 pub mod cli;
 pub mod draw;
 mod elf;
@@ -39,6 +40,7 @@ pub mod shm;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;
 pub mod store;
+pub mod stun;
 mod time;
 pub mod track;
 pub mod trial;

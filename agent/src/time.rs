@@ -16,6 +16,12 @@ pub(crate) fn thread_cpu_time() -> Duration {
     now(ClockId::ThreadCPUTime)
 }
 
+/// How long a thread of this process has run; none: it has ended, or the kernel does not tell (`/proc/self/task/TID/schedstat`, first field).
+pub(crate) fn thread_run_time(thread: i32) -> Option<Duration> {
+    let text = std::fs::read_to_string(format!("/proc/self/task/{thread}/schedstat")).ok()?;
+    text.split_ascii_whitespace().next()?.parse().ok().map(Duration::from_nanos)
+}
+
 fn now(clock: ClockId) -> Duration {
     let now = clock_gettime(clock);
     Duration::new(now.tv_sec as u64, now.tv_nsec as u32)

@@ -12,7 +12,7 @@ use crate::model::schema::Schema;
 use crate::model::{
     AddressSpace, AnnounceReport, AnnounceRound, BlackoutLedger, BlackoutPhase, BytesPerSecond, CurvePoint, Ending,
     Gfn, Gpa, GuestProcess, GuestWrite, Gva, MemoryRange, MigrationId, MigrationReport, Owner, PageCount, RegionHeat,
-    RoundReport, Stage, Station, VmId, WriteCurve, Writer,
+    RoundReport, Stage, Station, StunReport, VcpuStun, VmId, WriteCurve, Writer,
 };
 use crate::port::Protected;
 use crate::service::balloon::{BalloonReport, HintReport};
@@ -25,6 +25,7 @@ use crate::service::profile::{Profile, WindowCost, WriterProfile};
 use crate::service::prove::{Figure, Proof, ProofReport};
 use crate::service::registry::MachineEntry;
 use crate::service::rogues::{Rogue, RogueReport};
+use crate::service::stun::{StunStatus, VcpuStatus};
 use crate::service::{audit, events, inventory};
 use crate::track::{
     Compression, DirtyRate, Lost, Ranked, Ranking, Regime, SampledCurve, SampledHeat, SampledRegion, Terms, ThreadRate,
@@ -59,6 +60,22 @@ fn migration() -> Value {
         blackout,
         rtt_ns: 0,
         verified_pages: 0,
+        stun: Some(stun_report()),
+    })
+}
+
+fn stun_report() -> StunReport {
+    StunReport { vcpus: vec![VcpuStun::default()], ..StunReport::default() }
+}
+
+fn stun() -> Value {
+    tagged(&StunStatus {
+        vm: observed(),
+        by: "",
+        allowed_pages_per_second: Some(0.),
+        vcpus: vec![VcpuStatus { vcpu: 0, pages_per_second: 0., limit_pages_per_second: Some(0.) }],
+        dry_run: false,
+        stun: stun_report(),
     })
 }
 
@@ -389,6 +406,8 @@ fn fleet() -> [Value; 3] {
 fn samples() -> Vec<Value> {
     let mut all = vec![migration(), dirty_rate(), doctor(), proof(), audit::sample(), vm::run::sample(), balloon()];
     all.extend([exits(), profile(), rogue()]);
+    all.extend([stun(), crate::service::control::throttled_sample()]);
+    all.push(serde_json::json!({ "schema": "dunlin.stun-cleared/v1", "groups": [""] }));
     all.extend(crate::store::recording::samples());
     all.push(tagged(&GuestWrite {
         at_ns: 0,

@@ -8,7 +8,7 @@ use super::places::{Plaintext, RunDir};
 use super::signals::cancel_on_signals;
 use super::watch::Watch;
 use crate::link::Address;
-use crate::migrate::{SourceOptions, Strategy};
+use crate::migrate::{OnStuck, SourceOptions, Strategy};
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
 use crate::model::units::{display_bytes, display_duration, parse_duration};
@@ -27,6 +27,7 @@ use crate::service::out::{bytes, complain, say};
 Examples:
   dunlin migrate web1 --to tcp://192.0.2.7:4460 --insecure-plaintext
   dunlin migrate web1 --to tcp://127.0.0.1:4460 --bandwidth 1Gbit --downtime 50ms --json
+  dunlin migrate web1 --to tcp://127.0.0.1:4460 --on-stuck stun
   dunlin migrate uuid:6ba7b810-9dad-41d1-80b4-00c04fd430c8 --to tcp://[fd00::7]:4460 --strategy stop-and-copy --verify
 
 Exit codes: 0 it runs there, 1 the VM died, 2 wrong arguments, 3 refused, 4 failed and it runs here, 5 in doubt (see
@@ -59,6 +60,11 @@ pub(super) struct MigrateArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     max_rounds: Option<u32>,
 
+    /// What to do when pre-copy does not end by itself: stop (pause the VM for the rest), stun (slow the writers that keep it from ending) or cancel
+    /// [default: stop].
+    #[arg(long, value_name = "ACTION")]
+    on_stuck: Option<OnStuck>,
+
     /// Hash all memory at both ends while the VM is paused, and compare. The blackout is then not worth quoting.
     #[arg(long)]
     verify: bool,
@@ -86,16 +92,19 @@ impl MigrateArgs {
             bandwidth: self.bandwidth.or(configured.bandwidth),
             downtime: self.downtime.unwrap_or(configured.downtime),
             max_rounds: self.max_rounds.unwrap_or(configured.max_rounds),
+            on_stuck: self.on_stuck.unwrap_or(configured.on_stuck),
             streams: self.streams.unwrap_or(configured.streams),
             verify: self.verify,
             stall: self.watch.stall.unwrap_or(configured.stall),
             doubt: self.doubt,
+            stun: config.stun.policy(),
             ..SourceOptions::default()
         };
         let request = MigrateRequest {
             vm: self.vm,
             to: self.to,
             options,
+            never_stunned: config.stun.never.clone(),
             run_dir: self.run_dir.path(config),
             insecure_plaintext: self.plaintext.is_allowed(config),
             events: self.watch.events,
@@ -168,6 +177,20 @@ fn describe(report: &MigrationReport) -> String {
             let phase = serde_json::to_string(&entry.phase).unwrap_or_default();
             text += &format!("    {:<18} {}\n", phase.trim_matches('"'), ns(entry.duration_ns));
         }
+    }
+    for vcpu in report.stun.iter().flat_map(|stun| &stun.vcpus) {
+        text += &format!(
+            "  stunned    vCPU {}: {:.0} pages/s, held to {:.0} (at least {:.0}) for {}; {} of guest time lost\n",
+            vcpu.vcpu,
+            vcpu.free_pages_per_second,
+            vcpu.limited_pages_per_second,
+            vcpu.least_limit_pages_per_second,
+            ns(vcpu.limited_ns),
+            ns(vcpu.held_ns)
+        );
+    }
+    if let Some(why) = report.stun.as_ref().map(|stun| &stun.gave_up).filter(|why| !why.is_empty()) {
+        text += &format!("  stunned    no longer: {why}\n");
     }
     if report.verified_pages > 0 {
         text += &format!("  verified   {} pages, all equal\n", report.verified_pages);

@@ -16,6 +16,7 @@ mod replay;
 mod resolve;
 mod rogue;
 mod signals;
+mod stun;
 mod top;
 mod vm;
 mod watch;
@@ -60,6 +61,9 @@ enum Command {
     Wws(wws::WwsArgs),
     Heat(heat::HeatArgs),
     Rogue(rogue::RogueArgs),
+    Stun(stun::StunArgs),
+    #[command(hide = true)]
+    StunHolder,
     Agent(agent::AgentArgs),
     Doctor(doctor::DoctorArgs),
 }
@@ -74,6 +78,7 @@ impl Cli {
         // A process that a receiver starts is told everything by it.
         let config = match &self.command {
             Command::Vm(command) if command.is_told_everything() => Config::default(),
+            Command::StunHolder => Config::default(),
             _ => match config::load(self.config.as_deref()) {
                 Ok(config) => config,
                 Err(error) => {
@@ -95,6 +100,8 @@ impl Cli {
             Command::Wws(arguments) => arguments.run(json, &config),
             Command::Heat(arguments) => arguments.run(json, &config),
             Command::Rogue(arguments) => arguments.run(json, &config),
+            Command::Stun(arguments) => arguments.run(json, &config),
+            Command::StunHolder => stun::hold(),
             Command::Agent(arguments) => arguments.run(json, &config),
             Command::Doctor(arguments) => arguments.run(json, &config),
         }

@@ -110,7 +110,7 @@ impl KvmProcess {
             let target = target.to_string_lossy();
             if target == "anon_inode:kvm-vm" {
                 descriptors.machines.push(number);
-            } else if target.starts_with("anon_inode:kvm-vcpu") {
+            } else if target.starts_with("anon_inode:kvm-vcpu:") || target == "anon_inode:kvm-vcpu" {
                 // The kernel numbers them: `anon_inode:kvm-vcpu:0`.
                 descriptors.vcpus.push(number);
             }

@@ -4,7 +4,7 @@
 //! that takes a vCPU out of guest code is a [`Kick`].
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Takes one vCPU out of guest code, or keeps it from entering, until [`Kick::clear`].
 pub(crate) trait Kick: Send + Sync {
@@ -75,8 +75,6 @@ impl RunControl {
     }
 
     /// vCPU thread: waits for the order to run. False: quit.
-    ///
-    /// A throttle sleeps in the same place: a wait on `ordered` with a time-out ends at once when a pause is ordered.
     pub(crate) fn enter(&self, kick: &dyn Kick) -> bool {
         let mut state = self.lock();
         loop {
@@ -105,6 +103,25 @@ impl RunControl {
         state.order != Order::Run
     }
 
+    /// vCPU thread, with nothing pending: stands still until then, or until `is_over` when it was woken. An order ends it at once.
+    pub(crate) fn hold(&self, until: Instant, is_over: impl Fn() -> bool) {
+        let mut state = self.lock();
+        while state.order == Order::Run && !is_over() {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            state = self.ordered.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Has those who are held look whether they still must be.
+    pub(crate) fn wake_held(&self) {
+        // Under the lock, so that one that is about to wait does not miss it.
+        drop(self.lock());
+        self.ordered.notify_all();
+    }
+
     /// vCPU thread: it stands now.
     pub(crate) fn left(&self) {
         self.lock().running -= 1;
@@ -120,6 +137,7 @@ impl RunControl {
             state.order = Order::Stand;
         }
         drop(state);
+        self.ordered.notify_all();
         self.kick_all();
         self.reported.notify_all();
     }
@@ -155,6 +173,8 @@ impl RunControl {
         }
         if state.running > 0 {
             drop(state);
+            // Whoever is held is not in guest code.
+            self.ordered.notify_all();
             self.kick_all();
             state = self.lock();
         }
@@ -197,10 +217,8 @@ impl RunControl {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicBool, Ordering};
-    use std::time::Instant;
-
     use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     /// A vCPU whose guest code spins until it is kicked.
     #[derive(Default)]

@@ -22,6 +22,9 @@
 //! KVM looks whether a ring is nearly full only when it enters guest code; a vCPU whose code it emulates can write more pages
 //! between two looks than the ring keeps in reserve, and KVM then writes over the oldest entries. A ring found full to the
 //! last entry therefore counts as overrun: the log is armed anew and all of memory is marked.
+//!
+//! Who only wants to know how much was written ([`DirtyLogger::written`]) changes nothing of that: a bitmap is fetched and compared with what was fetched
+//! before, entries of rings are collected and wait for the next reset.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -61,6 +64,8 @@ pub struct DirtyLogger {
     inner: Mutex<Inner>,
     /// Entries harvested of each vCPU's ring since the VM was made; empty without rings.
     vcpu_pages: Vec<AtomicU64>,
+    /// Of these, pages that were not known to be written since they were protected.
+    vcpu_new_pages: Vec<AtomicU64>,
 }
 
 struct Inner {
@@ -70,9 +75,54 @@ struct Inner {
 
 enum Kind {
     /// By slot: what the last harvest found and nobody has protected since; and a scratch for one call.
-    Bitmap { unprotected: Vec<Vec<u64>>, scratch: Vec<u64> },
-    /// One a vCPU; pages that were collected and are not yet marked.
-    Rings { rings: Vec<Ring>, pending: Vec<u64> },
+    Bitmap { unprotected: Vec<Vec<u64>>, scratch: Vec<u64>, seen: Option<Seen> },
+    /// One a vCPU; pages that were collected and are not yet marked, and entries that were handed back and not yet reset.
+    Rings { rings: Vec<Ring>, pending: Pending, unreset: u64 },
+}
+
+/// Pages that were collected from rings and are not protected yet.
+#[derive(Debug, Default)]
+struct Pending {
+    /// As they came: KVM pushes a page again that it writes itself.
+    pages: Vec<u64>,
+    /// One bit a page: which are among them.
+    known: Vec<u64>,
+}
+
+impl Pending {
+    fn of(memory_pages: u64) -> Self {
+        Self { pages: Vec::new(), known: vec![0; memory_pages.div_ceil(64) as usize] }
+    }
+
+    /// Adds a page; whether it is new.
+    fn add(&mut self, page: u64) -> bool {
+        let Some(word) = self.known.get_mut((page / 64) as usize) else { return false };
+        let bit = 1 << (page % 64);
+        let is_new = *word & bit == 0;
+        if is_new {
+            *word |= bit;
+            self.pages.push(page);
+        }
+        is_new
+    }
+
+    /// Takes all of them.
+    fn take(&mut self) -> impl Iterator<Item = u64> {
+        let Self { pages, known } = self;
+        pages.drain(..).inspect(|page| known[(page / 64) as usize] &= !(1 << (page % 64)))
+    }
+}
+
+/// By slot, which bits were set when [`DirtyLogger::written`] looked last, less those that were cleared since.
+type Seen = Vec<Vec<u64>>;
+
+/// How much was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Written {
+    /// By each vCPU since the VM was made.
+    ByVcpu(Vec<u64>),
+    /// By all together since the last look; nothing at the first.
+    Together(u64),
 }
 
 /// Puts `vm`, which has no vCPU yet, into the mode that `kind` needs, and says how large its rings are in bytes.
@@ -119,17 +169,18 @@ impl DirtyLogger {
     ) -> Result<Self, KvmError> {
         let kind = if ring_bytes == 0 {
             let words = |range: &RamRange| vec![0; range.pages.0.div_ceil(64) as usize];
-            Kind::Bitmap { unprotected: memory.ranges().iter().map(words).collect(), scratch: Vec::new() }
+            Kind::Bitmap { unprotected: memory.ranges().iter().map(words).collect(), scratch: Vec::new(), seen: None }
         } else {
             let rings = vcpus.iter().map(|vcpu| Ring::map(vcpu, ring_bytes)).collect::<Result<_, _>>()?;
-            Kind::Rings { rings, pending: Vec::new() }
+            Kind::Rings { rings, pending: Pending::of(memory.dirty().pages().0), unreset: 0 }
         };
         let vcpu_pages = match &kind {
             Kind::Bitmap { .. } => Vec::new(),
             Kind::Rings { rings, .. } => rings.iter().map(|_| AtomicU64::new(0)).collect(),
         };
         let (ranges, shared) = (memory.ranges().to_vec(), memory.dirty().clone());
-        Ok(Self { vm, ranges, shared, inner: Mutex::new(Inner { on: false, kind }), vcpu_pages })
+        let vcpu_new_pages = vcpu_pages.iter().map(|_| AtomicU64::new(0)).collect();
+        Ok(Self { vm, ranges, shared, inner: Mutex::new(Inner { on: false, kind }), vcpu_pages, vcpu_new_pages })
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -173,12 +224,17 @@ impl DirtyLogger {
         }
         inner.on = on;
         match &mut inner.kind {
-            Kind::Bitmap { unprotected, .. } => unprotected.iter_mut().for_each(|words| words.fill(u64::MAX)),
-            Kind::Rings { rings, pending } => {
+            Kind::Bitmap { unprotected, seen, .. } => {
+                for words in unprotected {
+                    words.fill(u64::MAX);
+                }
+                *seen = None;
+            }
+            Kind::Rings { rings, pending, unreset } => {
                 // Entries of the time before: with the log just on they are pages that round 1 sends, else nobody's.
-                let collected = rings.iter_mut().map(|ring| ring.collect(|_, _| {}).entries).sum();
-                pending.clear();
-                self.reset_rings(collected)?;
+                let collected: u64 = rings.iter_mut().map(|ring| ring.collect(|_, _| {}).entries).sum();
+                pending.take().for_each(drop);
+                self.reset_rings(collected + std::mem::take(unreset))?;
             }
         }
         Ok(())
@@ -198,9 +254,9 @@ impl DirtyLogger {
                 }
                 Ok(())
             }
-            Kind::Rings { rings, pending } => {
+            Kind::Rings { rings, pending, unreset } => {
                 let all = 0..rings.len();
-                self.drain(rings, all, pending)
+                self.drain(rings, all, pending, unreset)
             }
         }
     }
@@ -210,22 +266,72 @@ impl DirtyLogger {
         let mut inner = self.lock();
         let index = vcpu as usize;
         match &mut inner.kind {
-            Kind::Rings { rings, pending } if index < rings.len() => self.drain(rings, index..index + 1, pending),
+            Kind::Rings { rings, pending, unreset } if index < rings.len() => {
+                self.drain(rings, index..index + 1, pending, unreset)
+            }
             _ => Ok(()),
         }
     }
 
-    /// Collects the entries of the rings `which`, has their pages protected, and marks them.
-    fn drain(&self, rings: &mut [Ring], which: std::ops::Range<usize>, pending: &mut Vec<u64>) -> Result<(), KvmError> {
+    /// How much was written so far. Protects nothing and marks nothing; nothing while the log is off.
+    pub(super) fn written(&self) -> Result<Written, KvmError> {
+        let mut inner = self.lock();
+        let on = inner.on;
+        match &mut inner.kind {
+            Kind::Bitmap { .. } if !on => Ok(Written::Together(0)),
+            Kind::Bitmap { scratch, seen, .. } => {
+                let is_first = seen.is_none();
+                let words = |range: &RamRange| vec![0; range.pages.0.div_ceil(64) as usize];
+                let seen = seen.get_or_insert_with(|| self.ranges.iter().map(words).collect());
+                let mut new = 0;
+                for (range, seen) in self.ranges.iter().zip(seen) {
+                    scratch.resize(seen.len(), 0);
+                    sys::get_dirty_log(&self.vm, range.slot, range.pages.0, scratch)?;
+                    for (seen, &now) in seen.iter_mut().zip(&*scratch) {
+                        new += u64::from((now & !*seen).count_ones());
+                        *seen = now;
+                    }
+                }
+                Ok(Written::Together(if is_first { 0 } else { new }))
+            }
+            Kind::Rings { rings, pending, unreset } => {
+                let all = 0..rings.len();
+                let collected = self.collect(rings, all, pending);
+                *unreset += collected.entries;
+                if collected.overrun {
+                    self.protect_collected(&collected, pending, unreset)?;
+                }
+                Ok(Written::ByVcpu(self.vcpu_new_pages.iter().map(|pages| pages.load(Ordering::Relaxed)).collect()))
+            }
+        }
+    }
+
+    /// Collects the entries of the rings `which`, has their pages and those that were collected before protected, and marks them.
+    fn drain(
+        &self,
+        rings: &mut [Ring],
+        which: std::ops::Range<usize>,
+        pending: &mut Pending,
+        unreset: &mut u64,
+    ) -> Result<(), KvmError> {
+        let collected = self.collect(rings, which, pending);
+        *unreset += collected.entries;
+        self.protect_collected(&collected, pending, unreset)
+    }
+
+    /// Collects the entries of the rings `which`.
+    fn collect(&self, rings: &mut [Ring], which: std::ops::Range<usize>, pending: &mut Pending) -> Collected {
         let (mut entries, mut overrun) = (0, false);
         for index in which {
+            let mut new = 0;
             let collected = rings[index].collect(|slot, offset| {
                 if let Some(range) = self.ranges.iter().find(|range| range.slot == slot)
                     && offset < range.pages.0
                 {
-                    pending.push(range.first_page.0 + offset);
+                    new += u64::from(pending.add(range.first_page.0 + offset));
                 }
             });
+            self.vcpu_new_pages[index].fetch_add(new, Ordering::Relaxed);
             self.vcpu_pages[index].fetch_add(collected.entries, Ordering::Relaxed);
             entries += collected.entries;
             if collected.overrun {
@@ -233,16 +339,26 @@ impl DirtyLogger {
                 overrun = true;
             }
         }
-        if entries == 0 {
+        Collected { entries, overrun }
+    }
+
+    /// Has the pages of all entries that were handed back protected, and marks them.
+    fn protect_collected(
+        &self,
+        collected: &Collected,
+        pending: &mut Pending,
+        unreset: &mut u64,
+    ) -> Result<(), KvmError> {
+        if *unreset == 0 {
             return Ok(());
         }
-        let mut armed = self.reset_rings(entries);
-        if overrun {
+        let mut armed = self.reset_rings(std::mem::take(unreset));
+        if collected.overrun {
             armed = armed.and_then(|()| self.arm_anew());
         }
         // Marked even if KVM fails: then the caller gives up, but no page has been forgotten.
-        pending.drain(..).for_each(|page| self.shared.set(page));
-        if overrun {
+        pending.take().for_each(|page| self.shared.set(page));
+        if collected.overrun {
             self.shared.set_run(0, self.shared.pages().0);
         }
         armed
@@ -280,13 +396,16 @@ impl DirtyLogger {
     /// As [`Self::protect`], but only the pages whose guest frame is in `subset`: the others go on as if the log were off.
     pub(crate) fn protect_some(&self, run: PageRun, subset: PageSubset) -> Result<(), KvmError> {
         let mut inner = self.lock();
-        let Inner { on: true, kind: Kind::Bitmap { unprotected, scratch } } = &mut *inner else { return Ok(()) };
-        for (range, unprotected) in self.ranges.iter().zip(unprotected) {
+        let Inner { on: true, kind: Kind::Bitmap { unprotected, scratch, seen } } = &mut *inner else {
+            return Ok(());
+        };
+        for (index, (range, unprotected)) in self.ranges.iter().zip(unprotected).enumerate() {
             let start = run.first.0.max(range.first_page.0);
             let end = run.end().min(range.first_page.0 + range.pages.0);
             if start < end {
                 let inside = start - range.first_page.0..end - range.first_page.0;
-                clear_pages(&self.vm, range, inside, subset, unprotected, scratch)?;
+                let seen = seen.as_mut().map(|seen| seen[index].as_mut_slice());
+                clear_pages(&self.vm, range, inside, subset, (unprotected, seen), scratch)?;
             }
         }
         Ok(())
@@ -313,19 +432,20 @@ pub(crate) fn set_slot(vm: &VmFd, range: &RamRange, flags: u32) -> Result<(), Kv
     unsafe { vm.set_user_memory_region(region) }.map_err(KvmError::of("KVM_SET_USER_MEMORY_REGION"))
 }
 
-/// Clears the bits of those pages `inside` of a slot that are `unprotected` and in `subset`, and takes them out there. KVM wants to be asked
+/// Clears the bits of those pages `inside` of a slot that are `unprotected` and in `subset`, and takes them out there and in what was seen. KVM wants to be asked
 /// about whole groups of 64 pages; the bits of the neighbours are passed as zero, so they stay set.
 fn clear_pages(
     vm: &VmFd,
     range: &RamRange,
     inside: std::ops::Range<u64>,
     subset: PageSubset,
-    unprotected: &mut [u64],
+    (unprotected, seen): (&mut [u64], Option<&mut [u64]>),
     scratch: &mut Vec<u64>,
 ) -> Result<(), KvmError> {
     let first = inside.start / 64 * 64;
     let end = inside.end.next_multiple_of(64).min(range.pages.0);
-    let known = &mut unprotected[(first / 64) as usize..end.div_ceil(64) as usize];
+    let words = (first / 64) as usize..end.div_ceil(64) as usize;
+    let known = &mut unprotected[words.clone()];
     scratch.clear();
     scratch.extend_from_slice(known);
     scratch[0] &= u64::MAX << (inside.start - first);
@@ -340,8 +460,11 @@ fn clear_pages(
         return Ok(());
     }
     sys::clear_dirty_log(vm, range.slot, first, (end - first) as u32, scratch)?;
-    for (known, cleared) in known.iter_mut().zip(scratch) {
+    for (known, cleared) in known.iter_mut().zip(&*scratch) {
         *known &= !*cleared;
+    }
+    for (seen, cleared) in seen.map(|seen| &mut seen[words]).into_iter().flatten().zip(&*scratch) {
+        *seen &= !*cleared;
     }
     Ok(())
 }

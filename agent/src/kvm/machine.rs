@@ -25,6 +25,7 @@ use super::memory::{Memory, MemoryError, MemoryOptions};
 use super::ports::{Ports, SERIAL_IRQ};
 use super::serial::Serial;
 use super::sys::KvmError;
+use super::throttle::Throttle;
 use super::vcpu::{self, Surroundings, Vcpu};
 use super::virtio::VirtioBalloon;
 use super::vm::Vm;
@@ -36,7 +37,8 @@ use super::x86::time::{CounterError, Frequency, FrequencyError, Now, TimeShift};
 use crate::model::id::VmName;
 use crate::model::shape::ShapeError;
 use crate::model::{
-    DirtyLogKind, DiskSpec, MachineShape, NetSpec, PageBitmap, PageCount, PageRun, RegionId, SerialSpec, VmId, chain,
+    DirtyLogKind, DiskSpec, MachineShape, NetSpec, PageBitmap, PageCount, PageRun, RegionId, SerialSpec, VcpuLimit,
+    VmId, VmWrites, chain,
 };
 use crate::port::machine::PauseTiming;
 use crate::port::{DirtyLog, MachineError, MachineState, Vcpus};
@@ -279,11 +281,14 @@ impl Machine {
         drop(fds);
 
         let kicks = vcpus.iter().map(|vcpu| vcpu.clone() as Arc<dyn Kick>).collect();
+        let log = Arc::new(log);
+        let throttle = Arc::new(Throttle::new(Arc::clone(&log), &vcpus));
         let around = Arc::new(Surroundings {
             control: RunControl::new(kicks),
             bus: Arc::new(bus),
             ports: Arc::new(Ports { serial: serial.clone() }),
-            log: Arc::new(log),
+            log,
+            throttle,
         });
         Ok(Self {
             shape,
@@ -403,6 +408,22 @@ impl Machine {
         &self.around.log
     }
 
+    /// Limits what vCPUs may write, for [`crate::port::THROTTLE_LEASE`]; says what they have written. See [`crate::port::Throttle`].
+    ///
+    /// # Errors
+    /// The dirty log cannot be read, or there is no thread.
+    pub fn throttle(&self, limits: &[Option<VcpuLimit>]) -> std::io::Result<VmWrites> {
+        let writes = self.around.throttle.limit(limits);
+        self.around.control.wake_held();
+        writes
+    }
+
+    /// Lets all vCPUs write as they like.
+    pub fn lift_throttle(&self) {
+        self.around.throttle.lift();
+        self.around.control.wake_held();
+    }
+
     /// What the guest was booted from, command line complete: the target needs it for a reset.
     pub fn image(&self) -> Option<BootImage> {
         self.image.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -497,6 +518,7 @@ impl Machine {
     }
 
     fn pause_in(&self, phase: &mut Phase) -> Result<(), HostedError> {
+        self.lift_throttle();
         self.around.control.stand();
         if *phase == Phase::Running {
             *phase = Phase::Standing;
@@ -599,6 +621,7 @@ impl Machine {
 impl Drop for Machine {
     fn drop(&mut self) {
         self.stop();
+        self.around.throttle.lift();
         let threads = std::mem::take(self.threads.get_mut().unwrap_or_else(PoisonError::into_inner));
         for thread in threads {
             // The keeper itself may have held the last reference.

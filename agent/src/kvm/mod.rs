@@ -3,6 +3,7 @@
 //! Owns every KVM ioctl and every byte a guest can touch. Must not know migration, announcing, or the control sockets.
 //! vCPUs are plain threads; devices bring their own.
 
+mod alarm;
 pub mod boot;
 pub mod bus;
 pub mod console;
@@ -20,9 +21,12 @@ mod machine_tests;
 pub mod memory;
 pub mod ports;
 mod serial;
+mod spaces;
+mod stats;
 pub mod sys;
 #[cfg(test)]
 pub(crate) mod testing;
+mod throttle;
 #[cfg(test)]
 mod time_tests;
 mod vcpu;

@@ -3,6 +3,7 @@
 //! Owns the numbers and layouts of those calls. Must not know what a caller wants with them.
 
 use std::io;
+use std::os::fd::{FromRawFd, OwnedFd};
 
 use kvm_bindings::{KVMIO, kvm_clear_dirty_log, kvm_device_attr, kvm_dirty_log, kvm_dtable, kvm_segment, kvm_xsave};
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -49,6 +50,7 @@ mod numbers {
     ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
     ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
     ioctl_ior_nr!(KVM_GET_XSAVE2, KVMIO, 0xcf, kvm_xsave);
+    ioctl_io_nr!(KVM_GET_STATS_FD, KVMIO, 0xce);
 }
 
 /// `struct kvm_sregs2`: the system registers with the PDPTRs.
@@ -112,6 +114,16 @@ pub(crate) fn reset_dirty_rings(vm: &VmFd) -> Result<u64, KvmError> {
     match unsafe { ioctl(vm, numbers::KVM_RESET_DIRTY_RINGS()) } {
         count @ 0.. => Ok(count as u64),
         _ => Err(KvmError::last("KVM_RESET_DIRTY_RINGS")),
+    }
+}
+
+/// Opens the file of a vCPU's statistics (`KVM_CAP_BINARY_STATS_FD`, Linux 5.14).
+pub(crate) fn stats_fd(vcpu: &VcpuFd) -> Result<OwnedFd, KvmError> {
+    // SAFETY: takes no argument.
+    match unsafe { ioctl(vcpu, numbers::KVM_GET_STATS_FD()) } {
+        // SAFETY: a descriptor that the kernel has just made for us.
+        fd @ 0.. => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        _ => Err(KvmError::last("KVM_GET_STATS_FD")),
     }
 }
 

@@ -7,18 +7,25 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 
+use super::alarm::Alarm;
 use super::bus::MmioBus;
 use super::control::{Kick, MachineExit, RunControl};
 use super::dirty::DirtyLogger;
 use super::hurry;
 use super::ports::{PortAction, Ports};
 use super::sys::KvmError;
+use super::throttle::Throttle;
+use super::x86::timer::next_interrupt;
+use crate::model::AddressSpace;
 
 /// The signal that takes a vCPU out of guest code, counted from SIGRTMIN.
 const KICK_SIGNAL: i32 = 0;
+/// Bits 12 to 51 of CR3, the others are flags (Intel SDM volume 3, table 4-12).
+const ROOT_BITS: u64 = 0x000f_ffff_ffff_f000;
 
 /// A vCPU.
 pub(crate) struct Vcpu {
@@ -70,6 +77,22 @@ impl Vcpu {
         self.thread.load(Ordering::Acquire)
     }
 
+    /// Has it come out of guest code once, if it is inside; it may go on at once.
+    pub(super) fn nudge(&self) {
+        self.signal();
+    }
+
+    fn signal(&self) {
+        let thread = self.thread_id();
+        if thread != 0 {
+            // SAFETY: sends a signal whose handler does nothing to a thread of this process; a number that has ended is
+            // refused by the kernel, and one that was reused meanwhile only sees an interrupted call.
+            unsafe {
+                libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, libc::SIGRTMIN() + KICK_SIGNAL);
+            }
+        }
+    }
+
     fn immediate_exit(&self) -> &AtomicU8 {
         // SAFETY: see the impl of Send; AtomicU8 has the layout of u8, and the kernel only reads the byte.
         unsafe { self.immediate_exit.as_ref() }
@@ -86,12 +109,8 @@ impl Kick for Vcpu {
             if hurry::put_in_front(thread) {
                 self.hurried.store(true, Ordering::SeqCst);
             }
-            // SAFETY: sends a signal whose handler does nothing to a thread of this process; a number that has ended is
-            // refused by the kernel, and one that was reused meanwhile only sees an interrupted call.
-            unsafe {
-                libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, libc::SIGRTMIN() + KICK_SIGNAL);
-            }
         }
+        self.signal();
     }
 
     fn clear(&self) {
@@ -108,6 +127,7 @@ pub(crate) struct Surroundings {
     pub(crate) bus: Arc<MmioBus>,
     pub(crate) ports: Arc<Ports>,
     pub(crate) log: Arc<DirtyLogger>,
+    pub(super) throttle: Arc<Throttle>,
 }
 
 /// Starts the thread of `vcpu`. It stands until the control lets it run.
@@ -120,8 +140,12 @@ pub(crate) fn spawn(vcpu: Arc<Vcpu>, around: Arc<Surroundings>) -> Result<JoinHa
             // SAFETY: no argument, cannot fail.
             let id = unsafe { libc::gettid() };
             vcpu.thread.store(id, Ordering::Release);
+            let alarm = Alarm::for_this_thread(libc::SIGRTMIN() + KICK_SIGNAL);
+            if let Err(error) = &alarm {
+                tracing::warn!("vCPU {}: no timer, so a throttle holds it less finely: {error}", vcpu.index);
+            }
             while around.control.enter(vcpu.as_ref()) {
-                if let Some(exit) = run(&vcpu, &around) {
+                if let Some(exit) = run(&vcpu, &around, alarm.as_ref().ok()) {
                     around.control.end(exit);
                 }
                 around.control.left();
@@ -134,7 +158,7 @@ pub(crate) fn spawn(vcpu: Arc<Vcpu>, around: Arc<Surroundings>) -> Result<JoinHa
 ///
 /// A pending exit is completed before the vCPU stands: an order is looked at only when KVM has answered EINTR, which with
 /// `immediate_exit` set it does after it has finished the instruction of the last exit.
-fn run(vcpu: &Vcpu, around: &Surroundings) -> Option<MachineExit> {
+fn run(vcpu: &Vcpu, around: &Surroundings, alarm: Option<&Alarm>) -> Option<MachineExit> {
     let mut fd = vcpu.fd();
     loop {
         match fd.run() {
@@ -165,13 +189,29 @@ fn run(vcpu: &Vcpu, around: &Surroundings) -> Option<MachineExit> {
             }
             // EAGAIN: an application processor that waits for its start, or a page that is being fetched.
             Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => {
-                if e.errno() == libc::EINTR && around.control.must_stand(vcpu) {
+                if e.errno() == libc::EINTR && (around.control.must_stand(vcpu) || held(vcpu, &fd, around, alarm)) {
                     return None;
                 }
             }
             Err(e) => return Some(MachineExit::Error(format!("vCPU {}: KVM_RUN: {e}", vcpu.index))),
         }
     }
+}
+
+/// Stands still for as long as the throttle says; whether an order came meanwhile.
+fn held(vcpu: &Vcpu, fd: &VcpuFd, around: &Surroundings, alarm: Option<&Alarm>) -> bool {
+    let lifts = around.throttle.lifts();
+    let root = || fd.get_sregs().ok().map(|sregs| AddressSpace(sregs.cr3 & ROOT_BITS));
+    let Some(hold) = around.throttle.must_hold(vcpu.index, root, || next_interrupt(fd)) else { return false };
+    if let Some(until) = hold.until {
+        let began = Instant::now();
+        around.control.hold(until, || around.throttle.lifts() != lifts);
+        around.throttle.was_held(vcpu.index, hold, began.elapsed());
+    }
+    if let (Some(again), Some(alarm)) = (hold.again, alarm) {
+        alarm.ring_in(again);
+    }
+    around.control.must_stand(vcpu)
 }
 
 /// What KVM says of an internal error: most often an instruction that it cannot emulate.

@@ -16,6 +16,7 @@ pub mod outcomes;
 mod pacer;
 mod rounds;
 pub mod source;
+mod steward;
 pub mod target;
 
 pub use answer::{AnswerError, answer};
@@ -23,5 +24,5 @@ pub use converge::{Convergence, Verdict};
 pub use digest::{chunk_hashes, page_digest, zero_page};
 pub use message::{Accept, ControlMessage, Handed, Offer, TargetState};
 pub use observe::{CancelFlag, Observer, Quiet};
-pub use options::{SourceOptions, Strategy};
+pub use options::{OnStuck, SourceOptions, Strategy};
 pub use pacer::Pacer;

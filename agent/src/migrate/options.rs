@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::model::BytesPerSecond;
+use crate::stun::StunPolicy;
 
 /// How memory moves.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,6 +41,42 @@ impl FromStr for Strategy {
     }
 }
 
+/// What to do when pre-copy does not end by itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnStuck {
+    /// Pause the VM and send what is left, however long that takes.
+    #[default]
+    Stop,
+    /// Slow the writers that keep it from ending, by just enough; if that is not enough, pause the VM.
+    Stun,
+    /// Leave the VM where it is.
+    Cancel,
+}
+
+impl fmt::Display for OnStuck {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Stop => "stop",
+            Self::Stun => "stun",
+            Self::Cancel => "cancel",
+        })
+    }
+}
+
+impl FromStr for OnStuck {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "stop" => Ok(Self::Stop),
+            "stun" => Ok(Self::Stun),
+            "cancel" => Ok(Self::Cancel),
+            _ => Err(format!("`{text}` is nothing that can be done about it; write stop, stun or cancel")),
+        }
+    }
+}
+
 /// The options of one migration, as its source follows them.
 #[derive(Clone, Debug)]
 pub struct SourceOptions {
@@ -53,6 +90,12 @@ pub struct SourceOptions {
     pub fixed_cost: Duration,
     /// After so many rounds pre-copy gives up and stops the VM for the rest.
     pub max_rounds: u32,
+    /// What to do when pre-copy does not end by itself.
+    pub on_stuck: OnStuck,
+    /// How the writers may be slowed, if they may.
+    pub stun: StunPolicy,
+    /// By when slowed writers must let pre-copy end, in times that sending all memory once takes; above 1.
+    pub stun_stretch: f64,
     /// Parallel page streams, at least 1.
     pub streams: u16,
     /// Hash all memory while the VM is paused, and compare.
@@ -74,6 +117,9 @@ impl Default for SourceOptions {
             downtime: Duration::from_millis(30),
             fixed_cost: Duration::from_millis(3),
             max_rounds: 30,
+            on_stuck: OnStuck::Stop,
+            stun: StunPolicy::default(),
+            stun_stretch: 1.4,
             streams: 2,
             verify: false,
             stall: Duration::from_secs(10),

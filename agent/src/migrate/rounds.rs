@@ -3,7 +3,7 @@
 //! Streams draw windows of memory from a common counter. Rounds are barriers (the source waits for the target's word
 //! that a round has arrived), so a page may travel on another stream in the next round.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -11,11 +11,18 @@ use super::digest::{page_digest, zero_digest, zero_page};
 use super::observe::{CancelFlag, Observer};
 use super::pacer::Pacer;
 use super::source::SourceError;
+use super::steward::{LOOK_EVERY, Sent};
 use crate::model::{PAGE_SIZE, PageBitmap, PageRun};
-use crate::port::{BulkSender, Clock, Job, Machine, Region};
+use crate::port::{Bell, BulkSender, Clock, Job, Machine, Region};
 
-/// Pages that one stream takes at a time, and that are protected with one order: 32 MiB.
+/// The most pages that one stream takes at a time, and that are protected with one order: 32 MiB.
 const WINDOW_PAGES: u64 = 8192;
+/// The fewest: an order costs some tens of microseconds.
+const LEAST_WINDOW_PAGES: u64 = 256;
+/// How many a round begins with, before anything is known of the link.
+const FIRST_WINDOW_PAGES: u64 = 2048;
+/// How long sending what one stream has taken should last: what is written between being protected and being sent is sent twice.
+const WINDOW_TIME: Duration = Duration::from_millis(50);
 /// Pages in one write to the stream: 2 MiB.
 const LONGEST_RUN: u32 = 512;
 
@@ -59,12 +66,30 @@ pub(super) struct Round<'a> {
     pub(super) cancel: &'a CancelFlag,
     /// The longest run that the bandwidth limit lets one write carry.
     pub(super) longest_run: u32,
+    /// What of it has been sent.
+    pub(super) sent: &'a Sent,
 }
+
+/// What looks at the writers while a round is sent.
+type Look<'a> = &'a mut (dyn FnMut() + Send);
 
 /// The longest run for a bandwidth limit: at most 50 ms worth, so that pacing stays smooth and a slow link never looks
 /// stalled.
 pub(super) fn longest_run(limit: Option<crate::model::BytesPerSecond>) -> u32 {
     limit.map_or(LONGEST_RUN, |limit| ((limit.0 / 20 / PAGE_SIZE as u64) as u32).clamp(1, LONGEST_RUN))
+}
+
+/// How many pages to take after a window of `pages` that took so long.
+fn next_window_pages(pages: u64, took: Duration) -> u64 {
+    let next = if took > WINDOW_TIME {
+        (pages as f64 * WINDOW_TIME.as_secs_f64() / took.as_secs_f64()) as u64
+    } else if took < WINDOW_TIME / 2 {
+        pages * 2
+    } else {
+        pages
+    };
+    // KVM is asked about groups of 64.
+    (next / 64 * 64).clamp(LEAST_WINDOW_PAGES, WINDOW_PAGES)
 }
 
 impl Round<'_> {
@@ -74,7 +99,17 @@ impl Round<'_> {
         machine: &Mutex<&mut dyn Machine>,
         streams: &mut [Box<dyn BulkSender>],
     ) -> Result<Tally, SourceError> {
-        self.send_beside(machine, streams, None)
+        self.send_beside(machine, streams, None, None)
+    }
+
+    /// The same; `look` is called every [`LOOK_EVERY`] until the last page is sent.
+    pub(super) fn send_watched(
+        &self,
+        machine: &Mutex<&mut dyn Machine>,
+        streams: &mut [Box<dyn BulkSender>],
+        look: Look<'_>,
+    ) -> Result<Tally, SourceError> {
+        self.send_beside(machine, streams, None, Some(look))
     }
 
     /// Sends the last round, and saves the paused machine's state beside it.
@@ -85,7 +120,7 @@ impl Round<'_> {
     ) -> Result<(Tally, Saved), SourceError> {
         let mut saved = None;
         let save = || saved = Some(self.save(machine));
-        let tally = self.send_beside(machine, streams, Some(Box::new(save)))?;
+        let tally = self.send_beside(machine, streams, Some(Box::new(save)), None)?;
         Ok((tally, saved.ok_or(SourceError::Cancelled)??))
     }
 
@@ -101,7 +136,9 @@ impl Round<'_> {
         machine: &Mutex<&mut dyn Machine>,
         streams: &mut [Box<dyn BulkSender>],
         lead: Option<Job<'_>>,
+        look: Option<Look<'_>>,
     ) -> Result<Tally, SourceError> {
+        let (sending, ended) = (AtomicUsize::new(streams.len()), Bell::default());
         let next_window = AtomicU64::new(0);
         let sent = AtomicU64::new(0);
         let send = |stream: &mut Box<dyn BulkSender>| {
@@ -116,8 +153,25 @@ impl Round<'_> {
         let send = &send;
         {
             let mut jobs: Vec<Job<'_>> = Vec::new();
+            let (sending, ended) = (&sending, &ended);
+            if let Some(look) = look {
+                jobs.push(Box::new(move || {
+                    loop {
+                        let seen = ended.rings();
+                        if sending.load(Ordering::Acquire) == 0 {
+                            break;
+                        }
+                        self.clock.wait(ended, seen, LOOK_EVERY);
+                        look();
+                    }
+                }));
+            }
             for (stream, share) in streams.iter_mut().zip(&mut shares) {
-                jobs.push(Box::new(move || *share = send(stream)));
+                jobs.push(Box::new(move || {
+                    *share = send(stream);
+                    sending.fetch_sub(1, Ordering::Release);
+                    ended.ring();
+                }));
             }
             if let Some(lead) = lead.or_else(|| jobs.pop()) {
                 self.clock.run_beside(jobs, lead);
@@ -139,16 +193,17 @@ impl Round<'_> {
     ) -> Result<Tally, SourceError> {
         let due_pages = self.due.count().0;
         let all_pages = self.due.len().0;
+        let mut pages = FIRST_WINDOW_PAGES;
         let mut tally = Tally { wire_bytes: stream.start_round(self.number, self.last)?, ..Tally::default() };
         loop {
-            let first = next_window.fetch_add(WINDOW_PAGES, Ordering::Relaxed);
+            let first = next_window.fetch_add(pages, Ordering::Relaxed);
             if self.cancel.is_set() {
                 return Err(SourceError::Cancelled);
             }
             if first >= all_pages {
                 break;
             }
-            let window = PageRun::new(first, WINDOW_PAGES.min(all_pages - first) as u32);
+            let window = PageRun::new(first, pages.min(all_pages - first) as u32);
             if self.due.runs_within(first, window.end(), u32::MAX).next().is_none() {
                 continue;
             }
@@ -156,9 +211,10 @@ impl Round<'_> {
                 let mut machine = machine.lock().unwrap_or_else(PoisonError::into_inner);
                 machine.protect(self.region.spec().id, window)?;
             }
-            let before = tally.pages;
+            let (before, began) = (tally.pages, self.clock.now());
             self.send_window(window, stream, &mut tally)?;
             let sent = sent.fetch_add(tally.pages - before, Ordering::Relaxed);
+            pages = next_window_pages(pages, self.clock.now().saturating_sub(began));
             self.observer.progress(self.number, sent, due_pages);
         }
         tally.wire_bytes += stream.end_round(self.number)?;
@@ -207,6 +263,7 @@ impl Round<'_> {
                 let bytes = self.region.bytes(run);
                 self.pacer.pay(run.byte_len() as u64);
                 tally.wire_bytes += stream.pages(self.region.spec().id, run, bytes)?;
+                self.sent.add(run.count.into(), 0);
                 if self.last {
                     for (page, bytes) in run.indices().zip(bytes.chunks(PAGE_SIZE)) {
                         tally.digest = tally.digest.wrapping_add(page_digest(page, bytes));
@@ -229,10 +286,31 @@ impl Round<'_> {
             let run = PageRun::new(first, (end - first) as u32);
             tally.wire_bytes += stream.zeros(self.region.spec().id, run)?;
             tally.zero_pages += u64::from(run.count);
+            self.sent.add(run.count.into(), run.count.into());
             if self.last {
                 tally.digest = run.indices().fold(tally.digest, |sum, page| sum.wrapping_add(zero_digest(page)));
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_last_for_a_while_on_any_link() {
+        let ms = Duration::from_millis;
+        // 1 Gbit/s over two streams: 15 259 pages a second each.
+        let mut pages = FIRST_WINDOW_PAGES;
+        for _ in 0..5 {
+            pages = next_window_pages(pages, ms(pages * 1000 / 15_259));
+        }
+        assert!((640..=768).contains(&pages), "{pages}");
+        assert_eq!(next_window_pages(WINDOW_PAGES, ms(1)), WINDOW_PAGES);
+        assert_eq!(next_window_pages(2048, ms(1)), 4096);
+        assert_eq!(next_window_pages(256, ms(100_000)), LEAST_WINDOW_PAGES);
+        assert_eq!(next_window_pages(512, ms(30)), 512);
     }
 }

@@ -11,14 +11,16 @@ use super::digest::chunk_hashes;
 use super::lap::Lap;
 use super::message::{ControlMessage, Handed, Offer, TargetState};
 use super::observe::{CancelFlag, Observer};
-use super::options::{SourceOptions, Strategy};
+use super::options::{OnStuck, SourceOptions, Strategy};
 use super::pacer::Pacer;
 use super::rounds::{Round, Saved, Tally, longest_run};
+use super::steward::{Sent, Steward};
 use crate::model::{
     BlackoutLedger, BlackoutPhase, BytesPerSecond, Ending, MachineShape, MigrationId, MigrationReport, PAGE_SIZE,
-    PageBitmap, RoundReport, Step,
+    PageBitmap, PagesPerSecond, RoundReport, Step,
 };
 use crate::port::{BulkSender, Clock, ControlChannel, Fate, LinkError, Machine, MachineError, Region, SourceLink};
+use crate::stun::Budget;
 
 /// How many times the stall limit a target may take to set memory and devices aside: much memory takes its time.
 const RESERVATION_STALLS: u32 = 6;
@@ -53,6 +55,9 @@ pub enum SourceError {
     /// An operator here asked for it.
     #[error("cancelled")]
     Cancelled,
+    /// Pre-copy does not end, and that is reason enough.
+    #[error("pre-copy gave up: {0}")]
+    Stuck(String),
     /// The right message at the wrong time.
     #[error("the peer broke the protocol: `{got}` while waiting for {wanted}")]
     Unexpected {
@@ -98,6 +103,8 @@ struct Progress {
     ledger: BlackoutLedger,
     blackout: Duration,
     verified_pages: u64,
+    /// Who watches the writers, if they may be slowed.
+    steward: Option<Steward>,
     /// When the target said `running`.
     ended_at: Option<Duration>,
     /// Whether the target may have journaled `prepared`.
@@ -146,6 +153,7 @@ impl Source<'_> {
             ledger: BlackoutLedger::default(),
             blackout: Duration::ZERO,
             verified_pages: 0,
+            steward: self.steward(),
             ended_at: None,
             handed: false,
         };
@@ -179,7 +187,19 @@ impl Source<'_> {
             blackout: progress.ledger,
             rtt_ns: progress.rtt.as_nanos() as u64,
             verified_pages: progress.verified_pages,
+            stun: progress.steward.map(|steward| steward.report()),
         }
+    }
+
+    fn steward(&self) -> Option<Steward> {
+        if self.options.on_stuck != OnStuck::Stun || self.options.strategy != Strategy::PreCopy {
+            return None;
+        }
+        // The round trip is not known yet, and small beside the rest.
+        let memory_time = self.options.downtime.saturating_sub(self.options.fixed_cost);
+        let budget = Budget { stretch: self.options.stun_stretch, memory_time };
+        let limit = self.options.bandwidth.map(|limit| PagesPerSecond(limit.0 as f64 / PAGE_SIZE as f64));
+        Some(Steward::new(budget, self.options.stun.clone(), limit))
     }
 
     fn pass(&self, progress: &mut Progress, step: Step, detail: &str) {
@@ -290,6 +310,16 @@ impl Source<'_> {
             match convergence.judge(left, took, progress.goodput, progress.rtt) {
                 Verdict::Another => {}
                 Verdict::Converged => return Ok(()),
+                Verdict::GaveUp(_) if progress.steward.as_mut().is_some_and(Steward::press) => {
+                    convergence = Convergence::new(
+                        self.options.downtime,
+                        self.options.fixed_cost,
+                        self.options.max_rounds.saturating_sub(progress.rounds.len() as u32).max(1),
+                    );
+                }
+                Verdict::GaveUp(why) if self.options.on_stuck == OnStuck::Cancel => {
+                    return Err(SourceError::Stuck(why));
+                }
                 Verdict::GaveUp(why) => {
                     tracing::warn!(vm = %self.shape.name, migration = %self.id, "pre-copy gave up: {why}");
                     progress.gave_up = format!("pre-copy gave up: {why}");
@@ -300,7 +330,14 @@ impl Source<'_> {
     }
 
     /// A round of the pages in `due`, while the VM runs.
-    fn round<'r>(&self, number: usize, pacer: &'r Pacer<'r>, due: &'r PageBitmap, cancel: &'r CancelFlag) -> Round<'r>
+    fn round<'r>(
+        &self,
+        number: usize,
+        pacer: &'r Pacer<'r>,
+        due: &'r PageBitmap,
+        cancel: &'r CancelFlag,
+        sent: &'r Sent,
+    ) -> Round<'r>
     where
         Self: 'r,
     {
@@ -314,6 +351,7 @@ impl Source<'_> {
             observer: self.observer,
             cancel,
             longest_run: longest_run(self.options.bandwidth),
+            sent,
         }
     }
 
@@ -321,9 +359,20 @@ impl Source<'_> {
     fn send_round(&mut self, progress: &mut Progress, way: &mut Way<'_>) -> Result<(), SourceError> {
         let started = self.clock.now();
         let cancel = self.cancel.clone();
-        let round = self.round(progress.rounds.len() + 1, &way.pacer, &way.due, &cancel);
+        let so_far = Sent::default();
+        let round = self.round(progress.rounds.len() + 1, &way.pacer, &way.due, &cancel, &so_far);
         let number = round.number;
-        let sent = round.send(&Mutex::new(&mut *self.machine), &mut way.streams);
+        let (clock, due) = (self.clock, way.due.count());
+        let machine: Mutex<&mut dyn Machine> = Mutex::new(&mut *self.machine);
+        let sent = match &mut progress.steward {
+            None => round.send(&machine, &mut way.streams),
+            Some(steward) => {
+                steward.begin_round(&machine, due, clock.now())?;
+                // A machine that is gone is noticed by the streams.
+                let mut look = || drop(steward.look(&machine, &so_far, clock.now()));
+                round.send_watched(&machine, &mut way.streams, &mut look)
+            }
+        };
         let tally = sent.map_err(|error| peers_reason(way.control.as_ref(), error))?;
         match self.expect(way.control.as_ref(), self.options.stall, "the end of a round")? {
             ControlMessage::RoundReceived(received) if received == number => {}
@@ -338,7 +387,9 @@ impl Source<'_> {
         let started = self.clock.now();
         // The last round is never cancelled half-way: it is short, and undone as a whole if need be.
         let cancel = CancelFlag::default();
-        let round = Round { last: true, ..self.round(progress.rounds.len() + 1, &way.pacer, &way.due, &cancel) };
+        let so_far = Sent::default();
+        let round = self.round(progress.rounds.len() + 1, &way.pacer, &way.due, &cancel, &so_far);
+        let round = Round { last: true, ..round };
         // The clock and the counters are saved first: only a short round may lie between them and the state's restoring.
         let short = progress.goodput != BytesPerSecond(0)
             && progress.goodput.time_for(way.due.count().bytes()) <= SHORT_LAST_ROUND;
@@ -553,7 +604,7 @@ impl Source<'_> {
             reason += &format!("; the dirty log could not be switched off: {stuck}");
         }
         match error {
-            SourceError::Cancelled => (Ending::Cancelled, reason),
+            SourceError::Cancelled | SourceError::Stuck(_) => (Ending::Cancelled, reason),
             SourceError::Refused(_) => (Ending::Refused, reason),
             _ => (Ending::Failed, reason),
         }

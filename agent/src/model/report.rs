@@ -7,6 +7,7 @@ use super::id::{MigrationId, VmId, VmName};
 use super::outcome::{Ending, Owner};
 use super::schema::Schema;
 use super::stage::Stage;
+use super::stun::StunReport;
 
 /// One round of pages.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -71,6 +72,9 @@ pub struct MigrationReport {
     pub rtt_ns: u64,
     /// Pages compared by `--verify`; zero without it.
     pub verified_pages: u64,
+    /// What was done to writers; absent where that was not asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stun: Option<StunReport>,
 }
 
 impl Schema for MigrationReport {

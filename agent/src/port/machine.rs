@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use super::throttle::Throttle;
 use crate::model::{MigrationId, Owner, PageBitmap, PageCount, PageRun, RegionId};
 
 /// The machine refused, failed, or is gone.
@@ -127,6 +128,6 @@ pub trait Gate: Send {
 }
 
 /// All of a machine that a manager needs.
-pub trait Machine: Vcpus + DirtyLog + MachineState + Gate {}
+pub trait Machine: Vcpus + DirtyLog + MachineState + Gate + Throttle {}
 
-impl<T: Vcpus + DirtyLog + MachineState + Gate> Machine for T {}
+impl<T: Vcpus + DirtyLog + MachineState + Gate + Throttle> Machine for T {}

@@ -11,6 +11,7 @@ pub mod journal;
 pub mod link;
 pub mod machine;
 pub mod region;
+pub mod throttle;
 
 pub use clock::{Bell, Clock, Job};
 pub use events::{
@@ -23,3 +24,4 @@ pub use journal::{Journal, JournalError, JournalRecord};
 pub use link::{BulkItem, BulkReceiver, BulkSender, ControlChannel, LinkError, SourceLink, TargetLink};
 pub use machine::{DirtyLog, Fate, Gate, Machine, MachineError, MachineState, PauseTiming, Vcpus};
 pub use region::{BytesView, Region};
+pub use throttle::{THROTTLE_LEASE, Throttle};

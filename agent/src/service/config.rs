@@ -13,9 +13,10 @@ use toml::Spanned;
 
 use super::registry::{DEFAULT_RUN_DIR, DEFAULT_STATE_DIR};
 use crate::announce::Schedule;
-use crate::migrate::SourceOptions;
+use crate::migrate::{OnStuck, SourceOptions};
 use crate::model::units::parse_duration;
-use crate::model::{BytesPerSecond, VmRef};
+use crate::model::{BytesPerSecond, VmId, VmRef};
+use crate::stun::StunPolicy;
 use crate::track::DEFAULT_BUDGET;
 
 /// Where the file is unless told otherwise. It need not exist.
@@ -38,6 +39,37 @@ pub struct Config {
     pub announce: Schedule,
     /// Of everything that watches VMs.
     pub track: TrackConfig,
+    /// Of everything that slows writers.
+    pub stun: StunConfig,
+}
+
+/// The table `[stun]`: whose writers may be slowed, and how far.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StunConfig {
+    /// VMs that are never touched, whoever asks: names, `uuid:U`, `pid:P`, or `*` for all.
+    pub never: Vec<String>,
+    /// VMs of other VMMs that may be slowed, likewise.
+    pub foreign: Vec<String>,
+    /// The largest part of its time for which a vCPU may be held, above 0, at most 1.
+    pub max_share: f64,
+    /// When the vCPUs of a VM have been held for so long, all together, everybody is let go.
+    pub max_total: Duration,
+    /// How long a limit takes to come down.
+    pub ramp: Duration,
+}
+
+impl StunConfig {
+    /// What it allows, as policy takes it.
+    pub fn policy(&self) -> StunPolicy {
+        StunPolicy { max_share: self.max_share, max_total: self.max_total, ramp: self.ramp, ..StunPolicy::default() }
+    }
+}
+
+impl Default for StunConfig {
+    fn default() -> Self {
+        let StunPolicy { max_share, max_total, ramp, .. } = StunPolicy::default();
+        Self { never: Vec::new(), foreign: Vec::new(), max_share, max_total, ramp }
+    }
 }
 
 /// The table `[track]`: what may be done to VMs of other VMMs, and what watching may cost.
@@ -68,6 +100,8 @@ pub struct MigrateConfig {
     pub bandwidth: Option<BytesPerSecond>,
     /// Pre-copy gives up after so many rounds.
     pub max_rounds: u32,
+    /// What to do when pre-copy does not end by itself.
+    pub on_stuck: OnStuck,
     /// Nothing moving for this long counts as a stalled peer.
     pub stall: Duration,
     /// Plain TCP beyond loopback is fine.
@@ -82,14 +116,15 @@ impl Default for Config {
             migrate: MigrateConfig::default(),
             announce: Schedule::default(),
             track: TrackConfig::default(),
+            stun: StunConfig::default(),
         }
     }
 }
 
 impl Default for MigrateConfig {
     fn default() -> Self {
-        let SourceOptions { streams, downtime, bandwidth, max_rounds, stall, .. } = SourceOptions::default();
-        Self { streams, downtime, bandwidth, max_rounds, stall, insecure_plaintext: false }
+        let SourceOptions { streams, downtime, bandwidth, max_rounds, on_stuck, stall, .. } = SourceOptions::default();
+        Self { streams, downtime, bandwidth, max_rounds, on_stuck, stall, insecure_plaintext: false }
     }
 }
 
@@ -129,6 +164,18 @@ struct File {
     announce: Option<Spanned<AnnounceTable>>,
     #[serde(default)]
     track: TrackTable,
+    #[serde(default)]
+    stun: StunTable,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StunTable {
+    never: Option<Vec<VmWord>>,
+    foreign: Option<Vec<VmWord>>,
+    max_share: Option<Share>,
+    max_total: Option<Time>,
+    ramp: Option<Time>,
 }
 
 #[derive(Default, Deserialize)]
@@ -160,7 +207,7 @@ impl<'de> Deserialize<'de> for Share {
         if share > 0.0 && share <= 1.0 {
             Ok(Self(share))
         } else {
-            Err(D::Error::custom(format!("{share} must be above 0 and at most 1 (0.01 is 1 % of a core)")))
+            Err(D::Error::custom(format!("{share} must be above 0 and at most 1 (0.01 is 1 %)")))
         }
     }
 }
@@ -178,6 +225,7 @@ struct MigrateTable {
     downtime: Option<Time>,
     bandwidth: Option<Rate>,
     max_rounds: Option<Whole<1, 1000>>,
+    on_stuck: Option<OnStuck>,
     stall: Option<Time>,
     insecure_plaintext: Option<bool>,
 }
@@ -257,7 +305,8 @@ fn read(text: &str) -> Result<Config, Problem> {
     }
     let file: File = toml::from_str(text)?;
     let (defaults, schedule) = (Config::default(), Schedule::default());
-    let MigrateConfig { streams, downtime, bandwidth, max_rounds, stall, insecure_plaintext } = defaults.migrate;
+    let MigrateConfig { streams, downtime, bandwidth, max_rounds, on_stuck, stall, insecure_plaintext } =
+        defaults.migrate;
     let announce = match file.announce {
         None => schedule,
         Some(table) => {
@@ -280,6 +329,7 @@ fn read(text: &str) -> Result<Config, Problem> {
             downtime: file.migrate.downtime.map_or(downtime, |time| time.0),
             bandwidth: file.migrate.bandwidth.map(|rate| rate.0).or(bandwidth),
             max_rounds: file.migrate.max_rounds.map_or(max_rounds, |number| number.0 as u32),
+            on_stuck: file.migrate.on_stuck.unwrap_or(on_stuck),
             stall: file.migrate.stall.map_or(stall, |time| time.0),
             insecure_plaintext: file.migrate.insecure_plaintext.unwrap_or(insecure_plaintext),
         },
@@ -289,7 +339,20 @@ fn read(text: &str) -> Result<Config, Problem> {
             soft_dirty: words(file.track.soft_dirty),
             budget: file.track.budget.map_or(defaults.track.budget, |share| share.0),
         },
+        stun: StunConfig {
+            never: words(file.stun.never),
+            foreign: words(file.stun.foreign),
+            max_share: file.stun.max_share.map_or(defaults.stun.max_share, |share| share.0),
+            max_total: file.stun.max_total.map_or(defaults.stun.max_total, |time| time.0),
+            ramp: file.stun.ramp.map_or(defaults.stun.ramp, |time| time.0),
+        },
     })
+}
+
+/// Whether a list names a VM: by `*`, its name, `uuid:U` or `pid:P`.
+pub fn names(list: &[String], name: &str, vm_id: VmId, pid: u32) -> bool {
+    list.iter()
+        .any(|word| word == "*" || *word == name || *word == format!("uuid:{vm_id}") || *word == format!("pid:{pid}"))
 }
 
 fn words(list: Option<Vec<VmWord>>) -> Vec<String> {
@@ -361,6 +424,12 @@ mod tests {
             "downtime",
             "bandwidth",
             "max_rounds",
+            "on_stuck",
+            "never",
+            "foreign",
+            "max_share",
+            "max_total",
+            "ramp",
             "stall",
             "insecure_plaintext",
             "initial",
@@ -386,6 +455,8 @@ mod tests {
             ("version = 1\n[migrate]\ndowntime = 30", 3, "expected a string"),
             ("version = 1\n[migrate]\nbandwidth = '1Gb'", 3, "no bandwidth"),
             ("version = 1\n[announce]\nround = 1", 3, "unknown field `round`"),
+            ("version = 1\n[migrate]\non_stuck = 'pray'", 3, "unknown variant `pray`"),
+            ("version = 1\n[stun]\nmax_share = 1.5", 3, "at most 1"),
             ("version = 1\n\n[announce]\nmax = '200s'", 3, "longer than 100 s"),
             ("version = 1\nversion = 1", 2, "duplicate"),
             ("version = 1\n[migrate", 2, ""),

@@ -4,6 +4,7 @@
 //! root or the user that runs the machine. Control plane: tokio, on a thread of its own; the data plane never waits for
 //! it. The client half is what `dunlin vm …` uses.
 
+use std::borrow::Cow;
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, mpsc};
@@ -25,7 +26,7 @@ use tokio::sync::watch;
 use super::balloon::BalloonReport;
 use super::machine::{Host, VmInfo};
 use crate::model::schema::Schema;
-use crate::model::{Owner, PageSubset};
+use crate::model::{Owner, PageSubset, VcpuLimit, VmWrites};
 
 /// Where all console output so far ends: what to ask from next.
 const POSITION_HEADER: &str = "dunlin-position";
@@ -106,6 +107,45 @@ async fn dirty_log(
     let work = move || if on { host.track(subset, at_ns) } else { host.end_tracking_now() };
     match tokio::task::spawn_blocking(work).await.map_err(|error| error.to_string()) {
         Ok(Ok(protected)) => Json(protected.tagged()).into_response(),
+        Ok(Err(error)) | Err(error) => answer(Err(error)),
+    }
+}
+
+/// What vCPUs may write; none: all are let go, and nobody counts any more.
+#[derive(Deserialize, Serialize)]
+struct ThrottleOrder<'a> {
+    limits: Option<Cow<'a, [Option<VcpuLimit>]>>,
+}
+
+/// What vCPUs have written.
+#[derive(Deserialize, Serialize)]
+struct Throttled {
+    #[serde(flatten)]
+    writes: VmWrites,
+}
+
+impl Schema for Throttled {
+    const SCHEMA: &'static str = "dunlin.throttled/v1";
+}
+
+/// An answer with every member: for the test of the documentation.
+#[cfg(test)]
+pub(crate) fn throttled_sample() -> serde_json::Value {
+    let writes = VmWrites { vcpus: vec![crate::model::VcpuWrites::default()], ..VmWrites::default() };
+    serde_json::to_value(Throttled { writes }.tagged()).unwrap()
+}
+
+async fn throttled(
+    ConnectInfo(caller): ConnectInfo<Caller>,
+    State(host): State<Arc<Host>>,
+    Json(wanted): Json<ThrottleOrder<'static>>,
+) -> Response {
+    if !caller.may_act() {
+        return order(caller, |_| Ok(())).await;
+    }
+    let work = move || host.throttle(&caller.name(), wanted.limits.as_deref());
+    match tokio::task::spawn_blocking(work).await.map_err(|error| error.to_string()) {
+        Ok(Ok(writes)) => Json(Throttled { writes }.tagged()).into_response(),
         Ok(Err(error)) | Err(error) => answer(Err(error)),
     }
 }
@@ -192,6 +232,7 @@ fn acting() -> Router<Arc<Host>> {
             }),
         )
         .route("/v1/dirty-log", post(dirty_log))
+        .route("/v1/throttle", post(throttled))
         .route(
             "/v1/balloon",
             post(
@@ -284,7 +325,13 @@ pub enum ControlError {
 }
 
 /// One request to the socket at `path`; the answer's head and body.
-async fn request(path: &Path, method: &str, target: &str, body: Vec<u8>) -> Result<(HeaderMap, Bytes), ControlError> {
+async fn request(
+    path: &Path,
+    method: &str,
+    target: &str,
+    kind: &str,
+    body: Vec<u8>,
+) -> Result<(HeaderMap, Bytes), ControlError> {
     let failed = |problem: String| ControlError::Exchange { socket: path.display().to_string(), problem };
     let stream = UnixStream::connect(path).await.map_err(|error| failed(error.to_string()))?;
     let io = hyper_util::rt::TokioIo::new(stream);
@@ -295,6 +342,7 @@ async fn request(path: &Path, method: &str, target: &str, body: Vec<u8>) -> Resu
         .method(method)
         .uri(target)
         .header("host", "dunlin")
+        .header("content-type", kind)
         .body(Full::new(Bytes::from(body)))
         .map_err(|error| failed(error.to_string()))?;
     let response = sender.send_request(request).await.map_err(|error| failed(error.to_string()))?;
@@ -319,7 +367,7 @@ fn blocking<T>(work: impl Future<Output = Result<T, ControlError>>) -> Result<T,
 /// # Errors
 /// The machine's refusal, or a socket nobody serves.
 pub fn give_order(socket: &Path, target: &str, body: &[u8]) -> Result<(), ControlError> {
-    blocking(request(socket, "POST", target, body.to_vec())).map(drop)
+    blocking(request(socket, "POST", target, "text/plain", body.to_vec())).map(drop)
 }
 
 /// As [`give_order`], but waits no longer than `limit`: the machine's process may be stopped. Returns the answer.
@@ -327,14 +375,36 @@ pub fn give_order(socket: &Path, target: &str, body: &[u8]) -> Result<(), Contro
 /// # Errors
 /// As [`give_order`]; no answer in time, and then it is not known whether the order was carried out.
 pub fn give_order_within(socket: &Path, target: &str, limit: Duration) -> Result<Vec<u8>, ControlError> {
+    within(socket, limit, request(socket, "POST", target, "text/plain", Vec::new())).map(|(_, body)| body.to_vec())
+}
+
+fn within<T>(
+    socket: &Path,
+    limit: Duration,
+    exchange: impl Future<Output = Result<T, ControlError>>,
+) -> Result<T, ControlError> {
     blocking(async {
         let late = || ControlError::Exchange {
             socket: socket.display().to_string(),
             problem: format!("no answer within {limit:?}: is the VM's process stopped?"),
         };
-        tokio::time::timeout(limit, request(socket, "POST", target, Vec::new())).await.map_err(|_| late())?
+        tokio::time::timeout(limit, exchange).await.map_err(|_| late())?
     })
-    .map(|(_, body)| body.to_vec())
+}
+
+/// Limits what vCPUs may write, or lets all go (`None`); says what they have written.
+///
+/// # Errors
+/// As [`give_order_within`]; a migration, or another who slows the VM, has it.
+pub fn throttle(socket: &Path, limits: Option<&[Option<VcpuLimit>]>) -> Result<VmWrites, ControlError> {
+    let failed = |error: serde_json::Error| ControlError::Exchange {
+        socket: socket.display().to_string(),
+        problem: error.to_string(),
+    };
+    let order = serde_json::to_vec(&ThrottleOrder { limits: limits.map(Cow::Borrowed) }).map_err(failed)?;
+    let exchange = request(socket, "POST", "/v1/throttle", "application/json", order);
+    let (_, body) = within(socket, LAST_ANSWERS_LIMIT, exchange)?;
+    serde_json::from_slice::<Throttled>(&body).map(|throttled| throttled.writes).map_err(failed)
 }
 
 /// Asks for the VM's state.
@@ -342,7 +412,7 @@ pub fn give_order_within(socket: &Path, target: &str, limit: Duration) -> Result
 /// # Errors
 /// A socket nobody serves, or an answer that is none.
 pub fn ask_info(socket: &Path) -> Result<VmInfo, ControlError> {
-    let (_, body) = blocking(request(socket, "GET", "/v1/machine", Vec::new()))?;
+    let (_, body) = blocking(request(socket, "GET", "/v1/machine", "text/plain", Vec::new()))?;
     serde_json::from_slice(&body)
         .map_err(|error| ControlError::Exchange { socket: socket.display().to_string(), problem: error.to_string() })
 }
@@ -354,7 +424,8 @@ pub fn ask_info(socket: &Path) -> Result<VmInfo, ControlError> {
 /// A VM without a balloon, a socket nobody serves, or an answer that is none.
 pub fn ask_balloon(socket: &Path, seen: Option<u64>, stats: bool) -> Result<BalloonReport, ControlError> {
     let seen = seen.map_or_else(String::new, |seen| format!("&seen={seen}"));
-    let (_, body) = blocking(request(socket, "GET", &format!("/v1/balloon?stats={stats}{seen}"), Vec::new()))?;
+    let (_, body) =
+        blocking(request(socket, "GET", &format!("/v1/balloon?stats={stats}{seen}"), "text/plain", Vec::new()))?;
     serde_json::from_slice(&body)
         .map_err(|error| ControlError::Exchange { socket: socket.display().to_string(), problem: error.to_string() })
 }
@@ -366,7 +437,7 @@ pub fn ask_balloon(socket: &Path, seen: Option<u64>, stats: bool) -> Result<Ball
 /// A socket nobody serves, or an answer that is none.
 pub fn ask_console(socket: &Path, from: Option<u64>) -> Result<(Vec<u8>, u64), ControlError> {
     let target = from.map_or_else(|| "/v1/console".to_owned(), |from| format!("/v1/console?from={from}"));
-    let (headers, body) = blocking(request(socket, "GET", &target, Vec::new()))?;
+    let (headers, body) = blocking(request(socket, "GET", &target, "text/plain", Vec::new()))?;
     let position =
         headers.get(POSITION_HEADER).and_then(|value| value.to_str().ok()).and_then(|text| text.parse().ok());
     let lost = || ControlError::Exchange {

@@ -30,10 +30,10 @@ use crate::kvm::virtio::{VirtioBalloon, VirtioBlk, VirtioNet, VirtioRng};
 use crate::model::schema::Schema;
 use crate::model::{
     DirtyLogKind, DiskSpec, MachineShape, MigrationId, NetSpec, Owner, PageCount, PageRun, PageSubset, SerialSpec,
-    Station, VmId, chain,
+    Station, VcpuLimit, VmId, VmWrites, chain,
 };
 use crate::net::tap::Tap;
-use crate::port::{Clock, JournalError, JournalRecord, Protected};
+use crate::port::{Clock, JournalError, JournalRecord, Protected, THROTTLE_LEASE};
 use crate::store::FileJournal;
 
 /// How long the dirty log stays on for tracking unless asked for again.
@@ -184,6 +184,8 @@ pub struct Host {
     paused_by_operator: AtomicBool,
     /// Who tracks has the dirty log switched on.
     tracking: Arc<Lease>,
+    /// Who slows its writers outside of a migration, and until when at least.
+    throttler: Mutex<Option<(String, Instant)>>,
     registry: Registry,
     state_dir: PathBuf,
     since: Instant,
@@ -317,6 +319,7 @@ impl Host {
             announcer,
             paused_by_operator: AtomicBool::new(false),
             tracking: Arc::default(),
+            throttler: Mutex::default(),
             registry,
             state_dir: places.state_dir.clone(),
             since: Instant::now(),
@@ -518,6 +521,36 @@ impl Host {
         self.protect(subset, at_ns).map_err(|error| error.to_string())
     }
 
+    /// Limits what vCPUs may write outside of a migration, until [`THROTTLE_LEASE`] after the last such order; says what they have written, and protects it anew. `None` lets all go and
+    /// switches the log off.
+    pub fn throttle(self: &Arc<Self>, who: &str, limits: Option<&[Option<VcpuLimit>]>) -> Result<VmWrites, String> {
+        let _turn = self.turn_to_track()?;
+        let mut throttler = lock(&self.throttler);
+        if let Some((other, until)) = &*throttler
+            && other != who
+            && Instant::now() < *until
+        {
+            return Err(format!("{other} slows this VM already; end that first"));
+        }
+        let Some(limits) = limits else {
+            let writes = self.machine.throttle(&[]).map_err(|error| error.to_string())?;
+            self.machine.lift_throttle();
+            *throttler = None;
+            self.tracking.give_up();
+            self.machine.log().stop().map_err(|error| error.to_string())?;
+            return Ok(writes);
+        };
+        *throttler = Some((who.to_owned(), Instant::now() + THROTTLE_LEASE));
+        let host = Arc::clone(self);
+        self.tracking.grant(TRACKING_TIME, move || host.end_tracking()).map_err(|error| error.to_string())?;
+        if !self.machine.log().is_on() {
+            self.protect(PageSubset::ALL, 0).map_err(|error| error.to_string())?;
+        }
+        let writes = self.machine.throttle(limits).map_err(|error| error.to_string())?;
+        self.protect(PageSubset::ALL, 0).map_err(|error| error.to_string())?;
+        Ok(writes)
+    }
+
     /// Switches it off.
     pub fn end_tracking_now(&self) -> Result<Protected, String> {
         let _turn = self.turn_to_track()?;
@@ -689,6 +722,7 @@ impl Host {
     }
 
     fn session_lost(&self, lost: &SessionError) {
+        self.machine.lift_throttle();
         let meaning = {
             let mut gate = lock(&self.gate);
             gate.note_loss();
@@ -710,7 +744,10 @@ impl Host {
             Request::StartLog => machine.log().start().map(|()| Reply::Done).map_err(|error| chain(&error)),
             Request::Harvest => machine.log().harvest().map(|()| Reply::Done).map_err(|error| chain(&error)),
             Request::Protect(_, run) => machine.log().protect(run).map(|()| Reply::Done).map_err(|error| chain(&error)),
-            Request::StopLog => machine.log().stop().map(|()| Reply::Done).map_err(|error| chain(&error)),
+            Request::StopLog => {
+                machine.lift_throttle();
+                machine.log().stop().map(|()| Reply::Done).map_err(|error| chain(&error))
+            }
             Request::Pause => {
                 let pause = machine.pause().map_err(|error| chain(&error))?;
                 Ok(Reply::Paused(pause.as_nanos() as u64))
@@ -745,6 +782,10 @@ impl Host {
             Request::Announce if !lock(&self.gate).may_run() => Err("the VM is not here".to_owned()),
             Request::Announce => Ok(Reply::Frames(self.announce())),
             Request::Discard => done(lock(&self.gate).discard()),
+            Request::Throttle(limits) => {
+                let writes = machine.throttle(&limits).map_err(|error| chain(&error))?;
+                Ok(Reply::Writes(Box::new(writes)))
+            }
         }
     }
 

@@ -5,12 +5,14 @@ use std::path::PathBuf;
 
 use super::audit::{self, Action};
 use super::clock::MonotonicClock;
+use super::config::names;
 use super::events::{EventLog, Hold};
 use super::registry::{Registry, RegistryError};
 use super::session::RemoteMachine;
 use crate::link::{Address, TcpSource};
 use crate::migrate::source::Source;
-use crate::migrate::{CancelFlag, ControlMessage, SourceOptions};
+use crate::migrate::{CancelFlag, ControlMessage, OnStuck, SourceOptions};
+use crate::model::id::VmName;
 use crate::model::{MigrationId, MigrationReport, VmRef};
 use crate::port::{JournalError, LinkError, MachineError, Region};
 use crate::store::FileJournal;
@@ -41,6 +43,11 @@ pub enum BeginError {
          (allowed without it: loopback, and network namespaces other than the host's own)"
     )]
     Plaintext(Address),
+    /// Its writers must not be slowed.
+    #[error(
+        "the writers of `{0}` are never slowed: `never` in [stun] of the configuration names it; migrate it with another --on-stuck"
+    )]
+    NeverStunned(VmName),
     /// The event log.
     #[error("event log {path}: {source}")]
     Events {
@@ -60,6 +67,8 @@ pub struct MigrateRequest {
     pub to: Address,
     /// How.
     pub options: SourceOptions,
+    /// VMs whose writers are never slowed, as the configuration names them.
+    pub never_stunned: Vec<String>,
     /// Where this host's VMs are.
     pub run_dir: PathBuf,
     /// Plain TCP beyond loopback is fine.
@@ -102,6 +111,10 @@ pub fn migrate(request: MigrateRequest, cancel: CancelFlag) -> Result<MigrationR
     check_plaintext(&request.to, request.insecure_plaintext)?;
     let registry = Registry::new(&request.run_dir);
     let entry = registry.find(&request.vm)?;
+    let never = names(&request.never_stunned, entry.name.as_str(), entry.vm_id, entry.pid);
+    if request.options.on_stuck == OnStuck::Stun && never {
+        return Err(BeginError::NeverStunned(entry.name));
+    }
     let migration = MigrationId::random();
     let journal = FileJournal::open(&entry.state_dir)?;
     let events = request.events.as_deref();

@@ -45,4 +45,5 @@ pub mod rogues;
 mod seat;
 pub mod session;
 pub mod sources;
+pub mod stun;
 pub mod watch;

@@ -8,10 +8,10 @@ use std::time::Duration;
 use super::scenario::Side;
 use super::scheduler::Scheduler;
 use super::world::{AppendError, Cpu, Gate, Vm, World};
-use crate::model::{MigrationId, Owner, PageBitmap, PageCount, PageRun, RegionId, VmId};
+use crate::model::{MigrationId, Owner, PageBitmap, PageCount, PageRun, RegionId, VcpuLimit, VmId, VmWrites};
 use crate::port::{
     DirtyLog, Fate, Gate as GatePort, Journal, JournalError, JournalRecord, MachineError, MachineState, PauseTiming,
-    Vcpus,
+    Throttle, Vcpus,
 };
 
 /// One order over the session socket.
@@ -81,6 +81,7 @@ impl Vcpus for SimMachine {
     fn pause(&mut self) -> Result<PauseTiming, MachineError> {
         self.on_vm("pause", |vm| {
             vm.running = false;
+            vm.lift();
             Ok(PauseTiming { pause: ORDER })
         })
     }
@@ -118,8 +119,19 @@ impl DirtyLog for SimMachine {
 
     fn stop_log(&mut self) -> Result<(), MachineError> {
         self.on_vm("stop log", |vm| {
+            vm.lift();
             vm.log.stop();
             Ok(())
+        })
+    }
+}
+
+impl Throttle for SimMachine {
+    fn throttle(&mut self, limits: &[Option<VcpuLimit>]) -> Result<VmWrites, MachineError> {
+        let (side, limit) = (self.side, limits.first().copied().flatten());
+        self.sim.operation_in_lock("throttle", ORDER, |world| {
+            let now_ns = world.now_ns;
+            Ok(world.vm(side).ok_or_else(|| gone("throttle"))?.throttle(limit, now_ns))
         })
     }
 }

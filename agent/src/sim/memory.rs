@@ -146,11 +146,13 @@ impl SimDirtyLog {
         self.on = false;
     }
 
-    /// A write to `page`.
-    pub(super) fn note(&mut self, page: u64) {
-        if self.on {
+    /// A write to `page`; whether it is the first since the page was protected.
+    pub(super) fn note(&mut self, page: u64) -> bool {
+        let is_new = self.on && !self.logged.contains(page);
+        if is_new {
             self.logged.insert(page);
         }
+        is_new
     }
 
     /// Moves what is logged into `into`; returns how many pages that added.

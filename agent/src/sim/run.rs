@@ -123,6 +123,7 @@ fn shape(scenario: &Scenario) -> MachineShape {
 fn source_main(sim: &Arc<Scheduler>, scenario: &Scenario) -> Option<MigrationReport> {
     let options = SourceOptions {
         strategy: scenario.strategy,
+        on_stuck: scenario.on_stuck,
         bandwidth: scenario.bandwidth_limit,
         downtime: scenario.downtime,
         fixed_cost: Duration::from_millis(1),

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use super::rng::Rng;
-use crate::migrate::Strategy;
 use crate::migrate::outcomes::Failure;
+use crate::migrate::{OnStuck, Strategy};
 use crate::model::{BytesPerSecond, Step};
 
 /// One of the two hosts.
@@ -133,6 +133,8 @@ pub struct Scenario {
     pub seed: u64,
     /// How memory moves.
     pub strategy: Strategy,
+    /// What is done when pre-copy does not end.
+    pub on_stuck: OnStuck,
     /// Page streams.
     pub streams: u16,
     /// Hash all memory. Slow here as it is outside.
@@ -164,6 +166,7 @@ impl Scenario {
         Self {
             seed,
             strategy: Strategy::PreCopy,
+            on_stuck: OnStuck::Stop,
             streams: 2,
             verify: false,
             bandwidth_limit: None,
@@ -200,6 +203,7 @@ impl Scenario {
         if rng.one_in(4) {
             scenario.bandwidth_limit = Some(BytesPerSecond((2 << 20) << rng.below(6)));
         }
+        scenario.on_stuck = [OnStuck::Stop, OnStuck::Stun][rng.below(2) as usize];
         scenario
     }
 

@@ -4,8 +4,9 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::*;
+use crate::migrate::OnStuck;
 use crate::migrate::outcomes::{Failure, OUTCOMES, Whereabouts, Window, outcome};
-use crate::model::{Ending, Step};
+use crate::model::{BytesPerSecond, Ending, Step};
 
 fn scale() -> u64 {
     std::env::var("DUNLIN_SIM_SCALE").ok().and_then(|text| text.parse().ok()).unwrap_or(1)
@@ -79,6 +80,39 @@ fn plain_migrations_move_the_vm() {
         assert_unbroken(&run, &scenario);
         assert_eq!(run.ending(), Some(Ending::Moved), "seed {seed}: {run:#?}");
         assert_eq!(run.left, Whereabouts::RunsAtTarget, "seed {seed}");
+    }
+}
+
+/// A writer that no link carries is slowed, and by no more than it takes; without that, pre-copy gives up and the VM stands for as long as what is left takes.
+#[test]
+fn a_writer_that_would_keep_it_from_ending_is_slowed() {
+    for seed in 0..6 * scale() {
+        let mut scenario = Scenario::new(seed);
+        scenario.guest.writes_per_second = 50_000;
+        scenario.guest.working_set = 6000;
+        scenario.guest.hot_set = 5000;
+        scenario.guest.busy = Duration::from_secs(60);
+        scenario.network.bandwidth = BytesPerSecond(20 << 20);
+        scenario.network.latency = Duration::from_micros(100);
+        scenario.downtime = Duration::from_millis(15);
+        let blackout = |on_stuck| {
+            scenario.on_stuck = on_stuck;
+            let run = simulate(&scenario);
+            assert_unbroken(&run, &scenario);
+            assert_eq!(run.ending(), Some(Ending::Moved), "seed {seed}: {run:#?}");
+            run.report.unwrap()
+        };
+        let mut blackout = blackout;
+        let (stopped, stunned) = (blackout(OnStuck::Stop), blackout(OnStuck::Stun));
+        assert!(stopped.reason.contains("gave up") && stopped.blackout_ns > 500_000_000, "seed {seed}: {stopped:#?}");
+        assert!(stunned.reason.is_empty(), "seed {seed}: {stunned:#?}");
+        assert!(stunned.blackout_ns < 15_000_000, "seed {seed}: {stunned:#?}");
+        let stun = stunned.stun.as_ref().unwrap();
+        assert!(stun.vcpus.len() == 1 && stun.guest_time_lost_ns > 0 && stun.gave_up.is_empty(), "{stun:#?}");
+        // What is not zero, sent once. A tenth of a second has passed before anything is known, a tenth of it all here.
+        let full: u64 = stunned.rounds[0].pages - stunned.rounds[0].zero_pages;
+        let ideal_ns = full * 4096 * 1_000_000_000 / (20 << 20);
+        assert!(stunned.total_ns < ideal_ns * 9 / 5, "seed {seed}: {ideal_ns} {stunned:#?}");
     }
 }
 

@@ -12,8 +12,9 @@ use super::network::{NEVER, Network};
 use super::rng::{Rng, mix};
 use super::scenario::{Fault, Sabotage, Scenario, Side, Trigger};
 use crate::migrate::outcomes::{Whereabouts, Window};
-use crate::model::{Owner, PageCount, Step};
-use crate::port::JournalRecord;
+use crate::model::bucket::Bucket;
+use crate::model::{Owner, PageCount, Step, VcpuLimit, VcpuWrites, VmWrites};
+use crate::port::{JournalRecord, THROTTLE_LEASE};
 
 /// How long the operator waits, after the source's manager has ended, before looking at both hosts.
 const OPERATOR_AFTER: Duration = Duration::from_secs(35);
@@ -87,6 +88,9 @@ pub(super) struct Vm {
     pub(super) session: bool,
     /// It has run the guest at some time.
     has_run: bool,
+    /// What its vCPU may write, and until when that holds.
+    limit: Option<(Bucket, u64)>,
+    writes: VcpuWrites,
 }
 
 /// What every guest was booted from.
@@ -247,7 +251,17 @@ impl World {
         let passed = passed_ns.min(cpu.busy_left_ns);
         cpu.busy_left_ns -= passed;
         cpu.since_last_write_ns += passed;
+        if vm.limit.is_some_and(|(_, until_ns)| self.now_ns >= until_ns) {
+            vm.limit = None;
+        }
+        let now = Duration::from_nanos(self.now_ns);
         while cpu.since_last_write_ns >= guest.write_interval_ns {
+            if vm.limit.is_some_and(|(bucket, _)| !bucket.debt(now).is_zero()) {
+                // It is held: this time is lost to it.
+                vm.writes.held_ns += cpu.since_last_write_ns;
+                cpu.since_last_write_ns = 0;
+                break;
+            }
             cpu.since_last_write_ns -= guest.write_interval_ns;
             cpu.sequence += 1;
             let all = guest.places.len() as u64;
@@ -258,8 +272,11 @@ impl World {
             host.region.stamp(guest.places[index], stamp);
             guest.stamps[index] = stamp;
             let forgotten = self.scenario.sabotage == Some(Sabotage::ForgetsWrites) && self.rng.one_in(2);
-            if !forgotten {
-                vm.log.note(guest.places[index]);
+            if !forgotten && vm.log.note(guest.places[index]) {
+                vm.writes.pages += 1.0;
+                if let Some((bucket, _)) = &mut vm.limit {
+                    bucket.charge(1.0, now);
+                }
             }
         }
         vm.cpu = Some(cpu);
@@ -338,6 +355,7 @@ impl World {
                 if sabotage != Some(Sabotage::KeepsLogging) {
                     vm.log.stop();
                 }
+                vm.limit = None;
                 self.start_running(side);
             }
             Gate::Released if sabotage == Some(Sabotage::ResumesAfterReleased) => self.start_running(side),
@@ -577,6 +595,9 @@ impl World {
             if self.vm(side).is_some_and(|vm| vm.running && vm.log.is_on()) {
                 self.violation(format!("I4: the {side:?} runs with its dirty log on"));
             }
+            if self.vm(side).is_some_and(|vm| vm.running && vm.limit.is_some()) {
+                self.violation(format!("I4: the {side:?} runs with a throttle on"));
+            }
         }
         if place == Whereabouts::RunsAtSource {
             if self.vm(Side::Target).is_some() {
@@ -607,7 +628,27 @@ impl Vm {
             resolved: None,
             session: true,
             has_run: false,
+            limit: None,
+            writes: VcpuWrites::default(),
         }
+    }
+
+    /// Limits the vCPU for the lease, and says what it has written.
+    pub(super) fn throttle(&mut self, limit: Option<VcpuLimit>, now_ns: u64) -> VmWrites {
+        let now = Duration::from_nanos(now_ns);
+        let before = self.limit.take();
+        self.limit = limit.map(|VcpuLimit { rate, .. }| {
+            let mut bucket = before.map_or_else(|| Bucket::new(rate, now), |(bucket, _)| bucket);
+            bucket.set_rate(rate, now);
+            (bucket, now_ns + THROTTLE_LEASE.as_nanos() as u64)
+        });
+        self.writes.owes = self.limit.is_some_and(|(bucket, _)| !bucket.debt(now).is_zero());
+        VmWrites { at_ns: now_ns, vcpus: vec![self.writes.clone()], ..VmWrites::default() }
+    }
+
+    /// Lets it write as it likes.
+    pub(super) fn lift(&mut self) {
+        self.limit = None;
     }
 }
 
@@ -616,8 +657,11 @@ impl Guest {
         let (model, pages) = (scenario.guest, scenario.memory_pages);
         let mut places = BTreeSet::from([0, pages - 1]);
         let clusters: Vec<u64> = (0..6).map(|_| rng.below(pages)).collect();
-        while (places.len() as u64) < model.working_set.clamp(2, pages) {
-            let near = clusters[rng.below(clusters.len() as u64) as usize] + rng.below(24);
+        let wanted = model.working_set.clamp(2, pages);
+        // A large working set does not fit where a small one lies close together.
+        let spread = if wanted <= 100 { 24 } else { wanted };
+        while (places.len() as u64) < wanted {
+            let near = clusters[rng.below(clusters.len() as u64) as usize] + rng.below(spread);
             places.insert(near % pages);
         }
         let places: Vec<u64> = places.into_iter().collect();

@@ -21,9 +21,7 @@ pub use fit::TwoClasses;
 pub use observer::{ObserveError, Observer};
 pub use rate::{DirtyRate, Lost, ThreadRate, rate_between};
 pub use regime::{Protection, Regime};
-pub use rogue::{
-    Allocation, DEFAULT_MARGIN, Observed, Patience, Ranked, Ranking, RogueChange, RogueWatch, max_min, rank,
-};
+pub use rogue::{DEFAULT_MARGIN, Observed, Patience, Ranked, Ranking, RogueChange, RogueWatch, rank};
 pub use sampling::{
     Compression, SampledCurve, SampledHeat, SampledRegion, Sampler, SamplingError, SamplingOptions, UnreadableRange,
     WindowEstimate, ZeroPages,

@@ -32,6 +32,13 @@ pub(super) fn gaps(source: &[u8], target: &[u8], began: usize, tsc_hz: u64, peri
     (around.len() >= 2).then(|| Gaps { switch_ms: most(around), largest_ms: most(&beats) })
 }
 
+/// The steps between the beats of one console from its byte `began` on, in milliseconds, the period included.
+pub(super) fn steps_ms(console: &[u8], began: usize, tsc_hz: u64) -> Vec<f64> {
+    let beats = beats(console, began);
+    let ms = |pair: &[Beat]| pair[1].tsc.saturating_sub(pair[0].tsc) as f64 * 1e3 / tsc_hz as f64;
+    beats.windows(2).map(ms).collect()
+}
+
 /// The whole beats that end behind `from`, one before it included.
 fn beats(stream: &[u8], from: usize) -> Vec<Beat> {
     let mut beats: Vec<Beat> = Vec::new();

@@ -164,7 +164,9 @@ impl Bench<'_> {
         let (mut fixed, mut rounds) = (Samples::default(), Samples::default());
         let mut peers: Vec<(Mode, Side)> = case.modes.iter().map(|&mode| (mode, Side::default())).collect();
         // How much raw TCP must move, and with how many streams, is known once we have moved it.
-        let warm_up = Vm::start(self.places, case.rate, "bitmap")?.migrate(Options { limit: case.limit })?.report;
+        let warm_up = Vm::start(self.places, case.rate, "bitmap")?
+            .migrate(Options { limit: case.limit, ..Options::default() })?
+            .report;
         let (bytes, streams) = (warm_up.nonzero_bytes(), warm_up.streams);
         self.runs(case.name, until, |turn| {
             let mut said = Vec::new();
@@ -173,7 +175,7 @@ impl Bench<'_> {
                 interrupt::sleep(SETTLE)?;
                 fresh::recall()?;
                 let raw_ms = self.raw.send(bytes as usize, streams, case.limit)?.as_secs_f64() * 1e3;
-                let migration = vm.migrate(Options { limit: case.limit })?;
+                let migration = vm.migrate(Options { limit: case.limit, ..Options::default() })?;
                 raw.push(raw_ms);
                 ratio.push(migration.report.total_ms() / raw_ms);
                 ours.ours(&migration);
@@ -251,7 +253,7 @@ impl Bench<'_> {
                 // Limited, so that it lasts for several of the guest's reports of one second.
                 let vm = Vm::start(self.places, "max", kind)?;
                 let before = vm.pages_per_second(BEFORE)?;
-                let limited = vm.migrate(Options { limit: Some(GBIT) })?;
+                let limited = vm.migrate(Options { limit: Some(GBIT), ..Options::default() })?;
                 match limited.pages_per_second {
                     Some(rate) => {
                         during[index].push(rate);

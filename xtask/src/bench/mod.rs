@@ -10,6 +10,7 @@ mod migrate;
 mod ours;
 mod qemu;
 mod raw_tcp;
+mod stun;
 mod tracking;
 
 use std::fs;
@@ -47,6 +48,7 @@ Examples:
   cargo xtask bench migrate
   cargo xtask bench migrate --quick
   cargo xtask bench migrate --case idle --case unthrottled --runs 9 --json
+  cargo xtask bench stun --case ring
   cargo xtask bench tracking --quick
   cargo xtask bench tracking --case random-50k --case events")]
 pub(crate) struct Arguments {
@@ -83,6 +85,8 @@ pub(crate) struct Arguments {
 enum Name {
     /// One live migration over loopback, beside raw TCP and QEMU.
     Migrate,
+    /// A writer that would keep a migration from ending is slowed: what that costs it, and a bystander, beside QEMU's ways of throttling.
+    Stun,
     /// How exact the figures of a VM's writing are, and what they cost, beside QEMU's and the guest's own truth.
     Tracking,
 }
@@ -91,8 +95,8 @@ impl Name {
     /// Runs of each case unless told otherwise.
     fn runs(self, quick: bool) -> usize {
         match (self, quick) {
-            (Self::Migrate, false) => RUNS,
-            (Self::Migrate, true) => QUICK_RUNS,
+            (Self::Migrate | Self::Stun, false) => RUNS,
+            (Self::Migrate | Self::Stun, true) => QUICK_RUNS,
             (Self::Tracking, false) => TRACKING_RUNS,
             (Self::Tracking, true) => QUICK_TRACKING_RUNS,
         }
@@ -134,6 +138,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let free_memory = fresh::note()?;
     let (rows, definitions) = match arguments.name {
         Name::Migrate => (migrate::run(&places, &effort)?, migrate::DEFINITIONS),
+        Name::Stun => (stun::run(&places, &effort)?, stun::DEFINITIONS),
         Name::Tracking => (tracking::run(&places, &effort)?, tracking::DEFINITIONS),
     };
     if arguments.json {

@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use super::fresh;
 use super::guest::{self, Console, HEARTBEAT_MS, Load, MEMORY_MIB, Rate};
-use super::heartbeat::{Gaps, gaps};
+use super::heartbeat::{Gaps, gaps, steps_ms};
 use crate::interrupt;
 use crate::process::OwnChild;
 
@@ -42,6 +42,10 @@ pub(super) struct Places {
 pub(super) struct Options {
     /// Bandwidth limit in bytes per second.
     pub(super) limit: Option<u64>,
+    /// Whether writers that keep it from ending are slowed.
+    pub(super) stun: bool,
+    /// The blackout to stay below; what `dunlin` does by itself without.
+    pub(super) downtime_ms: Option<u64>,
 }
 
 /// The part of the migration report (`docs/json.md`) that is used here.
@@ -55,6 +59,20 @@ pub(super) struct Report {
     total_ns: u64,
     blackout_ns: u64,
     rtt_ns: u64,
+    stun: Option<Stun>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct Stun {
+    vcpus: Vec<Writer>,
+}
+
+/// A writer that was slowed.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub(super) struct Writer {
+    pub(super) limited_pages_per_second: f64,
+    pub(super) mean_limit_pages_per_second: f64,
+    pub(super) held_ns: u64,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -87,6 +105,11 @@ impl Report {
         self.wire_bytes as f64 / self.nonzero_bytes().max(1) as f64
     }
 
+    /// The writer that was held longest, if any was.
+    pub(super) fn writer(&self) -> Option<&Writer> {
+        self.stun.iter().flat_map(|stun| &stun.vcpus).max_by_key(|writer| writer.held_ns)
+    }
+
     /// Number of rounds, the paused one included.
     pub(super) fn rounds(&self) -> f64 {
         self.rounds.len() as f64
@@ -111,6 +134,8 @@ pub(super) struct Migration {
     pub(super) gaps: Gaps,
     /// Pages that the guest wrote per second while the migration ran; none if it was too short to say.
     pub(super) pages_per_second: Option<f64>,
+    /// Between the guest's heartbeats while the migration ran, in milliseconds.
+    pub(super) steps_ms: Vec<f64>,
 }
 
 /// A running VM.
@@ -196,6 +221,12 @@ impl<'a> Vm<'a> {
         if let Some(limit) = options.limit {
             command.args(["--bandwidth", &format!("{}bit", limit * 8)]);
         }
+        if options.stun {
+            command.args(["--on-stuck", "stun"]);
+        }
+        if let Some(downtime) = options.downtime_ms {
+            command.args(["--downtime", &format!("{downtime}ms")]);
+        }
         command.arg("--run-dir").arg(self.folder.join("source"));
         command.stdout(File::create(&report_path).context("a file for the report")?);
         let began = self.console.len();
@@ -218,7 +249,8 @@ impl<'a> Vm<'a> {
         }
         let gaps = gaps(&self.console.bytes(), &target, began, self.tsc_hz, HEARTBEAT_MS)
             .context("no heartbeats around the switch")?;
-        Ok(Migration { report, gaps, pages_per_second: guest::pages_per_second(&during[began..]) })
+        let steps_ms = steps_ms(&during, began, self.tsc_hz);
+        Ok(Migration { report, gaps, pages_per_second: guest::pages_per_second(&during[began..]), steps_ms })
     }
 
     fn stop_at_target(&self) -> Result<()> {

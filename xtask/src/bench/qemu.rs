@@ -9,8 +9,8 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use super::fresh;
-use super::guest::{Console, HEARTBEAT_MS, Load, MEMORY_MIB, Rate};
-use super::heartbeat::{Gaps, gaps};
+use super::guest::{self, Console, HEARTBEAT_MS, Load, MEMORY_MIB, Rate};
+use super::heartbeat::{Gaps, gaps, steps_ms};
 use crate::interrupt;
 use crate::process::OwnChild;
 use crate::qmp::Qmp;
@@ -38,6 +38,8 @@ pub(super) enum Mode {
     MultifdShared,
     /// One stream; all vCPUs are throttled until the rounds shrink.
     AutoConverge,
+    /// One stream; each vCPU may dirty a quarter of the link, as `set-vcpu-dirty-limit` sees to it.
+    DirtyLimit,
 }
 
 impl Mode {
@@ -48,12 +50,13 @@ impl Mode {
             Self::Multifd => "qemu-multifd",
             Self::MultifdShared => "qemu-multifd-memfd",
             Self::AutoConverge => "qemu-auto-converge",
+            Self::DirtyLimit => "qemu-dirty-limit",
         }
     }
 
     fn capability(self) -> Option<&'static str> {
         match self {
-            Self::PreCopy => None,
+            Self::PreCopy | Self::DirtyLimit => None,
             Self::Multifd | Self::MultifdShared => Some("multifd"),
             Self::AutoConverge => Some("auto-converge"),
         }
@@ -61,7 +64,7 @@ impl Mode {
 }
 
 /// One migration as it was measured.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Migration {
     /// QEMU's `total-time`.
     pub(super) total_ms: f64,
@@ -71,6 +74,10 @@ pub(super) struct Migration {
     pub(super) wire_bytes: f64,
     /// The guest's own view.
     pub(super) gaps: Gaps,
+    /// Pages that the guest wrote per second while the migration ran.
+    pub(super) pages_per_second: Option<f64>,
+    /// Between the guest's heartbeats while the migration ran, in milliseconds.
+    pub(super) steps_ms: Vec<f64>,
 }
 
 /// Where QEMU and the guest are, and where files go.
@@ -124,7 +131,9 @@ impl Qemu {
     ) -> Result<Option<Migration>> {
         self.clear()?;
         let load = Load::beating(rate);
-        let boot = Boot { accelerator: "kvm", shared: mode == Mode::MultifdShared, incoming: false };
+        // The limit is kept where a dirty ring is full.
+        let accelerator = if mode == Mode::DirtyLimit { "kvm,dirty-ring-size=4096" } else { "kvm" };
+        let boot = Boot { accelerator, shared: mode == Mode::MultifdShared, incoming: false };
         let mut source = self.start("source", &load, boot)?;
         let tsc_hz = source.console.wait_ready(&mut source.process)?;
         let mut target = self.start("target", &load, Boot { incoming: true, ..boot })?;
@@ -142,6 +151,10 @@ impl Qemu {
         interrupt::sleep(settle)?;
         fresh::recall()?;
 
+        if mode == Mode::DirtyLimit {
+            let rate = limit.unwrap_or(UNLIMITED) / 4 / 1_000_000;
+            source.qmp.order("set-vcpu-dirty-limit", json!({ "dirty-rate": rate }))?;
+        }
         let began = source.console.len();
         source.qmp.order("migrate", json!({ "uri": format!("tcp:127.0.0.1:{port}") }))?;
         let Some(info) = finished(&mut source, &mut target, cap)? else {
@@ -159,6 +172,8 @@ impl Qemu {
             downtime_ms: number(&info, "downtime"),
             wire_bytes: info.get("ram").map_or(f64::NAN, |ram| number(ram, "transferred")),
             gaps,
+            pages_per_second: guest::pages_per_second(&before[began..]),
+            steps_ms: steps_ms(&before, began, tsc_hz),
         }))
     }
 

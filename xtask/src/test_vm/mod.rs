@@ -72,14 +72,30 @@ pub(crate) struct Arguments {
     /// Minutes that one kernel may take, from power-on to its verdict.
     #[arg(long, value_name = "MINUTES", default_value_t = 14, value_parser = clap::value_parser!(u32).range(1..=600))]
     limit: u32,
+
+    /// How often a Linux guest is moved to and fro.
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    moves: u32,
 }
+
+/// The same as part of `cargo xtask test`, where an emulated machine has no three minutes for one test.
+const MOVES_OF_TEST: u32 = 6;
 
 impl Arguments {
     /// What `cargo xtask test` asks for: one kernel, or all.
     pub(crate) fn of_test(all: bool) -> Self {
         let count = if all { PINS.len() } else { 1 };
         let kernels = PINS[..count].iter().map(|pin| pin.name.to_owned()).collect();
-        Self { kernels, filter: None, shell: false, record: false, self_test: false, memory: 2048, limit: 14 }
+        Self {
+            kernels,
+            filter: None,
+            shell: false,
+            record: false,
+            self_test: false,
+            memory: 2048,
+            limit: 14,
+            moves: MOVES_OF_TEST,
+        }
     }
 
     /// Whether the machine notices what goes wrong, on one kernel.
@@ -114,7 +130,12 @@ pub(crate) fn test(arguments: &Arguments) -> Result<Totals> {
     interrupt::install()?;
     if arguments.shell {
         ensure!(kernels.len() == 1, "a shell is in one machine: give one --kernel");
-        let job = Job { shell: true, environment: environment(&guests), folder: root().to_owned(), ..Job::default() };
+        let job = Job {
+            shell: true,
+            environment: environment(&guests, arguments.moves),
+            folder: root().to_owned(),
+            ..Job::default()
+        };
         shell(arguments, &programs, &kernels[0], job)?;
         return Ok(Totals::default());
     }
@@ -134,7 +155,8 @@ pub(crate) fn test(arguments: &Arguments) -> Result<Totals> {
         return Ok(totals);
     }
     let suites = programs.suites(arguments.filter.as_deref())?;
-    let job = Job { suites, environment: environment(&guests), folder: root().to_owned(), ..Job::default() };
+    let job =
+        Job { suites, environment: environment(&guests, arguments.moves), folder: root().to_owned(), ..Job::default() };
     let reports = side_by_side(arguments, &programs, &kernels, &job)?;
     println!("\n{}", table(&reports));
     let mut totals = Totals::default();
@@ -156,7 +178,7 @@ fn results(label: &str) -> PathBuf {
 }
 
 /// What the tests inside must know: the Linux guests that can be booted there.
-fn environment(guests: &[(Kernel, PathBuf)]) -> Vec<(String, String)> {
+fn environment(guests: &[(Kernel, PathBuf)], moves: u32) -> Vec<(String, String)> {
     let guests: Vec<_> = guests
         .iter()
         .map(|(kernel, initrd)| json!({ "label": kernel.label, "kernel": kernel.image, "initrd": initrd }))
@@ -164,6 +186,7 @@ fn environment(guests: &[(Kernel, PathBuf)]) -> Vec<(String, String)> {
     vec![
         ("DUNLIN_LINUX_GUESTS".into(), json!(guests).to_string()),
         ("DUNLIN_BIN".into(), root().join("target/debug/dunlin").display().to_string()),
+        ("DUNLIN_MOVES".into(), moves.to_string()),
         ("CI".into(), std::env::var("CI").unwrap_or_default()),
     ]
 }

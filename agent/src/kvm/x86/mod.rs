@@ -8,3 +8,4 @@ pub mod msr;
 pub mod start;
 pub mod state;
 pub mod time;
+pub(super) mod timer;

@@ -377,8 +377,6 @@ pub(super) fn may_read(list: &[String], vm: &HostVm) -> bool {
 }
 
 /// Whether a list of the configuration names the VM: by `*`, its name, `uuid:U` or `pid:P`.
-fn names(list: &[String], vm: &HostVm) -> bool {
-    list.iter().any(|word| {
-        word == "*" || *word == vm.name || *word == format!("uuid:{}", vm.vm_id) || *word == format!("pid:{}", vm.pid)
-    })
+pub(in crate::service) fn names(list: &[String], vm: &HostVm) -> bool {
+    super::config::names(list, &vm.name, vm.vm_id, vm.pid)
 }

@@ -422,6 +422,7 @@ fn migration(lab: &Lab<'_>, verify: bool) -> Result<Success, Obstacle> {
         vm: VmRef::Name(NAME.parse().map_err(|e| Obstacle::Failed(format!("a name: {e}")))?),
         to,
         options: SourceOptions { verify, stall: target.stall, doubt: target.stall, ..SourceOptions::default() },
+        never_stunned: Vec::new(),
         run_dir: guest.places.run_dir.clone(),
         insecure_plaintext: false,
         events: None,

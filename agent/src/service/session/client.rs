@@ -11,8 +11,12 @@ use rustix::process::{PidfdFlags, pidfd_open};
 
 use super::frame::{SessionError, SessionSocket};
 use super::{Creation, Reply, Request, SESSION_VERSION};
-use crate::model::{MachineShape, MigrationId, Owner, PageBitmap, PageCount, PageRun, RegionId, VmId};
-use crate::port::{DirtyLog, Fate, Gate, Journal, JournalRecord, MachineError, MachineState, PauseTiming, Vcpus};
+use crate::model::{
+    MachineShape, MigrationId, Owner, PageBitmap, PageCount, PageRun, RegionId, VcpuLimit, VmId, VmWrites,
+};
+use crate::port::{
+    DirtyLog, Fate, Gate, Journal, JournalRecord, MachineError, MachineState, PauseTiming, Throttle, Vcpus,
+};
 use crate::shm::{RamRegion, SharedBitmap};
 use crate::store::FileJournal;
 
@@ -227,6 +231,16 @@ impl MachineState for RemoteMachine {
 
     fn set_boot_image(&mut self, image: &[u8]) -> Result<(), MachineError> {
         self.order("take a boot image", &Request::SetBootImage(image.to_vec()))
+    }
+}
+
+impl Throttle for RemoteMachine {
+    fn throttle(&mut self, limits: &[Option<VcpuLimit>]) -> Result<VmWrites, MachineError> {
+        const ACTION: &str = "throttle its vCPUs";
+        match self.call(ACTION, &Request::Throttle(limits.to_vec()))? {
+            Reply::Writes(writes) => Ok(*writes),
+            other => Err(gone(ACTION, format!("unexpected answer {other:?}"))),
+        }
     }
 }
 

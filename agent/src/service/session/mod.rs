@@ -12,10 +12,10 @@ pub use frame::{SessionError, SessionSocket};
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::{MachineShape, MigrationId, PageRun, RegionId, SerialSpec};
+use crate::model::{MachineShape, MigrationId, PageRun, RegionId, SerialSpec, VcpuLimit, VmWrites};
 
 /// The session protocol's version; both ends must agree.
-pub const SESSION_VERSION: u16 = 1;
+pub const SESSION_VERSION: u16 = 2;
 
 /// What a manager asks of a machine.
 #[derive(Debug, Serialize, Deserialize)]
@@ -63,6 +63,8 @@ pub enum Request {
     Announce,
     /// [`crate::port::Gate::discard`]
     Discard,
+    /// [`crate::port::Throttle::throttle`]
+    Throttle(Vec<Option<VcpuLimit>>),
 }
 
 /// What a target's machine process is to become.
@@ -101,4 +103,6 @@ pub enum Reply {
     Failed(String),
     /// To `TakeOwnership`: an operator was faster, and the guest may have run since.
     OwnedAlready,
+    /// To `Throttle`: what has been written.
+    Writes(Box<VmWrites>),
 }
