@@ -127,46 +127,6 @@ fn a_command_slows_a_writer_to_its_target_and_lets_go_at_its_end_and_when_it_is_
     assert!(rig.stop().unwrap().success());
 }
 
-/// Heartbeats per second, by the guest's clock.
-fn beats(rig: &Rig, time: Duration) -> f64 {
-    let before = rig.counters().unwrap();
-    std::thread::sleep(time);
-    let after = rig.counters().unwrap();
-    let of = |name: &str| after[name].as_f64().unwrap() - before[name].as_f64().unwrap();
-    of("heartbeats") * 1e9 / of("uptime_ns")
-}
-
-/// Two address spaces on one vCPU: one writes as fast as it can, the other beats, and serves the network.
-#[test]
-fn of_two_tasks_on_one_vcpu_the_rogue_is_held_and_the_other_keeps_its_rate() {
-    let mut rig = Rig::boot(&VmSpec {
-        cpus: 1,
-        dirty_log: DirtyLogKind::Ring,
-        guest: "dunlin.wl0=ws:96M,rate:max dunlin.heartbeat=2ms".to_owned(),
-        ..VmSpec::default()
-    })
-    .unwrap();
-    let rate = |rig: &Rig, time| {
-        let before = rig.counters().unwrap();
-        std::thread::sleep(time);
-        let after = rig.counters().unwrap();
-        (written(&after, 0) - written(&before, 0)) * 1e9
-            / (after["uptime_ns"].as_f64().unwrap() - before["uptime_ns"].as_f64().unwrap())
-    };
-    let (free, free_beats) = (rate(&rig, Duration::from_millis(500)), beats(&rig, Duration::from_secs(1)));
-    let mut command = rig.dunlin_here(&["stun", "wader", "--json", "--target", TARGET]);
-    let process = OwnProcess::new(command.stdout(Stdio::null()).spawn().unwrap());
-    wait_for("the writer to be slowed", LIMIT, || (rate(&rig, Duration::from_millis(300)) < free / 5.0).then_some(()))
-        .unwrap();
-    let (slow, slow_beats) = (rate(&rig, Duration::from_secs(1)), beats(&rig, Duration::from_secs(1)));
-    println!(
-        "shows the writer {free:.0} and {slow:.0} pages/s, the other task {free_beats:.0} and {slow_beats:.0} beats/s"
-    );
-    assert!(slow < 11_500.0 && slow_beats > 0.9 * free_beats, "{slow} {free_beats} {slow_beats}");
-    drop(process);
-    assert!(rig.stop().unwrap().success());
-}
-
 #[test]
 fn nobody_is_slowed_whom_the_operator_excepts_and_nonsense_is_refused() {
     let mut rig = Rig::boot(&rogue_and_bystander(DirtyLogKind::Bitmap)).unwrap();

@@ -32,9 +32,12 @@ const HOLD: Duration = Duration::from_millis(10);
 /// The same where others are on the vCPU too, unless its timer is due earlier: a device may have something for them.
 const HOLD_OTHERS: Duration = Duration::from_millis(2);
 /// How long it may run in between.
-const BREATH: Duration = Duration::from_micros(30);
+const BREATH: Duration = Duration::from_micros(50);
 /// How long while another space is loaded than one that owes: soon enough to see that one come back.
 const WATCH: Duration = Duration::from_micros(40);
+/// How long it is held when no timer of its own is due at any time: its guest is about to set one, and must get there; but not for ever.
+const HOLD_TIMERLESS: Duration = Duration::from_micros(100);
+const TIMERLESS_IN_A_ROW: u32 = 5;
 /// A vCPU that owes more than this in all, because its spaces come and go between two looks, is held whatever is loaded.
 const GRACE: Duration = Duration::from_millis(100);
 
@@ -78,6 +81,8 @@ struct One {
     bucket: Option<Bucket>,
     spaces: Spaces,
     held: bool,
+    /// How often in a row it was held without a timer.
+    timerless: u32,
 }
 
 impl Throttle {
@@ -175,7 +180,10 @@ impl Throttle {
                 if beyond > debt {
                     (beyond, HOLD, has_others)
                 } else if has_others {
-                    (debt, next_interrupt().map_or(HOLD_OTHERS, |due| due.min(HOLD_OTHERS)), true)
+                    let due = next_interrupt();
+                    one.timerless = if due.is_some() { 0 } else { one.timerless.saturating_add(1) };
+                    let timerless = if one.timerless <= TIMERLESS_IN_A_ROW { HOLD_TIMERLESS } else { HOLD_OTHERS };
+                    (debt, due.unwrap_or(timerless).min(HOLD_OTHERS), true)
                 } else {
                     (debt, HOLD, false)
                 }

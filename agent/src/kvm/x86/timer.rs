@@ -8,6 +8,7 @@ use kvm_bindings::{Msrs, kvm_lapic_state, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
 
 /// Registers of the local APIC, by offset.
+const ISR: usize = 0x100;
 const IRR: usize = 0x200;
 const LVT_TIMER: usize = 0x320;
 const CURRENT_COUNT: usize = 0x390;
@@ -17,10 +18,11 @@ const DEADLINE_MODE: u32 = 0b10;
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
 
-/// How long until the vCPU has an interrupt to take: none at all while one is pending; unknown without a timer.
+/// How long until the vCPU has an interrupt to take: none at all while one is pending, or has been taken and not been dealt with; unknown without a timer.
 pub(in crate::kvm) fn next_interrupt(fd: &VcpuFd) -> Option<Duration> {
     let lapic = fd.get_lapic().ok()?;
-    if (0..8).any(|index| register(&lapic, IRR + index * 0x10) != 0) {
+    let any = |first: usize| (0..8).any(|index| register(&lapic, first + index * 0x10) != 0);
+    if any(IRR) || any(ISR) {
         return Some(Duration::ZERO);
     }
     let timer = register(&lapic, LVT_TIMER);
