@@ -369,7 +369,8 @@ fn a_recording_of_a_hosted_vm_replays_byte_for_byte() {
         let kept = line["single_writes"].as_u64().unwrap();
         assert!(kept == std::mem::take(&mut told) && kept > 500, "{line:#}");
         let pages = line["pages_per_second"].as_f64().unwrap() * line["interval_ns"].as_f64().unwrap() / 1e9;
-        assert!((pages - kept as f64).abs() < 1.0, "{line:#}");
+        // The counters are read first, and the guest writes on until the ring is.
+        assert!((pages - kept as f64).abs() < 20.0 + 0.1 * pages, "{line:#}");
         reports += 1;
     }
     assert_eq!(reports, 4);
