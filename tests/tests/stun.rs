@@ -209,7 +209,8 @@ fn is_home(pid: u32) -> bool {
 }
 
 /// Held while it is asked for; back a second after nobody asks any more, and after the holder itself was killed by `--clear`.
-fn a_thread_is_held_and_put_back() {
+#[test]
+fn a_thread_of_another_process_is_held_and_put_back() {
     let busy = OwnProcess::new(Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap());
     let pid = busy.id();
     let mut holder = Holder::start();
@@ -247,9 +248,4 @@ fn a_thread_is_held_and_put_back() {
     assert!(gone.starts_with("ok ") || gone.starts_with("error "), "{gone}");
     let released = holder.ask(&format!("release {pid}"));
     assert!(released == "ok" || released.contains("not taken"), "{released}");
-}
-
-#[test]
-fn a_thread_of_another_process_is_held_and_put_back() {
-    a_thread_is_held_and_put_back();
 }

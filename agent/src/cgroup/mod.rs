@@ -13,7 +13,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use self::mounts::{Hierarchy, Version, find, group_of};
+use self::mounts::{Hierarchy, Version, find, group_of, lists};
 
 /// How the names of the groups begin that are made here; the thread follows, and the process that made the group.
 const PREFIX: &str = "dunlin-stun-";
@@ -33,9 +33,7 @@ pub const LEAST_SHARE: f64 = LEAST_QUOTA.as_millis() as f64 / PERIOD.as_millis()
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
     /// There is no hierarchy with the controller.
-    #[error(
-        "no cgroup hierarchy with the `cpu` controller is mounted: mount one, or let the VMM limit its vCPUs itself (--qmp)"
-    )]
+    #[error("no cgroup hierarchy with the `cpu` controller is mounted: mount one")]
     NoController,
     /// The group does not have the controller.
     #[error("the group {} of thread {thread} does not have the `cpu` controller: whoever manages it must hand it on (systemd: `Delegate=yes`, or `CPUAccounting=yes`)", group.display())]
@@ -105,7 +103,7 @@ impl LimitedThread {
         if version == Version::Two {
             let controllers = home.join("cgroup.controllers");
             let has = fs::read_to_string(&controllers).map_err(failed("reading", &controllers))?;
-            if !has.split_ascii_whitespace().any(|controller| controller == "cpu") {
+            if !lists(&has, "cpu") {
                 return Err(CgroupError::NotHandedOn { thread, group: home });
             }
         }
@@ -116,7 +114,7 @@ impl LimitedThread {
             write(&limited.group.join("cgroup.type"), "threaded")?;
             let handed = limited.home.join("cgroup.subtree_control");
             let hands = fs::read_to_string(&handed).map_err(failed("reading", &handed))?;
-            if !hands.split_ascii_whitespace().any(|controller| controller == "cpu") {
+            if !lists(&hands, "cpu") {
                 write(&handed, "+cpu")?;
                 limited.handed_on = true;
             }
@@ -126,18 +124,12 @@ impl LimitedThread {
     }
 
     fn move_to(&self, group: &Path) -> Result<(), CgroupError> {
-        let file = group.join(if self.version == Version::One { "tasks" } else { "cgroup.threads" });
-        match write(&file, &self.thread.to_string()) {
+        match write(&group.join(self.version.threads_file()), &self.thread.to_string()) {
             Err(CgroupError::Io { source, .. }) if source.raw_os_error() == Some(libc::ESRCH) => {
                 Err(CgroupError::Ended(self.thread))
             }
             other => other,
         }
-    }
-
-    /// The group that it is in.
-    pub fn group(&self) -> &Path {
-        &self.group
     }
 
     /// Limits it to this part of one CPU, raised to [`LEAST_SHARE`]; 1 and more is no limit. Returns the limit that holds.
@@ -273,7 +265,7 @@ pub fn clear() -> Result<(Vec<PathBuf>, Vec<CgroupError>), CgroupError> {
 }
 
 fn dissolve(home: &Path, group: &Path, version: Version) -> Result<(), CgroupError> {
-    let file = if version == Version::One { "tasks" } else { "cgroup.threads" };
+    let file = version.threads_file();
     let threads = group.join(file);
     let text = fs::read_to_string(&threads).map_err(failed("reading", &threads))?;
     for thread in text.lines() {

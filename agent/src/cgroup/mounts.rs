@@ -9,6 +9,16 @@ pub(super) enum Version {
     Two,
 }
 
+impl Version {
+    /// The file of a group that lists its threads, and takes one in that is written to it.
+    pub(super) fn threads_file(self) -> &'static str {
+        match self {
+            Self::One => "tasks",
+            Self::Two => "cgroup.threads",
+        }
+    }
+}
+
 /// A hierarchy that has a controller.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Hierarchy {
@@ -19,10 +29,8 @@ pub(super) struct Hierarchy {
 /// The hierarchy that has `controller`: of version 1 if there is one, since a controller is in one hierarchy only.
 pub(super) fn find(controller: &str) -> Option<Hierarchy> {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").ok()?;
-    let has = |root: &Path| {
-        std::fs::read_to_string(root.join("cgroup.controllers"))
-            .is_ok_and(|all| all.split_ascii_whitespace().any(|one| one == controller))
-    };
+    let has =
+        |root: &Path| std::fs::read_to_string(root.join("cgroup.controllers")).is_ok_and(|all| lists(&all, controller));
     let mut second = None;
     for (kind, root, options) in mounts.lines().filter_map(mount) {
         match kind {
@@ -34,6 +42,11 @@ pub(super) fn find(controller: &str) -> Option<Hierarchy> {
         }
     }
     second
+}
+
+/// Whether a file of version 2 that lists controllers has one.
+pub(super) fn lists(text: &str, controller: &str) -> bool {
+    text.split_ascii_whitespace().any(|one| one == controller)
 }
 
 /// Kind, place and options of one line: the fields behind `-` are kind, source and options.

@@ -7,14 +7,14 @@ use clap::{ArgGroup, Args};
 
 use super::dirty_rate::{printer, told};
 use super::places::{RunDir, StateDir};
-use crate::cgroup;
 use crate::model::outcome::exit;
+use crate::model::schema::Schema;
 use crate::model::units::{PAGE_SIZE, display_bytes, display_duration, parse_duration};
 use crate::model::{BytesPerSecond, PagesPerSecond, VmRef};
 use crate::service::config::Config;
 use crate::service::interrupt::Interrupt;
 use crate::service::out::{complain, say};
-use crate::service::stun::{Goal, StunError, StunRequest, StunStatus, holder, stun};
+use crate::service::stun::{Goal, StunError, StunRequest, StunStatus, clear_leftovers, holder, stun};
 use crate::stun::StunPolicy;
 
 /// Slow the writers of a VM, by just enough, and let go in any case
@@ -144,20 +144,19 @@ pub(super) fn hold() -> anyhow::Result<u8> {
 }
 
 fn clear(json: bool) -> anyhow::Result<u8> {
-    let (cleared, failures) = cgroup::clear()?;
+    let cleared = clear_leftovers()?;
     if json {
-        let groups: Vec<String> = cleared.iter().map(|group| group.display().to_string()).collect();
-        say!("{}", serde_json::json!({ "schema": "dunlin.stun-cleared/v1", "groups": groups }));
-    } else if cleared.is_empty() {
+        say!("{}", serde_json::to_string(&cleared.tagged())?);
+    } else if cleared.groups.is_empty() {
         say!("nothing was left");
     }
-    for group in cleared.iter().filter(|_| !json) {
-        say!("{}: its threads are back", group.display());
+    for group in cleared.groups.iter().filter(|_| !json) {
+        say!("{group}: its threads are back");
     }
-    for failure in &failures {
+    for failure in &cleared.failures {
         complain!("dunlin: {failure}");
     }
-    Ok(if failures.is_empty() { exit::DONE } else { exit::ERROR })
+    Ok(if cleared.failures.is_empty() { exit::DONE } else { exit::ERROR })
 }
 
 /// One report for people.

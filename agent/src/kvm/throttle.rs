@@ -12,6 +12,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::dirty::{DirtyLogger, Written};
+use super::spaces::{Owed, Spaces};
 use super::stats::VcpuFaults;
 use super::sys::KvmError;
 use super::vcpu::Vcpu;
@@ -19,8 +20,6 @@ use crate::model::bucket::Bucket;
 use crate::model::{AddressSpace, Attribution, VcpuLimit, VcpuWrites, VmWrites};
 use crate::port::THROTTLE_LEASE;
 use crate::time::{monotonic_now, thread_run_time};
-
-use super::spaces::{Owed, Spaces};
 
 /// How often the thread looks.
 const LOOK_EVERY: Duration = Duration::from_millis(1);
@@ -110,12 +109,9 @@ impl Throttle {
     pub(super) fn limit(self: &Arc<Self>, limits: &[Option<VcpuLimit>]) -> io::Result<VmWrites> {
         let mut state = self.lock();
         let now = monotonic_now();
-        if state.until.is_none() {
-            // What was written before nobody counted.
-            self.look(&mut state, now, true).map_err(io::Error::other)?;
-        } else {
-            self.look(&mut state, now, false).map_err(io::Error::other)?;
-        }
+        // What was written before nobody counted.
+        let is_first = state.until.is_none();
+        self.look(&mut state, now, is_first).map_err(io::Error::other)?;
         if !state.served {
             let throttle = Arc::clone(self);
             std::thread::Builder::new().name("throttle".into()).spawn(move || throttle.serve())?;

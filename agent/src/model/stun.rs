@@ -89,10 +89,3 @@ pub struct StunReport {
     /// Why everybody was let go for good; empty if that was not needed.
     pub gave_up: String,
 }
-
-impl StunReport {
-    /// Whether anybody was limited.
-    pub fn is_empty(&self) -> bool {
-        self.vcpus.is_empty()
-    }
-}

@@ -516,9 +516,14 @@ impl Host {
         if wait > LONGEST_LEAD {
             return Err(format!("a window may be ordered {LONGEST_LEAD:?} ahead at most, not {wait:?}"));
         }
-        let host = Arc::clone(self);
-        self.tracking.grant(TRACKING_TIME, move || host.end_tracking()).map_err(|error| error.to_string())?;
+        self.grant_tracking()?;
         self.protect(subset, at_ns).map_err(|error| error.to_string())
+    }
+
+    /// Has the log end by itself [`TRACKING_TIME`] from now.
+    fn grant_tracking(self: &Arc<Self>) -> Result<(), String> {
+        let host = Arc::clone(self);
+        self.tracking.grant(TRACKING_TIME, move || host.end_tracking()).map_err(|error| error.to_string())
     }
 
     /// Limits what vCPUs may write outside of a migration, until [`THROTTLE_LEASE`] after the last such order; says what they have written, and protects it anew. `None` lets all go and
@@ -541,8 +546,7 @@ impl Host {
             return Ok(writes);
         };
         *throttler = Some((who.to_owned(), Instant::now() + THROTTLE_LEASE));
-        let host = Arc::clone(self);
-        self.tracking.grant(TRACKING_TIME, move || host.end_tracking()).map_err(|error| error.to_string())?;
+        self.grant_tracking()?;
         if !self.machine.log().is_on() {
             self.protect(PageSubset::ALL, 0).map_err(|error| error.to_string())?;
         }

@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 
 use super::holder::Holder;
 use super::{Actuator, StunError, StunRequest};
-use crate::cgroup;
 use crate::foreign::{Permission, thread_time};
 use crate::model::{Attribution, PageBitmap, VcpuLimit, VcpuWrites, VmWrites};
 use crate::port::EventSource;
@@ -45,7 +44,7 @@ pub(super) struct Foreign {
 impl Foreign {
     pub(super) fn open(request: &StunRequest, permission: Permission) -> Result<Self, StunError> {
         if !request.dry_run {
-            clear_leftovers();
+            clear_first();
         }
         let (watched, counters) = WatchedVm::open(&WatchRequest {
             run_dir: request.run_dir.clone(),
@@ -72,14 +71,14 @@ impl Foreign {
     }
 }
 
-/// Groups that a holder left that was killed.
-fn clear_leftovers() {
-    match cgroup::clear() {
-        Ok((cleared, failures)) => {
-            for group in cleared {
-                tracing::warn!("{} was left by a process that was killed; its threads are back", group.display());
+/// Clears leftovers, which stand in nobody's way if that fails.
+fn clear_first() {
+    match super::clear_leftovers() {
+        Ok(cleared) => {
+            for group in cleared.groups {
+                tracing::warn!("{group} was left by a process that was killed; its threads are back");
             }
-            for failure in failures {
+            for failure in cleared.failures {
                 tracing::warn!("{failure}");
             }
         }

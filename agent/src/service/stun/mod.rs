@@ -22,7 +22,7 @@ use super::inventory::{self, FindError, HostVm};
 use super::observe::{Ended, Observed};
 use super::profile::names;
 use super::watch::WatchError;
-use crate::cgroup::CgroupError;
+use crate::cgroup::{self, CgroupError};
 use crate::foreign::Permission;
 use crate::model::schema::Schema;
 use crate::model::{BytesPerSecond, PAGE_SIZE, PagesPerSecond, StunReport, VcpuLimit, VmRef, VmWrites};
@@ -91,6 +91,29 @@ pub struct StunStatus {
 
 impl Schema for StunStatus {
     const SCHEMA: &'static str = "dunlin.stun/v1";
+}
+
+/// What holders left that were killed.
+#[derive(Debug, Serialize)]
+pub struct Cleared {
+    /// The groups that were removed, their threads put back.
+    pub groups: Vec<String>,
+    /// Why others could not be.
+    #[serde(skip)]
+    pub failures: Vec<CgroupError>,
+}
+
+impl Schema for Cleared {
+    const SCHEMA: &'static str = "dunlin.stun-cleared/v1";
+}
+
+/// Puts back what holders left that were killed.
+///
+/// # Errors
+/// This host has no such groups, so nothing can have been left.
+pub fn clear_leftovers() -> Result<Cleared, CgroupError> {
+    let (groups, failures) = cgroup::clear()?;
+    Ok(Cleared { groups: groups.iter().map(|group| group.display().to_string()).collect(), failures })
 }
 
 /// One vCPU at present.

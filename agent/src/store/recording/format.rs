@@ -7,8 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{MAX_FRAMES, MAX_LINE_BYTES};
 use crate::model::schema::Schema;
-use crate::model::{AddressSpace, EXIT_TIME_BINS, ExitTimes, Gva, PageBitmap, VmId};
-use crate::model::{Gfn, GuestWrite};
+use crate::model::{AddressSpace, EXIT_TIME_BINS, ExitTimes, Gfn, GuestWrite, Gva, PageBitmap, VmId};
 use crate::port::{EventHook, LostEvents, SpaceEvents, ThreadEvents};
 
 /// The most that one counter may have been raised between two looks: far above what any host does in a day, and far below where sums
