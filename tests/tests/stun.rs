@@ -249,3 +249,51 @@ fn a_thread_of_another_process_is_held_and_put_back() {
     let released = holder.ask(&format!("release {pid}"));
     assert!(released == "ok" || released.contains("not taken"), "{released}");
 }
+
+/// What the two address spaces of one vCPU do in a second: heartbeats of the one, pages of the other.
+fn beats_and_pages(rig: &Rig, time: Duration) -> [f64; 2] {
+    let counted = || {
+        let counters = rig.counters().unwrap();
+        [counters["uptime_ns"].as_f64().unwrap() / 1e9, counters["heartbeats"].as_f64().unwrap(), written(&counters, 0)]
+    };
+    let before = counted();
+    std::thread::sleep(time);
+    let after = counted();
+    [1, 2].map(|index| (after[index] - before[index]) / (after[0] - before[0]))
+}
+
+/// A guest that holds the writer itself when it is asked: its other address space goes on as if nothing were. One that has only promised to is not believed for
+/// long: its vCPU is held.
+#[test]
+fn of_two_address_spaces_on_one_vcpu_the_rogue_is_held_by_its_guest_and_the_other_goes_on() {
+    for kind in [DirtyLogKind::Ring, DirtyLogKind::Bitmap] {
+        let spec = VmSpec {
+            cpus: 1,
+            dirty_log: kind,
+            guest: "dunlin.stun=1 dunlin.heartbeat=2ms dunlin.wl0=ws:96M,rate:max".into(),
+            ..VmSpec::default()
+        };
+        let mut rig = Rig::boot(&spec).unwrap();
+        let free = beats_and_pages(&rig, Duration::from_secs(1));
+        let mut command = rig.dunlin_here(&["stun", "wader", "--target", TARGET, "--json"]);
+        let process = OwnProcess::new(command.stdout(Stdio::null()).spawn().unwrap());
+        wait_for("the writer to be slowed", LIMIT, || {
+            (beats_and_pages(&rig, Duration::from_millis(300))[1] < free[1] / 5.0).then_some(())
+        })
+        .unwrap();
+        let held = beats_and_pages(&rig, Duration::from_secs(2));
+        println!("shows {kind:?}: beats and pages per second: free {free:?}, held by the guest {held:?}");
+        assert!(held[0] > 0.9 * free[0], "{kind:?}: {free:?} {held:?}");
+        assert!(held[1] < 14_000.0, "{kind:?}: {free:?} {held:?}");
+        drop(process);
+        wait_for("the writer to be at its full rate", LIMIT, || {
+            (beats_and_pages(&rig, Duration::from_millis(300))[1] > free[1] / 2.0).then_some(())
+        })
+        .unwrap();
+        let counters = rig.counters().unwrap();
+        assert_eq!(guest::errors(&counters), Vec::<String>::new(), "{counters:#}");
+        assert!(counters["vcpus"][0]["holds"].as_u64().unwrap() > 10);
+        rig.verify_inside().unwrap();
+        assert!(rig.stop().unwrap().success());
+    }
+}

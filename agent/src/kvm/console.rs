@@ -128,7 +128,7 @@ impl Console {
     }
 
     /// Takes output of the guest.
-    pub(crate) fn write(&self, bytes: &[u8]) {
+    fn write(&self, bytes: &[u8]) {
         if bytes.is_empty() {
             return;
         }
@@ -168,6 +168,12 @@ impl Console {
     /// The output that is remembered.
     pub fn history(&self) -> Vec<u8> {
         self.lock().history.iter().copied().collect()
+    }
+}
+
+impl super::serial::Output for Console {
+    fn output(&self, bytes: &[u8]) {
+        self.write(bytes);
     }
 }
 

@@ -54,7 +54,7 @@ fn payload(bytes: &[u8]) {
 /// If a promise is broken.
 pub(crate) fn saved_serial(bytes: &[u8]) {
     let console = Console::open(&SerialSpec::None).expect("no console needs nothing");
-    let port = Serial::new(console).expect("an eventfd");
+    let port = Serial::new("serial0", console).expect("an eventfd");
     if port.restore(bytes).is_ok() {
         let saved = port.save();
         port.restore(&saved).expect("its own state fits");

@@ -22,8 +22,9 @@ use super::control::{Kick, MachineExit, RunControl};
 use super::dirty::DirtyLogger;
 use super::hurry::Hurry;
 use super::memory::{Memory, MemoryError, MemoryOptions};
-use super::ports::{Ports, SERIAL_IRQ};
+use super::ports::{Ports, SERIAL_IRQ, STUN_IRQ};
 use super::serial::Serial;
+use super::stun_port::{self, StunPort};
 use super::sys::KvmError;
 use super::throttle::Throttle;
 use super::vcpu::{self, Surroundings, Vcpu};
@@ -167,6 +168,7 @@ pub struct Machine {
     vcpus: Vec<Arc<Vcpu>>,
     around: Arc<Surroundings>,
     serial: Arc<Serial>,
+    stun_port: Arc<StunPort>,
     console: Arc<Console>,
     support: StateSupport,
     /// When it was made: no VM that comes here stood before.
@@ -256,8 +258,10 @@ impl Machine {
             bus.attach(device)?;
         }
         let console = Console::open(&hosting.serial)?;
-        let serial = Arc::new(Serial::new(console.clone()).map_err(KvmError::of("eventfd"))?);
+        let serial = Arc::new(Serial::new(SERIAL_TAG, console.clone()).map_err(KvmError::of("eventfd"))?);
         vm.connect_irq(serial.irq(), SERIAL_IRQ)?;
+        let stun_port = Arc::new(StunPort::new().map_err(KvmError::of("eventfd"))?);
+        vm.connect_irq(stun_port.serial().irq(), STUN_IRQ)?;
         vm.connect_bus(&bus)?;
 
         for vcpu in &vcpus {
@@ -282,11 +286,11 @@ impl Machine {
 
         let kicks = vcpus.iter().map(|vcpu| vcpu.clone() as Arc<dyn Kick>).collect();
         let log = Arc::new(log);
-        let throttle = Arc::new(Throttle::new(Arc::clone(&log), &vcpus));
+        let throttle = Arc::new(Throttle::new(Arc::clone(&log), &vcpus, stun_port.clone()));
         let around = Arc::new(Surroundings {
             control: RunControl::new(kicks),
             bus: Arc::new(bus),
-            ports: Arc::new(Ports { serial: serial.clone() }),
+            ports: Arc::new(Ports { serial: serial.clone(), second: stun_port.serial().clone() }),
             log,
             throttle,
         });
@@ -297,6 +301,7 @@ impl Machine {
             vcpus,
             around,
             serial,
+            stun_port,
             console,
             support,
             made: Instant::now(),
@@ -541,6 +546,7 @@ impl Machine {
         state::restore(&self.vm.fd, &fds, &self.support, (states, vm), &time)?;
         drop(fds);
         self.serial.reset();
+        self.stun_port.reset();
         for device in self.devices() {
             device.reset()?;
         }
@@ -575,6 +581,9 @@ impl Machine {
             writer.section(&vcpu_tag(vcpu.index()), VCPU_VERSION, &state.to_bytes());
         }
         writer.section(SERIAL_TAG, DEVICE_VERSION, &self.serial.save());
+        if let Some(state) = self.stun_port.save() {
+            writer.section(stun_port::NAME, DEVICE_VERSION, &state);
+        }
         for device in self.devices() {
             writer.section(&device.name(), DEVICE_VERSION, &device.save()?);
         }
@@ -596,6 +605,7 @@ impl Machine {
             .map(|vcpu| VcpuState::from_bytes(sections.take(&vcpu_tag(vcpu.index()), VCPU_VERSION)?))
             .collect::<Result<Vec<_>, StateError>>()?;
         let serial = sections.take(SERIAL_TAG, DEVICE_VERSION)?;
+        let stun_port = sections.take_if_there(stun_port::NAME, DEVICE_VERSION)?;
         let devices = self
             .devices()
             .iter()
@@ -611,6 +621,9 @@ impl Machine {
         drop(fds);
         // After the interrupt controllers: these may signal an interrupt again.
         self.serial.restore(serial)?;
+        if let Some(state) = stun_port {
+            self.stun_port.restore(state)?;
+        }
         for (device, state) in devices {
             device.restore(state)?;
         }

@@ -4,6 +4,7 @@
 //! vCPUs are plain threads; devices bring their own.
 
 mod alarm;
+mod asking;
 pub mod boot;
 pub mod bus;
 pub mod console;
@@ -23,6 +24,7 @@ pub mod ports;
 mod serial;
 mod spaces;
 mod stats;
+mod stun_port;
 pub mod sys;
 #[cfg(test)]
 pub(crate) mod testing;

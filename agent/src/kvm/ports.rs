@@ -1,4 +1,4 @@
-//! I/O ports: the serial console, and the ports by which a guest switches itself off or resets.
+//! I/O ports: the serial ports, and the ports by which a guest switches itself off or resets.
 //!
 //! Owns port numbers and dispatch. Must not know vCPUs or where the console goes.
 
@@ -8,10 +8,14 @@ use super::serial::Serial;
 
 /// First port of the serial console (COM1).
 pub const SERIAL_PORT: u16 = 0x3f8;
-/// Ports that the serial console has.
+/// Ports that a serial port has.
 pub const SERIAL_PORTS: u8 = 8;
 /// The interrupt of the serial console.
 pub const SERIAL_IRQ: u32 = 4;
+/// First port of the second serial port (COM2): see [`super::stun_port`].
+pub const STUN_PORT: u16 = 0x2f8;
+/// Its interrupt.
+pub const STUN_IRQ: u32 = 3;
 /// Writing [`POWER_OFF_BYTE`] here switches the machine off.
 pub const POWER_PORT: u16 = 0x600;
 /// See [`POWER_PORT`].
@@ -43,6 +47,7 @@ pub(crate) enum PortAction {
 /// The ports of a machine.
 pub(crate) struct Ports {
     pub(crate) serial: Arc<Serial>,
+    pub(crate) second: Arc<Serial>,
 }
 
 impl Ports {
@@ -50,6 +55,7 @@ impl Ports {
     pub(crate) fn write(&self, port: u16, data: &[u8]) -> PortAction {
         match port {
             SERIAL_PORT..=0x3ff => self.serial.write((port - SERIAL_PORT) as u8, data),
+            STUN_PORT..=0x2ff => self.second.write((port - STUN_PORT) as u8, data),
             POWER_PORT if data.contains(&POWER_OFF_BYTE) => return PortAction::PowerOff,
             SLEEP_CONTROL_PORT if data.iter().any(|byte| byte & SLEEP_ORDER == SLEEP_ENABLE | SLEEP_TYPE_OFF << 2) => {
                 return PortAction::PowerOff;
@@ -64,6 +70,7 @@ impl Ports {
     pub(crate) fn read(&self, port: u16, data: &mut [u8]) {
         match port {
             SERIAL_PORT..=0x3ff => self.serial.read((port - SERIAL_PORT) as u8, data),
+            STUN_PORT..=0x2ff => self.second.read((port - STUN_PORT) as u8, data),
             // The keyboard controller's status: ready to take a command. ACPI's: awake, and never asleep before.
             RESET_PORT | SLEEP_CONTROL_PORT | SLEEP_STATUS_PORT => data.fill(0),
             _ => data.fill(0xff),

@@ -1,7 +1,6 @@
-//! The serial port (16550A): registers between the guest and the console.
+//! A serial port (16550A): registers between the guest and whoever takes its output.
 //!
-//! Owns the registers, the interrupt and the queue of input that does not fit the FIFO yet. Must not know where the
-//! console goes.
+//! Owns the registers, the interrupt and the queue of input that does not fit the FIFO yet. Must not know what is said on it.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -12,14 +11,18 @@ use vm_superio::{Serial as Registers, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::bus::DeviceError;
-use super::console::{Console, Input};
+use super::console::Input;
 
 /// Input that waits for room in the FIFO; more is dropped.
 const MAX_WAITING_BYTES: usize = 64 << 10;
 /// The register for data.
 const DATA: u8 = 0;
-/// The device's name in errors.
-const NAME: &str = "serial0";
+
+/// Takes what the guest writes.
+pub(crate) trait Output: Send + Sync {
+    /// The bytes of one exit, in order. The port is locked meanwhile: nothing may be put into it.
+    fn output(&self, bytes: &[u8]);
+}
 
 /// The interrupt line.
 #[derive(Debug)]
@@ -33,7 +36,7 @@ impl Trigger for Line {
     }
 }
 
-/// Collects output of one exit, so that it reaches the console in one piece.
+/// Collects output of one exit, so that it is passed on in one piece.
 #[derive(Debug, Default)]
 struct Collector(Vec<u8>);
 
@@ -53,19 +56,21 @@ struct Port {
     waiting: VecDeque<u8>,
 }
 
-/// The serial port.
+/// A serial port.
 pub(crate) struct Serial {
+    /// In errors.
+    name: &'static str,
     port: Mutex<Port>,
     irq: Arc<EventFd>,
-    console: Arc<Console>,
+    output: Arc<dyn Output>,
 }
 
 impl Serial {
     /// A port in its state after power-on.
-    pub(crate) fn new(console: Arc<Console>) -> io::Result<Self> {
+    pub(crate) fn new(name: &'static str, output: Arc<dyn Output>) -> io::Result<Self> {
         let irq = Arc::new(EventFd::new(0)?);
         let registers = Registers::new(Line(irq.clone()), Collector::default());
-        Ok(Self { port: Mutex::new(Port { registers, waiting: VecDeque::new() }), irq, console })
+        Ok(Self { name, port: Mutex::new(Port { registers, waiting: VecDeque::new() }), irq, output })
     }
 
     /// Signalled to raise the interrupt.
@@ -84,9 +89,9 @@ impl Serial {
             // Errors: an interrupt that could not be signalled, or a loop-back FIFO that is full; a real port drops too.
             let _ = port.registers.write(register, byte);
         }
-        // Output stays in order: it reaches the console under the port's lock.
+        // Output stays in order: it is passed on under the port's lock.
         let output = std::mem::take(&mut port.registers.writer_mut().0);
-        self.console.write(&output);
+        self.output.output(&output);
     }
 
     /// The guest loads bytes, one after the other, from one register.
@@ -123,7 +128,7 @@ impl Serial {
 
     /// Takes a saved state.
     pub(crate) fn restore(&self, bytes: &[u8]) -> Result<(), DeviceError> {
-        let bad = |problem: &str| DeviceError::State { device: NAME.into(), problem: problem.into() };
+        let bad = |problem: &str| DeviceError::State { device: self.name.into(), problem: problem.into() };
         let (registers, rest) = bytes.split_first_chunk::<10>().ok_or_else(|| bad("it is too short"))?;
         let (fifo, waiting) = rest.split_at_checked(registers[9].into()).ok_or_else(|| bad("its FIFO is cut off"))?;
         if waiting.len() > MAX_WAITING_BYTES {
@@ -181,18 +186,24 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::kvm::console::Console;
     use crate::model::SerialSpec;
 
+    fn serial_and_console() -> (Serial, Arc<Console>) {
+        let console = Console::open(&SerialSpec::None).unwrap();
+        (Serial::new("serial0", console.clone()).unwrap(), console)
+    }
+
     fn serial() -> Serial {
-        Serial::new(Console::open(&SerialSpec::None).unwrap()).unwrap()
+        serial_and_console().0
     }
 
     #[test]
     fn output_of_a_string_instruction_reaches_the_console_and_its_history() {
-        let serial = serial();
+        let (serial, console) = serial_and_console();
         serial.write(DATA, b"hello\n");
         serial.write(7, b"scratch");
-        assert_eq!(serial.console.history(), b"hello\n");
+        assert_eq!(console.history(), b"hello\n");
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //!
 //! Owns the limits, their lease, and the thread that looks. A vCPU is charged for each page that the dirty log finds newly written, whoever harvests the log:
 //! with rings by its own ring; with a bitmap, which does not say who wrote, by its share of the faults that KVM resolved, or of the CPU time. What it owes
-//! it pays by standing still in its run loop, on a wait that a pause ends at once. Must not know what a limit is for.
+//! it pays by standing still in its run loop, on a wait that a pause ends at once; or, where the guest offers it, by the guest holding its writers itself.
+//! Must not know what a limit is for.
 //!
 //! The thread looks every millisecond, or more seldom where a look at the log takes long, so what a vCPU writes too much between two looks is little; it is owed all the same.
 
@@ -11,9 +12,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::asking::Asking;
 use super::dirty::{DirtyLogger, Written};
 use super::spaces::{Owed, Spaces};
 use super::stats::VcpuFaults;
+use super::stun_port::StunPort;
 use super::sys::KvmError;
 use super::vcpu::Vcpu;
 use crate::model::bucket::Bucket;
@@ -56,6 +59,7 @@ pub(super) struct Throttle {
     log: Arc<DirtyLogger>,
     vcpus: Vec<Arc<Vcpu>>,
     faults: Option<Vec<VcpuFaults>>,
+    guest: Arc<StunPort>,
     state: Mutex<State>,
     changed: Condvar,
     /// How often limits were lifted: whoever is held looks whether it still must.
@@ -79,6 +83,7 @@ struct One {
     limit: Option<VcpuLimit>,
     bucket: Option<Bucket>,
     spaces: Spaces,
+    asking: Asking,
     held: bool,
     /// How often in a row it was held without a timer.
     timerless: u32,
@@ -86,7 +91,7 @@ struct One {
 
 impl Throttle {
     /// Nobody is limited. The vCPUs must stand.
-    pub(super) fn new(log: Arc<DirtyLogger>, vcpus: &[Arc<Vcpu>]) -> Self {
+    pub(super) fn new(log: Arc<DirtyLogger>, vcpus: &[Arc<Vcpu>], guest: Arc<StunPort>) -> Self {
         let faults = vcpus.iter().map(|vcpu| VcpuFaults::open(&vcpu.fd())).collect();
         let mut state = State::default();
         state.vcpus.resize_with(vcpus.len(), One::default);
@@ -95,6 +100,7 @@ impl Throttle {
             log,
             vcpus: vcpus.to_vec(),
             faults,
+            guest,
             state: Mutex::new(state),
             changed: Condvar::new(),
             lifts: AtomicU64::new(0),
@@ -121,7 +127,7 @@ impl Throttle {
         for (index, one) in state.vcpus.iter_mut().enumerate() {
             let limit = limits.get(index).copied().flatten();
             lifted |= limit.is_none() && one.limit.is_some();
-            one.set(limit, now);
+            self.set(index, one, limit, now);
         }
         if lifted {
             self.lifts.fetch_add(1, Ordering::AcqRel);
@@ -141,10 +147,18 @@ impl Throttle {
 
     fn end(&self, state: &mut State) {
         state.until = None;
-        for one in &mut state.vcpus {
-            one.set(None, Duration::ZERO);
+        let now = monotonic_now();
+        for (index, one) in state.vcpus.iter_mut().enumerate() {
+            self.set(index, one, None, now);
         }
         self.lifts.fetch_add(1, Ordering::AcqRel);
+    }
+
+    fn set(&self, vcpu: usize, one: &mut One, limit: Option<VcpuLimit>, now: Duration) {
+        one.set(limit, now);
+        if limit.is_none() && one.asking.let_go(now) {
+            self.guest.ask(vcpu as u32, Duration::ZERO);
+        }
     }
 
     /// How often limits were lifted.
@@ -164,6 +178,9 @@ impl Throttle {
         let one = state.vcpus.get_mut(vcpu as usize)?;
         let limit = one.limit?;
         let now = monotonic_now();
+        if self.is_guests(one, now) {
+            return None;
+        }
         let in_all = one.bucket.map_or(Duration::ZERO, |bucket| bucket.debt(now));
         let (debt, most, has_others) = match limit.by_address_space.then(root).flatten() {
             None => (in_all, HOLD, false),
@@ -226,11 +243,12 @@ impl Throttle {
                 continue;
             }
             for (vcpu, one) in self.vcpus.iter().zip(&state.vcpus) {
-                if one.wants_look() {
+                if one.wants_look() && !self.is_guests(one, monotonic_now()) {
                     vcpu.nudge();
                 }
             }
-            let wait = (began.elapsed() * LOOK_SHARE).clamp(LOOK_EVERY, SELDOM);
+            let least = if state.vcpus.iter().any(|one| one.limit.is_some()) { LOOK_EVERY } else { SELDOM };
+            let wait = (began.elapsed() * LOOK_SHARE).clamp(least, SELDOM);
             state = self.changed.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
@@ -267,9 +285,34 @@ impl Throttle {
             let pages = pages(index);
             writes.pages += pages;
             one.charge(pages, now);
+            self.ask(index as u32, one, writes, now);
             writes.owes = one.owes(now);
         }
         Ok(())
+    }
+
+    /// Whether it is the guest that holds the writers of a limited vCPU, and does.
+    fn is_guests(&self, one: &One, now: Duration) -> bool {
+        let by_space = one.limit.is_some_and(|limit| limit.by_address_space);
+        by_space && self.guest.is_offered() && !one.asking.is_shunned(now)
+    }
+
+    /// Asks the guest to hold its writers if they owe anything, and counts for how long it has.
+    fn ask(&self, vcpu: u32, one: &mut One, writes: &mut VcpuWrites, now: Duration) {
+        let held = one.asking.held(now).as_nanos() as u64;
+        writes.held_ns += held;
+        writes.guest_held_ns += held;
+        if !self.is_guests(one, now) {
+            return;
+        }
+        let (Some(limit), Some(bucket)) = (one.limit, one.bucket) else { return };
+        if let Some(time) = one.asking.look(bucket.debt(now), writes.pages, limit.rate, now) {
+            self.guest.ask(vcpu, time);
+        } else if one.asking.is_shunned(now) {
+            tracing::warn!(
+                "vCPU {vcpu}: the guest was asked to hold its writers, and does not: the vCPU is held itself for a while"
+            );
+        }
     }
 
     /// What pages are put down to vCPUs by, where the log does not say.
@@ -308,7 +351,7 @@ impl One {
     }
 
     fn owes(&self, now: Duration) -> bool {
-        self.held || self.bucket.is_some_and(|bucket| !bucket.debt(now).is_zero())
+        self.held || self.asking.is_held(now) || self.bucket.is_some_and(|bucket| !bucket.debt(now).is_zero())
     }
 
     /// Whether it is to come out of guest code: it may owe, or somebody must see which address space is loaded.

@@ -13,6 +13,8 @@ pub struct VcpuWrites {
     pub held_ns: u64,
     /// Of that, how long while other address spaces were on it too: what those lost at most that owed nothing.
     pub co_resident_held_ns: u64,
+    /// Of what it was held, how long its guest was asked to hold its writers itself: the others on it went on.
+    pub guest_held_ns: u64,
     /// Whether it owes time at present: it would write more.
     pub owes: bool,
 }
@@ -73,6 +75,8 @@ pub struct VcpuStun {
     pub held_ns: u64,
     /// Of that, what address spaces lost that owed nothing.
     pub co_resident_held_ns: u64,
+    /// Of what it was held, how long its guest held its writers itself.
+    pub guest_held_ns: u64,
 }
 
 /// What was done to a VM.

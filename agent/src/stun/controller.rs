@@ -185,6 +185,7 @@ impl State {
                 self.allowed_pages += limit * seconds;
                 self.done.limited_ns += span.as_nanos() as u64;
                 self.done.held_ns += held_ns;
+                self.done.guest_held_ns += now.guest_held_ns.saturating_sub(before.guest_held_ns);
                 self.done.co_resident_held_ns += now.co_resident_held_ns.saturating_sub(before.co_resident_held_ns);
                 self.calm = if now.owes || held_ns > 0 { Duration::ZERO } else { self.calm + span };
             }

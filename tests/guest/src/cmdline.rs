@@ -55,6 +55,8 @@ pub struct Config {
     pub slice_ns: u64,
     /// Length of the windows of which writers tell their own truth; 0 is off.
     pub window_ns: u64,
+    /// True when the guest offers to hold its writers when the host asks for it.
+    pub stun: bool,
     /// True when vCPU 0 spins instead of halting between two batches.
     pub spin: bool,
     /// Devices.
@@ -80,6 +82,7 @@ impl Default for Config {
             tick_ns: 4_000_000,
             slice_ns: 2_000_000,
             window_ns: 0,
+            stun: false,
             spin: false,
             devices: [Transport::default(); MAX_DEVICES],
             device_count: 0,
@@ -129,6 +132,7 @@ impl Config {
             "tick" => self.tick_ns = bounded_ns(value, 1_000_000, 100_000_000).filter(|ns| *ns > 0)?,
             "slice" => self.slice_ns = bounded_ns(value, 200_000, 20_000_000).filter(|ns| *ns > 0)?,
             "window" => self.window_ns = bounded_ns(value, 10_000_000, 10_000_000_000)?,
+            "stun" => self.stun = flag(value)?,
             "spin" => self.spin = flag(value)?,
             "wl" => return self.set_workloads(value),
             _ => {
@@ -193,7 +197,7 @@ mod tests {
         let config = Config::parse(
             "console=ttyS0 dunlin.cpus=2 dunlin.tsc_khz=2450000 dunlin.wl0=ws:64M,rate:50000,pattern:random \
              dunlin.wl1=rate:max,share:5 dunlin.ip=10.0.0.2/16 dunlin.gw=10.0.0.1 dunlin.blk=rate:100,span:8M \
-             dunlin.stat=50ms dunlin.heartbeat=1ms dunlin.spin=1 dunlin.ipi=0 dunlin.tick=1ms dunlin.slice=500us dunlin.window=1280ms \
+             dunlin.stat=50ms dunlin.heartbeat=1ms dunlin.spin=1 dunlin.stun=1 dunlin.ipi=0 dunlin.tick=1ms dunlin.slice=500us dunlin.window=1280ms \
              virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=512@0xfeb00000:16:3",
         );
         assert_eq!(config.bad_options, 0);

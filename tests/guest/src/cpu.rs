@@ -108,6 +108,10 @@ pub struct Shared {
     pub verified_mismatches: AtomicU64,
     /// Page to break on purpose, plus one.
     pub poison: AtomicU64,
+    /// Time (TSC) up to which the host has asked that the writer stands.
+    pub held_until: AtomicU64,
+    /// How often it has asked.
+    pub holds: AtomicU64,
 }
 
 /// A vCPU.

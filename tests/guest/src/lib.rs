@@ -4,6 +4,7 @@
 
 pub mod block;
 pub mod cmdline;
+pub mod hold;
 pub mod http;
 pub mod ledger;
 pub mod memory;

@@ -23,6 +23,7 @@ mod report;
 mod serial;
 mod service;
 mod start_info;
+mod stun;
 mod virtio;
 mod web;
 mod writer;

@@ -114,7 +114,7 @@ fn vcpu(out: &mut impl Write, cpu: &Cpu, hz: u64) {
     let _ = write!(
         out,
         "{{\"id\":{},\"ticks\":{},\"timer_stalls\":{},\"ipi_sent\":{sent},\"ipi_received\":{},\"ipi_lost\":{lost},\
-         \"ipi_doubled\":{doubled},\"address_space_mismatches\":{},\"lapic_spurious\":{},\"max_gap_ns\":{},",
+         \"ipi_doubled\":{doubled},\"address_space_mismatches\":{},\"lapic_spurious\":{},\"max_gap_ns\":{},\"holds\":{},",
         cpu.index.load(Relaxed),
         cpu.ticks.load(Relaxed),
         shared.timer_stalls.load(Relaxed),
@@ -122,6 +122,7 @@ fn vcpu(out: &mut impl Write, cpu: &Cpu, hz: u64) {
         shared.address_space_mismatches.load(Relaxed),
         cpu.spurious.load(Relaxed),
         cycles_to_ns(shared.max_gap_cycles.load(Relaxed), hz),
+        shared.holds.load(Relaxed),
     );
     let rate = Rate(spec.rate_pages_per_second);
     let _ = write!(

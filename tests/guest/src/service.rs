@@ -11,6 +11,7 @@ use crate::cpu::{self, Cpu, DEVICE_VECTORS, SERVICE};
 use crate::monitor::Monitor;
 use crate::net::NetDevice;
 use crate::report::{self, Extras};
+use crate::stun::Channel;
 use crate::virtio::{ID_BLOCK, ID_NET, Transport};
 use crate::web::{Order, Web};
 use crate::{apic, clock, entry, panic, power, serial};
@@ -19,6 +20,7 @@ struct Service {
     monitor: Monitor,
     web: Option<Web>,
     block: Option<Block>,
+    channel: Option<Channel>,
     heartbeats: u64,
     heartbeat_cycles: u64,
     next_heartbeat: u64,
@@ -55,6 +57,7 @@ pub fn run(cpu: &'static Cpu, config: &Config, tsc_source: &'static str) -> ! {
         monitor: Monitor::new(cpu, config.cpus, config.ipi_ns, now),
         web,
         block,
+        channel: config.stun.then(Channel::open),
         heartbeats: 0,
         heartbeat_cycles: clock::cycles(config.heartbeat_ns),
         next_heartbeat: now,
@@ -78,6 +81,9 @@ impl Service {
     /// One round; returns when the next must be.
     fn round(&mut self, now: u64, planned: u64) -> u64 {
         self.heartbeat(now);
+        if let Some(channel) = &mut self.channel {
+            channel.round();
+        }
         let (run, mut next) = self.monitor.round(now, planned);
         if let Some(web) = &mut self.web {
             let (delay, order) = web.round(run, self.heartbeats, &mut self.block);

@@ -137,6 +137,12 @@ impl Writer {
             }
             self.poison();
             self.look_at_window(now, slept_until);
+            let held_until = shared.held_until.load(Relaxed);
+            if now < held_until {
+                planned = held_until;
+                self.cpu.wait(planned);
+                continue;
+            }
             let due = self.pacer.due(now).min(BATCH_PAGES);
             if due > 0 {
                 self.write_batch(due);

@@ -17,7 +17,7 @@ use acpi_tables::xsdt::XSDT;
 
 use crate::kvm::ports::{
     RESET_BYTE, RESET_PORT, SERIAL_IRQ, SERIAL_PORT, SERIAL_PORTS, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT,
-    SLEEP_TYPE_OFF,
+    SLEEP_TYPE_OFF, STUN_IRQ, STUN_PORT,
 };
 
 const OEM: [u8; 6] = *b"DUNLIN";
@@ -123,8 +123,10 @@ fn madt(board: &Board) -> MADT {
 /// The devices, and the one sleep state: off.
 fn dsdt(board: &Board) -> Sdt {
     let mut body = Vec::new();
-    let io = aml::IO::new(SERIAL_PORT, SERIAL_PORT, 0, SERIAL_PORTS);
-    device(&mut body, "COM1", &aml::EISAName::new("PNP0501"), 0, &io, SERIAL_IRQ);
+    for (index, (port, irq)) in [(SERIAL_PORT, SERIAL_IRQ), (STUN_PORT, STUN_IRQ)].into_iter().enumerate() {
+        let io = aml::IO::new(port, port, 0, SERIAL_PORTS);
+        device(&mut body, &format!("COM{}", index + 1), &aml::EISAName::new("PNP0501"), index, &io, irq);
+    }
     for (index, window) in board.windows.iter().enumerate() {
         let registers = aml::Memory32Fixed::new(true, window.address, window.bytes);
         device(&mut body, &format!("VR{index:02X}"), &"LNRO0005", index, &registers, window.irq);

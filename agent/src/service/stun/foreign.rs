@@ -126,8 +126,8 @@ impl Actuator for Foreign {
             writes.vcpus[index as usize] = VcpuWrites {
                 pages: pages as f64,
                 held_ns: thread.held.as_nanos() as u64,
-                co_resident_held_ns: 0,
                 owes: thread.taken && thread.held > thread.held_before,
+                ..VcpuWrites::default()
             };
             thread.held_before = thread.held;
         }
