@@ -17,8 +17,10 @@
 //! was written; a harvest in the middle of round 1 also reports the pages that are not yet protected, which is harmless,
 //! as they are still to be sent.
 //!
-//! Ring: entries are collected, then `KVM_RESET_DIRTY_RINGS` protects their pages, and only then are they marked: who sees a
-//! mark finds the page protected. So `protect` has nothing to do. A full ring makes its vCPU exit and drain it.
+//! Ring: all pages are protected when the log starts. Entries are collected, then `KVM_RESET_DIRTY_RINGS` protects their pages, and only then are they marked. What is
+//! kept here is the same as with a bitmap: which pages are marked, or to be sent in round 1, and were not protected since. They are to be sent, whatever is written
+//! to them, so their entries count for nothing; `protect` takes what entries there are, has their pages protected, and from then on its run counts again. A full
+//! ring makes its vCPU exit and drain it.
 //! KVM looks whether a ring is nearly full only when it enters guest code; a vCPU whose code it emulates can write more pages
 //! between two looks than the ring keeps in reserve, and KVM then writes over the oldest entries. A ring found full to the
 //! last entry therefore counts as overrun: the log is armed anew and all of memory is marked.
@@ -70,12 +72,15 @@ pub struct DirtyLogger {
 
 struct Inner {
     on: bool,
+    /// By slot: what the last harvest found (at the start: all) and nobody has protected since.
+    unprotected: Vec<Vec<u64>>,
+    scratch: Vec<u64>,
     kind: Kind,
 }
 
 enum Kind {
-    /// By slot: what the last harvest found and nobody has protected since; and a scratch for one call.
-    Bitmap { unprotected: Vec<Vec<u64>>, scratch: Vec<u64>, seen: Option<Seen> },
+    /// One a slot.
+    Bitmap { seen: Option<Seen> },
     /// One a vCPU; pages that were collected and are not yet marked, and entries that were handed back and not yet reset.
     Rings { rings: Vec<Ring>, pending: Pending, unreset: u64 },
 }
@@ -168,8 +173,7 @@ impl DirtyLogger {
         vcpus: &[impl std::ops::Deref<Target = VcpuFd>],
     ) -> Result<Self, KvmError> {
         let kind = if ring_bytes == 0 {
-            let words = |range: &RamRange| vec![0; range.pages.0.div_ceil(64) as usize];
-            Kind::Bitmap { unprotected: memory.ranges().iter().map(words).collect(), scratch: Vec::new(), seen: None }
+            Kind::Bitmap { seen: None }
         } else {
             let rings = vcpus.iter().map(|vcpu| Ring::map(vcpu, ring_bytes)).collect::<Result<_, _>>()?;
             Kind::Rings { rings, pending: Pending::of(memory.dirty().pages().0), unreset: 0 }
@@ -180,7 +184,9 @@ impl DirtyLogger {
         };
         let (ranges, shared) = (memory.ranges().to_vec(), memory.dirty().clone());
         let vcpu_new_pages = vcpu_pages.iter().map(|_| AtomicU64::new(0)).collect();
-        Ok(Self { vm, ranges, shared, inner: Mutex::new(Inner { on: false, kind }), vcpu_pages, vcpu_new_pages })
+        let unprotected = ranges.iter().map(|range| vec![0; range.pages.0.div_ceil(64) as usize]).collect();
+        let inner = Mutex::new(Inner { on: false, unprotected, scratch: Vec::new(), kind });
+        Ok(Self { vm, ranges, shared, inner, vcpu_pages, vcpu_new_pages })
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -223,13 +229,11 @@ impl DirtyLogger {
             set_slot(&self.vm, range, if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 })?;
         }
         inner.on = on;
+        for words in &mut inner.unprotected {
+            words.fill(u64::MAX);
+        }
         match &mut inner.kind {
-            Kind::Bitmap { unprotected, seen, .. } => {
-                for words in unprotected {
-                    words.fill(u64::MAX);
-                }
-                *seen = None;
-            }
+            Kind::Bitmap { seen } => *seen = None,
             Kind::Rings { rings, pending, unreset } => {
                 // Entries of the time before: with the log just on they are pages that round 1 sends, else nobody's.
                 let collected: u64 = rings.iter_mut().map(|ring| ring.collect(|_, _| {}).entries).sum();
@@ -246,8 +250,9 @@ impl DirtyLogger {
         if !inner.on {
             return Ok(());
         }
-        match &mut inner.kind {
-            Kind::Bitmap { unprotected, .. } => {
+        let Inner { unprotected, kind, .. } = &mut *inner;
+        match kind {
+            Kind::Bitmap { .. } => {
                 for (range, words) in self.ranges.iter().zip(unprotected) {
                     sys::get_dirty_log(&self.vm, range.slot, range.pages.0, words)?;
                     self.shared.or_words(range.first_page.0, words);
@@ -256,7 +261,7 @@ impl DirtyLogger {
             }
             Kind::Rings { rings, pending, unreset } => {
                 let all = 0..rings.len();
-                self.drain(rings, all, pending, unreset)
+                self.drain(rings, all, unprotected, pending, unreset)
             }
         }
     }
@@ -265,9 +270,10 @@ impl DirtyLogger {
     pub(crate) fn ring_full(&self, vcpu: u32) -> Result<(), KvmError> {
         let mut inner = self.lock();
         let index = vcpu as usize;
-        match &mut inner.kind {
+        let Inner { unprotected, kind, .. } = &mut *inner;
+        match kind {
             Kind::Rings { rings, pending, unreset } if index < rings.len() => {
-                self.drain(rings, index..index + 1, pending, unreset)
+                self.drain(rings, index..index + 1, unprotected, pending, unreset)
             }
             _ => Ok(()),
         }
@@ -276,10 +282,10 @@ impl DirtyLogger {
     /// How much was written so far. Protects nothing and marks nothing; nothing while the log is off.
     pub(super) fn written(&self) -> Result<Written, KvmError> {
         let mut inner = self.lock();
-        let on = inner.on;
-        match &mut inner.kind {
-            Kind::Bitmap { .. } if !on => Ok(Written::Together(0)),
-            Kind::Bitmap { scratch, seen, .. } => {
+        let Inner { on, unprotected, scratch, kind } = &mut *inner;
+        match kind {
+            Kind::Bitmap { .. } if !*on => Ok(Written::Together(0)),
+            Kind::Bitmap { seen } => {
                 let is_first = seen.is_none();
                 let words = |range: &RamRange| vec![0; range.pages.0.div_ceil(64) as usize];
                 let seen = seen.get_or_insert_with(|| self.ranges.iter().map(words).collect());
@@ -296,10 +302,10 @@ impl DirtyLogger {
             }
             Kind::Rings { rings, pending, unreset } => {
                 let all = 0..rings.len();
-                let collected = self.collect(rings, all, pending);
+                let collected = self.collect(rings, all, unprotected, pending);
                 *unreset += collected.entries;
                 if collected.overrun {
-                    self.protect_collected(&collected, pending, unreset)?;
+                    self.protect_collected(&collected, unprotected, pending, unreset)?;
                 }
                 Ok(Written::ByVcpu(self.vcpu_new_pages.iter().map(|pages| pages.load(Ordering::Relaxed)).collect()))
             }
@@ -311,22 +317,31 @@ impl DirtyLogger {
         &self,
         rings: &mut [Ring],
         which: std::ops::Range<usize>,
+        unprotected: &mut [Vec<u64>],
         pending: &mut Pending,
         unreset: &mut u64,
     ) -> Result<(), KvmError> {
-        let collected = self.collect(rings, which, pending);
+        let collected = self.collect(rings, which, unprotected, pending);
         *unreset += collected.entries;
-        self.protect_collected(&collected, pending, unreset)
+        self.protect_collected(&collected, unprotected, pending, unreset)
     }
 
-    /// Collects the entries of the rings `which`.
-    fn collect(&self, rings: &mut [Ring], which: std::ops::Range<usize>, pending: &mut Pending) -> Collected {
+    /// Collects the entries of the rings `which`. Those of pages that are to be sent anyhow count for nothing.
+    fn collect(
+        &self,
+        rings: &mut [Ring],
+        which: std::ops::Range<usize>,
+        unprotected: &[Vec<u64>],
+        pending: &mut Pending,
+    ) -> Collected {
         let (mut entries, mut overrun) = (0, false);
         for index in which {
             let mut new = 0;
             let collected = rings[index].collect(|slot, offset| {
-                if let Some(range) = self.ranges.iter().find(|range| range.slot == slot)
+                if let Some((range, unprotected)) =
+                    self.ranges.iter().zip(unprotected).find(|(range, _)| range.slot == slot)
                     && offset < range.pages.0
+                    && unprotected[(offset / 64) as usize] >> (offset % 64) & 1 == 0
                 {
                     new += u64::from(pending.add(range.first_page.0 + offset));
                 }
@@ -346,6 +361,7 @@ impl DirtyLogger {
     fn protect_collected(
         &self,
         collected: &Collected,
+        unprotected: &mut [Vec<u64>],
         pending: &mut Pending,
         unreset: &mut u64,
     ) -> Result<(), KvmError> {
@@ -357,9 +373,19 @@ impl DirtyLogger {
             armed = armed.and_then(|()| self.arm_anew());
         }
         // Marked even if KVM fails: then the caller gives up, but no page has been forgotten.
-        pending.take().for_each(|page| self.shared.set(page));
+        for page in pending.take() {
+            self.shared.set(page);
+            let slots = self.ranges.iter().zip(&mut *unprotected);
+            for (range, unprotected) in slots.filter(|(range, _)| range.holds(page)) {
+                let offset = page - range.first_page.0;
+                unprotected[(offset / 64) as usize] |= 1 << (offset % 64);
+            }
+        }
         if collected.overrun {
             self.shared.set_run(0, self.shared.pages().0);
+            for words in unprotected {
+                words.fill(u64::MAX);
+            }
         }
         armed
     }
@@ -396,17 +422,32 @@ impl DirtyLogger {
     /// As [`Self::protect`], but only the pages whose guest frame is in `subset`: the others go on as if the log were off.
     pub(crate) fn protect_some(&self, run: PageRun, subset: PageSubset) -> Result<(), KvmError> {
         let mut inner = self.lock();
-        let Inner { on: true, kind: Kind::Bitmap { unprotected, scratch, seen } } = &mut *inner else {
-            return Ok(());
-        };
-        for (index, (range, unprotected)) in self.ranges.iter().zip(unprotected).enumerate() {
+        let Inner { on: true, unprotected, scratch, kind } = &mut *inner else { return Ok(()) };
+        let mut is_collected = false;
+        for (index, range) in self.ranges.iter().enumerate() {
             let start = run.first.0.max(range.first_page.0);
             let end = run.end().min(range.first_page.0 + range.pages.0);
-            if start < end {
-                let inside = start - range.first_page.0..end - range.first_page.0;
-                let seen = seen.as_mut().map(|seen| seen[index].as_mut_slice());
-                clear_pages(&self.vm, range, inside, subset, (unprotected, seen), scratch)?;
+            if start >= end {
+                continue;
             }
+            let inside = start - range.first_page.0..end - range.first_page.0;
+            let Some(group) = Group::of(range, inside, subset, &unprotected[index], scratch) else { continue };
+            match kind {
+                Kind::Bitmap { seen } => {
+                    sys::clear_dirty_log(&self.vm, range.slot, group.first, group.pages, scratch)?;
+                    if let Some(seen) = seen {
+                        group.take_out(&mut seen[index], scratch);
+                    }
+                }
+                Kind::Rings { rings, pending, unreset } if !is_collected => {
+                    // Their entries still count for nothing; those that come when this is done count.
+                    let all = 0..rings.len();
+                    self.drain(rings, all, unprotected, pending, unreset)?;
+                    is_collected = true;
+                }
+                Kind::Rings { .. } => {}
+            }
+            group.take_out(&mut unprotected[index], scratch);
         }
         Ok(())
     }
@@ -432,41 +473,42 @@ pub(crate) fn set_slot(vm: &VmFd, range: &RamRange, flags: u32) -> Result<(), Kv
     unsafe { vm.set_user_memory_region(region) }.map_err(KvmError::of("KVM_SET_USER_MEMORY_REGION"))
 }
 
-/// Clears the bits of those pages `inside` of a slot that are `unprotected` and in `subset`, and takes them out there and in what was seen. KVM wants to be asked
-/// about whole groups of 64 pages; the bits of the neighbours are passed as zero, so they stay set.
-fn clear_pages(
-    vm: &VmFd,
-    range: &RamRange,
-    inside: std::ops::Range<u64>,
-    subset: PageSubset,
-    (unprotected, seen): (&mut [u64], Option<&mut [u64]>),
-    scratch: &mut Vec<u64>,
-) -> Result<(), KvmError> {
-    let first = inside.start / 64 * 64;
-    let end = inside.end.next_multiple_of(64).min(range.pages.0);
-    let words = (first / 64) as usize..end.div_ceil(64) as usize;
-    let known = &mut unprotected[words.clone()];
-    scratch.clear();
-    scratch.extend_from_slice(known);
-    scratch[0] &= u64::MAX << (inside.start - first);
-    let beyond = scratch.len() as u64 * 64 - (inside.end - first);
-    if let Some(last) = scratch.last_mut() {
-        *last &= u64::MAX >> beyond;
+/// Whole groups of 64 pages of a slot, about which KVM wants to be asked.
+struct Group {
+    first: u64,
+    pages: u32,
+}
+
+impl Group {
+    /// Puts into `chosen` those pages `inside` of a slot that are `known` and in `subset`; the bits of their neighbours are zero. None if there is no such page.
+    fn of(
+        range: &RamRange,
+        inside: std::ops::Range<u64>,
+        subset: PageSubset,
+        known: &[u64],
+        chosen: &mut Vec<u64>,
+    ) -> Option<Self> {
+        let first = inside.start / 64 * 64;
+        let end = inside.end.next_multiple_of(64).min(range.pages.0);
+        chosen.clear();
+        chosen.extend_from_slice(&known[(first / 64) as usize..end.div_ceil(64) as usize]);
+        chosen[0] &= u64::MAX << (inside.start - first);
+        let beyond = chosen.len() as u64 * 64 - (inside.end - first);
+        if let Some(last) = chosen.last_mut() {
+            *last &= u64::MAX >> beyond;
+        }
+        if subset != PageSubset::ALL {
+            keep(chosen, range.guest_address / PAGE_SIZE as u64 + first, subset);
+        }
+        chosen.iter().any(|&bits| bits != 0).then_some(Self { first, pages: (end - first) as u32 })
     }
-    if subset != PageSubset::ALL {
-        keep(scratch, range.guest_address / PAGE_SIZE as u64 + first, subset);
+
+    /// Takes the `chosen` pages out of what is known of the slot.
+    fn take_out(&self, known: &mut [u64], chosen: &[u64]) {
+        for (known, chosen) in known[(self.first / 64) as usize..].iter_mut().zip(chosen) {
+            *known &= !chosen;
+        }
     }
-    if scratch.iter().all(|&bits| bits == 0) {
-        return Ok(());
-    }
-    sys::clear_dirty_log(vm, range.slot, first, (end - first) as u32, scratch)?;
-    for (known, cleared) in known.iter_mut().zip(&*scratch) {
-        *known &= !*cleared;
-    }
-    for (seen, cleared) in seen.map(|seen| &mut seen[words]).into_iter().flatten().zip(&*scratch) {
-        *seen &= !*cleared;
-    }
-    Ok(())
 }
 
 /// Takes out of `words`, whose lowest bit is of guest frame `first`, every frame that is not in `subset`.
@@ -667,6 +709,39 @@ mod tests {
         });
     }
 
+    /// A page that is to be sent anyhow is not sent once more for what was written to it before.
+    #[test]
+    fn what_is_written_to_a_page_that_is_still_to_be_sent_counts_for_nothing() {
+        both(|kind| {
+            let machine = boot(writer(100), 1, kind);
+            machine.log().start().unwrap();
+            machine.resume().unwrap();
+            let two_rounds = || {
+                let before = written(&machine, 99);
+                wait_for("two rounds", || written(&machine, 99) > before + 200);
+            };
+            two_rounds();
+            machine.log().written().unwrap();
+            machine.pause().unwrap();
+            protect_all(&machine);
+            assert_eq!(harvest(&machine), Vec::<u64>::new(), "{kind:?}: all of it is sent in round 1");
+            machine.resume().unwrap();
+            two_rounds();
+            machine.pause().unwrap();
+            assert_eq!(harvest(&machine).len(), 100, "{kind:?}: what is written afterwards is sent again");
+            machine.resume().unwrap();
+            two_rounds();
+            machine.pause().unwrap();
+            // Half of round 2.
+            machine.log().protect(PageRun::new(FIRST, 50)).unwrap();
+            machine.resume().unwrap();
+            two_rounds();
+            machine.pause().unwrap();
+            machine.log().protect(PageRun::new(FIRST + 50, 50)).unwrap();
+            assert_eq!(harvest(&machine), (FIRST..FIRST + 50).collect::<Vec<_>>(), "{kind:?}");
+        });
+    }
+
     #[test]
     fn protecting_one_page_leaves_its_neighbours_marked() {
         if !kvm_or_skip("protecting_one_page_leaves_its_neighbours_marked") {
@@ -767,6 +842,7 @@ mod tests {
         let config = BootConfig { memory_bytes: 512 << 20, ..config(writer(pages), 1, DirtyLogKind::Ring) };
         let machine = Machine::boot(config, &hosting(), Box::new(|_| Ok(Vec::new()))).unwrap();
         machine.log().start().unwrap();
+        protect_all(&machine);
         machine.resume().unwrap();
         wait_for("the last page", || written(&machine, pages - 1) > 0);
         assert!(machine.log().vcpu_pages()[0].0 > 0, "nobody but the vCPU itself can have drained the ring");

@@ -97,6 +97,13 @@ pub struct RamRange {
     pub pages: PageCount,
 }
 
+impl RamRange {
+    /// Whether it holds this page of the memory file.
+    pub(super) fn holds(&self, page: u64) -> bool {
+        (self.first_page.0..self.first_page.0 + self.pages.0).contains(&page)
+    }
+}
+
 /// How guest memory is to be backed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryOptions {
