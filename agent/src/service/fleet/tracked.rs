@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use super::names::Known;
 use super::view::{ArmedView, ExitRate, FleetVcpu, FleetVm, HISTORY, PastRate, RogueProcess};
-use crate::foreign::thread_time;
 use crate::model::{ExitTimes, PAGE_SIZE, PageCount, VcpuFacts, Writer};
 use crate::port::{EventSample, ThreadEvents};
 use crate::probe::{KernelCounters, SharedProbes};
 use crate::service::inventory::HostVm;
+use crate::time::thread_time;
 use crate::track::{DirtyRate, Protection, RogueWatch, ThreadRate, rate_between};
 
 /// The counters of one VM, shared with whoever opens a window on it.
