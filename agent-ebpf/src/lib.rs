@@ -91,6 +91,8 @@ pub const OFFSET_UNKNOWN: u32 = u32::MAX;
 pub const EXIT_REASON_ERROR: u32 = u32::MAX;
 /// Bytes that `peek` reads at most.
 pub const PEEK_BYTES: u32 = 4096;
+/// Bits 12 to 51 of CR3, and of an entry of x86's page tables: an address in the guest's memory. The others are flags (Intel SDM volume 3, section 4.5).
+pub const TABLE_ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
 /// Entries of [`map::SETTINGS`].
 #[repr(u32)]

@@ -1,7 +1,7 @@
 //! What the kernel's structures say of a vCPU: where it was when it left guest code.
 
 use aya_ebpf::helpers::bpf_probe_read_kernel;
-use dunlin_ebpf::OFFSET_UNKNOWN;
+use dunlin_ebpf::{OFFSET_UNKNOWN, TABLE_ADDRESS};
 
 use crate::constants;
 
@@ -20,8 +20,6 @@ pub(crate) fn read_at(structure: u64, offset: u32) -> Option<u64> {
 
 /// Words from the instruction pointer on in which the root is looked for.
 const PLACE_WORDS: usize = 8;
-/// Bits 12 to 51 of CR3, the others are flags (Intel SDM volume 3, table 4-12).
-const ROOT_BITS: u64 = 0x000f_ffff_ffff_f000;
 
 /// Where guest code was left: the root of its page tables, without flag bits, and the instruction pointer, where that is known.
 ///
@@ -34,9 +32,9 @@ pub(crate) fn place(vcpu: u64) -> Option<(u64, Option<u64>)> {
     if rip != OFFSET_UNKNOWN && root != OFFSET_UNKNOWN && root % 8 == rip % 8 && words < PLACE_WORDS as u32 {
         // SAFETY: as in `read`.
         let place = unsafe { bpf_probe_read_kernel((vcpu + u64::from(rip)) as *const [u64; PLACE_WORDS]) }.ok()?;
-        return Some((place[words as usize % PLACE_WORDS] & ROOT_BITS, Some(place[0])));
+        return Some((place[words as usize % PLACE_WORDS] & TABLE_ADDRESS, Some(place[0])));
     }
-    Some((read_at(vcpu, root)? & ROOT_BITS, read_at(vcpu, rip)))
+    Some((read_at(vcpu, root)? & TABLE_ADDRESS, read_at(vcpu, rip)))
 }
 
 /// Why the processor left guest code: the low 32 bits of its reason.

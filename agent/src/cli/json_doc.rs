@@ -96,6 +96,7 @@ fn machines() -> [Value; 2] {
         balloon: true,
         uptime_ns: 0,
         migration_id: Some(MigrationId::random()),
+        throttle: Some(crate::service::fleet::throttle_sample()),
         kvm_shortcomings: vec![String::new()],
     };
     let entry = MachineEntry {
@@ -407,6 +408,7 @@ fn samples() -> Vec<Value> {
     let mut all = vec![migration(), dirty_rate(), doctor(), proof(), audit::sample(), vm::run::sample(), balloon()];
     all.extend([exits(), profile(), rogue()]);
     all.extend([stun(), crate::service::control::throttled_sample()]);
+    all.push(tagged(&crate::service::fleet::throttle_sample()));
     all.push(serde_json::json!({ "schema": "dunlin.stun-cleared/v1", "groups": [""] }));
     all.extend(crate::store::recording::samples());
     all.push(tagged(&GuestWrite {

@@ -11,5 +11,5 @@ pub mod vmm;
 
 pub use memory::{GuessedRam, MemoryOpenError, ProcessMemory, guess_ram};
 pub use permission::Permission;
-pub use process::{KvmProcess, ProcessError, ThreadTime, thread_time};
+pub use process::{KvmProcess, ProcessError};
 pub use soft_dirty::{Granularity, SlotWrites, SoftDirty, SoftDirtyError};

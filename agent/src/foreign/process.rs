@@ -2,12 +2,8 @@
 
 use std::fs;
 use std::io;
-use std::time::Duration;
 
 use crate::model::KvmDescriptors;
-
-/// What user space is told times in: 100 a second on every Linux, whatever its own ticks (`USER_HZ`).
-const USER_TICK_MS: u64 = 10;
 
 /// Why a process is no VM that can be looked at.
 #[derive(Debug, thiserror::Error)]
@@ -141,33 +137,6 @@ impl KvmProcess {
     }
 }
 
-/// What a thread has had of the CPUs since it began.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ThreadTime {
-    /// How long it ran, guest and host together.
-    pub ran: Duration,
-    /// How long it wanted to run and others had the CPU; none where the kernel does not tell.
-    pub waited: Option<Duration>,
-}
-
-/// The times of a thread. None: it has ended.
-///
-/// `/proc/PID/task/TID/schedstat` tells them in nanoseconds (first two fields; Documentation/scheduler/sched-stats.rst); where the kernel has no such
-/// file, `stat` tells the first in ticks of 10 ms (fields 14 and 15, user and system).
-pub fn thread_time(pid: u32, thread: u32) -> Option<ThreadTime> {
-    let folder = format!("/proc/{pid}/task/{thread}");
-    if let Ok(text) = fs::read_to_string(format!("{folder}/schedstat")) {
-        let mut fields = text.split_ascii_whitespace().map(|field| field.parse().ok().map(Duration::from_nanos));
-        return Some(ThreadTime { ran: fields.next()??, waited: fields.next().flatten() });
-    }
-    let stat = fs::read_to_string(format!("{folder}/stat")).ok()?;
-    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
-    let user: u64 = fields.nth(11)?.parse().ok()?;
-    let system: u64 = fields.next()?.parse().ok()?;
-    let ran = Duration::from_millis(user.saturating_add(system).saturating_mul(USER_TICK_MS));
-    Some(ThreadTime { ran, waited: None })
-}
-
 /// When a running process started, in clock ticks since boot. A zombie runs no guest.
 pub fn start_time_ticks(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
@@ -191,18 +160,6 @@ mod tests {
         child.wait().unwrap();
         assert!(matches!(KvmProcess::open(child.id()), Err(ProcessError::Gone(_))));
         assert!(matches!(KvmProcess::open(u32::MAX), Err(ProcessError::Gone(_))));
-    }
-
-    #[test]
-    fn a_thread_that_works_uses_a_cpu() {
-        let thread = rustix::thread::gettid().as_raw_nonzero().get() as u32;
-        let used = || thread_time(std::process::id(), thread).unwrap().ran;
-        let before = used();
-        let began = std::time::Instant::now();
-        while used() < before + Duration::from_millis(20) {
-            assert!(began.elapsed() < Duration::from_secs(20), "no time was counted");
-        }
-        assert_eq!(thread_time(std::process::id(), u32::MAX), None);
     }
 
     #[test]

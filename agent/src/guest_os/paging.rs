@@ -9,11 +9,11 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 
+use dunlin_ebpf::TABLE_ADDRESS;
+
 use super::reader::{ReadError, Reader};
 use crate::model::{AddressSpace, Gpa, Gva, PAGE_SIZE};
 
-/// Bits 51 to 12: the address in an entry, and in CR3.
-const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 /// Bit 0 of an entry.
 const PRESENT: u64 = 1;
 /// Bit 7 of an entry of levels 2 and 3: it maps a page itself.
@@ -54,7 +54,7 @@ impl Stretch {
 
 /// The part of a CR3 that is the address of the root table, and names the address space.
 pub(super) fn root_of(space: AddressSpace) -> Gpa {
-    Gpa(space.0 & ADDRESS)
+    Gpa(space.0 & TABLE_ADDRESS)
 }
 
 /// An address space.
@@ -231,9 +231,9 @@ fn step(entry: u64, level: u32) -> Step {
     match (entry & PRESENT != 0, level, entry & LARGE != 0) {
         (false, ..) => Step::Nothing,
         // Bit 7 of the last level is a memory type.
-        (true, 1, _) => Step::Page(Gpa(entry & ADDRESS)),
-        (true, 2 | 3, true) => Step::Page(Gpa(entry & ADDRESS & !(page_bytes - 1))),
-        (true, _, false) => Step::Table(Gpa(entry & ADDRESS)),
+        (true, 1, _) => Step::Page(Gpa(entry & TABLE_ADDRESS)),
+        (true, 2 | 3, true) => Step::Page(Gpa(entry & TABLE_ADDRESS & !(page_bytes - 1))),
+        (true, _, false) => Step::Table(Gpa(entry & TABLE_ADDRESS)),
         // Reserved: the processor would fault.
         (true, _, true) => Step::Nothing,
     }

@@ -99,7 +99,7 @@ impl Tables {
                 let large = u64::from(level > 1) << 7;
                 ram.write(at, &(to | 0x23 | large | 1 << 63).to_le_bytes());
             } else if entry & 1 == 1 {
-                table = entry & 0x000f_ffff_ffff_f000;
+                table = entry & dunlin_ebpf::TABLE_ADDRESS;
             } else {
                 ram.write(at, &(self.next | 0x27).to_le_bytes());
                 table = self.next;

@@ -38,8 +38,8 @@ use super::x86::time::{CounterError, Frequency, FrequencyError, Now, TimeShift};
 use crate::model::id::VmName;
 use crate::model::shape::ShapeError;
 use crate::model::{
-    DirtyLogKind, DiskSpec, MachineShape, NetSpec, PageBitmap, PageCount, PageRun, RegionId, SerialSpec, VcpuLimit,
-    VmId, VmWrites, chain,
+    DirtyLogKind, DiskSpec, MachineShape, NetSpec, PageBitmap, PageCount, PageRun, RegionId, SerialSpec,
+    ThrottleStatus, VcpuLimit, VmId, VmWrites, chain,
 };
 use crate::port::machine::PauseTiming;
 use crate::port::{DirtyLog, MachineError, MachineState, Vcpus};
@@ -427,6 +427,11 @@ impl Machine {
     pub fn lift_throttle(&self) {
         self.around.throttle.lift();
         self.around.control.wake_held();
+    }
+
+    /// What the throttle does at present.
+    pub fn throttle_status(&self) -> ThrottleStatus {
+        self.around.throttle.status()
     }
 
     /// What the guest was booted from, command line complete: the target needs it for a reset.

@@ -20,7 +20,7 @@ use super::stun_port::StunPort;
 use super::sys::KvmError;
 use super::vcpu::Vcpu;
 use crate::model::bucket::Bucket;
-use crate::model::{AddressSpace, Attribution, VcpuLimit, VcpuWrites, VmWrites};
+use crate::model::{AddressSpace, Attribution, ThrottleStatus, VcpuLimit, VcpuWrites, VmWrites};
 use crate::port::THROTTLE_LEASE;
 use crate::time::{monotonic_now, thread_run_time};
 
@@ -324,6 +324,16 @@ impl Throttle {
         }
         let ran = |vcpu: &Arc<Vcpu>| thread_run_time(vcpu.thread_id()).unwrap_or_default().as_nanos() as u64;
         (self.vcpus.iter().map(ran).collect(), Attribution::CpuTime)
+    }
+
+    /// What holds at present, and what was written and lost by the last look.
+    pub(super) fn status(&self) -> ThrottleStatus {
+        let state = self.lock();
+        ThrottleStatus {
+            is_asked: state.until.is_some(),
+            limits: state.vcpus.iter().map(|one| one.limit).collect(),
+            writes: state.writes.clone(),
+        }
     }
 }
 

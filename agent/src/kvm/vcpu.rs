@@ -24,8 +24,6 @@ use crate::model::AddressSpace;
 
 /// The signal that takes a vCPU out of guest code, counted from SIGRTMIN.
 const KICK_SIGNAL: i32 = 0;
-/// Bits 12 to 51 of CR3, the others are flags (Intel SDM volume 3, table 4-12).
-const ROOT_BITS: u64 = 0x000f_ffff_ffff_f000;
 
 /// A vCPU.
 pub(crate) struct Vcpu {
@@ -201,7 +199,7 @@ fn run(vcpu: &Vcpu, around: &Surroundings, alarm: Option<&Alarm>) -> Option<Mach
 /// Stands still for as long as the throttle says; whether an order came meanwhile.
 fn held(vcpu: &Vcpu, fd: &VcpuFd, around: &Surroundings, alarm: Option<&Alarm>) -> bool {
     let lifts = around.throttle.lifts();
-    let root = || fd.get_sregs().ok().map(|sregs| AddressSpace(sregs.cr3 & ROOT_BITS));
+    let root = || fd.get_sregs().ok().map(|sregs| AddressSpace(sregs.cr3 & dunlin_ebpf::TABLE_ADDRESS));
     let Some(hold) = around.throttle.must_hold(vcpu.index, root, || next_interrupt(fd)) else { return false };
     if let Some(until) = hold.until {
         let began = Instant::now();

@@ -12,7 +12,7 @@ use super::observe::{CancelFlag, Observer};
 use super::pacer::Pacer;
 use super::source::SourceError;
 use super::steward::{LOOK_EVERY, Sent};
-use crate::model::{PAGE_SIZE, PageBitmap, PageRun};
+use crate::model::{BytesPerSecond, PAGE_SIZE, PageBitmap, PageRun};
 use crate::port::{Bell, BulkSender, Clock, Job, Machine, Region};
 
 /// The most pages that one stream takes at a time, and that are protected with one order: 32 MiB.
@@ -73,10 +73,11 @@ pub(super) struct Round<'a> {
 /// What looks at the writers while a round is sent.
 type Look<'a> = &'a mut (dyn FnMut() + Send);
 
-/// The longest run for a bandwidth limit: at most 50 ms worth, so that pacing stays smooth and a slow link never looks
-/// stalled.
-pub(super) fn longest_run(limit: Option<crate::model::BytesPerSecond>) -> u32 {
-    limit.map_or(LONGEST_RUN, |limit| ((limit.0 / 20 / PAGE_SIZE as u64) as u32).clamp(1, LONGEST_RUN))
+/// The longest run for a bandwidth limit: of all streams together at most 20 ms worth, which is how long the end of a round waits for those that
+/// are being paced when one has failed or somebody cancels.
+pub(super) fn longest_run(limit: Option<BytesPerSecond>, streams: u16) -> u32 {
+    let pages = |limit: BytesPerSecond| limit.0 / 50 / u64::from(streams.max(1)) / PAGE_SIZE as u64;
+    limit.map_or(LONGEST_RUN, |limit| pages(limit).clamp(1, u64::from(LONGEST_RUN)) as u32)
 }
 
 /// How many pages to take after a window of `pages` that took so long.
@@ -312,5 +313,16 @@ mod tests {
         assert_eq!(next_window_pages(2048, ms(1)), 4096);
         assert_eq!(next_window_pages(256, ms(100_000)), LEAST_WINDOW_PAGES);
         assert_eq!(next_window_pages(512, ms(30)), 512);
+    }
+
+    #[test]
+    fn all_streams_together_wait_for_20_ms_at_most() {
+        let limit = BytesPerSecond(40_000_000);
+        for streams in [1, 2, 8, 64] {
+            let all = u64::from(longest_run(Some(limit), streams)) * u64::from(streams) * PAGE_SIZE as u64;
+            assert!(limit.time_for(all) <= Duration::from_millis(20), "{streams} streams");
+        }
+        assert_eq!((longest_run(Some(BytesPerSecond(1)), 64), longest_run(None, 64)), (1, LONGEST_RUN));
+        assert_eq!(longest_run(Some(BytesPerSecond(u64::MAX)), 1), LONGEST_RUN);
     }
 }

@@ -277,7 +277,8 @@ impl Source<'_> {
             tracing::warn!(vm = %self.shape.name, migration = %self.id, "no boot image: a reset will end the VM there");
             return Ok(());
         };
-        let part_bytes = (longest_run(self.options.bandwidth) as usize * PAGE_SIZE).min(IMAGE_PART_BYTES);
+        let part_bytes =
+            (longest_run(self.options.bandwidth, self.options.streams) as usize * PAGE_SIZE).min(IMAGE_PART_BYTES);
         let mut parts = image.chunks(part_bytes).peekable();
         while let Some(part) = parts.next() {
             if self.cancel.is_set() {
@@ -350,7 +351,7 @@ impl Source<'_> {
             clock: self.clock,
             observer: self.observer,
             cancel,
-            longest_run: longest_run(self.options.bandwidth),
+            longest_run: longest_run(self.options.bandwidth, self.options.streams),
             sent,
         }
     }

@@ -54,6 +54,9 @@ pub use region::{PageRun, RegionId, RegionKind, RegionSpec};
 pub use report::{MigrationReport, RoundReport};
 pub use shape::{MAX_BOOT_IMAGE_BYTES, MachineShape};
 pub use stage::{Stage, Step};
-pub use stun::{Attribution, StunReport, VcpuLimit, VcpuStun, VcpuWrites, VmWrites};
+pub use stun::{
+    Attribution, StunReport, ThrottleHolder, ThrottleStatus, ThrottleView, VcpuLimit, VcpuStun, VcpuThrottle,
+    VcpuWrites, VmWrites,
+};
 pub use units::{BytesPerSecond, PAGE_SIZE, PageCount, PageIndex, PagesPerSecond};
 pub use writer::Writer;

@@ -1,7 +1,11 @@
 //! What is said of a throttle: what vCPUs write and lose, and what they may write.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
+use super::MigrationId;
+use super::schema::Schema;
 use super::units::PagesPerSecond;
 
 /// What a vCPU has written and lost since its VM was throttled first; counters that only grow.
@@ -92,4 +96,70 @@ pub struct StunReport {
     pub vcpus: Vec<VcpuStun>,
     /// Why everybody was let go for good; empty if that was not needed.
     pub gave_up: String,
+}
+
+/// What the throttle of a machine does at present.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ThrottleStatus {
+    /// Whether somebody asks for limits, and has writes counted.
+    pub is_asked: bool,
+    /// What each vCPU may write.
+    pub limits: Vec<Option<VcpuLimit>>,
+    /// What each has written and lost.
+    pub writes: VmWrites,
+}
+
+/// How the writers of a VM are slowed at present, and what that has cost them so far.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ThrottleView {
+    /// Whether any vCPU has a limit.
+    pub stunned: bool,
+    /// Who has writers watched, and slowed where they write too much; absent: nobody.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub holder: Option<ThrottleHolder>,
+    /// How long all vCPUs together were held since the VM's process began.
+    pub guest_time_lost_ns: u64,
+    /// While there is a holder all vCPUs, else those that were held at any time.
+    pub vcpus: Vec<VcpuThrottle>,
+}
+
+impl Schema for ThrottleView {
+    const SCHEMA: &'static str = "dunlin.throttle/v1";
+}
+
+/// Who has the writers of a VM watched.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThrottleHolder {
+    /// User and process.
+    pub who: String,
+    /// The migration that it is for; absent: `dunlin stun`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migration_id: Option<MigrationId>,
+    /// Since when, in milliseconds since 1970.
+    pub since_unix_ms: u64,
+}
+
+impl fmt::Display for ThrottleHolder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.migration_id {
+            Some(migration) => write!(f, "migration {migration} ({})", self.who),
+            None => write!(f, "`dunlin stun` ({})", self.who),
+        }
+    }
+}
+
+/// One vCPU of a VM whose writers are watched.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct VcpuThrottle {
+    /// Its index.
+    pub vcpu: u32,
+    /// What it may write, in different pages per second; absent: as much as it likes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit_pages_per_second: Option<f64>,
+    /// What it wrote per second of late; 0 while nobody counts.
+    pub pages_per_second: f64,
+    /// How long it was held since the VM's process began.
+    pub held_ns: u64,
+    /// Of that, how long while other address spaces were on it too: what those lost at most that owed nothing.
+    pub co_resident_held_ns: u64,
 }

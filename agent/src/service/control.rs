@@ -6,7 +6,7 @@
 
 use std::borrow::Cow;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
@@ -26,7 +26,7 @@ use tokio::sync::watch;
 use super::balloon::BalloonReport;
 use super::machine::{Host, VmInfo};
 use crate::model::schema::Schema;
-use crate::model::{Owner, PageSubset, VcpuLimit, VmWrites};
+use crate::model::{Owner, PageSubset, ThrottleView, VcpuLimit, VmWrites};
 
 /// Where all console output so far ends: what to ask from next.
 const POSITION_HEADER: &str = "dunlin-position";
@@ -164,6 +164,10 @@ async fn info(State(host): State<Arc<Host>>) -> Response {
     Json(host.info().tagged()).into_response()
 }
 
+async fn throttle_view(State(host): State<Arc<Host>>) -> Response {
+    Json(host.throttle_view().tagged()).into_response()
+}
+
 #[derive(Deserialize)]
 struct Position {
     #[serde(default)]
@@ -209,7 +213,11 @@ async fn balloon(
 }
 
 fn observing() -> Router<Arc<Host>> {
-    Router::new().route("/v1/machine", get(info)).route("/v1/console", get(console)).route("/v1/balloon", get(balloon))
+    Router::new()
+        .route("/v1/machine", get(info))
+        .route("/v1/throttle", get(throttle_view))
+        .route("/v1/console", get(console))
+        .route("/v1/balloon", get(balloon))
 }
 
 fn acting() -> Router<Arc<Host>> {
@@ -405,6 +413,25 @@ pub fn throttle(socket: &Path, limits: Option<&[Option<VcpuLimit>]>) -> Result<V
     let exchange = request(socket, "POST", "/v1/throttle", "application/json", order);
     let (_, body) = within(socket, LAST_ANSWERS_LIMIT, exchange)?;
     serde_json::from_slice::<Throttled>(&body).map(|throttled| throttled.writes).map_err(failed)
+}
+
+/// Asks several VMs at once how their writers are slowed; none of one that does not say within `limit`.
+pub fn ask_throttles(sockets: Vec<PathBuf>, limit: Duration) -> Vec<Option<ThrottleView>> {
+    let ask = |socket: PathBuf| async move {
+        let asked = request(&socket, "GET", "/v1/throttle", "text/plain", Vec::new());
+        let (_, body) = tokio::time::timeout(limit, asked).await.ok()?.ok()?;
+        serde_json::from_slice(&body).ok()
+    };
+    let count = sockets.len();
+    let all = async {
+        let asked: Vec<_> = sockets.into_iter().map(|socket| tokio::spawn(ask(socket))).collect();
+        let mut views = Vec::with_capacity(asked.len());
+        for view in asked {
+            views.push(view.await.ok().flatten());
+        }
+        Ok(views)
+    };
+    blocking(all).unwrap_or_else(|_| vec![None; count])
 }
 
 /// Asks for the VM's state.

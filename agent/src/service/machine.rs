@@ -18,6 +18,7 @@ use super::lease::Lease;
 use super::registry::{MachineEntry, Registry, RegistryError, boot_id, start_time_ticks};
 use super::seat::{Seat, Turn};
 use super::session::{Creation, Reply, Request, SESSION_VERSION, SessionError, SessionSocket};
+use super::throttling::{Change, Throttling};
 use crate::announce::{AddressError, Announcer, Schedule};
 use crate::block::raw::RawDisk;
 use crate::kvm::Hurry;
@@ -30,7 +31,7 @@ use crate::kvm::virtio::{VirtioBalloon, VirtioBlk, VirtioNet, VirtioRng};
 use crate::model::schema::Schema;
 use crate::model::{
     DirtyLogKind, DiskSpec, MachineShape, MigrationId, NetSpec, Owner, PageCount, PageRun, PageSubset, SerialSpec,
-    Station, VcpuLimit, VmId, VmWrites, chain,
+    Station, ThrottleView, VcpuLimit, VmId, VmWrites, chain,
 };
 use crate::net::tap::Tap;
 use crate::port::{Clock, JournalError, JournalRecord, Protected, THROTTLE_LEASE};
@@ -157,6 +158,9 @@ pub struct VmInfo {
     /// The migration that has the machine, or had it last.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub migration_id: Option<MigrationId>,
+    /// How its writers are slowed; absent where its process is of an older version.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub throttle: Option<ThrottleView>,
     /// What this host's KVM lists and refuses.
     pub kvm_shortcomings: Vec<String>,
 }
@@ -186,6 +190,8 @@ pub struct Host {
     tracking: Arc<Lease>,
     /// Who slows its writers outside of a migration, and until when at least.
     throttler: Mutex<Option<(String, Instant)>>,
+    /// What is told of that, and of a migration that does it.
+    throttling: Throttling,
     registry: Registry,
     state_dir: PathBuf,
     since: Instant,
@@ -320,6 +326,7 @@ impl Host {
             paused_by_operator: AtomicBool::new(false),
             tracking: Arc::default(),
             throttler: Mutex::default(),
+            throttling: Throttling::default(),
             registry,
             state_dir: places.state_dir.clone(),
             since: Instant::now(),
@@ -386,8 +393,36 @@ impl Host {
             balloon: shape.balloon,
             uptime_ns: self.since.elapsed().as_nanos() as u64,
             migration_id,
+            throttle: Some(self.throttle_view()),
             kvm_shortcomings: self.machine.shortcomings(),
         }
+    }
+
+    /// How its writers are slowed.
+    pub fn throttle_view(&self) -> ThrottleView {
+        self.throttling.view(&self.machine.throttle_status())
+    }
+
+    /// A migration has its writers slowed, or not any more: that goes to the audit log. What `dunlin stun` does it writes there itself.
+    fn audit_throttling(&self, changes: impl IntoIterator<Item = Change>) {
+        for change in changes {
+            let (holder, what, [before, after]) = match change {
+                Change::Began(holder, whose) => (holder, whose, ["running", "stunned"]),
+                Change::Ended(holder, lost) => (holder, format!("let go {lost}"), ["stunned", "running"]),
+            };
+            let Some(migration) = holder.migration_id else { continue };
+            let what = format!("migrate --on-stuck stun, {migration}: {what}");
+            let [before, after] = [before, after].map(str::to_owned);
+            let vm_id = self.machine.shape().vm_id;
+            let action = Action { who: holder.who, what: &what, vm_id, before, after, result: "ok".to_owned() };
+            audit::record(&self.state_dir, &action);
+        }
+    }
+
+    /// Everybody is let go: a migration does not slow them any more.
+    fn end_throttling(&self) {
+        self.machine.lift_throttle();
+        self.audit_throttling(self.throttling.ended(&self.machine.throttle_status().writes));
     }
 
     /// An operator's action: carried out, and written to the audit log.
@@ -529,7 +564,9 @@ impl Host {
     /// Limits what vCPUs may write outside of a migration, until [`THROTTLE_LEASE`] after the last such order; says what they have written, and protects it anew. `None` lets all go and
     /// switches the log off.
     pub fn throttle(self: &Arc<Self>, who: &str, limits: Option<&[Option<VcpuLimit>]>) -> Result<VmWrites, String> {
-        let _turn = self.turn_to_track()?;
+        let _turn = self.seat.take_for_tracking(self.patience()).ok_or_else(|| {
+            "cannot slow writers while a migration has the VM: `dunlin migrate --on-stuck stun` does it".to_owned()
+        })?;
         let mut throttler = lock(&self.throttler);
         if let Some((other, until)) = &*throttler
             && other != who
@@ -539,18 +576,22 @@ impl Host {
         }
         let Some(limits) = limits else {
             let writes = self.machine.throttle(&[]).map_err(|error| error.to_string())?;
-            self.machine.lift_throttle();
+            self.end_throttling();
             *throttler = None;
             self.tracking.give_up();
             self.machine.log().stop().map_err(|error| error.to_string())?;
             return Ok(writes);
         };
+        if let Some(limit) = limits.iter().flatten().find(|limit| !(0.0..f64::INFINITY).contains(&limit.rate.0)) {
+            return Err(format!("a limit of {} pages a second is none: it must be 0 or more", limit.rate.0));
+        }
         *throttler = Some((who.to_owned(), Instant::now() + THROTTLE_LEASE));
         self.grant_tracking()?;
         if !self.machine.log().is_on() {
             self.protect(PageSubset::ALL, 0).map_err(|error| error.to_string())?;
         }
         let writes = self.machine.throttle(limits).map_err(|error| error.to_string())?;
+        self.audit_throttling(self.throttling.ordered(who, None, limits, &writes));
         self.protect(PageSubset::ALL, 0).map_err(|error| error.to_string())?;
         Ok(writes)
     }
@@ -663,6 +704,11 @@ impl Host {
         if self.paused_by_operator.load(Ordering::Acquire) {
             return refuse(&mut socket, "the VM is paused; resume it first".to_owned());
         }
+        if let Some((who, until)) = &*lock(&self.throttler)
+            && Instant::now() < *until
+        {
+            return refuse(&mut socket, format!("`dunlin stun` of {who} slows its writers; end that first"));
+        }
         if let Err(error) = lock(&self.gate).attach(migration) {
             return refuse(&mut socket, chain(&error));
         }
@@ -684,7 +730,7 @@ impl Host {
         }
         while let Ok((request, _)) = socket.recv::<Request>() {
             let reply = match request {
-                Request::Announce => self.handle(Request::Announce).unwrap_or_else(Reply::Failed),
+                Request::Announce => self.handle(Request::Announce, "").unwrap_or_else(Reply::Failed),
                 _ => Reply::Failed("the migration has ended: the VM runs here".to_owned()),
             };
             if socket.send(&reply, &[]).is_err() {
@@ -697,6 +743,7 @@ impl Host {
     fn serve(&self, socket: &mut SessionSocket, until_it_runs: bool) -> Option<SessionError> {
         // While the VM stands, this thread runs in front of other work on its CPU.
         let mut hurry = None;
+        let manager = socket.peer_name();
         loop {
             let request = match socket.recv::<Request>() {
                 Ok((request, _)) => request,
@@ -706,7 +753,7 @@ impl Host {
                 hurry.get_or_insert_with(Hurry::here);
             }
             let (ends, runs) = (matches!(request, Request::Discard), matches!(request, Request::Resume));
-            let reply = self.handle(request).unwrap_or_else(Reply::Failed);
+            let reply = self.handle(request, &manager).unwrap_or_else(Reply::Failed);
             let done = matches!(reply, Reply::Done);
             let sent = socket.send(&reply, &[]);
             if runs {
@@ -726,7 +773,7 @@ impl Host {
     }
 
     fn session_lost(&self, lost: &SessionError) {
-        self.machine.lift_throttle();
+        self.end_throttling();
         let meaning = {
             let mut gate = lock(&self.gate);
             gate.note_loss();
@@ -740,7 +787,7 @@ impl Host {
         }
     }
 
-    fn handle(&self, request: Request) -> Result<Reply, String> {
+    fn handle(&self, request: Request, manager: &str) -> Result<Reply, String> {
         let machine = &self.machine;
         let done = |result: Result<(), GateError>| result.map(|()| Reply::Done).map_err(|error| chain(&error));
         match request {
@@ -749,7 +796,7 @@ impl Host {
             Request::Harvest => machine.log().harvest().map(|()| Reply::Done).map_err(|error| chain(&error)),
             Request::Protect(_, run) => machine.log().protect(run).map(|()| Reply::Done).map_err(|error| chain(&error)),
             Request::StopLog => {
-                machine.lift_throttle();
+                self.end_throttling();
                 machine.log().stop().map(|()| Reply::Done).map_err(|error| chain(&error))
             }
             Request::Pause => {
@@ -785,9 +832,15 @@ impl Host {
             // A VM that has gone on from here must not be announced here.
             Request::Announce if !lock(&self.gate).may_run() => Err("the VM is not here".to_owned()),
             Request::Announce => Ok(Reply::Frames(self.announce())),
-            Request::Discard => done(lock(&self.gate).discard()),
+            Request::Discard => {
+                // It runs elsewhere by now: here is time to write down how it was slowed.
+                self.end_throttling();
+                done(lock(&self.gate).discard())
+            }
             Request::Throttle(limits) => {
                 let writes = machine.throttle(&limits).map_err(|error| chain(&error))?;
+                let migration = lock(&self.gate).migration();
+                self.audit_throttling(self.throttling.ordered(manager, migration, &limits, &writes));
                 Ok(Reply::Writes(Box::new(writes)))
             }
         }

@@ -46,4 +46,5 @@ mod seat;
 pub mod session;
 pub mod sources;
 pub mod stun;
+mod throttling;
 pub mod watch;

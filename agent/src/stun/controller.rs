@@ -334,6 +334,58 @@ mod tests {
         assert!(controller.is_stunning() && mean(&rates, 0) < 5000.0 * 1.05, "{rates:?}");
     }
 
+    /// One writer that changes its vCPU every 50 ms, one that writes in bursts of 30 ms: both beside one that hardly writes. Together they keep to what is allowed, limits stay
+    /// where they are, and nobody is held who does not write, but for what was written before.
+    #[test]
+    fn a_writer_that_wanders_or_writes_in_bursts_is_held_steadily() {
+        const RATE: f64 = 100_000.0;
+        const ALLOWED: f64 = 8000.0;
+        type Wants = fn(u64) -> bool;
+        let wanders: [Wants; 2] = [|ms| ms / 50 % 2 == 0, |ms| ms / 50 % 2 == 1];
+        let bursts: [Wants; 2] = [|ms| ms % 200 < 30, |_| false];
+        for (turn_ms, wants) in [(100, wanders), (200, bursts)] {
+            let writer =
+                |wants: Wants| -> Box<dyn Fn(u64) -> f64> { Box::new(move |ms| if wants(ms) { RATE } else { 0.0 }) };
+            let mut guest = Guest::new(vec![steady(100.0), writer(wants[0]), writer(wants[1])]);
+            let mut controller = Controller::new(StunPolicy::default());
+            drive(&mut guest, &mut controller, 20, |_| ALLOWED);
+            let (mut limits, mut idle_held) = (vec![Vec::new(); 3], [0; 3]);
+            let begun = guest.writes.clone();
+            for _ in 0..40 {
+                for _ in 0..LOOK_STEPS {
+                    let (at_ms, before) = (guest.now.as_millis() as u64, guest.writes.clone());
+                    guest.run(1);
+                    for vcpu in [1, 2].into_iter().filter(|&vcpu: &usize| !wants[vcpu - 1](at_ms)) {
+                        idle_held[vcpu] += guest.writes.vcpus[vcpu].held_ns - before.vcpus[vcpu].held_ns;
+                    }
+                }
+                let decided = controller.look(&guest.writes, Some(PagesPerSecond(ALLOWED)));
+                for (all, limit) in limits.iter_mut().zip(&decided) {
+                    all.push(limit.map(|limit| limit.rate.0));
+                }
+                guest.obey(&decided);
+            }
+            let pages = |writes: &VmWrites| writes.vcpus.iter().map(|vcpu| vcpu.pages).sum::<f64>();
+            let rate = (pages(&guest.writes) - pages(&begun)) / 4.0;
+            assert!(rate < ALLOWED * 1.15 && rate > ALLOWED * 0.2, "{rate}");
+            assert!(limits[0].iter().all(Option::is_none) && guest.writes.vcpus[0].held_ns == 0, "{limits:?}");
+            // Who does not write at all has no limit; who does has the same all the time.
+            for (vcpu, wants) in [(1, wants[0]), (2, wants[1])] {
+                let all: Vec<f64> = limits[vcpu].iter().flatten().copied().collect();
+                if !(0..200).any(wants) {
+                    assert!(all.is_empty() && guest.writes.vcpus[vcpu].held_ns == 0, "{all:?}");
+                    continue;
+                }
+                assert!(all.len() == limits[vcpu].len(), "vCPU {vcpu} was let go: {limits:?}");
+                let (least, most) = all.iter().fold((f64::MAX, 0.0_f64), |(l, m), &x| (l.min(x), m.max(x)));
+                assert!(most < least * 1.1, "vCPU {vcpu}: {all:?}");
+                // What a step of a millisecond wrote too much is owed after the writer has gone: once in a turn.
+                let debt_ns = RATE / 1000.0 / least * 1e9;
+                assert!((idle_held[vcpu] as f64) < f64::from(4000 / turn_ms) * (debt_ns + 1e6), "{idle_held:?}");
+            }
+        }
+    }
+
     /// Any number of vCPUs of any appetite: what all write is what is allowed, and who wants less than the water line gets it.
     #[test]
     fn up_to_64_vcpus_keep_to_what_is_allowed_without_swinging() {

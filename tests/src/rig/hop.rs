@@ -1,6 +1,7 @@
 //! One move of the VM to the other host, and what was seen of it from outside.
 
 use std::fs;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -12,6 +13,7 @@ use dunlin::net::fdb::FdbWatch;
 use serde::{Deserialize, Serialize};
 
 use super::{Rig, VM_NAME};
+use crate::OwnProcess;
 use crate::interrupt;
 use crate::netns::Netns;
 use crate::topology::SWITCH;
@@ -77,6 +79,17 @@ impl Hop {
     }
 }
 
+/// Who waits for the VM at the other host.
+#[derive(Debug)]
+pub struct Receiver {
+    /// The process.
+    pub process: OwnProcess,
+    /// Where it listens.
+    pub address: String,
+    label: String,
+    events: PathBuf,
+}
+
 #[derive(Deserialize)]
 struct Listening {
     address: String,
@@ -98,30 +111,15 @@ impl Rig {
     /// # Errors
     /// What failed, with the words of every process.
     pub fn hop(&mut self, options: &HopOptions) -> Result<Hop> {
-        interrupt::check()?;
         let (from, to) = (self.at, self.at.other());
-        self.hops += 1;
-        let hop = self.hops;
-        let receive_label = format!("receive-{hop}");
-        let migrate_label = format!("migrate-{hop}");
-        let events = self.output_file(&receive_label, "events");
-
-        let mut command = crate::dunlin();
-        let listen = format!("tcp://{}:0", self.host(to).migration_ip);
-        command.args(["vm", "receive", "--json", "--listen", &listen, "--events"]).arg(&events);
-        command.args(self.device_arguments());
-        self.add_places(&mut command, to);
-        let mut receiver = self.start(to, &mut command, &receive_label)?;
-        let listening: Listening =
-            self.wait_object(&mut receiver, &receive_label, "dunlin.listening/v1", LISTEN_LIMIT)?;
-
+        let Receiver { process: mut receiver, address, label: receive_label, events } = self.receive()?;
         let port = self.host(to).switch_port;
         let wire = self.switch.enter(|| WireWatch::start(port, Self::mac())).context("watch the wire")?;
         let watch = self.switch.enter(|| FdbWatch::open(SWITCH))?;
         let over = AtomicBool::new(false);
         let (moved, relearned) = thread::scope(|scope| {
             let relearned = scope.spawn(|| follow(&self.switch, watch, Self::mac(), port, &over));
-            let moved = self.migrate(&listening.address, options, &migrate_label);
+            let moved = self.migrate(&address, options);
             if moved.is_ok() {
                 // The table follows the first frame within microseconds; the limit is for a table that does not.
                 let _interrupted = interrupt::wait(RELEARN_LIMIT, || Ok(relearned.is_finished().then_some(())));
@@ -157,18 +155,59 @@ impl Rig {
         })
     }
 
-    fn migrate(&self, to: &str, options: &HopOptions, label: &str) -> Result<(MigrationReport, Option<i32>)> {
+    /// Has the other host wait for the VM.
+    ///
+    /// # Errors
+    /// It does not listen.
+    pub fn receive(&mut self) -> Result<Receiver> {
+        interrupt::check()?;
+        let to = self.at.other();
+        self.hops += 1;
+        let label = format!("receive-{}", self.hops);
+        let events = self.output_file(&label, "events");
+        let mut command = crate::dunlin();
+        let listen = format!("tcp://{}:0", self.host(to).migration_ip);
+        command.args(["vm", "receive", "--json", "--listen", &listen, "--events"]).arg(&events);
+        command.args(self.device_arguments());
+        self.add_places(&mut command, to);
+        let mut process = self.start(to, &mut command, &label)?;
+        let listening: Listening = self.wait_object(&mut process, &label, "dunlin.listening/v1", LISTEN_LIMIT)?;
+        Ok(Receiver { process, address: listening.address, label, events })
+    }
+
+    /// Begins to move the VM to a receiver.
+    ///
+    /// # Errors
+    /// The manager cannot be started.
+    pub fn start_migration(&self, to: &str, options: &HopOptions) -> Result<OwnProcess> {
         let strategy = options.strategy.to_string();
         let mut command = self.dunlin_here(&["migrate", VM_NAME, "--to", to, "--json", "--strategy", &strategy]);
         if options.verify {
             command.arg("--verify");
         }
         command.args(&options.more);
-        let mut manager = self.start(self.at, &mut command, label)?;
+        self.start(self.at, &mut command, &self.migrate_label())
+    }
+
+    /// The end of a migration that was begun last: its report and its exit code.
+    ///
+    /// # Errors
+    /// It does not end, or makes no report.
+    pub fn end_of_migration(&self, manager: &mut OwnProcess) -> Result<(MigrationReport, Option<i32>)> {
         let status = interrupt::wait(MOVE_LIMIT, || manager.wait_for(Duration::from_millis(1)))?
             .with_context(|| format!("dunlin migrate had not ended after {MOVE_LIMIT:?}{}", self.words()))?;
-        let report = self.wait_object(&mut manager, label, "dunlin.migration/v1", Duration::from_secs(1))?;
+        let label = self.migrate_label();
+        let report = self.wait_object(manager, &label, "dunlin.migration/v1", Duration::from_secs(1))?;
         Ok((report, status.code()))
+    }
+
+    fn migrate_label(&self) -> String {
+        format!("migrate-{}", self.hops)
+    }
+
+    fn migrate(&self, to: &str, options: &HopOptions) -> Result<(MigrationReport, Option<i32>)> {
+        let mut manager = self.start_migration(to, options)?;
+        self.end_of_migration(&mut manager)
     }
 }
 

@@ -24,7 +24,7 @@ use crate::netns::{self, Netns};
 use crate::topology::TAP;
 use crate::{Host, Lan, LanConfig, OwnProcess, dunlin, guest, interrupt};
 
-pub use hop::{Hop, HopOptions};
+pub use hop::{Hop, HopOptions, Receiver};
 pub use spec::VmSpec;
 
 /// The VM's name at both hosts.
@@ -282,7 +282,8 @@ impl Rig {
         self.folder.path().join(format!("run-{side:?}"))
     }
 
-    fn state_dir(&self, side: Side) -> PathBuf {
+    /// The state folder of one host.
+    pub fn state_dir(&self, side: Side) -> PathBuf {
         self.folder.path().join(format!("state-{side:?}"))
     }
 

@@ -3,20 +3,20 @@
 use std::borrow::Cow;
 use std::io::Read;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::Args;
 use serde::Serialize;
 
 use super::super::places::RunDir;
-use crate::model::VmRef;
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
 use crate::model::units::{display_bytes, display_duration};
+use crate::model::{ThrottleView, VmRef};
 use crate::service::config::Config;
 use crate::service::control::{Outcome, ask_console, ask_info, give_order};
 use crate::service::inventory::{self, Host};
-use crate::service::machine::VmInfo;
+use crate::service::machine::{RunState, VmInfo};
 use crate::service::out::{bytes, complain, say};
 use crate::service::registry::Registry;
 
@@ -37,6 +37,12 @@ pub(in crate::cli) struct ListArgs {
 
     #[command(flatten)]
     run_dir: RunDir,
+}
+
+/// What it does, in a word: a VM whose writers are slowed runs, too.
+fn state_or_stunned(info: &VmInfo) -> String {
+    let stunned = info.throttle.as_ref().is_some_and(|throttle| throttle.stunned);
+    if stunned && info.state == RunState::Running { "stunned".to_owned() } else { state(info) }
 }
 
 fn state(info: &VmInfo) -> String {
@@ -60,7 +66,7 @@ impl ListArgs {
                 Ok(info) => say!(
                     "{:<20} {:<9} {:>8} {:>5} {:>11}  {}",
                     info.name,
-                    state(&info),
+                    state_or_stunned(&info),
                     info.pid,
                     info.cpus,
                     display_bytes(info.memory_bytes),
@@ -169,11 +175,40 @@ impl InfoArgs {
         if let Some(migration) = info.migration_id {
             say!("migration    {migration}");
         }
+        for line in info.throttle.iter().flat_map(throttle_lines) {
+            say!("{line}");
+        }
         if !info.kvm_shortcomings.is_empty() {
             say!("kvm lacks    {}", info.kvm_shortcomings.join(", "));
         }
         Ok(exit::DONE)
     }
+}
+
+/// Who slows the writers of a VM, since when, which, and what they have lost. Nothing of one that never was slowed.
+fn throttle_lines(throttle: &ThrottleView) -> Vec<String> {
+    let time = |ns: u64| display_duration(Duration::from_nanos(ns));
+    let lost = time(throttle.guest_time_lost_ns);
+    let mut lines = match &throttle.holder {
+        Some(holder) => {
+            let did = if throttle.stunned { "slowed" } else { "watched" };
+            let since = Duration::from_millis(holder.since_unix_ms);
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            let since = display_duration(now.saturating_sub(since));
+            vec![format!("writers      {did} by {holder} for {since}, {lost} of guest time lost so far")]
+        }
+        None if throttle.guest_time_lost_ns > 0 => {
+            vec![format!("writers      not slowed any more, {lost} of guest time lost")]
+        }
+        None => Vec::new(),
+    };
+    for vcpu in &throttle.vcpus {
+        let limit = vcpu.limit_pages_per_second.map_or_else(String::new, |limit| format!(" of {limit:.0}"));
+        let rate = format!("{:.0}{limit} pages/s, ", vcpu.pages_per_second);
+        let rate = if throttle.holder.is_some() { rate } else { String::new() };
+        lines.push(format!("  vcpu{:<6} {rate}{} lost", vcpu.vcpu, time(vcpu.held_ns)));
+    }
+    lines
 }
 
 /// Gives an order to a VM's control socket and says how it went.

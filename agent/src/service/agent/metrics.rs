@@ -76,7 +76,7 @@ const fn vcpu_metric(name: &'static str, help: &'static str, samples: fn(&FleetV
 }
 
 /// All of them.
-pub const METRICS: [Metric; 29] = [
+pub const METRICS: [Metric; 32] = [
     metric("dunlin_agent", Kind::Info, "The agent", |view| {
         let version = ("version", env!("CARGO_PKG_VERSION").to_owned());
         vec![(vec![version, ("backend", view.watching.backend.to_owned())], 1.0)]
@@ -204,14 +204,29 @@ pub const METRICS: [Metric; 29] = [
         "Whether the bitmap has room for a VM's different pages: 1 or 0",
         |view| each(view, |vm| Some(f64::from(u8::from(vm.unique_known)))),
     ),
+    metric("dunlin_vm_stunned", Kind::Gauge, "Whether writers of a hosted VM have a limit: 1 or 0", |view| {
+        each(view, |vm| Some(f64::from(u8::from(vm.throttle.as_ref()?.stunned))))
+    }),
+    metric(
+        "dunlin_vm_guest_time_lost_seconds",
+        Kind::Counter,
+        "How long the vCPUs of a hosted VM, all together, were held so that they write less",
+        |view| each(view, |vm| Some(vm.throttle.as_ref()?.guest_time_lost_ns as f64 / 1e9)),
+    ),
+    vcpu_metric("dunlin_vcpu_limit_bytes_per_second", "What a vCPU that is slowed may write, in whole pages", |view| {
+        each_vcpu(view, |vm, vcpu| {
+            let throttled = vm.throttle.as_ref()?.vcpus.iter().find(|throttled| throttled.vcpu == vcpu.index)?;
+            Some(throttled.limit_pages_per_second? * PAGE_SIZE as f64)
+        })
+    }),
     vcpu_metric("dunlin_vcpu_dirty_bytes_per_second", "A vCPU's part of its VM's rate", |view| {
-        each_vcpu(view, |vcpu| Some(vcpu.pages_per_second * PAGE_SIZE as f64))
+        each_vcpu(view, |_, vcpu| Some(vcpu.pages_per_second * PAGE_SIZE as f64))
     }),
     vcpu_metric("dunlin_vcpu_exits_per_second", "A vCPU's exits to the VMM", |view| {
-        each_vcpu(view, |vcpu| Some(vcpu.exits_per_second))
+        each_vcpu(view, |_, vcpu| Some(vcpu.exits_per_second))
     }),
     vcpu_metric("dunlin_vcpu_cpu_ratio", "The part of a CPU that a vCPU's thread had", |view| {
-        each_vcpu(view, |vcpu| vcpu.cpu_share)
+        each_vcpu(view, |_, vcpu| vcpu.cpu_share)
     }),
     metric("dunlin_source_up", Kind::Gauge, "Whether a source of the probe plan is there: 1 or 0", |view| {
         let sources = view.watching.sources.iter();
@@ -294,12 +309,15 @@ fn each(view: &FleetView, value: impl Fn(&FleetVm) -> Option<f64>) -> Vec<Sample
     distinct(view).filter_map(|vm| Some((identity(vm), value(vm)?))).collect()
 }
 
-fn each_vcpu(view: &FleetView, value: impl Fn(&crate::service::fleet::FleetVcpu) -> Option<f64>) -> Vec<Sample> {
+fn each_vcpu(
+    view: &FleetView,
+    value: impl Fn(&FleetVm, &crate::service::fleet::FleetVcpu) -> Option<f64>,
+) -> Vec<Sample> {
     let of = |vm: &FleetVm| {
         let with = |vcpu: &crate::service::fleet::FleetVcpu| {
             let mut labels = identity(vm);
             labels.push(("vcpu", vcpu.index.to_string()));
-            Some((labels, value(vcpu)?))
+            Some((labels, value(vm, vcpu)?))
         };
         vm.vcpus.iter().filter_map(with).collect::<Vec<_>>()
     };

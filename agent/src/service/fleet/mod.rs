@@ -7,6 +7,7 @@ mod capabilities;
 mod census;
 mod cost;
 mod names;
+mod throttles;
 mod tracked;
 mod view;
 mod windows;
@@ -21,13 +22,14 @@ use std::time::{Duration, Instant, SystemTime};
 use census::Census;
 use cost::Costs;
 use names::Names;
+use throttles::Throttles;
 use tracked::{Key, Tracked};
-#[cfg(test)]
-pub(crate) use view::sample;
 pub use view::{
     ArmedView, ExitRate, FleetVcpu, FleetView, FleetVm, HISTORY, PastRate, ProgramView, RogueProcess, ShedView,
     Watching,
 };
+#[cfg(test)]
+pub(crate) use view::{sample, throttle_sample};
 use windows::{Job, Windows};
 
 use super::arm::ControlSocketArm;
@@ -266,6 +268,7 @@ struct Core {
     vms: BTreeMap<Key, Tracked>,
     windows: Option<Windows>,
     names: Option<Names>,
+    throttles: Throttles,
     tried: Vec<SourceState>,
     backend: &'static str,
     sequence: u64,
@@ -288,6 +291,7 @@ impl Core {
             vms: BTreeMap::new(),
             windows,
             names,
+            throttles: Throttles::start()?,
             tried: sources::try_others(),
             backend: match Backend::of_this_host() {
                 Backend::Svm => "svm",
@@ -311,6 +315,7 @@ impl Core {
             inventory::of_processes(processes, &self.options.run_dir, locked.as_deref_mut())
         };
         self.come_and_go(found);
+        self.look_at_throttles();
         let window = self.close_window();
         self.take_names();
         let lost = self.measure(window);
@@ -392,6 +397,19 @@ impl Core {
                 loaded.vcpus = vcpus;
             }
         }
+    }
+
+    /// Shows what hosted VMs have said of their throttles since the last look, and asks them anew.
+    fn look_at_throttles(&mut self) {
+        for (key, view) in self.throttles.answered().into_iter().flatten() {
+            if let Some(vm) = self.vms.get_mut(&key) {
+                vm.throttle = view;
+            }
+        }
+        let registry = Registry::new(&self.options.run_dir);
+        let socket =
+            |(key, vm): (&Key, &Tracked)| Some((*key, registry.socket(&vm.vm.entry.as_ref()?.name, "observe")));
+        self.throttles.ask(self.vms.iter().filter_map(socket).collect());
     }
 
     /// Ends the interval: one sweep of the maps for all VMs, then the budget. Returns what was lost in it.

@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use super::names::Known;
 use super::view::{ArmedView, ExitRate, FleetVcpu, FleetVm, HISTORY, PastRate, RogueProcess};
-use crate::foreign::thread_time;
-use crate::model::{ExitTimes, PAGE_SIZE, PageCount, VcpuFacts, Writer};
+use crate::model::{ExitTimes, PAGE_SIZE, PageCount, ThrottleView, VcpuFacts, Writer};
 use crate::port::{EventSample, ThreadEvents};
 use crate::probe::{KernelCounters, SharedProbes};
 use crate::service::inventory::HostVm;
+use crate::time::thread_time;
 use crate::track::{DirtyRate, Protection, RogueWatch, ThreadRate, rate_between};
 
 /// The counters of one VM, shared with whoever opens a window on it.
@@ -53,6 +53,8 @@ pub(super) struct Tracked {
     pub(super) last_window: Option<Instant>,
     /// Until when no other window may open, so that windows do not slow it down too much.
     pub(super) rests_until: Option<Instant>,
+    /// How its writers are slowed, as its process said last; none of a foreign VM, and of one that does not say.
+    pub(super) throttle: Option<ThrottleView>,
     /// Whether one is open.
     pub(super) window_open: bool,
     /// Whether one has closed since the VM was last measured: what the inventory saw of its log may have been ours.
@@ -105,6 +107,7 @@ impl Tracked {
             windows: 0,
             last_window: None,
             rests_until: None,
+            throttle: None,
             window_open: false,
             window_closed: false,
         }
@@ -201,6 +204,7 @@ impl Tracked {
             history: self.history.clone(),
             armed: self.armed.clone(),
             armed_problem: self.armed_problem.clone(),
+            throttle: self.throttle.clone(),
         }
     }
 }

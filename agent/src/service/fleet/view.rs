@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use serde::Serialize;
 
 use crate::model::schema::Schema;
-use crate::model::{VmId, WriteCurve};
+use crate::model::{ThrottleView, VmId, WriteCurve};
 use crate::service::inventory::Host;
 use crate::service::observe::MissingSource;
 use crate::service::rogues::Rogue;
@@ -88,6 +88,9 @@ pub struct FleetVm {
     /// Why the last try at one came to nothing; absent when it did not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub armed_problem: Option<String>,
+    /// How its writers are slowed; absent of a foreign VM, and until its process has said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub throttle: Option<ThrottleView>,
 }
 
 /// Exits for one reason.
@@ -243,6 +246,25 @@ pub struct ShedView {
     pub reason: String,
 }
 
+/// A throttle of which everything is known.
+#[cfg(test)]
+pub(crate) fn throttle_sample() -> ThrottleView {
+    use crate::model::{MigrationId, ThrottleHolder, VcpuThrottle};
+    let migration_id = Some(MigrationId(uuid::Uuid::from_u128(9)));
+    ThrottleView {
+        stunned: true,
+        holder: Some(ThrottleHolder { who: "uid=0 pid=77".to_owned(), migration_id, since_unix_ms: 1_699_999_997_500 }),
+        guest_time_lost_ns: 1_250_000_000,
+        vcpus: vec![VcpuThrottle {
+            vcpu: 0,
+            limit_pages_per_second: Some(1000.0),
+            pages_per_second: 990.0,
+            held_ns: 1_250_000_000,
+            co_resident_held_ns: 0,
+        }],
+    }
+}
+
 /// A view with all that can be in one.
 #[cfg(test)]
 pub(crate) fn sample() -> FleetView {
@@ -324,6 +346,7 @@ pub(crate) fn sample() -> FleetView {
         history: [PastRate { bytes_per_second: 2_048_000.0, regime: Regime::Passive }].into(),
         armed: Some(armed),
         armed_problem: Some(String::new()),
+        throttle: Some(throttle_sample()),
     };
     let lost = LostEvents { unreadable: 3, ..LostEvents::default() };
     let [name, gives, reason] = [const { String::new() }; 3];

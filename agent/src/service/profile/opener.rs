@@ -85,9 +85,7 @@ pub(super) struct Opener<'a> {
     pub(super) seed: u64,
     /// Faults of each thread so far.
     faults: BTreeMap<u32, u64>,
-    /// Since when the log is on.
-    began: Instant,
-    /// The vCPUs since then.
+    /// The vCPUs since the log is on.
     running: Running,
 }
 
@@ -100,8 +98,8 @@ impl<'a> Opener<'a> {
         fault_cost: Duration,
         seed: u64,
     ) -> Self {
-        let (faults, began, running) = (BTreeMap::new(), Instant::now(), Running::begin(vm));
-        Self { vm, counters, protector, interrupt, fault_cost, seed, faults, began, running }
+        let (faults, running) = (BTreeMap::new(), Running::begin(vm));
+        Self { vm, counters, protector, interrupt, fault_cost, seed, faults, running }
     }
 
     /// What all this has taken, at most, of the time of any vCPU that is never idle; one that is makes up for it.
@@ -109,7 +107,8 @@ impl<'a> Opener<'a> {
         let busy =
             self.faults.iter().filter(|(thread, _)| idle.get(thread).is_none_or(|&idle| idle < Slowed::PACED_IDLE));
         let Some(most) = busy.map(|(_, &faults)| faults).max() else { return Duration::ZERO };
-        self.fault_cost.mul_f64(most as f64 * Slowed::LIKELY_DEARER) + self.began.elapsed().mul_f64(self.longer() / 2.0)
+        self.fault_cost.mul_f64(most as f64 * Slowed::LIKELY_DEARER)
+            + self.running.elapsed().mul_f64(self.longer() / 2.0)
     }
 
     /// By which part longer small mappings may make a vCPU's work.

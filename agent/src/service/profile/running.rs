@@ -3,10 +3,10 @@
 //! Must not know what follows from it.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use crate::foreign::{ThreadTime, thread_time};
 use crate::service::inventory::HostVm;
+use crate::time::{ThreadTime, thread_time};
 
 /// A span under way.
 #[derive(Debug)]
@@ -33,10 +33,15 @@ impl Running {
         Self { pid: vm.pid, began: Instant::now(), before }
     }
 
+    /// How long it has lasted so far.
+    pub(super) fn elapsed(&self) -> Duration {
+        self.began.elapsed()
+    }
+
     /// How it has gone so far.
     pub(super) fn spent(&self) -> Spent {
         let now: Vec<_> = self.before.iter().map(|&(thread, _)| thread_time(self.pid, thread)).collect();
-        let span = self.began.elapsed().as_secs_f64();
+        let span = self.elapsed().as_secs_f64();
         let mut spent = Spent::default();
         for (&(thread, before), now) in self.before.iter().zip(now) {
             let Some(now) = now else { continue };

@@ -53,6 +53,14 @@ impl SessionSocket {
         Ok(rustix::net::sockopt::socket_peercred(&self.stream)?.pid)
     }
 
+    /// The user and the process at the other end, for the audit log.
+    pub fn peer_name(&self) -> String {
+        rustix::net::sockopt::socket_peercred(&self.stream).map_or_else(
+            |_| "uid=? pid=?".to_owned(),
+            |peer| format!("uid={} pid={}", peer.uid.as_raw(), peer.pid.as_raw_nonzero()),
+        )
+    }
+
     /// The socket, for polling.
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()

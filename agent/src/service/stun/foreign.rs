@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 
 use super::holder::Holder;
 use super::{Actuator, StunError, StunRequest};
-use crate::foreign::{Permission, thread_time};
+use crate::foreign::Permission;
 use crate::model::{Attribution, PageBitmap, VcpuLimit, VcpuWrites, VmWrites};
 use crate::port::EventSource;
 use crate::probe::{Gives, KernelCounters};
 use crate::service::watch::{WatchRequest, WatchedVm};
-use crate::time::monotonic_now;
+use crate::time::{monotonic_now, thread_time};
 
 /// How often the VM's slots and threads are looked at again.
 const REFRESH_EVERY: Duration = Duration::from_millis(500);

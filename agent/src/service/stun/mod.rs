@@ -25,6 +25,7 @@ use super::watch::WatchError;
 use crate::cgroup::{self, CgroupError};
 use crate::foreign::Permission;
 use crate::model::schema::Schema;
+use crate::model::units::display_duration;
 use crate::model::{BytesPerSecond, PAGE_SIZE, PagesPerSecond, StunReport, VcpuLimit, VmRef, VmWrites};
 use crate::port::EventSourceError;
 use crate::stun::{Controller, StunPolicy};
@@ -215,24 +216,21 @@ pub fn stun(
         Goal::Target(rate) => format!("stun --target {:.0} pages/s", rate.0),
         Goal::FollowMigration { bandwidth } => format!("stun --follow-migration --bandwidth {bandwidth}"),
     };
-    let audit = |after: &str, result: String| {
+    let audit = |what: &str, [before, after]: [&str; 2], result: String| {
         if !request.dry_run {
-            let action = Action {
-                who: audit::me(),
-                what: &what,
-                vm_id: found.vm_id,
-                before: "running".to_owned(),
-                after: after.to_owned(),
-                result,
-            };
+            let [before, after] = [before, after].map(str::to_owned);
+            let action = Action { who: audit::me(), what, vm_id: found.vm_id, before, after, result };
             audit::record(&state_dir, &action);
         }
     };
-    audit("stunned", "ok".to_owned());
-    let ended = control(request, &found, actuator.as_mut(), interrupt, each);
+    audit(&what, ["running", "stunned"], "ok".to_owned());
+    let mut controller = Controller::new(request.policy.clone());
+    let ended = control(request, &found, actuator.as_mut(), &mut controller, interrupt, each);
     let released = if request.dry_run { Ok(()) } else { actuator.let_go() };
+    let lost = display_duration(Duration::from_nanos(controller.report().guest_time_lost_ns));
     audit(
-        "running",
+        &format!("{what}: let go, {lost} of guest time lost"),
+        ["stunned", "running"],
         match (&ended, &released) {
             (Ok(_), Ok(())) => "ok".to_owned(),
             (Err(error), _) | (_, Err(error)) => error.to_string(),
@@ -260,12 +258,12 @@ fn control(
     request: &StunRequest,
     vm: &HostVm,
     actuator: &mut dyn Actuator,
+    controller: &mut Controller,
     interrupt: &Interrupt,
     mut each: impl FnMut(&StunStatus) -> io::Result<()>,
 ) -> Result<Ended, StunError> {
     let began = Instant::now();
     let until = request.duration.map(|duration| began + duration);
-    let mut controller = Controller::new(request.policy.clone());
     let (mut before, mut due, mut report_due) = (None::<VmWrites>, began, began + REPORT_EVERY);
     let mut followed = false;
     loop {

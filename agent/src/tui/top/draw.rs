@@ -10,6 +10,7 @@ use ratatui::widgets::{Block, Borders, Cell, Clear, Paragraph, Row, Table, Table
 
 use super::state::State;
 use crate::draw::{Glyphs, curve_text};
+use crate::model::ThrottleView;
 use crate::model::units::{PAGE_SIZE, display_bytes, display_duration};
 use crate::service::fleet::{FleetView, FleetVm, PastRate};
 use crate::service::inventory::Host;
@@ -30,7 +31,8 @@ const KEYS: &str = "\
 
  DIRTY/s is what turned writable in the last interval. Its regime says what that means: passive is a lower bound (≥), logged
  counts a page once between two harvests of someone else's log, armed is from a window of our own (--arm). U is the unique
- rate of the last such window, FORECAST whether pre-copy would get there on the terms given.";
+ rate of the last such window, FORECAST whether pre-copy would get there on the terms given. STUNNED: writers are slowed, by a
+ migration or by `dunlin stun`; what follows is the guest time that vCPUs have lost so far.";
 
 const DIM: Style = Style::new().fg(Color::DarkGray);
 const HEAD: Style = Style::new().add_modifier(Modifier::BOLD);
@@ -56,13 +58,21 @@ pub fn draw(frame: &mut Frame<'_>, view: &FleetView, state: &State) {
     frame.render_widget(Paragraph::new(keys).style(DIM), foot);
     if state.help {
         let width = area.width.min(100);
-        let height = area.height.min(16);
+        let height = area.height.min(18);
         let middle = Rect { x: (area.width - width) / 2, y: (area.height - height) / 2, width, height };
         frame.render_widget(Clear, middle);
         let help =
             Paragraph::new(KEYS).wrap(Wrap { trim: false }).block(Block::new().borders(Borders::ALL).title(" keys "));
         frame.render_widget(help, middle);
     }
+}
+
+fn is_stunned(vm: &FleetVm) -> bool {
+    vm.throttle.as_ref().is_some_and(|throttle| throttle.stunned)
+}
+
+fn time(ns: u64) -> String {
+    display_duration(Duration::from_nanos(ns))
 }
 
 fn percent(share: f64) -> String {
@@ -74,11 +84,15 @@ fn head(view: &FleetView, state: &State) -> Vec<Line<'static>> {
     let watching = &view.watching;
     let hosted = view.vms.iter().filter(|vm| vm.host == Host::Hosted).count();
     let logged = view.vms.iter().filter(|vm| vm.logged_bytes > 0).count();
+    let stunned = match view.vms.iter().filter(|vm| is_stunned(vm)).count() {
+        0 => String::new(),
+        stunned => format!(", {stunned} stunned"),
+    };
     let paused = if state.paused { "  STANDS STILL" } else { "" };
     let mut lines = vec![Line::from(vec![
         Span::styled("dunlin top", HEAD),
         Span::raw(format!(
-            "  {} VMs, {hosted} hosted, {logged} with a dirty log on; every {}; backend {}",
+            "  {} VMs, {hosted} hosted, {logged} with a dirty log on{stunned}; every {}; backend {}",
             view.vms.len(),
             display_duration(Duration::from_nanos(view.interval_ns)),
             watching.backend
@@ -158,7 +172,11 @@ fn cells(vm: &FleetVm) -> Vec<Cell<'static>> {
         Some(Feasibility::Uncertain) => ("uncertain", Style::new().fg(Color::Yellow)),
         Some(Feasibility::Never) => ("never", BAD),
     };
-    let rogue = armed.and_then(|armed| armed.rogues.first()).map_or_else(String::new, |rogue| rogue.words.clone());
+    // While writers are slowed no window shows who they are.
+    let rogue = match &vm.throttle {
+        Some(throttle) if throttle.stunned => format!("STUNNED, {} lost", time(throttle.guest_time_lost_ns)),
+        _ => armed.and_then(|armed| armed.rogues.first()).map_or_else(String::new, |rogue| rogue.words.clone()),
+    };
     vec![
         Cell::new(vm.name.clone()),
         Cell::new(vm.vmm.clone()),
@@ -211,6 +229,26 @@ fn details(frame: &mut Frame<'_>, area: Rect, vm: &FleetVm) {
     }
 }
 
+/// Who slows writers, which, and what they have lost.
+fn throttle_lines(throttle: &ThrottleView) -> Vec<Line<'static>> {
+    let lost = time(throttle.guest_time_lost_ns);
+    let mut lines = match &throttle.holder {
+        Some(holder) if throttle.stunned => {
+            vec![Line::styled(format!("stunned by {holder}: {lost} of guest time lost"), BAD)]
+        }
+        _ if throttle.guest_time_lost_ns > 0 => vec![Line::raw(format!("was stunned: {lost} of guest time lost"))],
+        _ => Vec::new(),
+    };
+    for vcpu in &throttle.vcpus {
+        if let Some(limit) = vcpu.limit_pages_per_second {
+            let (rate, lost) = (vcpu.pages_per_second, time(vcpu.held_ns));
+            lines
+                .push(Line::styled(format!("  vCPU {}: {rate:.0} of {limit:.0} pages/s, {lost} lost", vcpu.vcpu), BAD));
+        }
+    }
+    lines
+}
+
 /// vCPUs, exits and writers in words.
 fn facts(vm: &FleetVm) -> Vec<Line<'static>> {
     let mut lines = vec![Line::styled("VCPU   THREAD    PAGES/s   EXITS/s  KVM EXITS/s   CPU", HEAD)];
@@ -236,6 +274,7 @@ fn facts(vm: &FleetVm) -> Vec<Line<'static>> {
             format!("{} {} {:.0}/s{mean}", exit.to, exit.reason, exit.exits_per_second)
         })
         .collect();
+    lines.extend(vm.throttle.iter().flat_map(throttle_lines));
     lines.push(Line::raw(format!("exits: {}", if exits.is_empty() { "none".to_owned() } else { exits.join(", ") })));
     if let Some(armed) = &vm.armed {
         if let Some(forecast) = &armed.forecast {

@@ -102,6 +102,12 @@ mod tests {
         assert!(lines[1].contains("of a core, budget"), "{text}");
         let at = |name: &str| lines.iter().position(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{text}"));
         assert!(at(&view.vms[1].name) < at("quiet"), "the fastest comes first: {text}");
+        assert!(lines[0].contains(", 2 stunned") && text.contains("STUNNED, 1.25 s lost"), "{text}");
+        let details = picture(&view, &State { details: true, ..state.clone() }, 160, 40);
+        assert!(
+            details.contains("stunned by migration") && details.contains("vCPU 0: 990 of 1000 pages/s, 1.25 s lost"),
+            "{details}"
+        );
         // No size of a terminal is too small or too large.
         for (width, height) in [(0, 0), (40, 8), (500, 300)] {
             picture(&view, &State { details: true, help: true, ..state.clone() }, width, height);
