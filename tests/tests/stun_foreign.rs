@@ -3,8 +3,11 @@
 #![cfg(target_arch = "x86_64")]
 
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use dunlin_tests::moving::{MovingVm, Pair, Qemu, Window};
@@ -157,6 +160,7 @@ fn a_migration_that_does_not_end_ends_when_its_writer_is_slowed_and_nobody_else_
     let mut vm = scale.boot();
     let (threads, hz) = (vm.source.vcpu_threads().unwrap(), hz(&vm.source));
     let free = rate(&next_windows(&vm.source, 1, 2), hz);
+    let booted = vm.source.windows(0).len();
     vm.migrate(scale.link, 30).unwrap();
     // Rounds that do not shrink.
     for round in [2, 3, 4] {
@@ -165,10 +169,9 @@ fn a_migration_that_does_not_end_ends_when_its_writer_is_slowed_and_nobody_else_
         println!("shows round {round} without stun: {left} pages of {} to be sent again", scale.pages());
         assert!(left > scale.pages() / 2, "it would end by itself: {info}");
     }
-    let mut before = vm.source.windows(0);
-    let count = before.len();
-    // The first is that of its start.
-    before.remove(0);
+    // Without those in which it filled its pages.
+    let count = vm.source.windows(0).len();
+    let before = vm.source.windows(0)[booted..count].to_vec();
     let began = Instant::now();
     let monitor = vm.source.second_monitor().display().to_string();
     let (mut process, reported) = stun(&vm, scale.link, &["--qmp", &monitor]);
@@ -182,7 +185,9 @@ fn a_migration_that_does_not_end_ends_when_its_writer_is_slowed_and_nobody_else_
     let during = vm.source.windows(0).split_off(count + 1);
     let (was, is) = (rate(&before, hz), rate(&during, hz));
     println!("shows the bystander: {was:.1} pages/s before, {is:.1} while the writer was held");
-    assert!(!during.is_empty() && (scale.is_emulated || (is / was - 1.0).abs() < 0.05), "{was} before, {is} during");
+    // Of a few writes one more or less is much.
+    let slack = if scale.is_emulated { 0.3 } else { 0.05 };
+    assert!(!during.is_empty() && (is / was - 1.0).abs() < slack, "{was} before, {is} during");
     // QEMU leaves the dirty log on; that nothing runs any more ends the command.
     assert_eq!(process.wait_for(LIMIT).unwrap().unwrap().code(), Some(0));
     assert_eq!(groups(&threads), Vec::<PathBuf>::new());
@@ -287,6 +292,51 @@ fn where_no_group_can_be_made_nothing_is_begun_and_the_reason_is_told() {
     let no_monitor = ["--allow-foreign", "--for", "1s", "--qmp", "/nowhere/qmp"];
     let (code, words) = said(stun_of(&vm, 1 << 20, &no_monitor).output().unwrap());
     assert!(code == Some(1) && words.contains("no monitor answers at /nowhere/qmp"), "{code:?} {words}");
+}
+
+/// A kernel that looks at quotas at its tick only would let it run for a tick, and hold it for as many periods as that is quotas.
+#[test]
+fn a_thread_at_the_least_share_is_held_for_no_longer_than_is_allowed() {
+    const LONGEST: Duration = Duration::from_millis(50);
+    let (tell, told) = mpsc::channel();
+    let ends = Arc::new(AtomicBool::new(false));
+    let own = Arc::clone(&ends);
+    let busy = std::thread::spawn(move || {
+        tell.send(rustix::thread::gettid().as_raw_nonzero().get()).unwrap();
+        let (mut holds, mut last) = (Vec::new(), Instant::now());
+        while !own.load(Ordering::Relaxed) {
+            let now = Instant::now();
+            // Shorter ones are the scheduler's.
+            if now - last > LONGEST / 5 {
+                holds.push(now - last);
+            }
+            last = now;
+        }
+        holds
+    });
+    let (pid, thread) = (std::process::id(), told.recv().unwrap());
+    let mut child = dunlin().arg("stun-holder").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let (mut orders, mut answers) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()).lines());
+    let _holder = OwnProcess::new(child);
+    let mut ask = |order: &str| {
+        writeln!(orders, "{order}").unwrap();
+        answers.next().unwrap().unwrap()
+    };
+    assert!(ask(&format!("longest-hold {}", LONGEST.as_micros())).starts_with("ok"));
+    assert!(ask(&format!("take {pid} {thread}")).starts_with("ok"));
+    assert!(ask(&format!("limit {thread} 0")).starts_with("ok 0.02 "));
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_secs(3) {
+        std::thread::sleep(Duration::from_millis(200));
+        assert!(ask("renew").starts_with("ok"));
+    }
+    assert!(ask(&format!("release {thread}")).starts_with("ok"));
+    ends.store(true, Ordering::Relaxed);
+    let mut holds = busy.join().unwrap();
+    holds.sort_unstable();
+    let (median, longest) = (holds[holds.len() / 2], holds[holds.len() - 1]);
+    println!("shows {} holds at 2 % of a CPU: {median:.0?} in the middle, {longest:.0?} the longest", holds.len());
+    assert!(median <= LONGEST + LONGEST / 5, "{holds:?}");
 }
 
 /// QEMU's own limit bites only where a dirty ring is full.

@@ -22,6 +22,8 @@ use crate::time::monotonic_now;
 const REFRESH_EVERY: Duration = Duration::from_millis(500);
 /// What is known of a vCPU's speed halves in this time, while it writes less.
 const HALF_LIFE: Duration = Duration::from_secs(1);
+/// Behind a protection whoever writes little writes its few pages at once, too: what is seen in one look is told over this time.
+const TELL_OVER: Duration = Duration::from_millis(500);
 /// A VM whose dirty log is on and none of whose vCPUs runs for so long has been handed over: QEMU leaves the log on.
 const STANDSTILL: Duration = Duration::from_secs(2);
 /// How often a VMM is asked how it is.
@@ -39,6 +41,8 @@ struct Thread {
     pushed: u64,
     /// Pages that it wrote, in all, as far as is known.
     written: u64,
+    /// Of these, those that are told so far.
+    told_pages: f64,
     /// Of these, those that `speed` knows of.
     pages: u64,
     ran: Duration,
@@ -55,6 +59,13 @@ struct Thread {
 }
 
 impl Thread {
+    /// What it has written so far, told over [`TELL_OVER`].
+    fn tell(&mut self, since: Duration) -> f64 {
+        let part = 1.0 - (-since.as_secs_f64() / TELL_OVER.as_secs_f64()).exp();
+        self.told_pages += (self.written as f64 - self.told_pages) * part;
+        self.told_pages
+    }
+
     /// Takes in its events so far; what it has written in all.
     fn count(&mut self, events: &ThreadEvents, by_ring: bool) -> u64 {
         let made_writable = events.pages_made_writable.saturating_sub(self.made_writable);
@@ -280,8 +291,9 @@ impl Actuator for Foreign {
         for (&id, events) in &sample.threads {
             let thread = self.threads.entry(id).or_default();
             let pages = thread.count(events, by_ring);
+            let told = thread.tell(since);
             let Some(&(index, _)) = vcpus.iter().find(|&&(_, thread)| thread == id) else {
-                writes.others_pages += pages as f64;
+                writes.others_pages += told;
                 continue;
             };
             let ran = self.times.get(&id).map_or(thread.ran, |time| time.ran);
@@ -290,7 +302,7 @@ impl Actuator for Foreign {
                 thread.held += thread.idle;
             }
             writes.vcpus[index as usize] = VcpuWrites {
-                pages: pages as f64,
+                pages: told,
                 held_ns: thread.held.as_nanos() as u64,
                 co_resident_held_ns: 0,
                 owes: thread.taken && thread.held > thread.held_before,
@@ -379,6 +391,10 @@ mod tests {
             ..ThreadEvents::default()
         };
         assert_eq!((thread.count(&events(5, 900), false), thread.count(&events(5, 1000), true)), (5, 105));
+        // A few pages behind a protection, and then none: no rate of ten times as many.
+        let mut bystander = Thread { written: 60, ..Thread::default() };
+        let told: Vec<f64> = (0..30).map(|_| bystander.tell(look)).collect();
+        assert!(told[0] * 10.0 < 60.0 * 2.0 && told[29] > 59.0, "{told:?}");
         // Counters that go back.
         thread.see(0, Duration::ZERO, look);
         assert!(thread.speed.is_finite());
