@@ -163,11 +163,9 @@ impl Qemu {
         let lines = self.serial.lines();
         let windows = lines.iter().filter_map(|line| {
             let line = &line[line.find(&start)?..];
-            Some(Window {
-                start_tsc: number(line, "start_tsc")?,
-                end_tsc: number(line, "end_tsc")?,
-                written: number(line, "written")?,
-            })
+            let (start_tsc, end_tsc) = (number(line, "start_tsc")?, number(line, "end_tsc")?);
+            // In an emulated machine the counter may go back.
+            (start_tsc < end_tsc).then_some(Window { start_tsc, end_tsc, written: number(line, "written")? })
         });
         windows.collect()
     }
