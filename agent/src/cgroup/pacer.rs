@@ -2,7 +2,7 @@
 //!
 //! The kernel looks whether a thread has used its quota at its tick, or when something else takes the CPU. With 250 ticks a second a thread that may run for 1 ms runs for 4, and
 //! is held for four periods to make up for it. So a thread of real-time priority wakes up each half millisecond on the CPU where the limited one was seen last: what it
-//! preempts is looked at. It does nothing else, and takes less than 2 % of that CPU.
+//! preempts is looked at. It does nothing else, and takes 4 to 5 % of that CPU while somebody is limited (2 CPUs, Linux 6.18, by its own schedstat).
 
 use std::fs::File;
 use std::io;
