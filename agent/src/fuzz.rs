@@ -12,7 +12,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use crate::btf::{KernelTypes, Kind};
-use crate::foreign::maps;
+use crate::foreign::{maps, qmp};
 use crate::guest_os;
 use crate::kvm;
 use crate::kvm::virtio::fuzz as virtio;
@@ -36,6 +36,7 @@ use crate::service::machine::VmInfo;
 use crate::service::prove;
 use crate::service::registry::MachineEntry;
 use crate::service::session::{Reply, Request, SESSION_VERSION, SessionSocket};
+use crate::service::stun::holder;
 use crate::store;
 
 /// Something that reads bytes.
@@ -81,6 +82,8 @@ pub const TARGETS: &[Target] = &[
     target("guest_os", guest_os::testing::fuzz, guest_os::testing::fuzz_seeds),
     target("kernel_symbols", guest_os::fuzz_symbols, guest_os::symbol_seeds),
     target("guest_words", prove::fuzz_line, prove::fuzz_seeds),
+    target("qmp", qmp::fuzz, qmp::fuzz_seeds),
+    target("holder", holder::fuzz, holder::fuzz_seeds),
 ];
 
 /// The target called `name`.

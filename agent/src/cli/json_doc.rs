@@ -72,6 +72,7 @@ fn stun() -> Value {
     tagged(&StunStatus {
         vm: observed(),
         by: "",
+        vmm_answers_ms: Some(0.4),
         allowed_pages_per_second: Some(0.),
         vcpus: vec![VcpuStatus { vcpu: 0, pages_per_second: 0., limit_pages_per_second: Some(0.) }],
         dry_run: false,

@@ -1,6 +1,7 @@
 //! `dunlin stun`.
 
 use std::io;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgGroup, Args};
@@ -14,7 +15,7 @@ use crate::model::{BytesPerSecond, PagesPerSecond, VmRef};
 use crate::service::config::Config;
 use crate::service::interrupt::Interrupt;
 use crate::service::out::{complain, say};
-use crate::service::stun::{Goal, StunError, StunRequest, StunStatus, clear_leftovers, holder, stun};
+use crate::service::stun::{Goal, Means, StunError, StunRequest, StunStatus, clear_leftovers, holder, stun};
 use crate::stun::StunPolicy;
 
 /// Slow the writers of a VM, by just enough, and let go in any case
@@ -29,7 +30,7 @@ use crate::stun::StunPolicy;
 Examples:
   dunlin stun web-1 --target 50MiB/s --for 30s
   dunlin stun web-1 --target 20MiB/s --vcpu 1 --dry-run
-  dunlin stun pid:4711 --follow-migration --bandwidth 1Gbit --allow-foreign
+  dunlin stun pid:4711 --follow-migration --bandwidth 1Gbit --allow-foreign --qmp /run/web.qmp
   dunlin stun --clear
 
 Exit codes: 0 done, and everybody was let go; 1 it failed; 2 wrong arguments; 3 not allowed."
@@ -79,6 +80,14 @@ pub(super) struct StunArgs {
     #[arg(long)]
     allow_foreign: bool,
 
+    /// The socket of a foreign VM's QMP monitor, which must have no other client: says how long the VMM takes to answer while its vCPUs are held.
+    #[arg(long, value_name = "PATH")]
+    qmp: Option<PathBuf>,
+
+    /// How vCPUs of a foreign VM are held: by the CPU time of their threads, or by QEMU itself (`set-vcpu-dirty-limit`; needs a dirty ring, and limits only who fills it) [default: cgroup].
+    #[arg(long, value_name = "MEANS", requires = "qmp", value_parser = ["cgroup", "qmp"])]
+    by: Option<String>,
+
     /// Put back threads that a run which was killed has left in cgroups of their own, and end.
     #[arg(long)]
     clear: bool,
@@ -118,6 +127,8 @@ impl StunArgs {
             policy,
             config: config.stun.clone(),
             allow_foreign: self.allow_foreign,
+            qmp: self.qmp,
+            means: if self.by.as_deref() == Some("qmp") { Means::Qmp } else { Means::Cgroup },
             duration: self.duration,
             dry_run: self.dry_run,
         };
@@ -183,7 +194,11 @@ fn text(status: &StunStatus, first: bool) -> String {
         }
     }
     let lost = Duration::from_nanos(status.stun.guest_time_lost_ns);
-    let _ = writeln!(out, "; {} of guest time lost", display_duration(lost));
+    let _ = write!(out, "; {} of guest time lost", display_duration(lost));
+    if let Some(took) = status.vmm_answers_ms {
+        let _ = write!(out, "; its VMM answers in {took:.1} ms");
+    }
+    out.push('\n');
     if !status.stun.gave_up.is_empty() {
         let _ = writeln!(out, "  nobody is slowed any more: {}", status.stun.gave_up);
     }

@@ -1,10 +1,11 @@
-//! KVM processes that are not ours, as the kernel shows them. Thin: one interface a file. None of it acts on a VM, but for
-//! [`SoftDirty`], which takes a [`Permission`] for it.
+//! KVM processes that are not ours, as the kernel shows them, and the monitors that they offer. Thin: one interface a file. None of it acts on a VM, but for
+//! [`SoftDirty`], which takes a [`Permission`] for it, and what is ordered of a monitor ([`qmp`]).
 
 pub mod maps;
 pub mod memory;
 mod permission;
 pub mod process;
+pub mod qmp;
 pub mod soft_dirty;
 mod vm_read;
 pub mod vmm;

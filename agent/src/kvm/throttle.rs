@@ -186,6 +186,8 @@ impl Throttle {
             None => (in_all, HOLD, false),
             Some(space) => {
                 let Owed { debt, has_others, other_owes } = one.spaces.look(space, limit.rate, now);
+                // While the vCPU as a whole keeps to its limit nobody on it is held: whose pages are whose is an estimate, how many there are is not.
+                let (debt, other_owes) = (debt.min(in_all), other_owes && !in_all.is_zero());
                 let beyond = in_all.saturating_sub(GRACE);
                 if debt.is_zero() && beyond.is_zero() {
                     return other_owes.then_some(Hold { until: None, again: Some(WATCH), has_others });

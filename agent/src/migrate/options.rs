@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::model::BytesPerSecond;
-use crate::stun::StunPolicy;
+use crate::stun::{STRETCH, StunPolicy};
 
 /// How memory moves.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -119,7 +119,7 @@ impl Default for SourceOptions {
             max_rounds: 30,
             on_stuck: OnStuck::Stop,
             stun: StunPolicy::default(),
-            stun_stretch: 1.4,
+            stun_stretch: STRETCH,
             streams: 2,
             verify: false,
             stall: Duration::from_secs(10),

@@ -13,8 +13,9 @@ use toml::Spanned;
 
 use super::registry::{DEFAULT_RUN_DIR, DEFAULT_STATE_DIR};
 use crate::announce::Schedule;
+use crate::cgroup;
 use crate::migrate::{OnStuck, SourceOptions};
-use crate::model::units::parse_duration;
+use crate::model::units::{display_duration, parse_duration};
 use crate::model::{BytesPerSecond, VmId, VmRef};
 use crate::stun::StunPolicy;
 use crate::track::DEFAULT_BUDGET;
@@ -56,6 +57,8 @@ pub struct StunConfig {
     pub max_total: Duration,
     /// How long a limit takes to come down.
     pub ramp: Duration,
+    /// For how long a vCPU of a foreign VM may be held at a time, 10 ms to 1 s. A CPU limit below 10 % needs more than 10 ms.
+    pub longest_hold: Duration,
 }
 
 impl StunConfig {
@@ -68,7 +71,8 @@ impl StunConfig {
 impl Default for StunConfig {
     fn default() -> Self {
         let StunPolicy { max_share, max_total, ramp, .. } = StunPolicy::default();
-        Self { never: Vec::new(), foreign: Vec::new(), max_share, max_total, ramp }
+        let longest_hold = Duration::from_millis(50);
+        Self { never: Vec::new(), foreign: Vec::new(), max_share, max_total, ramp, longest_hold }
     }
 }
 
@@ -176,6 +180,7 @@ struct StunTable {
     max_share: Option<Share>,
     max_total: Option<Time>,
     ramp: Option<Time>,
+    longest_hold: Option<Hold>,
 }
 
 #[derive(Default, Deserialize)]
@@ -208,6 +213,20 @@ impl<'de> Deserialize<'de> for Share {
             Ok(Self(share))
         } else {
             Err(D::Error::custom(format!("{share} must be above 0 and at most 1 (0.01 is 1 %)")))
+        }
+    }
+}
+
+/// A time that a CPU limit can have as its period.
+struct Hold(Duration);
+
+impl<'de> Deserialize<'de> for Hold {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let Time(time) = Time::deserialize(deserializer)?;
+        if (cgroup::PERIOD..=cgroup::LONGEST_PERIOD).contains(&time) {
+            Ok(Self(time))
+        } else {
+            Err(D::Error::custom(format!("{} must be from 10ms to 1s", display_duration(time))))
         }
     }
 }
@@ -345,6 +364,7 @@ fn read(text: &str) -> Result<Config, Problem> {
             max_share: file.stun.max_share.map_or(defaults.stun.max_share, |share| share.0),
             max_total: file.stun.max_total.map_or(defaults.stun.max_total, |time| time.0),
             ramp: file.stun.ramp.map_or(defaults.stun.ramp, |time| time.0),
+            longest_hold: file.stun.longest_hold.map_or(defaults.stun.longest_hold, |hold| hold.0),
         },
     })
 }
@@ -430,6 +450,7 @@ mod tests {
             "max_share",
             "max_total",
             "ramp",
+            "longest_hold",
             "stall",
             "insecure_plaintext",
             "initial",
@@ -457,6 +478,7 @@ mod tests {
             ("version = 1\n[announce]\nround = 1", 3, "unknown field `round`"),
             ("version = 1\n[migrate]\non_stuck = 'pray'", 3, "unknown variant `pray`"),
             ("version = 1\n[stun]\nmax_share = 1.5", 3, "at most 1"),
+            ("version = 1\n[stun]\nlongest_hold = '5ms'", 3, "from 10ms to 1s"),
             ("version = 1\n\n[announce]\nmax = '200s'", 3, "longer than 100 s"),
             ("version = 1\nversion = 1", 2, "duplicate"),
             ("version = 1\n[migrate", 2, ""),

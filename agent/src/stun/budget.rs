@@ -13,6 +13,15 @@ use std::time::Duration;
 
 use crate::model::{PageCount, PagesPerSecond};
 
+/// How long a migration may take, in times that sending each page once takes, unless told otherwise: what is dirtied meanwhile is 40 % of memory then.
+pub const STRETCH: f64 = 1.4;
+
+/// What may be written while somebody else's pre-copy goes on, of which nothing is known but the link: rounds that shrink to a part p of the one before take
+/// 1/(1 - p) of the first all together, which is [`STRETCH`] with p = 1 - 1/1.4 of what the link carries.
+pub fn steady(goodput: PagesPerSecond) -> PagesPerSecond {
+    PagesPerSecond(goodput.0 * (1.0 - 1.0 / STRETCH))
+}
+
 /// The part of the link that is left free for what no forecast knows.
 const MARGIN: f64 = 0.05;
 /// And never more than this part of it may be dirtied: rounds that do not halve are no end in sight, however little is left.
@@ -66,7 +75,7 @@ impl Budget {
 mod tests {
     use super::*;
 
-    const BUDGET: Budget = Budget { stretch: 1.4, memory_time: Duration::from_millis(7) };
+    const BUDGET: Budget = Budget { stretch: STRETCH, memory_time: Duration::from_millis(7) };
     const GOODPUT: PagesPerSecond = PagesPerSecond(30_000.0);
 
     fn remaining(elapsed_ms: u64, unsent: u64, dirty: u64) -> Remaining {
@@ -97,6 +106,13 @@ mod tests {
         assert!((allowed(6000, 0, 5000) - 1500.0).abs() < 1.0 && (allowed(5599, 0, 90_000) - 1500.0).abs() < 1.0);
         let unknown = Remaining { goodput: PagesPerSecond(0.0), ..remaining(0, 1, 1) };
         assert_eq!(BUDGET.allowed(&unknown), None);
+    }
+
+    #[test]
+    fn rounds_with_a_steady_writer_take_what_was_said_in_all() {
+        let part = steady(GOODPUT).0 / GOODPUT.0;
+        let rounds: f64 = (0..40).map(|round| part.powi(round)).sum();
+        assert!((rounds - STRETCH).abs() < 1e-9 && part < MOST, "{rounds}");
     }
 
     /// A writer that takes all that it may: rounds as pre-copy makes them end in time.

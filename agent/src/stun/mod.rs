@@ -7,6 +7,6 @@ mod budget;
 mod controller;
 mod share;
 
-pub use budget::{Budget, Remaining};
+pub use budget::{Budget, Remaining, STRETCH, steady};
 pub use controller::{Controller, StunPolicy};
 pub use share::{Demand, share};

@@ -62,7 +62,7 @@ struct Row {
 }
 
 /// The suites, in their order.
-const SUITES: [Row; 11] = [
+const SUITES: [Row; 12] = [
     // What this kernel can do: the compatibility table's first half.
     Row { name: "doctor", source: Source::Agent(DOCTOR), only: &[], ignored_too: false, limit_s: 120 },
     // The machine on a KVM that is a module, with hardware page tables.
@@ -95,6 +95,14 @@ const SUITES: [Row; 11] = [
     Row { name: "kernel", source: Source::Integration("kernel"), only: &[], ignored_too: true, limit_s: 120 },
     Row { name: "linux", source: Source::Integration("linux"), only: &[], ignored_too: true, limit_s: 400 },
     Row { name: "foreign", source: Source::Integration("foreign"), only: &[], ignored_too: true, limit_s: 180 },
+    // Not only there, but with cgroups of version 2.
+    Row {
+        name: "stun-foreign",
+        source: Source::Integration("stun_foreign"),
+        only: &[],
+        ignored_too: false,
+        limit_s: 300,
+    },
     Row { name: "attribution", source: Source::Integration("attribution"), only: &[], ignored_too: true, limit_s: 240 },
     Row { name: "guest-names", source: Source::Integration("guest_names"), only: &[], ignored_too: true, limit_s: 180 },
     Row {

@@ -1,18 +1,21 @@
-//! The process that holds threads of foreign VMs at their limit: apart from whoever decides, so that its death or standstill releases them.
+//! The process that holds threads of foreign VMs at their limit, or has their VMM do so: apart from whoever decides, so that its death or standstill releases them.
 //!
 //! Owns the lease: what is not asked for again within a second ends. Both ends of its pipe are here. It does nothing but limit and put back, so that there is little in it
 //! that can fail; if it is killed itself, its groups are found by their names (`dunlin stun --clear`, and at the next start).
 
-use std::collections::BTreeMap;
-use std::io::{self, BufRead, BufReader, Write};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde_json::{Value, json};
 
-use crate::cgroup::LimitedThread;
+use crate::cgroup::{self, LimitedThread};
+use crate::foreign::qmp::Qmp;
 use crate::model::chain;
 use crate::port::THROTTLE_LEASE;
 
@@ -20,6 +23,8 @@ use crate::port::THROTTLE_LEASE;
 pub const COMMAND: &str = crate::cgroup::HOLDER;
 /// How long it may take to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a monitor may take to answer it.
+const MONITOR_PATIENCE: Duration = Duration::from_secs(2);
 /// No line is longer.
 const MOST_BYTES: usize = 4096;
 
@@ -44,19 +49,21 @@ pub struct Holder {
 }
 
 impl Holder {
-    /// Starts it.
+    /// Starts it; it holds no thread for longer than `longest_hold` at a time.
     ///
     /// # Errors
     /// What the kernel answered.
-    pub fn start() -> io::Result<Self> {
+    pub fn start(longest_hold: Duration) -> Result<Self, HolderError> {
         let mut command = Command::new(std::env::current_exe()?);
         // In a group of its own: Ctrl-C is for whoever decides, who then lets go in good order.
         command.arg(COMMAND).stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0);
         let mut child = command.spawn()?;
         let (Some(orders), Some(answers)) = (child.stdin.take(), child.stdout.take()) else {
-            return Err(io::Error::other("its pipes were not made"));
+            return Err(io::Error::other("its pipes were not made").into());
         };
-        Ok(Self { child, orders: Some(orders), answers: BufReader::new(answers) })
+        let mut holder = Self { child, orders: Some(orders), answers: BufReader::new(answers) };
+        holder.ask(&format!("longest-hold {}", longest_hold.as_micros()))?;
+        Ok(holder)
     }
 
     /// Has it take a thread, without a limit yet.
@@ -95,6 +102,40 @@ impl Holder {
         self.ask("renew").map(drop)
     }
 
+    /// Has it connect to a monitor, for the orders below.
+    ///
+    /// # Errors
+    /// It says why not.
+    pub fn connect(&mut self, monitor: &Path) -> Result<(), HolderError> {
+        self.ask(&format!("monitor {}", monitor.display())).map(drop)
+    }
+
+    /// Has the VMM itself limit a vCPU, in MB/s.
+    ///
+    /// # Errors
+    /// It says why not.
+    pub fn dirty_limit(&mut self, vcpu: u32, megabytes: u64) -> Result<(), HolderError> {
+        self.ask(&format!("dirty-limit {vcpu} {megabytes}")).map(drop)
+    }
+
+    /// Has the VMM limit a vCPU no more.
+    ///
+    /// # Errors
+    /// It says why not.
+    pub fn cancel_dirty_limit(&mut self, vcpu: u32) -> Result<(), HolderError> {
+        self.ask(&format!("cancel-dirty-limit {vcpu}")).map(drop)
+    }
+
+    /// How long the VMM takes to answer.
+    ///
+    /// # Errors
+    /// It does not.
+    pub fn vmm_answers(&mut self) -> Result<Duration, HolderError> {
+        let answer = self.ask("answers")?;
+        let took = answer.parse().map(Duration::from_nanos);
+        took.map_err(|_| HolderError::Refused(format!("its answer is not understood: {answer}")))
+    }
+
     fn ask(&mut self, order: &str) -> Result<String, HolderError> {
         let orders = self.orders.as_mut().ok_or_else(|| io::Error::from(io::ErrorKind::BrokenPipe))?;
         orders.write_all(format!("{order}\n").as_bytes())?;
@@ -117,8 +158,18 @@ impl Holder {
 impl Drop for Holder {
     fn drop(&mut self) {
         drop(self.orders.take());
-        // It puts its threads back and ends; that takes no longer than a lease.
-        let _ = self.child.wait();
+        // It puts its threads back and ends, which closes its answers.
+        while readable(self.answers.get_ref(), PATIENCE).unwrap_or(false) {
+            if !matches!(self.answers.read(&mut [0; 512]), Ok(1..)) {
+                let _ = self.child.wait();
+                return;
+            }
+        }
+        tracing::warn!("the process {} that holds vCPUs does not end: it is killed", self.child.id());
+        let _ = (self.child.kill(), self.child.wait());
+        if let Err(error) = crate::cgroup::clear() {
+            tracing::warn!("{error}");
+        }
     }
 }
 
@@ -140,55 +191,205 @@ fn readable(from: impl AsFd, limit: Duration) -> io::Result<bool> {
 /// # Errors
 /// Its pipes fail; all threads are back then, too.
 pub fn serve(orders: impl AsFd, mut answers: impl Write) -> io::Result<()> {
-    let mut threads: BTreeMap<u32, LimitedThread> = BTreeMap::new();
-    let mut unread: Vec<u8> = Vec::new();
+    let mut held = Held::default();
+    let mut lines = Lines::default();
     while readable(&orders, THROTTLE_LEASE)? {
         let mut part = [0; 512];
         let count = rustix::io::read(&orders, &mut part)?;
-        if count == 0 {
+        if count == 0 || !lines.add(&part[..count]) {
             break;
         }
-        unread.extend_from_slice(&part[..count]);
-        while let Some(end) = unread.iter().position(|&byte| byte == b'\n') {
-            let line: Vec<u8> = unread.drain(..=end).collect();
-            let answer = match obey(&mut threads, &String::from_utf8_lossy(&line)) {
+        while let Some(line) = lines.next() {
+            let answer = match Order::parse(&line).and_then(|order| held.obey(&order)) {
                 Ok(answer) => format!("ok {answer}\n"),
                 Err(why) => format!("error {}\n", why.replace('\n', "; ")),
             };
-            answers.write_all(answer.as_bytes())?;
-            answers.flush()?;
-        }
-        if unread.len() > MOST_BYTES {
-            break;
+            match answers.write_all(answer.as_bytes()).and_then(|()| answers.flush()) {
+                // Who asked is gone.
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
+                written => written?,
+            }
         }
     }
     Ok(())
 }
 
-fn obey(threads: &mut BTreeMap<u32, LimitedThread>, line: &str) -> Result<String, String> {
-    let words: Vec<&str> = line.split_ascii_whitespace().collect();
-    let number = |word: &str| word.parse::<u32>().map_err(|_| format!("`{word}` is no number"));
-    match words.as_slice() {
-        ["renew"] => Ok(String::new()),
-        ["take", process, thread] => {
-            let (process, thread) = (number(process)?, number(thread)?);
-            let limited = LimitedThread::take(process, thread).map_err(|error| chain(&error))?;
-            threads.insert(thread, limited);
-            Ok(String::new())
-        }
-        ["limit", thread, share] => {
-            let limited = threads.get(&number(thread)?).ok_or_else(|| format!("thread {thread} was not taken"))?;
-            let share = share.parse().map_err(|_| format!("`{share}` is no share"))?;
-            let holds = limited.limit(share).map_err(|error| chain(&error))?;
-            let held = limited.held().map_err(|error| chain(&error))?;
-            Ok(format!("{holds} {}", held.as_nanos()))
-        }
-        ["release", thread] => {
-            let limited = threads.remove(&number(thread)?).ok_or_else(|| format!("thread {thread} was not taken"))?;
-            limited.put_back().map(|()| String::new()).map_err(|error| chain(&error))
-        }
-        _ => Err(format!("`{}` is no order", line.trim_end())),
+/// Bytes cut into lines.
+#[derive(Debug, Default)]
+struct Lines {
+    unread: Vec<u8>,
+}
+
+impl Lines {
+    /// Takes bytes in; false: there is no line in more bytes than a line may have.
+    fn add(&mut self, bytes: &[u8]) -> bool {
+        self.unread.extend_from_slice(bytes);
+        self.unread.len() <= MOST_BYTES || self.unread.contains(&b'\n')
     }
+
+    fn next(&mut self) -> Option<String> {
+        let end = self.unread.iter().position(|&byte| byte == b'\n')?;
+        let line: Vec<u8> = self.unread.drain(..=end).collect();
+        Some(String::from_utf8_lossy(&line).trim_end().to_owned())
+    }
+}
+
+/// What the holder can be told.
+#[derive(Clone, Debug, PartialEq)]
+enum Order {
+    /// Go on.
+    Renew,
+    /// Hold nobody for longer at a time, from the next limit on.
+    LongestHold(Duration),
+    Take {
+        process: u32,
+        thread: u32,
+    },
+    Limit {
+        thread: u32,
+        share: f64,
+    },
+    Release {
+        thread: u32,
+    },
+    /// Speak to this monitor.
+    Monitor(PathBuf),
+    DirtyLimit {
+        vcpu: u32,
+        megabytes: u64,
+    },
+    CancelDirtyLimit {
+        vcpu: u32,
+    },
+    /// Time the monitor.
+    Answers,
+}
+
+impl Order {
+    fn parse(line: &str) -> Result<Self, String> {
+        fn number<T: std::str::FromStr>(word: &str) -> Result<T, String> {
+            word.parse().map_err(|_| format!("`{word}` is no number"))
+        }
+        if let Some(path) = line.strip_prefix("monitor ") {
+            return Ok(Self::Monitor(PathBuf::from(path)));
+        }
+        let words: Vec<&str> = line.split_ascii_whitespace().collect();
+        match words.as_slice() {
+            ["renew"] => Ok(Self::Renew),
+            ["longest-hold", micros] => Ok(Self::LongestHold(Duration::from_micros(number(micros)?))),
+            ["take", process, thread] => Ok(Self::Take { process: number(process)?, thread: number(thread)? }),
+            ["limit", thread, share] => Ok(Self::Limit { thread: number(thread)?, share: number(share)? }),
+            ["release", thread] => Ok(Self::Release { thread: number(thread)? }),
+            ["dirty-limit", vcpu, megabytes] => {
+                Ok(Self::DirtyLimit { vcpu: number(vcpu)?, megabytes: number(megabytes)? })
+            }
+            ["cancel-dirty-limit", vcpu] => Ok(Self::CancelDirtyLimit { vcpu: number(vcpu)? }),
+            ["answers"] => Ok(Self::Answers),
+            _ => Err(format!("`{line}` is no order")),
+        }
+    }
+}
+
+/// What a holder holds.
+#[derive(Debug)]
+struct Held {
+    threads: BTreeMap<u32, LimitedThread>,
+    longest_hold: Duration,
+    monitor: Option<Qmp>,
+    /// vCPUs that the VMM was told to limit.
+    dirty_limited: BTreeSet<u32>,
+}
+
+impl Default for Held {
+    fn default() -> Self {
+        Self { threads: BTreeMap::new(), longest_hold: cgroup::PERIOD, monitor: None, dirty_limited: BTreeSet::new() }
+    }
+}
+
+impl Held {
+    fn obey(&mut self, order: &Order) -> Result<String, String> {
+        let not_taken = |thread: u32| format!("thread {thread} was not taken");
+        match *order {
+            Order::Renew => {}
+            Order::Monitor(ref path) => {
+                self.monitor = Some(Qmp::connect(path, MONITOR_PATIENCE).map_err(|error| chain(&error))?);
+            }
+            Order::DirtyLimit { vcpu, megabytes } => {
+                self.dirty_limited.insert(vcpu);
+                let arguments = json!({ "cpu-index": vcpu, "dirty-rate": megabytes.max(1) });
+                self.order("set-vcpu-dirty-limit", &arguments)?;
+            }
+            Order::CancelDirtyLimit { vcpu } => {
+                self.order("cancel-vcpu-dirty-limit", &json!({ "cpu-index": vcpu }))?;
+                self.dirty_limited.remove(&vcpu);
+            }
+            Order::Answers => {
+                let began = Instant::now();
+                self.order("query-status", &json!({}))?;
+                return Ok(began.elapsed().as_nanos().to_string());
+            }
+            Order::LongestHold(time) => self.longest_hold = time,
+            Order::Take { process, thread } => {
+                let limited = LimitedThread::take(process, thread).map_err(|error| chain(&error))?;
+                self.threads.insert(thread, limited);
+            }
+            Order::Limit { thread, share } => {
+                let limited = self.threads.get_mut(&thread).ok_or_else(|| not_taken(thread))?;
+                let holds = limited.limit(share, self.longest_hold).map_err(|error| chain(&error))?;
+                let held = limited.held().map_err(|error| chain(&error))?;
+                return Ok(format!("{holds} {}", held.as_nanos()));
+            }
+            Order::Release { thread } => {
+                let limited = self.threads.remove(&thread).ok_or_else(|| not_taken(thread))?;
+                limited.put_back().map_err(|error| chain(&error))?;
+            }
+        }
+        Ok(String::new())
+    }
+
+    fn order(&mut self, name: &str, arguments: &Value) -> Result<(), String> {
+        let monitor = self.monitor.as_mut().ok_or("no monitor was named")?;
+        monitor.order(name, arguments, MONITOR_PATIENCE).map(drop).map_err(|error| chain(&error))
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        for vcpu in std::mem::take(&mut self.dirty_limited) {
+            if let Err(error) = self.order("cancel-vcpu-dirty-limit", &json!({ "cpu-index": vcpu })) {
+                tracing::warn!("vCPU {vcpu} may still be limited by its VMM (`cancel-vcpu-dirty-limit`): {error}");
+            }
+        }
+    }
+}
+
+/// Takes any bytes as orders, and obeys none.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) fn fuzz(input: &[u8]) {
+    let mut lines = Lines::default();
+    for part in input.chunks(7) {
+        if !lines.add(part) {
+            assert!(input.len() > MOST_BYTES, "a line that is not too long was refused");
+            return;
+        }
+        while let Some(line) = lines.next() {
+            assert!(!line.contains('\n'));
+            if let Ok(Order::Limit { share, .. }) = Order::parse(&line) {
+                // Whatever it is, it becomes a limit or none.
+                let _ = share.to_string();
+            }
+        }
+    }
+}
+
+/// One of each.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) fn fuzz_seeds() -> Vec<Vec<u8>> {
+    vec![
+        b"longest-hold 50000\nrenew\ntake 17 18\nlimit 18 0.25\nrelease 18\nmonitor /run/a b\n\
+        dirty-limit 1 33\ncancel-dirty-limit 1\nanswers\n"
+            .to_vec(),
+    ]
 }
 
 #[cfg(test)]
@@ -212,6 +413,12 @@ mod tests {
         assert_eq!(ask("renew"), "ok");
         assert_eq!(ask("limit 7 0.5"), "error thread 7 was not taken");
         assert_eq!(ask("limit x 0.5"), "error `x` is no number");
+        assert_eq!(ask("dirty-limit 1 33"), "error no monitor was named");
+        assert!(ask("monitor /nowhere/qmp").starts_with("error no monitor answers at /nowhere/qmp"));
+        assert_eq!(
+            (ask("longest-hold 50000"), ask("longest-hold -1")),
+            ("ok".into(), "error `-1` is no number".into())
+        );
         assert_eq!(ask("nonsense"), "error `nonsense` is no order");
         assert!(ask("take 4194304 4194304").starts_with("error "), "no such thread");
         let began = Instant::now();

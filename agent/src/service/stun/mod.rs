@@ -3,6 +3,7 @@
 //! Joins what is seen of the VM, the policy of stunning, and an actuator: `hosted` asks the VM's own process, `foreign` has a separate process limit the CPU time of single vCPU
 //! threads. Must not know how a vCPU is held.
 
+mod answers;
 mod foreign;
 pub mod holder;
 mod hosted;
@@ -24,18 +25,17 @@ use super::profile::names;
 use super::watch::WatchError;
 use crate::cgroup::{self, CgroupError};
 use crate::foreign::Permission;
+use crate::foreign::qmp::QmpError;
 use crate::model::schema::Schema;
 use crate::model::units::display_duration;
 use crate::model::{BytesPerSecond, PAGE_SIZE, PagesPerSecond, StunReport, VcpuLimit, VmRef, VmWrites};
 use crate::port::EventSourceError;
-use crate::stun::{Controller, StunPolicy};
+use crate::stun::{Controller, StunPolicy, steady};
 
 /// How often writers are looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// How often is reported.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
-/// With this part of the link for what is dirtied anew, pre-copy takes 1.4 times as long as sending each page once.
-const PART_OF_LINK: f64 = 0.28;
 
 /// To what writers are slowed.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -47,6 +47,16 @@ pub enum Goal {
         /// The link's goodput.
         bandwidth: BytesPerSecond,
     },
+}
+
+/// How vCPUs of foreign VMs are held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Means {
+    /// By the CPU time of their threads.
+    #[default]
+    Cgroup,
+    /// By their VMM, told over its monitor.
+    Qmp,
 }
 
 /// What to do.
@@ -66,6 +76,10 @@ pub struct StunRequest {
     pub config: StunConfig,
     /// Whether a flag allows it for a foreign VM.
     pub allow_foreign: bool,
+    /// The monitor of a foreign VM's VMM.
+    pub qmp: Option<PathBuf>,
+    /// How a foreign VM is held.
+    pub means: Means,
     /// For how long; none: until a signal.
     pub duration: Option<Duration>,
     /// Only say what would be done.
@@ -77,8 +91,11 @@ pub struct StunRequest {
 pub struct StunStatus {
     /// Whose.
     pub vm: Observed,
-    /// How it is held: `throttle` (the VM's own process) or `cgroup`.
+    /// How it is held: `throttle` (the VM's own process), `cgroup`, or `qmp` (its VMM).
     pub by: &'static str,
+    /// How long its VMM took to answer when it was last asked, or has been taking; absent unless its monitor was named.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vmm_answers_ms: Option<f64>,
     /// What may be written; absent while no migration is seen.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub allowed_pages_per_second: Option<f64>,
@@ -147,6 +164,9 @@ pub enum StunError {
     /// The holder.
     #[error(transparent)]
     Holder(#[from] holder::HolderError),
+    /// The VMM's monitor.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
     /// No cgroups.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
@@ -182,6 +202,11 @@ trait Actuator {
     /// Whether somebody else moves the VM at present.
     fn is_moved(&self) -> bool;
 
+    /// How long the VMM takes to answer, if it is asked.
+    fn vmm_answers(&self) -> Option<Duration> {
+        None
+    }
+
     /// Limits, until the next look at most for a lease.
     fn limit(&mut self, limits: &[Option<VcpuLimit>]) -> Result<(), StunError>;
 
@@ -208,6 +233,9 @@ pub fn stun(
     }
     let state_dir = found.entry.as_ref().map_or(&request.state_dir, |entry| &entry.state_dir).clone();
     let mut actuator: Box<dyn Actuator> = if found.entry.is_some() {
+        if request.qmp.is_some() || request.means == Means::Qmp {
+            return Err(StunError::Goal(format!("`{}` is a VM that dunlin runs: it has no QMP monitor", found.name)));
+        }
         Box::new(hosted::Hosted::open(request, &found)?)
     } else {
         Box::new(foreign::Foreign::open(request, permission(request, &found)?)?)
@@ -272,7 +300,7 @@ fn control(
         let allowed = match request.goal {
             Goal::Target(rate) => Some(rate),
             Goal::FollowMigration { bandwidth } if is_moved => {
-                Some(PagesPerSecond(bandwidth.0 as f64 * PART_OF_LINK / PAGE_SIZE as f64))
+                Some(steady(PagesPerSecond(bandwidth.0 as f64 / PAGE_SIZE as f64)))
             }
             Goal::FollowMigration { .. } => None,
         };
@@ -287,6 +315,7 @@ fn control(
             let status = StunStatus {
                 vm: Observed::of(vm),
                 by: actuator.by(),
+                vmm_answers_ms: actuator.vmm_answers().map(|took| took.as_secs_f64() * 1e3),
                 allowed_pages_per_second: allowed.map(|rate| rate.0),
                 vcpus: at_present(before.as_ref(), &writes, &limits),
                 dry_run: request.dry_run,
