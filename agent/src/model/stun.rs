@@ -73,6 +73,10 @@ pub struct VcpuStun {
     pub mean_limit_pages_per_second: f64,
     /// What it wrote per second while it was limited.
     pub limited_pages_per_second: f64,
+    /// The mean of its limits from a second after it was limited first on; 0 if it was not limited for so long.
+    pub settled_limit_pages_per_second: f64,
+    /// What it wrote per second from then on.
+    pub settled_pages_per_second: f64,
     /// How long it was limited.
     pub limited_ns: u64,
     /// How long it was held: guest time that was lost.

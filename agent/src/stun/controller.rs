@@ -15,6 +15,8 @@ use crate::model::{PagesPerSecond, StunReport, VcpuLimit, VcpuStun, VcpuWrites, 
 
 /// A limited vCPU that was not held for so long wants no more than its limit.
 const CALM: Duration = Duration::from_millis(500);
+/// So long after it was limited first a vCPU is to write what it may.
+const SETTLED: Duration = Duration::from_secs(1);
 /// Looks that lie closer together say nothing of rates.
 const SHORTEST_LOOK: Duration = Duration::from_millis(5);
 
@@ -58,8 +60,31 @@ struct State {
     /// What it writes per second of the time for which it is not held.
     speed: f64,
     done: VcpuStun,
-    limited_pages: f64,
-    allowed_pages: f64,
+    limited: Sums,
+    /// From [`SETTLED`] on.
+    settled: Sums,
+}
+
+/// What was written under limits, and what could have been.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sums {
+    seconds: f64,
+    pages: f64,
+    allowed: f64,
+}
+
+impl Sums {
+    fn add(&mut self, seconds: f64, pages: f64, limit: f64) {
+        self.seconds += seconds;
+        self.pages += pages;
+        self.allowed += limit * seconds;
+    }
+
+    /// Per second: written, and allowed.
+    fn rates(&self) -> (f64, f64) {
+        let seconds = if self.seconds > 0.0 { self.seconds } else { 1.0 };
+        (self.pages / seconds, self.allowed / seconds)
+    }
 }
 
 /// The feedback loop of one VM.
@@ -148,10 +173,16 @@ impl Controller {
             .vcpus
             .iter()
             .filter(|state| state.done.held_ns > 0)
-            .map(|state| VcpuStun {
-                limited_pages_per_second: state.limited_pages / (state.done.limited_ns.max(1) as f64 / 1e9),
-                mean_limit_pages_per_second: state.allowed_pages / (state.done.limited_ns.max(1) as f64 / 1e9),
-                ..state.done.clone()
+            .map(|state| {
+                let (limited_pages_per_second, mean_limit_pages_per_second) = state.limited.rates();
+                let (settled_pages_per_second, settled_limit_pages_per_second) = state.settled.rates();
+                VcpuStun {
+                    mean_limit_pages_per_second,
+                    limited_pages_per_second,
+                    settled_limit_pages_per_second,
+                    settled_pages_per_second,
+                    ..state.done.clone()
+                }
             })
             .collect();
         StunReport {
@@ -181,8 +212,10 @@ impl State {
         match self.limit {
             Some(limit) => {
                 self.ramp.1 += span;
-                self.limited_pages += pages;
-                self.allowed_pages += limit * seconds;
+                if self.limited.seconds >= SETTLED.as_secs_f64() {
+                    self.settled.add(seconds, pages, limit);
+                }
+                self.limited.add(seconds, pages, limit);
                 self.done.limited_ns += span.as_nanos() as u64;
                 self.done.held_ns += held_ns;
                 self.done.guest_held_ns += now.guest_held_ns.saturating_sub(before.guest_held_ns);

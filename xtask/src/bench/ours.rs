@@ -70,8 +70,8 @@ struct Stun {
 /// A writer that was slowed.
 #[derive(Clone, Copy, Debug, Deserialize)]
 pub(super) struct Writer {
-    pub(super) limited_pages_per_second: f64,
-    pub(super) mean_limit_pages_per_second: f64,
+    pub(super) settled_pages_per_second: f64,
+    pub(super) settled_limit_pages_per_second: f64,
     pub(super) held_ns: u64,
 }
 

@@ -37,7 +37,7 @@ Guest: 512 MiB, 2 vCPUs; vCPU 0 beats on the serial console each millisecond and
 set of 256 MiB filled with random data (the writer). Source and target are on this host, joined by loopback TCP of 1 Gbit/s (each side's own limit).
   total_ratio      total / (bytes of the non-zero pages of our first round / 125 MB/s)
   guest_gap        step of the guest's TSC between the bystander's beats around the switch, less its period
-  quota_error      |what the writer wrote per second while it was limited / the mean of its limits - 1|
+  quota_error      |what the writer wrote per second / the mean of its limits - 1|, from a second after it was limited first on
   beats_lost       1 - beats per second during the migration, without the switch / the control's
   p99_worse        99th percentile of the time between two beats / the control's - 1
   control          the same guest, not migrated, while another process sends the same bytes at the same rate (raw TCP); noise: the same figure of two halves of one control
@@ -136,9 +136,12 @@ pub(super) fn run(places: &Places, effort: &Effort) -> Result<Vec<Row>> {
             rounds[index].push(report.rounds());
             match report.writer() {
                 Some(writer) => {
-                    quota[index].push(
-                        (writer.limited_pages_per_second / writer.mean_limit_pages_per_second - 1.0).abs() * 100.0,
-                    );
+                    let (wrote, limit) = (writer.settled_pages_per_second, writer.settled_limit_pages_per_second);
+                    if limit > 0.0 {
+                        quota[index].push((wrote / limit - 1.0).abs() * 100.0);
+                    } else {
+                        quota[index].push_none();
+                    }
                     lost[index].push(writer.held_ns as f64 / 1e6);
                 }
                 None => {
