@@ -11,8 +11,8 @@ use crate::kvm::virtio::GuestStats;
 use crate::model::schema::Schema;
 use crate::model::{
     AddressSpace, AnnounceReport, AnnounceRound, BlackoutLedger, BlackoutPhase, BytesPerSecond, CurvePoint, Ending,
-    Gfn, Gpa, GuestProcess, GuestWrite, Gva, MemoryRange, MigrationId, MigrationReport, Owner, PageCount, RegionHeat,
-    RoundReport, Stage, Station, StunReport, VcpuStun, VmId, WriteCurve, Writer,
+    Gfn, Gpa, GuestProcess, GuestWrite, Gva, MemoryRange, MigrationId, MigrationReport, Owner, PageCount,
+    PostCopyReport, RegionHeat, RoundReport, Stage, Station, StunReport, VcpuStun, VmId, WriteCurve, Writer,
 };
 use crate::port::Protected;
 use crate::service::balloon::{BalloonReport, HintReport};
@@ -60,6 +60,7 @@ fn migration() -> Value {
         blackout,
         rtt_ns: 0,
         verified_pages: 0,
+        post_copy: Some(PostCopyReport::default()),
         stun: Some(stun_report()),
     })
 }

@@ -40,7 +40,8 @@ pub(super) struct MigrateArgs {
     #[arg(long, value_name = "ADDRESS")]
     to: Address,
 
-    /// pre-copy or stop-and-copy.
+    /// pre-copy, stop-and-copy, post-copy or hybrid. With the last two the VM runs at the target before its memory is there: if either host or the link between them is lost before
+    /// all has moved, so is the VM.
     #[arg(long, default_value_t = Strategy::PreCopy)]
     strategy: Strategy,
 
@@ -59,6 +60,10 @@ pub(super) struct MigrateArgs {
     /// Give up pre-copy after so many rounds, 1 to 1000, and stop the VM for the rest [default: 30].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     max_rounds: Option<u32>,
+
+    /// Rounds of `hybrid` before the VM moves, 1 to 30.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=30))]
+    hybrid_rounds: u32,
 
     /// What to do when pre-copy does not end by itself: stop (pause the VM for the rest), stun (slow the writers that keep it from ending) or cancel
     /// [default: stop].
@@ -91,6 +96,7 @@ impl MigrateArgs {
             strategy: self.strategy,
             bandwidth: self.bandwidth.or(configured.bandwidth),
             downtime: self.downtime.unwrap_or(configured.downtime),
+            hybrid_rounds: self.hybrid_rounds,
             max_rounds: self.max_rounds.unwrap_or(configured.max_rounds),
             on_stuck: self.on_stuck.unwrap_or(configured.on_stuck),
             streams: self.streams.unwrap_or(configured.streams),
@@ -177,6 +183,26 @@ fn describe(report: &MigrationReport) -> String {
             let phase = serde_json::to_string(&entry.phase).unwrap_or_default();
             text += &format!("    {:<18} {}\n", phase.trim_matches('"'), ns(entry.duration_ns));
         }
+    }
+    if let Some(owed) = &report.post_copy {
+        text += &format!(
+            "  owed       {} pages when it ran there; {} sent ({} zero), {} because they were asked for, {} in {}\n",
+            owed.owed_pages,
+            owed.sent_pages,
+            owed.zero_pages,
+            owed.asked_pages,
+            display_bytes(owed.wire_bytes),
+            ns(owed.duration_ns)
+        );
+        let waits = &owed.waits;
+        text += &format!(
+            "  waits      {} pages were waited for: median {}, 99 of 100 within {}, at most {}, {} in all\n",
+            waits.count,
+            ns(waits.p50_ns),
+            ns(waits.p99_ns),
+            ns(waits.max_ns),
+            ns(waits.sum_ns)
+        );
     }
     for vcpu in report.stun.iter().flat_map(|stun| &stun.vcpus) {
         text += &format!(

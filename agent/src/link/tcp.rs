@@ -27,6 +27,8 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(1);
 const TICK: Duration = Duration::from_millis(250);
 /// Runs up to this size are copied and gathered; longer ones go out of guest memory directly.
 const GATHER_RUN_BYTES: usize = 32 << 10;
+/// So much may wait in the socket that the kernel has not sent yet.
+const UNSENT_BYTES: u32 = 256 << 10;
 /// So much is gathered before it is written, and read ahead behind a run.
 const BUFFER_BYTES: usize = 128 << 10;
 
@@ -271,12 +273,9 @@ impl<M: Serialize + DeserializeOwned + 'static> SourceLink<M> for TcpSource<M> {
         let stream = connect(&self.address)?;
         set_up(&stream, GREETING_LIMIT, self.stall).map_err(io_error("opening a page stream"))?;
         greet(&stream, &Hello::new(Purpose::Bulk(index), migration))?;
-        Ok(Box::new(TcpBulkSender {
-            stream,
-            stall: self.stall,
-            sequence: 0,
-            gathered: Vec::with_capacity(BUFFER_BYTES),
-        }))
+        // What waits in the socket is in front of whatever is asked for next; the kernel may refuse, and it is only slower then.
+        let _ = socket2::SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT_BYTES);
+        Ok(Box::new(TcpBulkSender::new(stream, self.stall)))
     }
 
     fn redial(&mut self) -> Result<(), LinkError> {
@@ -415,7 +414,7 @@ impl<M: Serialize + DeserializeOwned + 'static> TargetLink<M> for TcpTarget<'_, 
                     let slot =
                         slot.ok_or_else(|| LinkError::Protocol(format!("page stream {index} twice or beyond")))?;
                     set_up(&arrival.stream, TICK, self.stall).map_err(io_error(doing))?;
-                    *slot = Some(Box::new(TcpBulkReceiver::new(arrival.stream)));
+                    *slot = Some(Box::new(TcpBulkReceiver::new(arrival.stream, self.stall)));
                 }
                 _ => tracing::warn!(%migration, "dropped a connection of another migration"),
             }
@@ -447,6 +446,10 @@ struct TcpBulkSender {
 }
 
 impl TcpBulkSender {
+    fn new(stream: TcpStream, stall: Duration) -> Self {
+        Self { stream, stall, sequence: 0, gathered: Vec::with_capacity(BUFFER_BYTES) }
+    }
+
     fn header(&mut self, frame: BulkFrame) -> u64 {
         self.gathered.extend_from_slice(&wire::encode_bulk(self.sequence, frame));
         self.sequence = self.sequence.wrapping_add(1);
@@ -518,6 +521,22 @@ impl BulkSender for TcpBulkSender {
         self.flush_with(&[])?;
         Ok(sent)
     }
+
+    fn want(&mut self, region: RegionId, run: PageRun) -> Result<u64, LinkError> {
+        let sent = self.header(BulkFrame::Want(region, run));
+        self.flush_with(&[])?;
+        Ok(sent)
+    }
+
+    fn flush(&mut self) -> Result<(), LinkError> {
+        self.flush_with(&[])
+    }
+
+    fn answers(&mut self) -> Result<Box<dyn BulkReceiver>, LinkError> {
+        let doing = "reading requests";
+        self.stream.set_read_timeout(Some(TICK)).map_err(io_error(doing))?;
+        Ok(Box::new(TcpBulkReceiver::new(self.stream.try_clone().map_err(io_error(doing))?, self.stall)))
+    }
 }
 
 /// Receives runs straight into guest memory; what arrives behind a run is kept for the next headers.
@@ -527,11 +546,12 @@ struct TcpBulkReceiver {
     ahead: Box<[u8]>,
     start: usize,
     end: usize,
+    stall: Duration,
 }
 
 impl TcpBulkReceiver {
-    fn new(stream: TcpStream) -> Self {
-        Self { stream, sequence: 0, ahead: vec![0; BUFFER_BYTES].into_boxed_slice(), start: 0, end: 0 }
+    fn new(stream: TcpStream, stall: Duration) -> Self {
+        Self { stream, sequence: 0, stall, ahead: vec![0; BUFFER_BYTES].into_boxed_slice(), start: 0, end: 0 }
     }
 
     /// One `readv` into `target` and, behind it, the look-ahead buffer (which is empty then). Returns the bytes that
@@ -576,12 +596,13 @@ impl BulkReceiver for TcpBulkReceiver {
             BulkFrame::Pages(region, run) => BulkItem::Pages(region, run),
             BulkFrame::Zeros(region, run) => BulkItem::Zeros(region, run),
             BulkFrame::EndRound(round) => BulkItem::EndRound(round),
+            BulkFrame::Want(region, run) => BulkItem::Want(region, run),
         })
     }
 
     fn read_into(&mut self, target: BytesView<'_>, keep_waiting: &mut dyn FnMut() -> bool) -> Result<(), LinkError> {
         // SAFETY: the view is valid for writes of its length (it is made of atomics) for as long as it is borrowed. The
-        // VM does not run yet; a hostile peer could at most make two streams write the same plain bytes.
+        // VM does not run yet, or waits for these pages; a hostile peer could at most make two streams write the same plain bytes.
         let target = unsafe { std::slice::from_raw_parts_mut(target.as_ptr().cast::<u8>().cast_mut(), target.len()) };
         let have = target.len().min(self.end - self.start);
         target[..have].copy_from_slice(&self.ahead[self.start..self.start + have]);
@@ -592,6 +613,11 @@ impl BulkReceiver for TcpBulkReceiver {
             filled += self.fill(&mut target[filled..], keep_waiting)?;
         }
         Ok(())
+    }
+
+    fn back(&mut self) -> Result<Box<dyn BulkSender>, LinkError> {
+        let stream = self.stream.try_clone().map_err(io_error("opening the way back"))?;
+        Ok(Box::new(TcpBulkSender::new(stream, self.stall)))
     }
 }
 

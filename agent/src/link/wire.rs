@@ -261,6 +261,8 @@ pub enum BulkFrame {
     Zeros(RegionId, PageRun),
     /// A round ends.
     EndRound(u32),
+    /// Pages that the other end is to send at once.
+    Want(RegionId, PageRun),
 }
 
 /// The header of a page-stream frame.
@@ -270,6 +272,7 @@ pub fn encode_bulk(sequence: u32, frame: BulkFrame) -> [u8; BULK_HEADER_BYTES] {
         BulkFrame::Pages(region, run) => (2, region.0, run.count, run.first.0),
         BulkFrame::Zeros(region, run) => (3, region.0, run.count, run.first.0),
         BulkFrame::EndRound(round) => (4, 0, round, 0),
+        BulkFrame::Want(region, run) => (5, region.0, run.count, run.first.0),
     };
     let mut raw = RawBulk {
         magic: U16::new(BULK_MAGIC),
@@ -307,12 +310,13 @@ pub fn decode_bulk(bytes: &[u8; BULK_HEADER_BYTES], wanted: u32) -> Result<BulkF
     let run = PageRun::new(raw.first.get(), raw.count.get());
     match raw.kind.get() {
         1 => Ok(BulkFrame::StartRound { round: raw.count.get(), digested: raw.first.get() == 1 }),
-        2 if run.count > MAX_RUN_PAGES => {
+        2 | 5 if run.count > MAX_RUN_PAGES => {
             Err(WireError::Limit { what: "run of pages", value: u64::from(run.count), limit: u64::from(MAX_RUN_PAGES) })
         }
         2 => Ok(BulkFrame::Pages(region, run)),
         3 => Ok(BulkFrame::Zeros(region, run)),
         4 => Ok(BulkFrame::EndRound(raw.count.get())),
+        5 => Ok(BulkFrame::Want(region, run)),
         _ => Err(WireError::Kind("page-stream frame")),
     }
 }
@@ -330,6 +334,7 @@ mod tests {
             run().prop_map(|(region, first, count)| BulkFrame::Pages(RegionId(region), PageRun::new(first, count))),
             run().prop_map(|(region, first, count)| BulkFrame::Zeros(RegionId(region), PageRun::new(first, count))),
             any::<u32>().prop_map(BulkFrame::EndRound),
+            run().prop_map(|(region, first, count)| BulkFrame::Want(RegionId(region), PageRun::new(first, count))),
         ]
     }
 

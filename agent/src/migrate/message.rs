@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::{BlackoutLedger, MachineShape, MigrationId, RegionSpec};
+use crate::model::{BlackoutLedger, MachineShape, MigrationId, RegionSpec, WaitReport};
 
 /// The source's offer: everything that the target must be able to provide.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,6 +93,14 @@ pub enum ControlMessage {
     },
     /// Source → target: the VM is about to be paused; get ready for what comes.
     Pausing,
+    /// Source → target: the VM is to run before all of its memory is there. The last page stream is for requests.
+    PostCopy,
+    /// Target → source: the machine's faults are caught.
+    FaultsCaught,
+    /// Source → target, before `Handed`: one bit for each page that is still to come.
+    Owing(#[serde(with = "serde_bytes")] Vec<u8>),
+    /// Target → source, after `Running`: every page is there.
+    Complete(WaitReport),
 }
 
 impl ControlMessage {
@@ -114,6 +122,10 @@ impl ControlMessage {
             Self::Pong(_) => "pong",
             Self::BootImage { .. } => "boot-image",
             Self::Pausing => "pausing",
+            Self::PostCopy => "post-copy",
+            Self::FaultsCaught => "faults-caught",
+            Self::Owing(_) => "owing",
+            Self::Complete(_) => "complete",
         }
     }
 }

@@ -18,6 +18,22 @@ pub enum Strategy {
     PreCopy,
     /// The VM is paused first; everything moves once.
     StopAndCopy,
+    /// The VM moves first, its pages follow: as it asks for them, and in between (Hines et al., SIGOPS OSR 43(3), 2009).
+    PostCopy,
+    /// Some rounds of pre-copy, then post-copy of the rest.
+    Hybrid,
+}
+
+impl Strategy {
+    /// Whether rounds are sent while the VM runs at the source.
+    pub fn has_rounds(self) -> bool {
+        matches!(self, Self::PreCopy | Self::Hybrid)
+    }
+
+    /// Whether the VM runs at the target before its memory is there.
+    pub fn runs_owing(self) -> bool {
+        matches!(self, Self::PostCopy | Self::Hybrid)
+    }
 }
 
 impl fmt::Display for Strategy {
@@ -25,6 +41,8 @@ impl fmt::Display for Strategy {
         f.write_str(match self {
             Self::PreCopy => "pre-copy",
             Self::StopAndCopy => "stop-and-copy",
+            Self::PostCopy => "post-copy",
+            Self::Hybrid => "hybrid",
         })
     }
 }
@@ -36,7 +54,9 @@ impl FromStr for Strategy {
         match text {
             "pre-copy" => Ok(Self::PreCopy),
             "stop-and-copy" => Ok(Self::StopAndCopy),
-            _ => Err(format!("`{text}` is no strategy; write pre-copy or stop-and-copy")),
+            "post-copy" => Ok(Self::PostCopy),
+            "hybrid" => Ok(Self::Hybrid),
+            _ => Err(format!("`{text}` is no strategy; write pre-copy, stop-and-copy, post-copy or hybrid")),
         }
     }
 }
@@ -90,6 +110,8 @@ pub struct SourceOptions {
     pub fixed_cost: Duration,
     /// After so many rounds pre-copy gives up and stops the VM for the rest.
     pub max_rounds: u32,
+    /// Rounds of [`Strategy::Hybrid`] before the VM moves.
+    pub hybrid_rounds: u32,
     /// What to do when pre-copy does not end by itself.
     pub on_stuck: OnStuck,
     /// How the writers may be slowed, if they may.
@@ -117,6 +139,7 @@ impl Default for SourceOptions {
             downtime: Duration::from_millis(30),
             fixed_cost: Duration::from_millis(3),
             max_rounds: 30,
+            hybrid_rounds: 1,
             on_stuck: OnStuck::Stop,
             stun: StunPolicy::default(),
             stun_stretch: STRETCH,

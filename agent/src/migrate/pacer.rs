@@ -25,16 +25,19 @@ impl<'a> Pacer<'a> {
 
     /// Books `bytes` and waits until the limit allows them.
     pub fn pay(&self, bytes: u64) {
-        let Some(limit) = self.limit else { return };
-        let now = self.clock.now();
-        let wait = {
-            let mut paid_until = self.paid_until.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            *paid_until = (*paid_until).max(now.saturating_sub(BURST)) + limit.time_for(bytes);
-            paid_until.saturating_sub(now)
-        };
+        let wait = self.book(bytes);
         if !wait.is_zero() {
             self.clock.sleep(wait);
         }
+    }
+
+    /// Books `bytes` that are sent at once: those that pay wait for them. Returns how long it would have to wait itself.
+    pub fn book(&self, bytes: u64) -> Duration {
+        let Some(limit) = self.limit else { return Duration::ZERO };
+        let now = self.clock.now();
+        let mut paid_until = self.paid_until.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        *paid_until = (*paid_until).max(now.saturating_sub(BURST)) + limit.time_for(bytes);
+        paid_until.saturating_sub(now)
     }
 }
 

@@ -12,14 +12,18 @@ use super::lap::Lap;
 use super::message::{ControlMessage, Handed, Offer, TargetState};
 use super::observe::{CancelFlag, Observer};
 use super::options::{OnStuck, SourceOptions, Strategy};
+use super::owed::owed_words;
 use super::pacer::Pacer;
+use super::push::Push;
 use super::rounds::{Round, Saved, Tally, longest_run};
 use super::steward::{Sent, Steward};
 use crate::model::{
     BlackoutLedger, BlackoutPhase, BytesPerSecond, Ending, MachineShape, MigrationId, MigrationReport, PAGE_SIZE,
-    PageBitmap, PagesPerSecond, RoundReport, Step,
+    PageBitmap, PageCount, PagesPerSecond, PostCopyReport, RoundReport, Step,
 };
-use crate::port::{BulkSender, Clock, ControlChannel, Fate, LinkError, Machine, MachineError, Region, SourceLink};
+use crate::port::{
+    BulkReceiver, BulkSender, Clock, ControlChannel, Fate, Job, LinkError, Machine, MachineError, Region, SourceLink,
+};
 use crate::stun::Budget;
 
 /// How many times the stall limit a target may take to set memory and devices aside: much memory takes its time.
@@ -105,8 +109,10 @@ struct Progress {
     verified_pages: u64,
     /// Who watches the writers, if they may be slowed.
     steward: Option<Steward>,
-    /// When the target said `running`.
+    /// When the target said `running`, or that nothing is owed to it any more.
     ended_at: Option<Duration>,
+    /// What was owed.
+    post_copy: Option<PostCopyReport>,
     /// Whether the target may have journaled `prepared`.
     handed: bool,
 }
@@ -155,12 +161,17 @@ impl Source<'_> {
             verified_pages: 0,
             steward: self.steward(),
             ended_at: None,
+            post_copy: None,
             handed: false,
         };
         self.pass(&mut progress, Step::Connected, &self.options.peer);
-        let (ending, reason) = match self.until_prepared(&mut progress) {
-            Ok(target_ledger) => self.hand_over(&mut progress, target_ledger),
-            Err(error) => self.roll_back(&mut progress, &error),
+        let (ending, reason) = if self.options.strategy.runs_owing() {
+            self.move_owing(&mut progress)
+        } else {
+            match self.until_prepared(&mut progress) {
+                Ok(target_ledger) => self.hand_over(&mut progress, target_ledger, None),
+                Err(error) => self.roll_back(&mut progress, &error),
+            }
         };
         let reason = if reason.is_empty() { std::mem::take(&mut progress.gave_up) } else { reason };
         let total = progress.ended_at.unwrap_or_else(|| self.clock.now()).saturating_sub(started);
@@ -176,6 +187,7 @@ impl Source<'_> {
             memory_bytes: self.shape.memory_bytes,
             streams: u32::from(self.options.streams),
             wire_bytes: progress.rounds.iter().map(|round| round.wire_bytes).sum::<u64>()
+                + progress.post_copy.as_ref().map_or(0, |owed| owed.wire_bytes)
                 + progress.state_bytes
                 + progress.image_bytes,
             rounds: progress.rounds,
@@ -187,6 +199,7 @@ impl Source<'_> {
             blackout: progress.ledger,
             rtt_ns: progress.rtt.as_nanos() as u64,
             verified_pages: progress.verified_pages,
+            post_copy: progress.post_copy,
             stun: progress.steward.map(|steward| steward.report()),
         }
     }
@@ -210,16 +223,141 @@ impl Source<'_> {
 
     /// Stages 0 to 3 and the target's `prepared`. Everything in here can be undone.
     fn until_prepared(&mut self, progress: &mut Progress) -> Result<BlackoutLedger, SourceError> {
+        let mut way = self.until_rounds_end(progress)?;
+        self.stop_and_copy(progress, &mut way)
+    }
+
+    /// Stages 0 to 2: what is left is due.
+    fn until_rounds_end<'w>(&mut self, progress: &mut Progress) -> Result<Way<'w>, SourceError>
+    where
+        Self: 'w,
+    {
         let control = self.link.control();
         let streams = self.reserve(progress, control.as_ref())?;
         let pacer = Pacer::new(self.clock, self.options.bandwidth);
         let mut way = Way { control, streams, pacer, due: PageBitmap::full(self.region.spec().pages) };
         self.send_boot_image(progress, &way)?;
-        if self.options.strategy == Strategy::PreCopy {
-            self.machine.start_log()?;
-            self.iterate(progress, &mut way)?;
+        match self.options.strategy {
+            Strategy::PreCopy => {
+                self.machine.start_log()?;
+                self.iterate(progress, &mut way)?;
+            }
+            Strategy::Hybrid => {
+                self.machine.start_log()?;
+                for _ in 0..self.options.hybrid_rounds {
+                    self.one_round(progress, &mut way)?;
+                }
+            }
+            Strategy::StopAndCopy | Strategy::PostCopy => {}
         }
-        self.stop_and_copy(progress, &mut way)
+        Ok(way)
+    }
+
+    /// The VM moves before its memory has. Up to `released` everything can be undone.
+    fn move_owing(&mut self, progress: &mut Progress) -> (Ending, String) {
+        let mut way = match self.until_rounds_end(progress) {
+            Ok(way) => way,
+            Err(error) => return self.roll_back(progress, &error),
+        };
+        let mut requests = match self.hand_owing(progress, &mut way) {
+            Ok(requests) => requests,
+            Err(error) => return self.roll_back(progress, &error),
+        };
+        let round = progress.rounds.len() as u32 + 1;
+        let run = longest_run(self.options.bandwidth, self.options.streams);
+        let (region, clock, observer) = (self.region, self.clock, self.observer);
+        let push = Push::new(region, &way.pacer, clock, observer, (round, run), &way.due);
+        let Some((urgent, others)) = way.streams.split_last_mut() else {
+            return self.roll_back(progress, &LinkError::Protocol("no stream for requests".to_owned()).into());
+        };
+        let mut ended = None;
+        let (push, requests) = (&push, &mut requests);
+        let mut jobs: Vec<Job<'_>> = Vec::new();
+        for stream in others {
+            jobs.push(Box::new(move || push.push(stream.as_mut())));
+        }
+        jobs.push(Box::new(move || push.answer(urgent.as_mut(), requests.as_mut())));
+        let control = Arc::clone(&way.control);
+        let lead = || {
+            ended = Some(
+                match self.await_prepared(progress, control.as_ref(), round - 1, self.options.stall.min(PAUSED_STALL)) {
+                    Ok(ledger) => self.hand_over(progress, ledger, Some(push)),
+                    Err(error) => self.roll_back(progress, &error),
+                },
+            );
+            push.stop();
+        };
+        clock.run_beside(jobs, Box::new(lead));
+        ended.unwrap_or((Ending::Failed, String::new()))
+    }
+
+    /// Pauses the VM and sends its state and which pages are to follow. Returns where requests for them come in.
+    fn hand_owing(&mut self, progress: &mut Progress, way: &mut Way<'_>) -> Result<Box<dyn BulkReceiver>, SourceError> {
+        let requests = match way.streams.last_mut() {
+            Some(last) => last.answers()?,
+            None => return Err(LinkError::Protocol("no stream for requests".to_owned()).into()),
+        };
+        let tell = |message: &ControlMessage| {
+            way.control.send(message).map_err(|error| peers_reason(way.control.as_ref(), error.into()))
+        };
+        tell(&ControlMessage::PostCopy)?;
+        match self.expect(way.control.as_ref(), self.options.stall, "the target's catching of faults")? {
+            ControlMessage::FaultsCaught => {}
+            other => return Err(unexpected(&other, "faults-caught")),
+        }
+        if self.cancel.is_set() {
+            return Err(SourceError::Cancelled);
+        }
+        tell(&ControlMessage::Pausing)?;
+        let paused_at = self.clock.now();
+        progress.paused_at = Some(paused_at);
+        self.machine.pause()?;
+        let mut lap = Lap::since(self.clock, paused_at);
+        progress.ledger.add(BlackoutPhase::Pause, lap.next());
+        self.pass(progress, Step::Paused, "");
+        if self.options.strategy.has_rounds() {
+            self.machine.harvest(&mut way.due)?;
+        }
+        progress.ledger.add(BlackoutPhase::LastHarvest, lap.next());
+        let state = self.machine.save_state()?;
+        progress.ledger.add(BlackoutPhase::SaveState, lap.next());
+        progress.state_bytes = state.len() as u64;
+        progress.handed = true;
+        tell(&ControlMessage::Owing(owed_words(&way.due)))?;
+        let round = progress.rounds.len() as u32;
+        let handed = Handed { state, round, digest: 0, chunk_hashes: Vec::new() };
+        tell(&ControlMessage::Handed(Box::new(handed)))?;
+        self.pass(progress, Step::StateMoved, &format!("{} pages are owed", way.due.count().0));
+        Ok(requests)
+    }
+
+    /// The VM runs at the target: waits until it has every page.
+    fn await_complete(&mut self, progress: &mut Progress, push: &Push<'_>) -> Result<(), SourceError> {
+        let began = self.clock.now();
+        let control = self.link.control();
+        let waits = loop {
+            match control.recv(TICK) {
+                Ok(Some(ControlMessage::Complete(waits))) => break waits,
+                Ok(Some(other)) => return Err(unexpected(&other, "complete")),
+                Ok(None) if push.idle() > self.options.stall && push.is_done() => {
+                    return Err(LinkError::Stalled {
+                        doing: "waiting for the last page's arrival",
+                        after: self.options.stall,
+                    }
+                    .into());
+                }
+                Ok(None) => {}
+                Err(error) => return Err(error.into()),
+            }
+            if let Some(error) = push.failure() {
+                return Err(error);
+            }
+        };
+        let now = self.clock.now();
+        progress.ended_at = Some(now);
+        progress.post_copy =
+            Some(PostCopyReport { duration_ns: now.saturating_sub(began).as_nanos() as u64, waits, ..push.report() });
+        Ok(())
     }
 
     fn reserve(
@@ -298,16 +436,7 @@ impl Source<'_> {
     fn iterate(&mut self, progress: &mut Progress, way: &mut Way<'_>) -> Result<(), SourceError> {
         let mut convergence = Convergence::new(self.options.downtime, self.options.fixed_cost, self.options.max_rounds);
         loop {
-            self.pass(progress, Step::Round, &format!("{} pages due", way.due.count().0));
-            self.send_round(progress, way)?;
-            way.due.clear();
-            let left = self.machine.harvest(&mut way.due)?;
-            let mut took = Duration::ZERO;
-            if let Some(round) = progress.rounds.last_mut() {
-                round.dirtied_pages = left.0;
-                took = Duration::from_nanos(round.duration_ns);
-                self.observer.round(round);
-            }
+            let (left, took) = self.one_round(progress, way)?;
             match convergence.judge(left, took, progress.goodput, progress.rtt) {
                 Verdict::Another => {}
                 Verdict::Converged => return Ok(()),
@@ -328,6 +457,21 @@ impl Source<'_> {
                 }
             }
         }
+    }
+
+    /// Sends what is due, and finds out what is due then: how many pages, and how long the round took.
+    fn one_round(&mut self, progress: &mut Progress, way: &mut Way<'_>) -> Result<(PageCount, Duration), SourceError> {
+        self.pass(progress, Step::Round, &format!("{} pages due", way.due.count().0));
+        self.send_round(progress, way)?;
+        way.due.clear();
+        let left = self.machine.harvest(&mut way.due)?;
+        let mut took = Duration::ZERO;
+        if let Some(round) = progress.rounds.last_mut() {
+            round.dirtied_pages = left.0;
+            took = Duration::from_nanos(round.duration_ns);
+            self.observer.round(round);
+        }
+        Ok((left, took))
     }
 
     /// A round of the pages in `due`, while the VM runs.
@@ -417,7 +561,7 @@ impl Source<'_> {
         let mut lap = Lap::since(self.clock, paused_at);
         progress.ledger.add(BlackoutPhase::Pause, lap.next());
         self.pass(progress, Step::Paused, "");
-        if self.options.strategy == Strategy::PreCopy {
+        if self.options.strategy.has_rounds() {
             self.machine.harvest(&mut way.due)?;
         }
         progress.ledger.add(BlackoutPhase::LastHarvest, lap.next());
@@ -434,16 +578,27 @@ impl Source<'_> {
         way.control.send(&ControlMessage::Handed(Box::new(handed)))?;
         self.pass(progress, Step::StateMoved, &format!("{} pages in the last round", tally.pages));
         let patience = self.options.stall.min(PAUSED_STALL) + self.hashing_time();
+        let ledger = self.await_prepared(progress, way.control.as_ref(), round, patience)?;
+        if self.options.verify {
+            progress.verified_pages = self.region.spec().pages.0;
+        }
+        Ok(ledger)
+    }
+
+    fn await_prepared(
+        &mut self,
+        progress: &mut Progress,
+        control: &dyn ControlChannel<ControlMessage>,
+        round: u32,
+        patience: Duration,
+    ) -> Result<BlackoutLedger, SourceError> {
         let ledger = loop {
-            match self.expect(way.control.as_ref(), patience, "the target's `prepared`")? {
+            match self.expect(control, patience, "the target's `prepared`")? {
                 ControlMessage::RoundReceived(received) if received == round => {}
                 ControlMessage::Prepared(ledger) => break ledger,
                 other => return Err(unexpected(&other, "prepared")),
             }
         };
-        if self.options.verify {
-            progress.verified_pages = self.region.spec().pages.0;
-        }
         self.pass(progress, Step::Prepared, "");
         Ok(ledger)
     }
@@ -454,7 +609,12 @@ impl Source<'_> {
     }
 
     /// Stages 4 and 5. Only the journaling of `released` can still be refused.
-    fn hand_over(&mut self, progress: &mut Progress, mut target: BlackoutLedger) -> (Ending, String) {
+    fn hand_over(
+        &mut self,
+        progress: &mut Progress,
+        mut target: BlackoutLedger,
+        push: Option<&Push<'_>>,
+    ) -> (Ending, String) {
         if self.cancel.is_set() {
             return self.roll_back(progress, &SourceError::Cancelled);
         }
@@ -470,7 +630,7 @@ impl Source<'_> {
             match self.expect_quietly(deadline) {
                 Ok(ControlMessage::Running(activation)) => {
                     target.phases.extend(activation.phases);
-                    return self.moved(progress, &target);
+                    return self.moved(progress, &target, push);
                 }
                 Ok(ControlMessage::State(TargetState::NeverOwner)) => return self.take_back(progress),
                 Ok(other) => lost = Some(unexpected(&other, "running")),
@@ -478,17 +638,23 @@ impl Source<'_> {
             }
         }
         let why = lost.map(|error| error.to_string()).unwrap_or_default();
-        self.settle(progress, &target, &why)
+        self.settle(progress, &target, &why, push)
     }
 
     /// Contact was lost after `released`: dial again and ask, for a bounded time.
-    fn settle(&mut self, progress: &mut Progress, target: &BlackoutLedger, why: &str) -> (Ending, String) {
+    fn settle(
+        &mut self,
+        progress: &mut Progress,
+        target: &BlackoutLedger,
+        why: &str,
+        push: Option<&Push<'_>>,
+    ) -> (Ending, String) {
         tracing::warn!(vm = %self.shape.name, migration = %self.id, "in doubt after `released`: {why}");
         let until = self.clock.now() + self.options.doubt;
         while self.clock.now() < until {
             match self.ask_target() {
                 Ok(TargetState::Owner) => {
-                    let (ending, reason) = self.moved(progress, target);
+                    let (ending, reason) = self.moved(progress, target, push);
                     let found =
                         format!("contact was lost after `released` ({why}); the target says that it has the VM");
                     return (ending, if reason.is_empty() { found } else { format!("{found}; {reason}") });
@@ -530,12 +696,23 @@ impl Source<'_> {
         }
     }
 
-    fn moved(&mut self, progress: &mut Progress, target: &BlackoutLedger) -> (Ending, String) {
+    fn moved(&mut self, progress: &mut Progress, target: &BlackoutLedger, push: Option<&Push<'_>>) -> (Ending, String) {
         let now = self.clock.now();
         progress.ended_at = Some(now);
         progress.blackout = now.saturating_sub(progress.paused_at.unwrap_or(now));
         progress.ledger.close(target, progress.blackout.as_nanos() as u64);
         self.pass(progress, Step::Running, "");
+        if let Some(push) = push
+            && let Err(error) = self.await_complete(progress, push)
+        {
+            progress.post_copy = Some(push.report());
+            let left = push.left();
+            let advice = format!(
+                "the VM runs at the target, and {left} pages that it is owed are still here: {error}. It waits wherever it \
+                 touches one of them; do not end the machine here"
+            );
+            return (Ending::InDoubt, advice);
+        }
         // The VM runs there whatever happens to what is left of it here.
         let reason = match self.machine.discard(self.id) {
             Ok(()) => String::new(),
@@ -618,7 +795,7 @@ impl Source<'_> {
         match self.machine.release(self.id, &self.options.peer) {
             Ok(()) => {
                 self.pass(progress, Step::Released, "in the dead machine's place");
-                self.settle(progress, &BlackoutLedger::default(), &why)
+                self.settle(progress, &BlackoutLedger::default(), &why, None)
             }
             Err(refused) => (
                 Ending::InDoubt,

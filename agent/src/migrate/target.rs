@@ -4,20 +4,20 @@
 //! without the source's word, its known rollback, or an operator's decision.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use super::digest::{chunk_hashes, page_digest, zero_digest};
 use super::lap::Lap;
 use super::message::{Accept, ControlMessage, Handed, Offer, TargetState};
 use super::observe::{CancelFlag, Observer};
+use super::owed::{Owed, check_run, owed_pages};
 use crate::model::{
-    BlackoutLedger, BlackoutPhase, MAX_BOOT_IMAGE_BYTES, MigrationId, Owner, PAGE_SIZE, PageCount, PageRun, RegionId,
-    Step, VmId,
+    BlackoutLedger, BlackoutPhase, MAX_BOOT_IMAGE_BYTES, MigrationId, Owner, PAGE_SIZE, PageBitmap, PageRun, Step, VmId,
 };
 use crate::port::{
-    Bell, BulkItem, BulkReceiver, Clock, ControlChannel, Fate, Job, LinkError, Machine, MachineError, Region,
-    TargetLink,
+    Bell, BulkItem, BulkReceiver, BulkSender, Clock, ControlChannel, Fate, Faults, Job, LinkError, Machine,
+    MachineError, Region, TargetLink,
 };
 
 /// How long a source may take to say what it wants, and to open its streams.
@@ -61,6 +61,19 @@ pub enum TargetError {
     /// The machine died after it had journaled `owner`: a VM crash like any other.
     #[error("the machine died right after it took ownership: {0}")]
     LostOwned(String),
+    /// Faults of the VM can be caught or resolved no more.
+    #[error("its faults: {0}")]
+    Faults(String),
+    /// The VM runs here, and pages that it is owed do not come any more.
+    #[error(
+        "the VM runs here, but {left} pages are still at the source, and cannot be had: {reason}. Whatever touches one of them waits"
+    )]
+    Owing {
+        /// How many.
+        left: u64,
+        /// Why.
+        reason: String,
+    },
     /// The right message at the wrong time.
     #[error("the peer broke the protocol: `{got}` while waiting for {wanted}")]
     Unexpected {
@@ -102,6 +115,13 @@ pub struct Arrived {
     pub verified_pages: u64,
 }
 
+/// What cannot be undone any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Past {
+    Nothing,
+    Prepared,
+}
+
 /// One migration at its target.
 pub struct Target<'a> {
     /// The way to the source.
@@ -140,9 +160,11 @@ impl Target<'_> {
             }
         };
         let mut ledger = BlackoutLedger::default();
-        let prepared = self.until_prepared(&offer, started, machine.as_mut(), region.as_ref(), &mut ledger);
-        let verified_pages = match prepared {
+        let mut past = Past::Nothing;
+        let ended = self.until_prepared(&offer, started, (machine.as_mut(), region.as_ref()), &mut ledger, &mut past);
+        let verified_pages = match ended {
             Ok(pages) => pages,
+            Err(error) if past != Past::Nothing => return Err(error),
             Err(error) => {
                 tracing::warn!(migration = %offer.migration_id, "gave up before `prepared`: {error}");
                 if !matches!(error, TargetError::PeerCancelled(_)) {
@@ -155,11 +177,8 @@ impl Target<'_> {
                 return Err(error);
             }
         };
-        loop {
-            self.await_verdict(&offer, machine.as_mut())?;
-            if self.activate(&offer, machine.as_mut(), &mut ledger)? {
-                break;
-            }
+        if past == Past::Nothing {
+            self.until_it_runs(&offer, machine.as_mut(), &mut ledger)?;
         }
         Ok(Arrived { migration_id: offer.migration_id, vm_id: offer.shape.vm_id, machine, ledger, verified_pages })
     }
@@ -169,34 +188,57 @@ impl Target<'_> {
         self.observer.step(step, detail);
     }
 
-    /// Stages 1 to 3, up to the journaled `prepared`.
+    /// From `prepared` until the guest runs.
+    fn until_it_runs(
+        &mut self,
+        offer: &Offer,
+        machine: &mut dyn Machine,
+        ledger: &mut BlackoutLedger,
+    ) -> Result<(), TargetError> {
+        loop {
+            self.await_verdict(offer, machine)?;
+            if self.activate(offer, machine, ledger)? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Stages 1 to 3, up to the journaled `prepared`; where the VM is to run before its memory is here, to the last page of it.
     fn until_prepared(
         &mut self,
         offer: &Offer,
         started: Duration,
-        machine: &mut dyn Machine,
-        region: &dyn Region,
+        (machine, region): (&mut dyn Machine, &dyn Region),
         ledger: &mut BlackoutLedger,
+        past: &mut Past,
     ) -> Result<u64, TargetError> {
         let control = self.link.control();
         let reservation_ns = self.clock.now().saturating_sub(started).as_nanos() as u64;
         control.send(&ControlMessage::Accept(Accept { reservation_ns }))?;
         let patience = GREETING_LIMIT.min(self.stall);
-        let receivers = self.link.accept_bulk(offer.migration_id, offer.streams, patience)?;
+        let mut receivers = self.link.accept_bulk(offer.migration_id, offer.streams, patience)?;
         self.pass(offer.migration_id, Step::Reserved, "");
         let inflow = Inflow::new(region, control.as_ref(), self.clock, self.stall, receivers.len());
         let clock = self.clock;
+        // Needed only if pages will be asked for.
+        let requests = receivers.last_mut().and_then(|last| last.back().ok());
         let mut received = None;
         let take = |mut receiver: Box<dyn BulkReceiver>| {
             let inflow = &inflow;
             Box::new(move || inflow.take_stream(receiver.as_mut())) as Job<'_>
         };
         let lead = || {
-            received = Some(self.receive(offer.migration_id, control.as_ref(), &inflow, machine));
+            let handed = self.receive(offer.migration_id, control.as_ref(), (&inflow, requests), machine);
+            received = Some(handed.and_then(|(handed, at)| match inflow.owed.get() {
+                None => Ok(Some((handed, at))),
+                Some(owed) => {
+                    self.run_owing(offer, (&inflow, owed), machine, (&handed, at), ledger, past).map(|()| None)
+                }
+            }));
             inflow.stop();
         };
         clock.run_beside(receivers.into_iter().map(take).collect(), Box::new(lead));
-        let (handed, arrived_at) = received.unwrap_or(Err(TargetError::Cancelled))?;
+        let Some((handed, arrived_at)) = received.unwrap_or(Err(TargetError::Cancelled))? else { return Ok(0) };
         self.pass(offer.migration_id, Step::StateMoved, "");
         let digest = inflow.digest();
         if digest != handed.digest {
@@ -212,6 +254,16 @@ impl Target<'_> {
             compare_hashes(&handed.chunk_hashes, &chunk_hashes(&[region]))?;
             verified_pages = region.spec().pages.0;
         }
+        self.say_prepared(offer, machine, ledger)?;
+        Ok(verified_pages)
+    }
+
+    fn say_prepared(
+        &mut self,
+        offer: &Offer,
+        machine: &mut dyn Machine,
+        ledger: &mut BlackoutLedger,
+    ) -> Result<(), TargetError> {
         if self.cancel.is_set() {
             return Err(TargetError::Cancelled);
         }
@@ -220,21 +272,93 @@ impl Target<'_> {
         ledger.add(BlackoutPhase::JournalPrepared, self.clock.now().saturating_sub(journaling));
         self.pass(offer.migration_id, Step::Prepared, "");
         // A lost message is the verdict's business: from here the VM waits.
-        if let Err(error) = control.send(&ControlMessage::Prepared(ledger.clone())) {
+        if let Err(error) = self.link.control().send(&ControlMessage::Prepared(ledger.clone())) {
             tracing::warn!(migration = %offer.migration_id, "`prepared` could not be sent: {error}");
         }
         ledger.phases.clear();
-        Ok(verified_pages)
+        Ok(())
+    }
+
+    /// The VM is restored, becomes ours and runs, while its faults are served and pages come that it is owed; until the last of them is here.
+    fn run_owing(
+        &mut self,
+        offer: &Offer,
+        (inflow, owed): (&Inflow<'_>, &Owed<'_>),
+        machine: &mut dyn Machine,
+        (handed, arrived_at): (&Handed, Duration),
+        ledger: &mut BlackoutLedger,
+        past: &mut Past,
+    ) -> Result<(), TargetError> {
+        self.pass(offer.migration_id, Step::StateMoved, "");
+        let clock = self.clock;
+        let (mut result, mut is_running) = (Ok(()), false);
+        let note = |done: Result<(), TargetError>| {
+            if let Err(error) = done {
+                inflow.fail(error);
+            }
+        };
+        let beside: Vec<Job<'_>> = vec![Box::new(|| note(owed.serve_faults())), Box::new(|| note(owed.map_ahead()))];
+        let lead = || {
+            result = (|| {
+                machine.restore_state(&handed.state)?;
+                ledger.add(BlackoutPhase::Restore, clock.now().saturating_sub(arrived_at));
+                self.say_prepared(offer, machine, ledger)?;
+                *past = Past::Prepared;
+                self.until_it_runs(offer, machine, ledger)?;
+                is_running = true;
+                owed.runs();
+                inflow.touch();
+                self.await_the_rest(offer, inflow, owed, machine)
+            })();
+            owed.stop();
+        };
+        clock.run_beside(beside, Box::new(lead));
+        match result {
+            Err(error) if is_running => Err(TargetError::Owing { left: owed.left(), reason: error.to_string() }),
+            other => other,
+        }
+    }
+
+    /// Waits until nothing is owed, and says so.
+    fn await_the_rest(
+        &mut self,
+        offer: &Offer,
+        inflow: &Inflow<'_>,
+        owed: &Owed<'_>,
+        machine: &mut dyn Machine,
+    ) -> Result<(), TargetError> {
+        loop {
+            let seen = owed.changed.rings();
+            inflow.check()?;
+            if owed.left() == 0 {
+                break;
+            }
+            if machine.fate() == Fate::Dead {
+                return Err(TargetError::LostOwned("its process ended while pages were still owed to it".to_owned()));
+            }
+            self.clock.wait(&owed.changed, seen, TICK);
+        }
+        owed.end()?;
+        let waits = owed.waits();
+        tracing::info!(migration = %offer.migration_id, waits = waits.count, "every page is here");
+        if let Err(error) = self.link.control().send(&ControlMessage::Complete(waits)) {
+            tracing::warn!(migration = %offer.migration_id, "`complete` could not be sent: {error}");
+        }
+        Ok(())
     }
 
     /// Reads the control stream while pages flow, until the state has come and every stream has ended its last round.
-    fn receive(
+    fn receive<'a>(
         &mut self,
         id: MigrationId,
         control: &dyn ControlChannel<ControlMessage>,
-        inflow: &Inflow<'_>,
+        (inflow, requests): (&Inflow<'a>, Option<Box<dyn BulkSender>>),
         machine: &mut dyn Machine,
-    ) -> Result<(Box<Handed>, Duration), TargetError> {
+    ) -> Result<(Box<Handed>, Duration), TargetError>
+    where
+        Self: 'a,
+    {
+        let (mut requests, mut owing) = (requests, None::<PageBitmap>);
         // Nobody boots from more than fits into the VM.
         let room = MAX_BOOT_IMAGE_BYTES.min(inflow.region.spec().pages.bytes() as usize);
         let mut image = Some(Vec::new());
@@ -275,8 +399,26 @@ impl Target<'_> {
                 Some(ControlMessage::Handed(_)) if image.as_ref().is_some_and(|image| !image.is_empty()) => {
                     return Err(LinkError::Protocol("a boot image without an end".to_owned()).into());
                 }
+                Some(ControlMessage::PostCopy) if inflow.faults.get().is_none() && requests.is_some() => {
+                    inflow.touch();
+                    let _ = inflow.faults.set(machine.catch_faults()?);
+                    control.send(&ControlMessage::FaultsCaught)?;
+                }
+                Some(ControlMessage::Owing(words)) if inflow.faults.get().is_some() => {
+                    inflow.touch();
+                    owing = Some(owed_pages(&words, inflow.region.spec().pages)?);
+                }
                 Some(ControlMessage::Handed(handed)) => {
-                    inflow.await_round(handed.round)?;
+                    if let (Some(owing), Some(faults), Some(requests)) = (owing, inflow.faults.get(), requests.take()) {
+                        if handed.round > 0 {
+                            inflow.await_round(handed.round)?;
+                        }
+                        let owed = Owed::new(inflow.region, Arc::clone(faults), inflow.clock, &owing, requests);
+                        let _ = inflow.owed.set(owed);
+                        inflow.changed.ring();
+                    } else {
+                        inflow.await_round(handed.round)?;
+                    }
                     return Ok((handed, self.clock.now()));
                 }
                 Some(ControlMessage::Cancel(reason)) => return Err(TargetError::PeerCancelled(reason)),
@@ -456,7 +598,10 @@ struct Inflow<'a> {
     moved_at: AtomicU64,
     stopped: AtomicBool,
     state: Mutex<InflowState>,
-    /// Rung when `state` has changed.
+    /// The VM is to run before its memory is here.
+    faults: OnceLock<Arc<dyn Faults>>,
+    owed: OnceLock<Owed<'a>>,
+    /// Rung when `state` or `owed` has changed.
     changed: Bell,
 }
 
@@ -490,6 +635,8 @@ impl<'a> Inflow<'a> {
             moved_at: AtomicU64::new(0),
             stopped: AtomicBool::new(false),
             state: Mutex::default(),
+            faults: OnceLock::new(),
+            owed: OnceLock::new(),
             changed: Bell::default(),
         };
         inflow.touch();
@@ -558,8 +705,29 @@ impl<'a> Inflow<'a> {
         if let Err(error) = self.take_rounds(receiver)
             && !self.stopped.load(Ordering::Acquire)
         {
-            self.state().failure.get_or_insert(error);
-            self.changed.ring();
+            self.fail(error);
+        }
+    }
+
+    fn fail(&self, error: TargetError) {
+        self.state().failure.get_or_insert(error);
+        self.changed.ring();
+        if let Some(owed) = self.owed.get() {
+            owed.changed.ring();
+        }
+    }
+
+    /// What is owed, once that is known.
+    fn await_owed(&self) -> Result<&Owed<'a>, TargetError> {
+        loop {
+            let seen = self.changed.rings();
+            if let Some(owed) = self.owed.get() {
+                return Ok(owed);
+            }
+            if self.stopped.load(Ordering::Acquire) {
+                return Err(TargetError::Cancelled);
+            }
+            self.clock.wait(&self.changed, seen, TICK);
         }
     }
 
@@ -568,6 +736,7 @@ impl<'a> Inflow<'a> {
         let mut round = 0;
         let mut inside = None;
         let mut digest = 0u64;
+        let mut owed: Option<&Owed<'_>> = None;
         loop {
             let item = receiver.next(&mut keep_waiting)?;
             self.touch();
@@ -575,9 +744,22 @@ impl<'a> Inflow<'a> {
                 (BulkItem::StartRound { round: next, digested }, None) if next == round + 1 => {
                     round = next;
                     inside = Some(digested);
+                    if digested && self.faults.get().is_some() {
+                        owed = Some(self.await_owed()?);
+                    }
                 }
+                (BulkItem::Pages(region, run), Some(_)) if let Some(owed) = owed => {
+                    check_run(self.region, region, run)?;
+                    owed.take_pages(run, receiver, &mut keep_waiting)?;
+                    self.touch();
+                }
+                (BulkItem::Zeros(region, run), Some(_)) if let Some(owed) = owed => {
+                    check_run(self.region, region, run)?;
+                    owed.take_zeros(run)?;
+                }
+                (BulkItem::EndRound(ended), Some(_)) if ended == round && owed.is_some() => return Ok(()),
                 (BulkItem::Pages(region, run), Some(digested)) => {
-                    self.check_run(region, run)?;
+                    check_run(self.region, region, run)?;
                     self.take_memory(run);
                     let bytes = self.region.bytes(run);
                     receiver.read_into(bytes, &mut keep_waiting)?;
@@ -590,7 +772,7 @@ impl<'a> Inflow<'a> {
                     }
                 }
                 (BulkItem::Zeros(region, run), Some(digested)) => {
-                    self.check_run(region, run)?;
+                    check_run(self.region, region, run)?;
                     self.zero_written(run);
                     if digested {
                         digest = run.indices().fold(digest, |sum, page| sum.wrapping_add(zero_digest(page)));
@@ -606,16 +788,6 @@ impl<'a> Inflow<'a> {
                 }
                 (item, _) => return Err(LinkError::Protocol(format!("{item:?} out of order in round {round}")).into()),
             }
-        }
-    }
-
-    fn check_run(&self, region: RegionId, run: PageRun) -> Result<(), TargetError> {
-        let spec = self.region.spec();
-        if region == spec.id && run.fits(spec.pages) {
-            Ok(())
-        } else {
-            Err(LinkError::Protocol(format!("{run:?} of {region:?} lies outside of {:?}", PageCount(spec.pages.0)))
-                .into())
         }
     }
 

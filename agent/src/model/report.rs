@@ -28,6 +28,55 @@ pub struct RoundReport {
     pub dirtied_pages: u64,
 }
 
+/// How long something was waited for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WaitReport {
+    /// How often.
+    pub count: u64,
+    /// Half of the waits were no longer.
+    pub p50_ns: u64,
+    /// 99 of 100 were no longer.
+    pub p99_ns: u64,
+    /// The longest.
+    pub max_ns: u64,
+    /// All together.
+    pub sum_ns: u64,
+}
+
+impl WaitReport {
+    /// Of these waits, in nanoseconds; sorts them.
+    pub fn of(took_ns: &mut [u64]) -> Self {
+        took_ns.sort_unstable();
+        let at = |percent: usize| {
+            let index = (took_ns.len() * percent).div_ceil(100).saturating_sub(1);
+            took_ns.get(index).copied().unwrap_or_default()
+        };
+        let (p50_ns, p99_ns, max_ns) = (at(50), at(99), at(100));
+        Self { count: took_ns.len() as u64, p50_ns, p99_ns, max_ns, sum_ns: took_ns.iter().sum() }
+    }
+}
+
+/// The part of a migration in which the VM ran at the target while pages were still owed to it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PostCopyReport {
+    /// Pages that were owed when the VM was paused.
+    pub owed_pages: u64,
+    /// Pages that were sent since, each once.
+    pub sent_pages: u64,
+    /// Of these, pages that held only zeros and went as a mark.
+    pub zero_pages: u64,
+    /// How often the target asked for pages.
+    pub requests: u64,
+    /// Pages that were sent because they were asked for; the others had come before the guest touched them, or were on their way.
+    pub asked_pages: u64,
+    /// Bytes written to the streams, headers included.
+    pub wire_bytes: u64,
+    /// From the target's `running` until the last page was there.
+    pub duration_ns: u64,
+    /// How long the guest waited for pages that it touched, at the target.
+    pub waits: WaitReport,
+}
+
 /// The report of one migration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MigrationReport {
@@ -72,6 +121,9 @@ pub struct MigrationReport {
     pub rtt_ns: u64,
     /// Pages compared by `--verify`; zero without it.
     pub verified_pages: u64,
+    /// What was owed when the VM began to run at the target; absent where nothing was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub post_copy: Option<PostCopyReport>,
     /// What was done to writers; absent where that was not asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stun: Option<StunReport>,

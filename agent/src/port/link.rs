@@ -84,6 +84,15 @@ pub trait BulkSender: Send {
 
     /// Ends this stream's part of a round and pushes out what is buffered. Returns the bytes put on the wire.
     fn end_round(&mut self, round: u32) -> Result<u64, LinkError>;
+
+    /// Asks for pages at once. Returns the bytes put on the wire.
+    fn want(&mut self, region: RegionId, run: PageRun) -> Result<u64, LinkError>;
+
+    /// Pushes out what is buffered.
+    fn flush(&mut self) -> Result<(), LinkError>;
+
+    /// What the other end sends back on this stream; once.
+    fn answers(&mut self) -> Result<Box<dyn BulkReceiver>, LinkError>;
 }
 
 /// What comes out of a page stream.
@@ -103,6 +112,8 @@ pub enum BulkItem {
     Zeros(RegionId, PageRun),
     /// This stream's part of the round has arrived.
     EndRound(u32),
+    /// The other end wants these pages. The run is the peer's word: check it.
+    Want(RegionId, PageRun),
 }
 
 /// The receiving end of one page stream. Whenever nothing arrives for a quarter second, `keep_waiting` is asked; its
@@ -113,4 +124,7 @@ pub trait BulkReceiver: Send {
 
     /// Takes the bytes of the run announced last, straight into `target`.
     fn read_into(&mut self, target: BytesView<'_>, keep_waiting: &mut dyn FnMut() -> bool) -> Result<(), LinkError>;
+
+    /// The way back on this stream; once.
+    fn back(&mut self) -> Result<Box<dyn BulkSender>, LinkError>;
 }

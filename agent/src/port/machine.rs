@@ -2,8 +2,10 @@
 //!
 //! KVM refuses another process's ioctls, so the real twin of these traits is a client of the machine's session socket.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use super::faults::Faults;
 use super::throttle::Throttle;
 use crate::model::{MigrationId, Owner, PageBitmap, PageCount, PageRun, RegionId};
 
@@ -127,7 +129,18 @@ pub trait Gate: Send {
     fn fate(&mut self) -> Fate;
 }
 
-/// All of a machine that a manager needs.
-pub trait Machine: Vcpus + DirtyLog + MachineState + Gate + Throttle {}
+/// A machine that may run before its memory is here.
+pub trait FaultSource: Send {
+    /// From now on the machine waits wherever it meets a page of RAM that nobody has mapped for it.
+    ///
+    /// # Errors
+    /// The host cannot.
+    fn catch_faults(&mut self) -> Result<Arc<dyn Faults>, MachineError> {
+        Err(MachineError::Refused { action: "run before its memory is here", reason: "this machine cannot".to_owned() })
+    }
+}
 
-impl<T: Vcpus + DirtyLog + MachineState + Gate + Throttle> Machine for T {}
+/// All of a machine that a manager needs.
+pub trait Machine: Vcpus + DirtyLog + MachineState + Gate + Throttle + FaultSource {}
+
+impl<T: Vcpus + DirtyLog + MachineState + Gate + Throttle + FaultSource> Machine for T {}

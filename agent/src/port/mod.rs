@@ -5,6 +5,7 @@
 
 pub mod clock;
 pub mod events;
+pub mod faults;
 pub mod frame;
 pub mod guest_memory;
 pub mod journal;
@@ -18,10 +19,11 @@ pub use events::{
     Arm, ArmError, EventHook, EventSample, EventSource, EventSourceError, Look, LostEvents, Protected, SampleLog,
     SampleLogError, SpaceEvents, ThreadEvents,
 };
+pub use faults::{FaultError, Faults};
 pub use frame::FramePort;
 pub use guest_memory::{GuestMemory, GuestMemoryError};
 pub use journal::{Journal, JournalError, JournalRecord};
 pub use link::{BulkItem, BulkReceiver, BulkSender, ControlChannel, LinkError, SourceLink, TargetLink};
-pub use machine::{DirtyLog, Fate, Gate, Machine, MachineError, MachineState, PauseTiming, Vcpus};
+pub use machine::{DirtyLog, Fate, FaultSource, Gate, Machine, MachineError, MachineState, PauseTiming, Vcpus};
 pub use region::{BytesView, Region};
 pub use throttle::{THROTTLE_LEASE, Throttle};

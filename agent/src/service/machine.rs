@@ -35,6 +35,7 @@ use crate::model::{
 };
 use crate::net::tap::Tap;
 use crate::port::{Clock, JournalError, JournalRecord, Protected, THROTTLE_LEASE};
+use crate::shm::{MappedAt, UserFaults};
 use crate::store::FileJournal;
 
 /// How long the dirty log stays on for tracking unless asked for again.
@@ -190,6 +191,7 @@ pub struct Host {
     tracking: Arc<Lease>,
     /// Who slows its writers outside of a migration, and until when at least.
     throttler: Mutex<Option<(String, Instant)>>,
+    faults: Mutex<Option<UserFaults>>,
     /// What is told of that, and of a migration that does it.
     throttling: Throttling,
     registry: Registry,
@@ -326,6 +328,7 @@ impl Host {
             paused_by_operator: AtomicBool::new(false),
             tracking: Arc::default(),
             throttler: Mutex::default(),
+            faults: Mutex::default(),
             throttling: Throttling::default(),
             registry,
             state_dir: places.state_dir.clone(),
@@ -755,7 +758,10 @@ impl Host {
             let (ends, runs) = (matches!(request, Request::Discard), matches!(request, Request::Resume));
             let reply = self.handle(request, &manager).unwrap_or_else(Reply::Failed);
             let done = matches!(reply, Reply::Done);
-            let sent = socket.send(&reply, &[]);
+            let sent = match (&reply, &*lock(&self.faults)) {
+                (Reply::Faults(_), Some(faults)) => socket.send(&reply, &[faults.as_fd()]),
+                _ => socket.send(&reply, &[]),
+            };
             if runs {
                 hurry = None;
             }
@@ -787,10 +793,28 @@ impl Host {
         }
     }
 
+    /// From now on whoever touches RAM that is not mapped here waits for the manager. Kept as long as this process lives: whoever closed the last descriptor would have
+    /// missing pages read as zeros.
+    fn catch_faults(&self) -> Result<Reply, String> {
+        if self.machine.is_running() {
+            return Err("the VM runs".to_owned());
+        }
+        let part = |range: &crate::kvm::memory::RamRange| MappedAt {
+            first_page: range.first_page.0,
+            pages: range.pages.0,
+            address: range.host_address,
+        };
+        let mapped: Vec<MappedAt> = self.machine.memory().ranges().iter().map(part).collect();
+        let faults = UserFaults::register(mapped.clone()).map_err(|error| format!("userfaultfd: {error}"))?;
+        *lock(&self.faults) = Some(faults);
+        Ok(Reply::Faults(mapped))
+    }
+
     fn handle(&self, request: Request, manager: &str) -> Result<Reply, String> {
         let machine = &self.machine;
         let done = |result: Result<(), GateError>| result.map(|()| Reply::Done).map_err(|error| chain(&error));
         match request {
+            Request::CatchFaults => self.catch_faults(),
             Request::Attach { .. } | Request::Create(_) => Err("the session has begun already".to_owned()),
             Request::StartLog => machine.log().start().map(|()| Reply::Done).map_err(|error| chain(&error)),
             Request::Harvest => machine.log().harvest().map(|()| Reply::Done).map_err(|error| chain(&error)),

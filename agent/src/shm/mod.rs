@@ -5,9 +5,11 @@
 mod bitmap;
 mod memfd;
 mod ram;
+mod userfault;
 mod vectored;
 
 pub use bitmap::SharedBitmap;
 pub use memfd::{Mapping, memory_file, ram_file};
 pub use ram::RamRegion;
+pub use userfault::{MappedAt, UserFaults};
 pub use vectored::{Sink, Source};

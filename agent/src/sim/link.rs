@@ -295,6 +295,18 @@ impl BulkSender for SimBulkSender {
     fn end_round(&mut self, round: u32) -> Result<u64, LinkError> {
         self.header(BulkItem::EndRound(round))
     }
+
+    fn want(&mut self, region: RegionId, run: PageRun) -> Result<u64, LinkError> {
+        self.header(BulkItem::Want(region, run))
+    }
+
+    fn flush(&mut self) -> Result<(), LinkError> {
+        Ok(())
+    }
+
+    fn answers(&mut self) -> Result<Box<dyn BulkReceiver>, LinkError> {
+        Err(broken("reading requests", io::ErrorKind::Unsupported))
+    }
 }
 
 struct SimBulkReceiver {
@@ -346,5 +358,9 @@ impl BulkReceiver for SimBulkReceiver {
             byte.store(self.have.pop_front().unwrap_or_default(), Ordering::Relaxed);
         }
         Ok(())
+    }
+
+    fn back(&mut self) -> Result<Box<dyn BulkSender>, LinkError> {
+        Err(broken("opening the way back", io::ErrorKind::Unsupported))
     }
 }

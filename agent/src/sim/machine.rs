@@ -10,8 +10,8 @@ use super::scheduler::Scheduler;
 use super::world::{AppendError, Cpu, Gate, Vm, World};
 use crate::model::{MigrationId, Owner, PageBitmap, PageCount, PageRun, RegionId, VcpuLimit, VmId, VmWrites};
 use crate::port::{
-    DirtyLog, Fate, Gate as GatePort, Journal, JournalError, JournalRecord, MachineError, MachineState, PauseTiming,
-    Throttle, Vcpus,
+    DirtyLog, Fate, FaultSource, Gate as GatePort, Journal, JournalError, JournalRecord, MachineError, MachineState,
+    PauseTiming, Throttle, Vcpus,
 };
 
 /// One order over the session socket.
@@ -125,6 +125,8 @@ impl DirtyLog for SimMachine {
         })
     }
 }
+
+impl FaultSource for SimMachine {}
 
 impl Throttle for SimMachine {
     fn throttle(&mut self, limits: &[Option<VcpuLimit>]) -> Result<VmWrites, MachineError> {

@@ -15,9 +15,10 @@ use crate::model::{
     MachineShape, MigrationId, Owner, PageBitmap, PageCount, PageRun, RegionId, VcpuLimit, VmId, VmWrites,
 };
 use crate::port::{
-    DirtyLog, Fate, Gate, Journal, JournalRecord, MachineError, MachineState, PauseTiming, Throttle, Vcpus,
+    DirtyLog, Fate, FaultSource, Faults, Gate, Journal, JournalRecord, MachineError, MachineState, PauseTiming,
+    Throttle, Vcpus,
 };
-use crate::shm::{RamRegion, SharedBitmap};
+use crate::shm::{RamRegion, SharedBitmap, UserFaults};
 use crate::store::FileJournal;
 
 /// How long any one request may take: the longest is the creation of a machine with much memory.
@@ -231,6 +232,20 @@ impl MachineState for RemoteMachine {
 
     fn set_boot_image(&mut self, image: &[u8]) -> Result<(), MachineError> {
         self.order("take a boot image", &Request::SetBootImage(image.to_vec()))
+    }
+}
+
+impl FaultSource for RemoteMachine {
+    fn catch_faults(&mut self) -> Result<Arc<dyn Faults>, MachineError> {
+        const ACTION: &str = "have its faults caught";
+        let fail = |error: &dyn std::fmt::Display| gone(ACTION, error.to_string());
+        self.socket.send(&Request::CatchFaults, &[]).map_err(|error| fail(&error))?;
+        let (reply, mut fds) = self.socket.recv::<Reply>().map_err(|error| fail(&error))?;
+        match (reply, fds.pop()) {
+            (Reply::Faults(mapped), Some(fd)) => Ok(Arc::new(UserFaults::adopt(fd, mapped))),
+            (Reply::Failed(reason), _) => Err(MachineError::Refused { action: ACTION, reason }),
+            (other, _) => Err(fail(&format!("unexpected answer {other:?}"))),
+        }
     }
 }
 

@@ -13,6 +13,7 @@ pub use frame::{SessionError, SessionSocket};
 use serde::{Deserialize, Serialize};
 
 use crate::model::{MachineShape, MigrationId, PageRun, RegionId, SerialSpec, VcpuLimit, VmWrites};
+use crate::shm::MappedAt;
 
 /// The session protocol's version; both ends must agree.
 pub const SESSION_VERSION: u16 = 2;
@@ -65,6 +66,8 @@ pub enum Request {
     Discard,
     /// [`crate::port::Throttle::throttle`]
     Throttle(Vec<Option<VcpuLimit>>),
+    /// [`crate::port::FaultSource::catch_faults`]
+    CatchFaults,
 }
 
 /// What a target's machine process is to become.
@@ -105,4 +108,6 @@ pub enum Reply {
     OwnedAlready,
     /// To `Throttle`: what has been written.
     Writes(Box<VmWrites>),
+    /// To `CatchFaults`: where RAM is mapped; the descriptor travels beside it.
+    Faults(Vec<MappedAt>),
 }

@@ -1,0 +1,322 @@
+//! The target's part of post-copy: a VM that runs while pages are still owed to it.
+//!
+//! Owns who may write which page. A page is claimed before its bytes arrive and mapped when they are complete, so that nothing that comes late or twice overwrites what the
+//! guest has written. Faults of the VM become requests, once a page; pages that were sent before (in rounds, or as zeros) are mapped at once.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use super::target::TargetError;
+use crate::model::{PAGE_SIZE, PageBitmap, PageRun, RegionId, WaitReport};
+use crate::port::{Bell, BulkReceiver, BulkSender, BytesView, Clock, FaultError, Faults, LinkError, Region};
+
+/// How often whoever waits looks around.
+const TICK: Duration = Duration::from_millis(100);
+/// Pages mapped with one request ahead of the guest.
+const MAP_PAGES: u64 = 512;
+
+/// One bit a page.
+struct Marks(Vec<AtomicU64>);
+
+impl Marks {
+    fn of(words: impl Iterator<Item = u64>) -> Self {
+        Self(words.map(AtomicU64::new).collect())
+    }
+
+    fn is_set(&self, page: u64) -> bool {
+        self.0[(page / 64) as usize].load(Ordering::Acquire) >> (page % 64) & 1 == 1
+    }
+
+    /// Sets it; whether it was clear.
+    fn set(&self, page: u64) -> bool {
+        let bit = 1 << (page % 64);
+        self.0[(page / 64) as usize].fetch_or(bit, Ordering::AcqRel) & bit == 0
+    }
+}
+
+/// What the VM is owed.
+pub(super) struct Owed<'a> {
+    region: &'a dyn Region,
+    faults: Arc<dyn Faults>,
+    clock: &'a dyn Clock,
+    /// Sends requests.
+    requests: Mutex<Box<dyn BulkSender>>,
+    /// On its way, or here.
+    claimed: Marks,
+    /// Here, and fit to be mapped.
+    present: Marks,
+    /// When a page was asked for, by when it came: what the guest waited.
+    asked: Mutex<Waits>,
+    left: AtomicU64,
+    over: AtomicBool,
+    runs: AtomicBool,
+    /// Rung when the last has come, when the guest runs, and when nobody serves it any more.
+    pub(super) changed: Bell,
+}
+
+#[derive(Default)]
+struct Waits {
+    since: std::collections::BTreeMap<u64, Duration>,
+    took_ns: Vec<u64>,
+}
+
+impl<'a> Owed<'a> {
+    /// A VM that is owed the pages of `owed`; requests go out through `requests`.
+    pub(super) fn new(
+        region: &'a dyn Region,
+        faults: Arc<dyn Faults>,
+        clock: &'a dyn Clock,
+        owed: &PageBitmap,
+        requests: Box<dyn BulkSender>,
+    ) -> Self {
+        let here = || Marks::of(owed.words().iter().map(|word| !word));
+        Self {
+            region,
+            faults,
+            clock,
+            requests: Mutex::new(requests),
+            claimed: here(),
+            present: here(),
+            asked: Mutex::default(),
+            left: AtomicU64::new(owed.count().0),
+            over: AtomicBool::new(false),
+            runs: AtomicBool::new(false),
+            changed: Bell::default(),
+        }
+    }
+
+    /// How many are still owed.
+    pub(super) fn left(&self) -> u64 {
+        self.left.load(Ordering::Acquire)
+    }
+
+    /// Nobody serves it any more.
+    pub(super) fn stop(&self) {
+        self.over.store(true, Ordering::Release);
+        self.changed.ring();
+    }
+
+    /// The guest runs.
+    pub(super) fn runs(&self) {
+        self.runs.store(true, Ordering::Release);
+        self.changed.ring();
+    }
+
+    /// All is here: the guest waits for nothing any more.
+    pub(super) fn end(&self) -> Result<(), TargetError> {
+        self.faults.end().map_err(|error| gone(&error))
+    }
+
+    fn is_over(&self) -> bool {
+        self.over.load(Ordering::Acquire)
+    }
+
+    /// Takes pages from a stream. What was claimed before goes nowhere.
+    pub(super) fn take_pages(
+        &self,
+        run: PageRun,
+        receiver: &mut dyn BulkReceiver,
+        keep_waiting: &mut dyn FnMut() -> bool,
+    ) -> Result<(), TargetError> {
+        let mine: Vec<bool> = run.indices().map(|page| self.claimed.set(page)).collect();
+        let bytes = self.region.bytes(run);
+        if mine.iter().all(|&mine| mine) {
+            receiver.read_into(bytes, keep_waiting)?;
+        } else {
+            // Sent twice: the bytes are taken off the stream, and only pages that are nobody's yet are filled with them.
+            let scratch: Vec<_> = (0..bytes.len()).map(|_| std::sync::atomic::AtomicU8::new(0)).collect();
+            receiver.read_into(&scratch, keep_waiting)?;
+            let pages = bytes.chunks(PAGE_SIZE).zip(scratch.chunks(PAGE_SIZE)).zip(&mine);
+            pages.filter(|(_, mine)| **mine).for_each(|((to, from), _)| copy(to, from));
+        }
+        self.arrived(run, &mine)
+    }
+
+    /// Takes pages that are zero. They get memory when the guest touches them.
+    pub(super) fn take_zeros(&self, run: PageRun) -> Result<(), TargetError> {
+        let mine: Vec<bool> = run.indices().map(|page| self.claimed.set(page)).collect();
+        let mut at = 0;
+        for part in mine.chunk_by(|one, next| one == next) {
+            if part[0] {
+                // What an earlier round brought is stale.
+                self.region.zero(PageRun::new(run.first.0 + at as u64, part.len() as u32));
+            }
+            at += part.len();
+        }
+        self.note(run, &mine);
+        for page in self.no_longer_asked(run) {
+            self.map(PageRun::new(page, 1))?;
+        }
+        Ok(())
+    }
+
+    /// The pages of a run that are `mine` are here: they are mapped, and nobody waits for them any more.
+    fn arrived(&self, run: PageRun, mine: &[bool]) -> Result<(), TargetError> {
+        for (page, _) in run.indices().zip(mine).filter(|(_, mine)| **mine) {
+            self.present.set(page);
+        }
+        let mut at = 0;
+        for part in mine.chunk_by(|one, next| one == next) {
+            if part[0] {
+                self.map(PageRun::new(run.first.0 + at as u64, part.len() as u32))?;
+            }
+            at += part.len();
+        }
+        self.no_longer_asked(run);
+        self.note(run, mine);
+        Ok(())
+    }
+
+    /// Counts pages that have come.
+    fn note(&self, run: PageRun, mine: &[bool]) {
+        let mut count = 0;
+        for (page, _) in run.indices().zip(mine).filter(|(_, mine)| **mine) {
+            self.present.set(page);
+            count += 1;
+        }
+        if count > 0 && self.left.fetch_sub(count, Ordering::AcqRel) == count {
+            self.changed.ring();
+        }
+    }
+
+    /// Those pages of a run that the guest waited for; it does not any more.
+    fn no_longer_asked(&self, run: PageRun) -> Vec<u64> {
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        let Waits { since, took_ns } = &mut *asked;
+        let pages: Vec<u64> = since.range(run.first.0..run.end()).map(|(&page, _)| page).collect();
+        let now = self.clock.now();
+        for page in &pages {
+            if let Some(when) = since.remove(page) {
+                took_ns.push(now.saturating_sub(when).as_nanos() as u64);
+            }
+        }
+        pages
+    }
+
+    /// Maps those pages of a run that are here.
+    fn map(&self, run: PageRun) -> Result<(), TargetError> {
+        match self.faults.map(run) {
+            Ok(()) => return Ok(()),
+            Err(FaultError::NotThere) => {}
+            Err(error) => return Err(gone(&error)),
+        }
+        // Some of them are zeros that have no memory yet; or claimed by another stream, and not here.
+        for page in run.indices().filter(|&page| self.present.is_set(page)) {
+            let one = PageRun::new(page, 1);
+            match self.faults.map(one) {
+                Err(FaultError::NotThere) => self.faults.map_zero(one).map_err(|error| gone(&error))?,
+                other => other.map_err(|error| gone(&error))?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Serves the VM's faults until nothing is owed any more.
+    pub(super) fn serve_faults(&self) -> Result<(), TargetError> {
+        let mut pages = Vec::new();
+        while !self.is_over() {
+            self.faults.next(&mut pages, TICK).map_err(|error| gone(&error))?;
+            for &page in &pages {
+                if self.present.is_set(page) {
+                    self.map(PageRun::new(page, 1))?;
+                    continue;
+                }
+                let is_first = {
+                    let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+                    asked.since.insert(page, self.clock.now()).is_none()
+                };
+                // It may have come between the look and the note.
+                if self.present.is_set(page) {
+                    self.map(PageRun::new(page, 1))?;
+                    self.asked.lock().unwrap_or_else(PoisonError::into_inner).since.remove(&page);
+                } else if is_first {
+                    let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
+                    requests.want(self.region.spec().id, PageRun::new(page, 1))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Maps what earlier rounds brought, ahead of the guest, until all is mapped or nobody serves any more. Zeros without memory are left out.
+    pub(super) fn map_ahead(&self) -> Result<(), TargetError> {
+        while !self.is_over() && !self.runs.load(Ordering::Acquire) {
+            let seen = self.changed.rings();
+            if !self.runs.load(Ordering::Acquire) {
+                self.clock.wait(&self.changed, seen, TICK);
+            }
+        }
+        let pages = self.region.spec().pages.0;
+        for first in (0..pages).step_by(MAP_PAGES as usize) {
+            if self.is_over() {
+                break;
+            }
+            let window = PageRun::new(first, MAP_PAGES.min(pages - first) as u32);
+            for data in self.region.data_within(window) {
+                let mut start = data.first.0;
+                while start < data.end() {
+                    let is_here = self.present.is_set(start);
+                    let end =
+                        (start..data.end()).find(|&page| self.present.is_set(page) != is_here).unwrap_or(data.end());
+                    if is_here {
+                        match self.faults.map(PageRun::new(start, (end - start) as u32)) {
+                            Ok(()) | Err(FaultError::NotThere) => {}
+                            Err(error) => return Err(gone(&error)),
+                        }
+                    }
+                    start = end;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// How long the VM waited for pages that it asked for.
+    pub(super) fn waits(&self) -> WaitReport {
+        let mut took = std::mem::take(&mut self.asked.lock().unwrap_or_else(PoisonError::into_inner).took_ns);
+        WaitReport::of(&mut took)
+    }
+}
+
+fn copy(to: BytesView<'_>, from: BytesView<'_>) {
+    for (to, from) in to.iter().zip(from) {
+        to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
+    }
+}
+
+fn gone(error: &FaultError) -> TargetError {
+    TargetError::Faults(error.to_string())
+}
+
+/// The pages of `words` (little-endian, one bit a page), if they are of a region of `pages`.
+pub(super) fn owed_pages(words: &[u8], pages: crate::model::PageCount) -> Result<PageBitmap, LinkError> {
+    let wrong = || LinkError::Protocol("what is owed does not fit the memory".to_owned());
+    let mut owed = PageBitmap::new(pages);
+    if words.len() != owed.words().len() * 8 {
+        return Err(wrong());
+    }
+    for (index, word) in words.chunks_exact(8).enumerate() {
+        owed.or_word(index, u64::from_le_bytes(std::array::from_fn(|byte| word[byte])));
+    }
+    let beyond = pages.0 % 64;
+    if beyond != 0 && owed.words().last().is_some_and(|last| last >> beyond != 0) {
+        return Err(wrong());
+    }
+    Ok(owed)
+}
+
+/// As [`owed_pages`] takes them.
+pub(super) fn owed_words(owed: &PageBitmap) -> Vec<u8> {
+    owed.words().iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
+/// The only region that there is.
+pub(super) fn check_run(region: &dyn Region, id: RegionId, run: PageRun) -> Result<(), LinkError> {
+    let spec = region.spec();
+    if id == spec.id && run.fits(spec.pages) {
+        Ok(())
+    } else {
+        Err(LinkError::Protocol(format!("{run:?} of {id:?} lies outside of {:?}", spec.pages)))
+    }
+}

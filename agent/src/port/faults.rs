@@ -1,0 +1,47 @@
+//! The faults of a VM that runs before all of its memory is here.
+
+use std::io;
+use std::time::Duration;
+
+use crate::model::PageRun;
+
+/// A fault cannot be taken or resolved.
+#[derive(Debug, thiserror::Error)]
+pub enum FaultError {
+    /// A page of the run is not in memory: it is to be mapped as zeros, or filled first.
+    #[error("a page that is to be mapped is not in memory")]
+    NotThere,
+    /// The machine's process has ended.
+    #[error("the machine is gone")]
+    Gone,
+    /// The kernel.
+    #[error("userfaultfd: {0}")]
+    Io(io::Error),
+}
+
+/// Whoever touches a page that is not mapped waits until somebody maps it here. Any thread may call anything.
+pub trait Faults: Send + Sync {
+    /// Waits for faults, at most `timeout`; puts their pages into `pages`, which may stay empty.
+    ///
+    /// # Errors
+    /// The machine is gone, or the kernel.
+    fn next(&self, pages: &mut Vec<u64>, timeout: Duration) -> Result<(), FaultError>;
+
+    /// Maps pages that are in memory, and wakes who waits for them; those that are mapped stay so.
+    ///
+    /// # Errors
+    /// [`FaultError::NotThere`] if one is not in memory: those before it are mapped.
+    fn map(&self, run: PageRun) -> Result<(), FaultError>;
+
+    /// Maps pages that are not in memory as zeros, and wakes who waits for them.
+    ///
+    /// # Errors
+    /// The machine is gone, or the kernel.
+    fn map_zero(&self, run: PageRun) -> Result<(), FaultError>;
+
+    /// All of memory is here: nobody waits any more, and what is not in memory reads as zeros.
+    ///
+    /// # Errors
+    /// The machine is gone, or the kernel.
+    fn end(&self) -> Result<(), FaultError>;
+}

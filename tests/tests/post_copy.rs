@@ -1,0 +1,99 @@
+//! A VM runs at its target before its memory is there, and nothing of it is lost: real KVM, real faults, real sockets. What the guest itself checks before each write is
+//! that a page holds what it wrote there last.
+#![cfg(target_arch = "x86_64")]
+
+use std::time::Duration;
+
+use dunlin::migrate::Strategy;
+use dunlin::model::{DirtyLogKind, PostCopyReport};
+use dunlin_tests::client::EchoClient;
+use dunlin_tests::rig::Side;
+use dunlin_tests::{Hop, HopOptions, Rig, VmSpec, guest};
+
+const LIMIT: Duration = Duration::from_secs(30);
+
+fn options(strategy: Strategy, more: &[&str]) -> HopOptions {
+    HopOptions { strategy, more: more.iter().map(|&word| word.to_owned()).collect(), ..HopOptions::default() }
+}
+
+fn owed(hop: &Hop) -> &PostCopyReport {
+    hop.report.post_copy.as_ref().unwrap()
+}
+
+/// Moves there and back under a client's eyes; returns both moves.
+fn there_and_back(spec: &VmSpec, options: &HopOptions) -> [Hop; 2] {
+    let mut rig = Rig::boot(spec).unwrap();
+    let echo = rig.client.enter(|| EchoClient::start(Rig::echo_address(), Duration::from_millis(2))).unwrap();
+    echo.wait_answers(50, LIMIT).unwrap();
+    let hops = [Side::B, Side::A].map(|side| {
+        let hop = rig.hop(options).unwrap();
+        println!("shows {}", serde_json::to_string(&hop.report).unwrap());
+        assert_eq!((hop.exit_code, hop.source_exit_code, rig.at()), (Some(0), Some(0), side), "{hop:#?}");
+        assert_eq!(hop.report.blackout.total_ns(), hop.report.blackout_ns, "the ledger adds up");
+        let owed = owed(&hop);
+        // Each page once, and none twice.
+        assert_eq!(owed.sent_pages, owed.owed_pages, "{owed:?}");
+        assert!(owed.asked_pages <= owed.requests, "{owed:?}");
+        let counters = rig.counters().unwrap();
+        assert_eq!(guest::errors(&counters), Vec::<String>::new(), "{counters:#}");
+        rig.verify_inside().unwrap();
+        hop
+    });
+    echo.wait_answers(100, LIMIT).unwrap();
+    let echo = echo.finish(LIMIT);
+    assert_eq!((&echo.fault, echo.answered), (&None, echo.sent));
+    assert!(rig.stop().unwrap().success());
+    hops
+}
+
+fn busy(cpus: u32, dirty_log: DirtyLogKind) -> VmSpec {
+    VmSpec {
+        cpus,
+        dirty_log,
+        disk_bytes: Some(64 << 20),
+        guest: "dunlin.wl=ws:48M,rate:8000,pattern:random dunlin.blk=rate:200,span:16M dunlin.heartbeat=5ms".to_owned(),
+        ..VmSpec::default()
+    }
+}
+
+#[test]
+fn post_copy_there_and_back_with_disk_and_two_vcpus() {
+    for hop in there_and_back(&busy(2, DirtyLogKind::Ring), &options(Strategy::PostCopy, &[])) {
+        assert!(hop.report.rounds.is_empty(), "nothing is sent before the VM moves");
+        let owed = owed(&hop);
+        assert_eq!(owed.owed_pages, hop.report.memory_bytes / 4096);
+        assert!(owed.waits.count > 0 && owed.waits.p50_ns > 0, "a guest that runs touches memory: {owed:?}");
+    }
+}
+
+#[test]
+fn hybrid_there_and_back_owes_what_a_round_left() {
+    for kind in [DirtyLogKind::Bitmap, DirtyLogKind::Ring] {
+        for hop in there_and_back(&busy(1, kind), &options(Strategy::Hybrid, &[])) {
+            let [round] = hop.report.rounds.as_slice() else { panic!("{:#?}", hop.report) };
+            assert!(!round.paused && owed(&hop).owed_pages < hop.report.memory_bytes / 4096 / 2, "{:#?}", hop.report);
+        }
+    }
+}
+
+/// A writer that no pre-copy ends with: each page moves once, however fast it writes.
+#[test]
+fn a_vm_that_writes_without_end_moves_in_one_pass() {
+    let spec = VmSpec {
+        cpus: 2,
+        dirty_log: DirtyLogKind::Bitmap,
+        guest: "dunlin.wl0=ws:16M,rate:100 dunlin.wl1=ws:96M,rate:max".to_owned(),
+        ..VmSpec::default()
+    };
+    for hop in there_and_back(&spec, &options(Strategy::PostCopy, &["--bandwidth", "1Gbit"])) {
+        let owed = owed(&hop);
+        let full = owed.sent_pages - owed.zero_pages;
+        let ideal_ns = full * 4096 * 8;
+        println!(
+            "shows total {:.2} of ideal, {} waits, {owed:?}",
+            hop.report.total_ns as f64 / ideal_ns as f64,
+            owed.waits.count
+        );
+        assert!(full > 24_000 && hop.report.wire_bytes < full * 4096 * 11 / 10 + (8 << 20), "{:#?}", hop.report);
+    }
+}
