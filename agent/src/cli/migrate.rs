@@ -90,6 +90,21 @@ pub(super) struct MigrateArgs {
 
 impl MigrateArgs {
     pub(super) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
+        if self.strategy.runs_owing() {
+            if self.verify {
+                complain!(
+                    "dunlin: --verify hashes all memory while the VM stands; by {} it never is in one place then",
+                    self.strategy
+                );
+                return Ok(exit::USAGE);
+            }
+            if !json {
+                complain!(
+                    "by {} the VM runs there before its memory has moved: if a host or the link is lost before all has, so is the VM",
+                    self.strategy
+                );
+            }
+        }
         let cancel = cancel_on_signals()?;
         let configured = &config.migrate;
         let options = SourceOptions {

@@ -14,6 +14,8 @@ mod observe;
 mod options;
 pub mod outcomes;
 mod owed;
+#[cfg(test)]
+mod owed_testing;
 mod pacer;
 mod push;
 mod rounds;

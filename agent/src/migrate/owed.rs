@@ -297,11 +297,12 @@ pub(super) fn owed_pages(words: &[u8], pages: crate::model::PageCount) -> Result
         return Err(wrong());
     }
     for (index, word) in words.chunks_exact(8).enumerate() {
-        owed.or_word(index, u64::from_le_bytes(std::array::from_fn(|byte| word[byte])));
-    }
-    let beyond = pages.0 % 64;
-    if beyond != 0 && owed.words().last().is_some_and(|last| last >> beyond != 0) {
-        return Err(wrong());
+        let word = u64::from_le_bytes(std::array::from_fn(|byte| word[byte]));
+        let pages = pages.0 - index as u64 * 64;
+        if pages < 64 && word >> pages != 0 {
+            return Err(wrong());
+        }
+        owed.or_word(index, word);
     }
     Ok(owed)
 }
@@ -318,5 +319,58 @@ pub(super) fn check_run(region: &dyn Region, id: RegionId, run: PageRun) -> Resu
         Ok(())
     } else {
         Err(LinkError::Protocol(format!("{run:?} of {id:?} lies outside of {:?}", spec.pages)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::migrate::owed_testing::{Caught, Memory, Recorder, Script, Still};
+    use crate::model::PageCount;
+
+    const PAGES: u64 = 200;
+
+    fn bits(pages: &[u64]) -> PageBitmap {
+        let mut bitmap = PageBitmap::new(PageCount(PAGES));
+        for &page in pages {
+            bitmap.insert(page);
+        }
+        bitmap
+    }
+
+    #[test]
+    fn what_comes_twice_overwrites_nothing_and_is_counted_once() {
+        let (memory, faults, clock) = (Memory::of(PAGES), Arc::new(Caught::default()), Still);
+        let owed = Owed::new(&memory, faults.clone(), &clock, &bits(&[3, 4, 5, 9]), Box::new(Recorder::default()));
+        owed.take_pages(PageRun::new(4, 1), &mut Script::filled(7), &mut || true).unwrap();
+        // The guest writes it; then it comes again, with a neighbour, and one that was here before the VM was.
+        memory.fill(PageRun::new(4, 1), 99);
+        owed.take_pages(PageRun::new(3, 4), &mut Script::filled(8), &mut || true).unwrap();
+        assert_eq!([2, 3, 4, 5, 6].map(|page| memory.byte(page)), [0, 8, 99, 8, 0]);
+        assert_eq!((owed.left(), faults.mapped()), (1, vec![3, 4, 5]));
+        owed.take_zeros(PageRun::new(8, 3)).unwrap();
+        assert_eq!((owed.left(), faults.mapped()), (0, vec![3, 4, 5]), "zeros get memory when they are touched");
+    }
+
+    #[test]
+    fn a_page_is_asked_for_once_and_one_that_is_here_is_mapped() {
+        let (memory, faults, clock) = (Memory::of(PAGES), Arc::new(Caught::default()), Still);
+        let asked = Recorder::default();
+        let owed = Owed::new(&memory, faults.clone(), &clock, &bits(&[3, 4]), Box::new(asked.clone()));
+        faults.happen(&[3, 3, 100]);
+        faults.then_stop();
+        assert!(matches!(owed.serve_faults(), Err(TargetError::Faults(_))), "the machine has ended");
+        assert_eq!((asked.wants(), faults.mapped()), (vec![3], vec![100]));
+        owed.take_zeros(PageRun::new(3, 1)).unwrap();
+        assert_eq!((owed.waits().count, faults.mapped()), (1, vec![3, 100]), "who waits for a zero gets it at once");
+    }
+
+    #[test]
+    fn what_is_owed_is_as_large_as_memory() {
+        let pages = PageCount(PAGES);
+        let owed = bits(&[0, 63, 64, 199]);
+        assert_eq!(owed_pages(&owed_words(&owed), pages).unwrap().words(), owed.words());
+        assert!(owed_pages(&[0; 24], pages).is_err() && owed_pages(&[0; 40], pages).is_err());
+        assert!(owed_pages(&[0xff; 32], pages).is_err(), "bits behind the last page");
     }
 }

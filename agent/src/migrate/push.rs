@@ -302,3 +302,80 @@ impl<'a> Push<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::migrate::observe::Quiet;
+    use crate::migrate::owed_testing::{Memory, Recorder, Script, Still};
+
+    const PAGES: u64 = 300;
+
+    /// Everything that two push streams and one for requests send, by page, how often; `asked` are requests.
+    fn sent(owed: &PageBitmap, asked: &[u64]) -> (BTreeMap<u64, u32>, PostCopyReport) {
+        let (memory, clock) = (Memory::of(PAGES), Still);
+        let pacer = Pacer::new(&clock, None);
+        let push = Push::new(&memory, &pacer, &clock, &Quiet, (1, 64), owed);
+        let mut streams = [Recorder::default(), Recorder::default(), Recorder::default()];
+        std::thread::scope(|scope| {
+            let [urgent, first, second] = &mut streams;
+            let push = &push;
+            let wants = asked.iter().map(|&page| BulkItem::Want(memory.spec().id, PageRun::new(page, 1))).collect();
+            scope.spawn(move || push.answer(urgent, &mut Script::of(wants)));
+            scope.spawn(move || push.push(first));
+            scope.spawn(move || push.push(second));
+        });
+        let mut counts = BTreeMap::new();
+        for run in streams.iter().flat_map(|stream| &stream.sent) {
+            run.indices().for_each(|page| *counts.entry(page).or_insert(0) += 1);
+        }
+        (counts, push.report())
+    }
+
+    proptest! {
+        /// Whoever sends it, and whenever it is asked for.
+        #[test]
+        fn each_page_that_is_owed_is_sent_once_and_no_other(
+            pages in prop::collection::btree_set(0..PAGES, 0..200), asked in prop::collection::vec(0..PAGES, 0..50),
+        ) {
+            let mut owed = PageBitmap::new(crate::model::PageCount(PAGES));
+            for &page in &pages {
+                owed.insert(page);
+            }
+            let (counts, report) = sent(&owed, &asked);
+            prop_assert_eq!(counts, pages.iter().map(|&page| (page, 1)).collect::<BTreeMap<_, _>>());
+            prop_assert_eq!((report.owed_pages, report.sent_pages), (pages.len() as u64, pages.len() as u64));
+        }
+    }
+
+    #[test]
+    fn the_push_goes_on_around_what_was_asked_for_last() {
+        let (memory, clock) = (Memory::of(PAGES), Still);
+        let pacer = Pacer::new(&clock, None);
+        let push =
+            Push::new(&memory, &pacer, &clock, &Quiet, (1, 8), &PageBitmap::full(crate::model::PageCount(PAGES)));
+        assert_eq!(push.next_run(), Some(PageRun::new(0, 8)));
+        push.answer(
+            &mut Recorder::default(),
+            &mut Script::of(vec![BulkItem::Want(memory.spec().id, PageRun::new(100, 1))]),
+        );
+        let next: Vec<_> = (0..4).filter_map(|_| push.next_run()).collect();
+        assert_eq!(next, [PageRun::new(101, 8), PageRun::new(92, 8), PageRun::new(109, 8), PageRun::new(84, 8)]);
+    }
+
+    #[test]
+    fn a_request_beyond_memory_ends_it_with_an_error() {
+        let (memory, clock) = (Memory::of(PAGES), Still);
+        let pacer = Pacer::new(&clock, None);
+        let push =
+            Push::new(&memory, &pacer, &clock, &Quiet, (1, 8), &PageBitmap::full(crate::model::PageCount(PAGES)));
+        for bad in [BulkItem::Want(memory.spec().id, PageRun::new(PAGES, 1)), BulkItem::EndRound(1)] {
+            push.answer(&mut Recorder::default(), &mut Script::of(vec![bad]));
+            assert!(matches!(push.failure(), Some(SourceError::Link(LinkError::Protocol(_)))));
+        }
+    }
+}

@@ -185,7 +185,7 @@ impl Source<'_> {
             stage: progress.step.stage(),
             reason,
             memory_bytes: self.shape.memory_bytes,
-            streams: u32::from(self.options.streams),
+            streams: u32::from(self.streams()),
             wire_bytes: progress.rounds.iter().map(|round| round.wire_bytes).sum::<u64>()
                 + progress.post_copy.as_ref().map_or(0, |owed| owed.wire_bytes)
                 + progress.state_bytes
@@ -202,6 +202,11 @@ impl Source<'_> {
             post_copy: progress.post_copy,
             stun: progress.steward.map(|steward| steward.report()),
         }
+    }
+
+    /// Page streams: one is for requests where there may be any.
+    fn streams(&self) -> u16 {
+        if self.options.strategy.runs_owing() { self.options.streams.max(2) } else { self.options.streams }
     }
 
     fn steward(&self) -> Option<Steward> {
@@ -369,7 +374,7 @@ impl Source<'_> {
             migration_id: self.id,
             shape: self.shape.clone(),
             regions: vec![self.region.spec().clone()],
-            streams: self.options.streams,
+            streams: self.streams(),
             verify: self.options.verify,
         };
         control.send(&ControlMessage::Offer(Box::new(offer)))?;
@@ -380,7 +385,7 @@ impl Source<'_> {
             other => return Err(unexpected(&other, "accept")),
         };
         let mut streams = Vec::new();
-        for index in 0..self.options.streams {
+        for index in 0..self.streams() {
             streams.push(self.link.open_bulk(self.id, index)?);
         }
         let mut rtt = Duration::MAX;

@@ -24,6 +24,8 @@ use crate::port::{
 const GREETING_LIMIT: Duration = Duration::from_secs(30);
 /// How often waits look around.
 const TICK: Duration = Duration::from_millis(100);
+/// How often a VM that runs owing is announced.
+const ANNOUNCE_EVERY: Duration = Duration::from_secs(1);
 /// After so long without a word from the source, a new connection of its is looked for beside the old one.
 const SILENCE: Duration = Duration::from_secs(1);
 /// The most page streams of one migration.
@@ -327,7 +329,15 @@ impl Target<'_> {
         owed: &Owed<'_>,
         machine: &mut dyn Machine,
     ) -> Result<(), TargetError> {
+        let mut announced = self.clock.now();
         loop {
+            // Whoever has us waits with the other announcements until all is here.
+            if self.clock.now().saturating_sub(announced) >= ANNOUNCE_EVERY {
+                announced = self.clock.now();
+                if let Err(error) = machine.announce() {
+                    tracing::warn!(migration = %offer.migration_id, "an announcement failed: {error}");
+                }
+            }
             let seen = owed.changed.rings();
             inflow.check()?;
             if owed.left() == 0 {
