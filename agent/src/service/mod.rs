@@ -1,7 +1,7 @@
 //! The service floor and composition root: joins policy and mechanism.
 //!
 //! - [`machine`] hosts one VM: the ownership gate, the session for a manager, the control sockets.
-//! - [`migration`] is the manager at a source, [`receive`] the one at a target.
+//! - [`migration`] is the manager at a source, [`receive`] the one at a target; [`reports`] reads what it said at its end.
 //! - [`registry`] knows which VMs this host runs.
 //! - [`config`] reads the configuration file.
 //! - [`balloon`] answers for a guest's memory.
@@ -40,6 +40,7 @@ pub mod prove;
 pub mod receive;
 pub mod recording;
 pub mod registry;
+pub mod reports;
 pub mod resolve;
 pub mod rogues;
 mod seat;
