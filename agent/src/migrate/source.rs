@@ -12,12 +12,12 @@ use super::lap::Lap;
 use super::message::{ControlMessage, Handed, Offer, TargetState};
 use super::observe::{CancelFlag, Observer};
 use super::options::{OnStuck, SourceOptions, Strategy};
-use super::pacer::Pacer;
+use super::pacer::{Pace, Pacer};
 use super::rounds::{Round, Saved, Tally, longest_run};
 use super::steward::{Sent, Steward};
 use crate::model::{
     BlackoutLedger, BlackoutPhase, BytesPerSecond, Ending, MachineShape, MigrationId, MigrationReport, PAGE_SIZE,
-    PageBitmap, PagesPerSecond, RoundReport, Step,
+    PageBitmap, RoundReport, Step,
 };
 use crate::port::{BulkSender, Clock, ControlChannel, Fate, LinkError, Machine, MachineError, Region, SourceLink};
 use crate::stun::Budget;
@@ -88,6 +88,8 @@ pub struct Source<'a> {
     pub observer: &'a dyn Observer,
     /// Who may stop it.
     pub cancel: CancelFlag,
+    /// How fast it may send; what the options say is where it begins.
+    pub pace: Pace,
 }
 
 /// What is known so far; becomes the report.
@@ -198,8 +200,7 @@ impl Source<'_> {
         // The round trip is not known yet, and small beside the rest.
         let memory_time = self.options.downtime.saturating_sub(self.options.fixed_cost);
         let budget = Budget { stretch: self.options.stun_stretch, memory_time };
-        let limit = self.options.bandwidth.map(|limit| PagesPerSecond(limit.0 as f64 / PAGE_SIZE as f64));
-        Some(Steward::new(budget, self.options.stun.clone(), limit))
+        Some(Steward::new(budget, self.options.stun.clone(), self.pace.clone()))
     }
 
     fn pass(&self, progress: &mut Progress, step: Step, detail: &str) {
@@ -212,7 +213,7 @@ impl Source<'_> {
     fn until_prepared(&mut self, progress: &mut Progress) -> Result<BlackoutLedger, SourceError> {
         let control = self.link.control();
         let streams = self.reserve(progress, control.as_ref())?;
-        let pacer = Pacer::new(self.clock, self.options.bandwidth);
+        let pacer = Pacer::new(self.clock, self.pace.clone());
         let mut way = Way { control, streams, pacer, due: PageBitmap::full(self.region.spec().pages) };
         self.send_boot_image(progress, &way)?;
         if self.options.strategy == Strategy::PreCopy {
@@ -278,7 +279,7 @@ impl Source<'_> {
             return Ok(());
         };
         let part_bytes =
-            (longest_run(self.options.bandwidth, self.options.streams) as usize * PAGE_SIZE).min(IMAGE_PART_BYTES);
+            (longest_run(self.pace.limit(), self.options.streams) as usize * PAGE_SIZE).min(IMAGE_PART_BYTES);
         let mut parts = image.chunks(part_bytes).peekable();
         while let Some(part) = parts.next() {
             if self.cancel.is_set() {
@@ -308,7 +309,9 @@ impl Source<'_> {
                 took = Duration::from_nanos(round.duration_ns);
                 self.observer.round(round);
             }
-            match convergence.judge(left, took, progress.goodput, progress.rtt) {
+            // The round may have been faster than what is allowed by now.
+            let goodput = self.pace.limit().map_or(progress.goodput, |limit| limit.min(progress.goodput));
+            match convergence.judge(left, took, goodput, progress.rtt) {
                 Verdict::Another => {}
                 Verdict::Converged => return Ok(()),
                 Verdict::GaveUp(_) if progress.steward.as_mut().is_some_and(Steward::press) => {
@@ -351,7 +354,7 @@ impl Source<'_> {
             clock: self.clock,
             observer: self.observer,
             cancel,
-            longest_run: longest_run(self.options.bandwidth, self.options.streams),
+            streams: self.options.streams,
             sent,
         }
     }

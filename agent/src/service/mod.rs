@@ -1,7 +1,7 @@
 //! The service floor and composition root: joins policy and mechanism.
 //!
 //! - [`machine`] hosts one VM: the ownership gate, the session for a manager, the control sockets.
-//! - [`migration`] is the manager at a source, [`receive`] the one at a target; [`reports`] reads what it said at its end.
+//! - [`migration`] is the manager at a source, [`receive`] the one at a target; [`progress`] knows how far a migration is, and [`steering`] lets others see and steer it; [`reports`] reads what it said at its end.
 //! - [`registry`] knows which VMs this host runs.
 //! - [`config`] reads the configuration file.
 //! - [`balloon`] answers for a guest's memory.
@@ -36,6 +36,7 @@ pub mod migration;
 pub mod observe;
 pub(crate) mod out;
 pub mod profile;
+pub mod progress;
 pub mod prove;
 pub mod receive;
 pub mod recording;
@@ -46,6 +47,7 @@ pub mod rogues;
 mod seat;
 pub mod session;
 pub mod sources;
+pub mod steering;
 pub mod stun;
 mod throttling;
 pub mod watch;
