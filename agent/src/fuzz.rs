@@ -35,6 +35,7 @@ use crate::service::control::Outcome;
 use crate::service::machine::VmInfo;
 use crate::service::prove;
 use crate::service::registry::MachineEntry;
+use crate::service::reports;
 use crate::service::session::{Reply, Request, SESSION_VERSION, SessionSocket};
 use crate::service::stun::holder;
 use crate::store;
@@ -84,6 +85,7 @@ pub const TARGETS: &[Target] = &[
     target("guest_words", prove::fuzz_line, prove::fuzz_seeds),
     target("qmp", qmp::fuzz, qmp::fuzz_seeds),
     target("holder", holder::fuzz, holder::fuzz_seeds),
+    target("migration_report", reports::fuzz, || vec![reports::SAMPLE.to_vec()]),
 ];
 
 /// The target called `name`.

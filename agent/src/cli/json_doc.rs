@@ -11,8 +11,9 @@ use crate::kvm::virtio::GuestStats;
 use crate::model::schema::Schema;
 use crate::model::{
     AddressSpace, AnnounceReport, AnnounceRound, BlackoutLedger, BlackoutPhase, BytesPerSecond, CurvePoint, Ending,
-    Gfn, Gpa, GuestProcess, GuestWrite, Gva, MemoryRange, MigrationId, MigrationReport, Owner, PageCount,
-    PostCopyReport, RegionHeat, RoundReport, Stage, Station, StunReport, VcpuStun, VmId, WriteCurve, Writer,
+    Gfn, Gpa, GuestProcess, GuestWrite, Gva, MemoryRange, MigrationId, MigrationReport, MigrationStatus, Owner,
+    PageCount, PostCopyReport, RegionHeat, RoundReport, Stage, Station, Step, StunReport, VcpuStun, VmId, WriteCurve,
+    Writer,
 };
 use crate::port::Protected;
 use crate::service::balloon::{BalloonReport, HintReport};
@@ -62,6 +63,37 @@ fn migration() -> Value {
         verified_pages: 0,
         post_copy: Some(PostCopyReport::default()),
         stun: Some(stun_report()),
+    })
+}
+
+fn migration_status() -> Value {
+    let (time, step) = (Some(0), Step::Round);
+    tagged(&MigrationStatus {
+        migration_id: MigrationId::random(),
+        vm_id: VmId::random(),
+        vm_name: "a".parse().unwrap(),
+        pid: 1,
+        target: String::new(),
+        strategy: String::new(),
+        since_unix_ms: 0,
+        elapsed_ns: 0,
+        step,
+        stage: step.stage(),
+        can_be_cancelled: true,
+        round: 1,
+        due_pages: 0,
+        sent_pages: 0,
+        memory_bytes: 0,
+        sent_bytes: 0,
+        goodput_bytes_per_second: 0,
+        bandwidth_bytes_per_second: Some(1),
+        last_round: Some(RoundReport::default()),
+        round_ends_in_ns: time,
+        pauses_in_ns: time,
+        expected_blackout_ns: time,
+        ends_in_ns: time,
+        downtime_target_ns: 0,
+        throttle: Some(crate::service::fleet::throttle_sample()),
     })
 }
 
@@ -409,6 +441,7 @@ fn fleet() -> [Value; 3] {
 fn samples() -> Vec<Value> {
     let mut all = vec![migration(), dirty_rate(), doctor(), proof(), audit::sample(), vm::run::sample(), balloon()];
     all.extend([exits(), profile(), rogue()]);
+    all.push(migration_status());
     all.extend([stun(), crate::service::control::throttled_sample()]);
     all.push(tagged(&crate::service::fleet::throttle_sample()));
     all.push(serde_json::json!({ "schema": "dunlin.stun-cleared/v1", "groups": [""] }));

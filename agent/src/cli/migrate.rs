@@ -1,5 +1,6 @@
 //! `dunlin migrate`: moves a running VM to another host.
 
+use std::str::FromStr;
 use std::time::Duration;
 
 use clap::Args;
@@ -11,17 +12,21 @@ use crate::link::Address;
 use crate::migrate::{OnStuck, SourceOptions, Strategy};
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
-use crate::model::units::{display_bytes, display_duration, parse_duration};
-use crate::model::{BytesPerSecond, Ending, MigrationReport, VmRef};
+use crate::model::units::{ParseQuantityError, display_bytes, display_duration, parse_duration};
+use crate::model::{BytesPerSecond, Ending, MigrationReport, MigrationStatus, VmRef};
 use crate::service::config::Config;
+use crate::service::control::Outcome;
 use crate::service::migration::{BeginError, MigrateRequest, migrate};
 use crate::service::out::{bytes, complain, say};
+use crate::service::steering::{SteerError, ask_status, cancel_migration, set_bandwidth};
 
 /// Move a running VM to another host, where `dunlin vm receive` waits for it.
 ///
 /// Pre-copy sends memory in rounds while the VM runs and pauses it when what is left fits the downtime target, or when
 /// rounds no longer shrink. Until the target has everything and this host has journaled that it lets go, any failure and
 /// Ctrl-C leave the VM running here at full speed.
+///
+/// While it runs, --status, --set and --cancel show and steer it from other terminals.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -29,16 +34,32 @@ Examples:
   dunlin migrate web1 --to tcp://127.0.0.1:4460 --bandwidth 1Gbit --downtime 50ms --json
   dunlin migrate web1 --to tcp://127.0.0.1:4460 --on-stuck stun
   dunlin migrate uuid:6ba7b810-9dad-41d1-80b4-00c04fd430c8 --to tcp://[fd00::7]:4460 --strategy stop-and-copy --verify
+  dunlin migrate web1 --status
+  dunlin migrate web1 --set bandwidth=200Mbit
+  dunlin migrate web1 --cancel
 
 Exit codes: 0 it runs there, 1 the VM died, 2 wrong arguments, 3 refused, 4 failed and it runs here, 5 in doubt (see
-`dunlin resolve`), 6 cancelled and it runs here.")]
+`dunlin resolve`), 6 cancelled and it runs here. Of --status, --set and --cancel: 0 done, 3 refused, there is no migration
+or it is too late, else how the migration ended.")]
 pub(super) struct MigrateArgs {
     /// The VM: NAME, uuid:U or pid:P.
     vm: VmRef,
 
     /// The target: tcp://ADDR:PORT.
-    #[arg(long, value_name = "ADDRESS")]
-    to: Address,
+    #[arg(long, value_name = "ADDRESS", required_unless_present_any = STEERING)]
+    to: Option<Address>,
+
+    /// Show how far the migration of the VM is.
+    #[arg(long, conflicts_with_all = BEGINNING, conflicts_with_all = ["set", "cancel"])]
+    status: bool,
+
+    /// Change the migration of the VM: bandwidth=RATE, or bandwidth=none for as much as the link carries.
+    #[arg(long, value_name = "WHAT", conflicts_with_all = BEGINNING, conflicts_with = "cancel")]
+    set: Option<Setting>,
+
+    /// Cancel the migration of the VM, wait until it has ended, and say how.
+    #[arg(long, conflicts_with_all = BEGINNING)]
+    cancel: bool,
 
     /// pre-copy, stop-and-copy, post-copy or hybrid. With the last two the VM runs at the target before its memory is there: if either host or the link between them is lost before
     /// all has moved, so is the VM.
@@ -88,8 +109,50 @@ pub(super) struct MigrateArgs {
     run_dir: RunDir,
 }
 
+/// Options that begin nothing.
+const STEERING: [&str; 3] = ["status", "set", "cancel"];
+/// Options of a migration that is to begin.
+const BEGINNING: [&str; 13] = [
+    "to",
+    "strategy",
+    "bandwidth",
+    "downtime",
+    "streams",
+    "max_rounds",
+    "hybrid_rounds",
+    "on_stuck",
+    "verify",
+    "doubt",
+    "insecure_plaintext",
+    "stall",
+    "events",
+];
+
+/// What can be changed of a migration under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Setting {
+    /// The most that all page streams together may send.
+    Bandwidth(Option<BytesPerSecond>),
+}
+
+impl FromStr for Setting {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.split_once('=') {
+            Some(("bandwidth", "none")) => Ok(Self::Bandwidth(None)),
+            Some(("bandwidth", rate)) => rate
+                .parse()
+                .map(|rate| Self::Bandwidth(Some(rate)))
+                .map_err(|error: ParseQuantityError| error.to_string()),
+            _ => Err("write bandwidth=RATE, for example bandwidth=200Mbit, or bandwidth=none".to_owned()),
+        }
+    }
+}
+
 impl MigrateArgs {
     pub(super) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
+        let Some(to) = self.to.clone() else { return self.steer(json, config) };
         if self.strategy.runs_owing() {
             if self.verify {
                 complain!(
@@ -123,7 +186,7 @@ impl MigrateArgs {
         };
         let request = MigrateRequest {
             vm: self.vm,
-            to: self.to,
+            to,
             options,
             never_stunned: config.stun.never.clone(),
             run_dir: self.run_dir.path(config),
@@ -134,11 +197,7 @@ impl MigrateArgs {
         };
         match migrate(request, cancel) {
             Ok(report) => {
-                if json {
-                    say!("{}", serde_json::to_string(&report.tagged())?);
-                } else {
-                    bytes(describe(&report).as_bytes());
-                }
+                print_report(&report, json)?;
                 Ok(report.ending.exit_code())
             }
             Err(error) => {
@@ -150,6 +209,129 @@ impl MigrateArgs {
             }
         }
     }
+}
+
+impl MigrateArgs {
+    /// Shows or changes a migration that another process does.
+    fn steer(self, json: bool, config: &Config) -> anyhow::Result<u8> {
+        let run_dir = self.run_dir.path(config);
+        let done: Result<anyhow::Result<u8>, SteerError> = if self.cancel {
+            cancel_migration(&run_dir, &self.vm).map(|report| {
+                print_report(&report, json)?;
+                Ok(match report.ending {
+                    Ending::Cancelled => exit::DONE,
+                    Ending::Moved => {
+                        complain!("dunlin: it was too late to cancel");
+                        exit::REFUSED
+                    }
+                    other => other.exit_code(),
+                })
+            })
+        } else if let Some(Setting::Bandwidth(limit)) = self.set {
+            set_bandwidth(&run_dir, &self.vm, limit).map(|()| {
+                if json {
+                    say!("{}", serde_json::to_string(&Outcome { error: String::new() }.tagged())?);
+                } else {
+                    let limit = limit.map_or_else(
+                        || "no bandwidth limit".to_owned(),
+                        |limit| format!("{}/s", display_bytes(limit.0)),
+                    );
+                    say!("{}: {limit} from now on", self.vm);
+                }
+                Ok(exit::DONE)
+            })
+        } else {
+            ask_status(&run_dir, &self.vm).map(|status| {
+                if json {
+                    say!("{}", serde_json::to_string(&status.tagged())?);
+                } else {
+                    bytes(describe_status(&status).as_bytes());
+                }
+                Ok(exit::DONE)
+            })
+        };
+        match done {
+            Ok(code) => code,
+            Err(error) => {
+                complain!("dunlin: {error}");
+                Ok(if matches!(error, SteerError::Exchange(_)) { exit::ERROR } else { exit::REFUSED })
+            }
+        }
+    }
+}
+
+fn print_report(report: &MigrationReport, json: bool) -> anyhow::Result<()> {
+    if json {
+        say!("{}", serde_json::to_string(&report.tagged())?);
+    } else {
+        bytes(describe(report).as_bytes());
+    }
+    Ok(())
+}
+
+/// How far it is, as a person reads it.
+fn describe_status(status: &MigrationStatus) -> String {
+    let ns = |ns: u64| display_duration(Duration::from_nanos(ns));
+    let rate = |bytes: u64| format!("{}/s", display_bytes(bytes));
+    let mut text = format!(
+        "VM {} ({}) is being moved to {} for {}\n  migration  {} by {}, pid {}\n  step       {} ({})",
+        status.vm_name,
+        status.vm_id,
+        status.target,
+        ns(status.elapsed_ns),
+        status.migration_id,
+        status.strategy,
+        status.pid,
+        status.step,
+        status.stage,
+    );
+    text += if status.can_be_cancelled { "\n" } else { ", too late to cancel\n" };
+    if status.round > 0 {
+        text += &format!("  round {:<4} {} of {} pages sent\n", status.round, status.sent_pages, status.due_pages);
+    }
+    text += &format!(
+        "  sent       {} in all for {} of RAM\n  goodput    {}, limit {}\n",
+        display_bytes(status.sent_bytes),
+        display_bytes(status.memory_bytes),
+        rate(status.goodput_bytes_per_second),
+        status.bandwidth_bytes_per_second.map_or_else(|| "none".to_owned(), rate)
+    );
+    if let Some(last) = &status.last_round {
+        text += &format!(
+            "  dirtied    {} pages in round {}, which took {}\n",
+            last.dirtied_pages,
+            last.round,
+            ns(last.duration_ns)
+        );
+    }
+    for vcpu in status.throttle.iter().filter(|throttle| throttle.stunned).flat_map(|throttle| &throttle.vcpus) {
+        if let Some(limit) = vcpu.limit_pages_per_second {
+            text += &format!(
+                "  stunned    vCPU {}: {:.0} of {limit:.0} pages/s, {} lost\n",
+                vcpu.vcpu,
+                vcpu.pages_per_second,
+                ns(vcpu.held_ns)
+            );
+        }
+    }
+    if let Some(round) = status.round_ends_in_ns {
+        text += &format!("  round ends in {}\n", ns(round));
+    }
+    match (status.pauses_in_ns, status.expected_blackout_ns, status.ends_in_ns) {
+        (Some(pause), Some(blackout), Some(end)) => {
+            text += &format!(
+                "  pauses in  {}, for {} (target {}); ends in {}\n",
+                ns(pause),
+                ns(blackout),
+                ns(status.downtime_target_ns),
+                ns(end)
+            );
+        }
+        (None, Some(blackout), _) => text += &format!("  stands     for {} more\n", ns(blackout)),
+        _ if status.last_round.is_some() && status.round_ends_in_ns.is_some() => text += "  no end is in sight\n",
+        _ => {}
+    }
+    text
 }
 
 /// The report as a person reads it.
@@ -237,4 +419,36 @@ fn describe(report: &MigrationReport) -> String {
         text += &format!("  verified   {} pages, all equal\n", report.verified_pages);
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_can_be_changed_is_taken() {
+        assert_eq!("bandwidth=200Mbit".parse(), Ok(Setting::Bandwidth(Some(BytesPerSecond(25_000_000)))));
+        assert_eq!("bandwidth=none".parse(), Ok(Setting::Bandwidth(None)));
+        for wrong in ["", "bandwidth", "bandwidth=", "bandwidth=fast", "downtime=3ms", "=none"] {
+            assert!(wrong.parse::<Setting>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_migration_is_begun_or_steered_never_both() {
+        use clap::Parser;
+        let parses = |words: &str| crate::cli::Cli::try_parse_from(words.split(' ')).is_ok();
+        for right in ["--to tcp://127.0.0.1:1", "--status", "--cancel", "--set bandwidth=1Gbit --run-dir r --json"] {
+            assert!(parses(&format!("dunlin migrate a {right}")), "{right}");
+        }
+        let one = ["--to tcp://127.0.0.1:1", "--status", "--cancel", "--set bandwidth=1Gbit"];
+        for (index, first) in one.iter().enumerate() {
+            let begins = ["--bandwidth 1Gbit", "--verify", "--events f", "--insecure-plaintext"];
+            let others = one.iter().skip(index + 1).chain(begins.iter().filter(|_| index > 0));
+            for other in others {
+                assert!(!parses(&format!("dunlin migrate a {first} {other}")), "{first} {other}");
+            }
+        }
+        assert!(!parses("dunlin migrate a"));
+    }
 }

@@ -13,6 +13,7 @@ mod places;
 mod profiling;
 mod record;
 mod replay;
+mod report;
 mod resolve;
 mod rogue;
 mod signals;
@@ -50,6 +51,7 @@ pub struct Cli {
 enum Command {
     Announce(announce::AnnounceArgs),
     Migrate(migrate::MigrateArgs),
+    Report(report::ReportArgs),
     Resolve(resolve::ResolveArgs),
     #[command(subcommand)]
     Vm(vm::VmCommand),
@@ -90,6 +92,7 @@ impl Cli {
         match self.command {
             Command::Announce(arguments) => arguments.run(json, &config),
             Command::Migrate(arguments) => arguments.run(json, &config),
+            Command::Report(arguments) => arguments.run(json),
             Command::Resolve(arguments) => arguments.run(json, &config),
             Command::Vm(command) => command.run(json, &config),
             Command::DirtyRate(arguments) => arguments.run(json, &config),

@@ -3,11 +3,17 @@
 
 /// The longest name that is drawn, in characters.
 const LONGEST: usize = 48;
+/// The longest text that is written on a page.
+const LONGEST_TEXT: usize = 2000;
 
 /// `text` as one short line of visible characters.
 pub(super) fn clean(text: &str) -> String {
-    let mut line: String = text.chars().take(LONGEST).map(|c| if is_drawn(c) { c } else { '\u{fffd}' }).collect();
-    if text.chars().nth(LONGEST).is_some() {
+    cut(text, LONGEST)
+}
+
+fn cut(text: &str, longest: usize) -> String {
+    let mut line: String = text.chars().take(longest).map(|c| if is_drawn(c) { c } else { '\u{fffd}' }).collect();
+    if text.chars().nth(longest).is_some() {
         line.push('…');
     }
     line
@@ -20,8 +26,17 @@ pub(super) fn clean_ascii(text: &str) -> String {
 
 /// As [`clean`], for text and attributes of XML.
 pub(super) fn clean_xml(text: &str) -> String {
+    escape(&clean(text))
+}
+
+/// A sentence as text of XML or HTML.
+pub(super) fn sentence_xml(text: &str) -> String {
+    escape(&cut(text, LONGEST_TEXT))
+}
+
+fn escape(text: &str) -> String {
     let mut escaped = String::new();
-    for c in clean(text).chars() {
+    for c in text.chars() {
         match c {
             '&' => escaped.push_str("&amp;"),
             '<' => escaped.push_str("&lt;"),
@@ -61,6 +76,8 @@ mod tests {
         fn no_name_leaves_its_place(text in ".*") {
             let xml = clean_xml(&text);
             prop_assert!(!xml.contains(['<', '>', '"', '\'']) && !xml.chars().any(char::is_control));
+            let sentence = sentence_xml(&text);
+            prop_assert!(!sentence.contains(['<', '>', '"', '\'']) && !sentence.chars().any(char::is_control));
             prop_assert!(clean_ascii(&text).bytes().all(|b| (0x20..0x7f).contains(&b)));
         }
     }

@@ -1,4 +1,4 @@
-//! Drawings of what tracking found: curves and maps of guest memory, as SVG and as text for terminals.
+//! Drawings: curves and maps of guest memory as tracking found them, as SVG and as text for terminals; a migration's report, as SVG and as a page.
 //!
 //! A mechanism that knows words and writes text; must not know where the numbers come from nor who looks. The SVG is written by hand:
 //! one file must be readable on a light and on a dark page, which takes style sheet classes that change with the reader's colour
@@ -10,10 +10,14 @@
 mod curve;
 mod heat;
 mod label;
+mod migration;
+mod page;
 mod scale;
 
 pub use curve::{LINKS, curve_svg, curve_text};
 pub use heat::{Estimated, heat_svg, heat_text};
+pub use migration::migration_svg;
+pub use page::migration_html;
 
 /// What a drawing as text is made of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -8,6 +8,7 @@
 mod answer;
 mod converge;
 mod digest;
+mod eta;
 mod lap;
 mod message;
 mod observe;
@@ -26,7 +27,8 @@ pub mod target;
 pub use answer::{AnswerError, answer};
 pub use converge::{Convergence, Verdict};
 pub use digest::{chunk_hashes, page_digest, zero_page};
+pub use eta::{Eta, Going, eta};
 pub use message::{Accept, ControlMessage, Handed, Offer, TargetState};
 pub use observe::{CancelFlag, Observer, Quiet};
 pub use options::{OnStuck, SourceOptions, Strategy};
-pub use pacer::Pacer;
+pub use pacer::{Pace, Pacer};

@@ -1,6 +1,7 @@
-//! Keeps all page streams together below a bandwidth limit: a token bucket over [`Clock`].
+//! Keeps all page streams together below a bandwidth limit, which may change meanwhile: a token bucket over [`Clock`].
 
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::model::BytesPerSecond;
@@ -8,36 +9,119 @@ use crate::port::Clock;
 
 /// How much may be sent at once after an idle moment: 20 ms worth.
 const BURST: Duration = Duration::from_millis(20);
+/// What waiting is bounded by, so that sums of times stay times.
+const LONGEST: Duration = Duration::from_hours(1 << 20);
+/// Whoever waits looks this often whether the limit is another.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+/// How fast a migration may send, and what it has sent: shared with whoever watches and steers it.
+#[derive(Clone, Debug, Default)]
+pub struct Pace(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    /// In bytes per second; 0: none.
+    limit: AtomicU64,
+    sent_bytes: AtomicU64,
+}
+
+impl Pace {
+    /// The pace of a migration that is limited to `limit`; `None` is as fast as the link goes.
+    pub fn new(limit: Option<BytesPerSecond>) -> Self {
+        let pace = Self::default();
+        pace.set_limit(limit);
+        pace
+    }
+
+    /// The most that all page streams together may send.
+    pub fn limit(&self) -> Option<BytesPerSecond> {
+        match self.0.limit.load(Ordering::Relaxed) {
+            0 => None,
+            limit => Some(BytesPerSecond(limit)),
+        }
+    }
+
+    /// Changes the limit. Streams that wait for the old one take the new one within 50 ms.
+    pub fn set_limit(&self, limit: Option<BytesPerSecond>) {
+        self.0.limit.store(limit.map_or(0, |limit| limit.0), Ordering::Relaxed);
+    }
+
+    /// Contents of pages and of the boot image that were handed to the streams, in bytes. Headers, and marks of zero pages, are not
+    /// among them.
+    pub fn sent_bytes(&self) -> u64 {
+        self.0.sent_bytes.load(Ordering::Relaxed)
+    }
+}
 
 /// A token bucket that several streams draw from.
 pub struct Pacer<'a> {
     clock: &'a dyn Clock,
+    pace: Pace,
+    paid: Mutex<Paid>,
+}
+
+/// What was handed out.
+#[derive(Clone, Copy, Debug, Default)]
+struct Paid {
+    /// When it will have been sent, at `limit`.
+    until: Duration,
     limit: Option<BytesPerSecond>,
-    /// When the bytes handed out so far will have been sent at the limit.
-    paid_until: Mutex<Duration>,
+}
+
+impl Paid {
+    /// The same debt at another limit: what took so long at the old one takes so much less or more at the new one.
+    fn at_limit(self, limit: Option<BytesPerSecond>, now: Duration) -> Self {
+        let (Some(old), Some(new)) = (self.limit, limit) else { return Self { until: Duration::ZERO, limit } };
+        if old == new {
+            return self;
+        }
+        let owed = self.until.saturating_sub(now).as_secs_f64() * old.0 as f64 / new.0.max(1) as f64;
+        Self { until: now + Duration::from_secs_f64(owed.min(LONGEST.as_secs_f64())), limit }
+    }
 }
 
 impl<'a> Pacer<'a> {
-    /// A pacer for `limit`; `None` never waits.
-    pub fn new(clock: &'a dyn Clock, limit: Option<BytesPerSecond>) -> Self {
-        Self { clock, limit, paid_until: Mutex::new(Duration::ZERO) }
+    /// A pacer for `pace`.
+    pub fn new(clock: &'a dyn Clock, pace: Pace) -> Self {
+        Self { clock, pace, paid: Mutex::default() }
+    }
+
+    /// The limit at present.
+    pub fn limit(&self) -> Option<BytesPerSecond> {
+        self.pace.limit()
     }
 
     /// Books `bytes` and waits until the limit allows them.
     pub fn pay(&self, bytes: u64) {
-        let wait = self.book(bytes);
-        if !wait.is_zero() {
+        let mut own = self.book(bytes);
+        while own.limit.is_some() {
+            let now = self.clock.now();
+            own = own.at_limit(self.pace.limit(), now);
+            let wait = own.until.saturating_sub(now).min(LOOK_EVERY);
+            if wait.is_zero() {
+                break;
+            }
             self.clock.sleep(wait);
         }
+        self.pace.0.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// Books `bytes` that are sent at once: those that pay wait for them. Returns how long it would have to wait itself.
-    pub fn book(&self, bytes: u64) -> Duration {
-        let Some(limit) = self.limit else { return Duration::ZERO };
+    fn book(&self, bytes: u64) -> Paid {
+        let Some(limit) = self.pace.limit() else {
+            *self.paid.lock().unwrap_or_else(PoisonError::into_inner) = Paid::default();
+            return Paid::default();
+        };
         let now = self.clock.now();
-        let mut paid_until = self.paid_until.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        *paid_until = (*paid_until).max(now.saturating_sub(BURST)) + limit.time_for(bytes);
-        paid_until.saturating_sub(now)
+        let mut paid = self.paid.lock().unwrap_or_else(PoisonError::into_inner);
+        *paid = paid.at_limit(Some(limit), now);
+        paid.until = (paid.until.max(now.saturating_sub(BURST)) + limit.time_for(bytes)).min(now + LONGEST);
+        *paid
+    }
+
+    /// Books `bytes` that are sent at once: those that pay wait for them.
+    pub fn ahead(&self, bytes: u64) {
+        self.book(bytes);
+        self.pace.0.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 }
 
@@ -60,7 +144,7 @@ mod tests {
     #[test]
     fn the_limit_holds_over_any_second() {
         let clock = Stepped(Mutex::new(Duration::from_secs(100)));
-        let pacer = Pacer::new(&clock, Some(BytesPerSecond(1_000_000)));
+        let pacer = Pacer::new(&clock, Pace::new(Some(BytesPerSecond(1_000_000))));
         for _ in 0..100 {
             pacer.pay(50_000);
         }
@@ -72,7 +156,54 @@ mod tests {
     #[test]
     fn no_limit_never_waits() {
         let clock = Stepped(Mutex::new(Duration::ZERO));
-        Pacer::new(&clock, None).pay(u64::MAX);
-        assert_eq!(clock.now(), Duration::ZERO);
+        let pace = Pace::default();
+        Pacer::new(&clock, pace.clone()).pay(1 << 40);
+        assert_eq!((clock.now(), pace.sent_bytes()), (Duration::ZERO, 1 << 40));
+    }
+
+    #[test]
+    fn a_new_limit_holds_from_then_on() {
+        let clock = Stepped(Mutex::new(Duration::from_secs(100)));
+        let pace = Pace::new(Some(BytesPerSecond(1_000_000)));
+        let pacer = Pacer::new(&clock, pace.clone());
+        let took = |bytes| {
+            let before = clock.now();
+            pacer.pay(bytes);
+            clock.now() - before
+        };
+        took(1_000_000);
+        pace.set_limit(Some(BytesPerSecond(10_000_000)));
+        let fast = took(10_000_000);
+        pace.set_limit(Some(BytesPerSecond(100_000)));
+        let slow = took(100_000);
+        for second in [fast, slow] {
+            assert!(second.abs_diff(Duration::from_secs(1)) <= BURST, "{fast:?} {slow:?}");
+        }
+        pace.set_limit(None);
+        assert_eq!(took(1 << 40), Duration::ZERO);
+        pace.set_limit(Some(BytesPerSecond(1_000_000)));
+        assert!(took(1_000_000) >= Duration::from_secs(1) - BURST);
+    }
+
+    /// A clock at which the operator changes his mind.
+    struct Steered(Stepped, Pace);
+
+    impl Clock for Steered {
+        fn now(&self) -> Duration {
+            self.0.now()
+        }
+
+        fn sleep(&self, duration: Duration) {
+            self.0.sleep(duration);
+            self.1.set_limit(Some(BytesPerSecond(1_000_000)));
+        }
+    }
+
+    #[test]
+    fn who_waits_for_the_old_limit_takes_the_new_one() {
+        let pace = Pace::new(Some(BytesPerSecond(1)));
+        let clock = Steered(Stepped(Mutex::new(Duration::from_secs(100))), pace.clone());
+        Pacer::new(&clock, pace).pay(4096);
+        assert!(clock.now() < Duration::from_secs(101), "an hour was waited for a page: {:?}", clock.now());
     }
 }

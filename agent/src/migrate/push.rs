@@ -221,7 +221,7 @@ impl<'a> Push<'a> {
             } else {
                 // What the guest waits for does not wait for its turn; the push waits for it.
                 if is_urgent {
-                    self.pacer.book(part.byte_len() as u64);
+                    self.pacer.ahead(part.byte_len() as u64);
                 } else {
                     self.pacer.pay(part.byte_len() as u64);
                 }
@@ -312,13 +312,14 @@ mod tests {
     use super::*;
     use crate::migrate::observe::Quiet;
     use crate::migrate::owed_testing::{Memory, Recorder, Script, Still};
+    use crate::migrate::pacer::Pace;
 
     const PAGES: u64 = 300;
 
     /// Everything that two push streams and one for requests send, by page, how often; `asked` are requests.
     fn sent(owed: &PageBitmap, asked: &[u64]) -> (BTreeMap<u64, u32>, PostCopyReport) {
         let (memory, clock) = (Memory::of(PAGES), Still);
-        let pacer = Pacer::new(&clock, None);
+        let pacer = Pacer::new(&clock, Pace::default());
         let push = Push::new(&memory, &pacer, &clock, &Quiet, (1, 64), owed);
         let mut streams = [Recorder::default(), Recorder::default(), Recorder::default()];
         std::thread::scope(|scope| {
@@ -355,7 +356,7 @@ mod tests {
     #[test]
     fn the_push_goes_on_around_what_was_asked_for_last() {
         let (memory, clock) = (Memory::of(PAGES), Still);
-        let pacer = Pacer::new(&clock, None);
+        let pacer = Pacer::new(&clock, Pace::default());
         let push =
             Push::new(&memory, &pacer, &clock, &Quiet, (1, 8), &PageBitmap::full(crate::model::PageCount(PAGES)));
         assert_eq!(push.next_run(), Some(PageRun::new(0, 8)));
@@ -370,7 +371,7 @@ mod tests {
     #[test]
     fn a_request_beyond_memory_ends_it_with_an_error() {
         let (memory, clock) = (Memory::of(PAGES), Still);
-        let pacer = Pacer::new(&clock, None);
+        let pacer = Pacer::new(&clock, Pace::default());
         let push =
             Push::new(&memory, &pacer, &clock, &Quiet, (1, 8), &PageBitmap::full(crate::model::PageCount(PAGES)));
         for bad in [BulkItem::Want(memory.spec().id, PageRun::new(PAGES, 1)), BulkItem::EndRound(1)] {

@@ -64,8 +64,8 @@ pub(super) struct Round<'a> {
     pub(super) clock: &'a dyn Clock,
     pub(super) observer: &'a dyn Observer,
     pub(super) cancel: &'a CancelFlag,
-    /// The longest run that the bandwidth limit lets one write carry.
-    pub(super) longest_run: u32,
+    /// Streams that share the bandwidth limit.
+    pub(super) streams: u16,
     /// What of it has been sent.
     pub(super) sent: &'a Sent,
 }
@@ -185,6 +185,11 @@ impl Round<'_> {
         Ok(total)
     }
 
+    /// The longest run that one write may carry at present.
+    fn longest_run(&self) -> u32 {
+        longest_run(self.pacer.limit(), self.streams)
+    }
+
     fn send_share(
         &self,
         next_window: &AtomicU64,
@@ -252,7 +257,7 @@ impl Round<'_> {
                 return Err(SourceError::Cancelled);
             }
             let zero = is_zero(at);
-            let limit = if zero { data.end() } else { data.end().min(at + u64::from(self.longest_run)) };
+            let limit = if zero { data.end() } else { data.end().min(at + u64::from(self.longest_run())) };
             let mut end = at + 1;
             while end < limit && is_zero(end) == zero {
                 end += 1;

@@ -13,13 +13,13 @@ use super::message::{ControlMessage, Handed, Offer, TargetState};
 use super::observe::{CancelFlag, Observer};
 use super::options::{OnStuck, SourceOptions, Strategy};
 use super::owed::owed_words;
-use super::pacer::Pacer;
+use super::pacer::{Pace, Pacer};
 use super::push::Push;
 use super::rounds::{Round, Saved, Tally, longest_run};
 use super::steward::{Sent, Steward};
 use crate::model::{
     BlackoutLedger, BlackoutPhase, BytesPerSecond, Ending, MachineShape, MigrationId, MigrationReport, PAGE_SIZE,
-    PageBitmap, PageCount, PagesPerSecond, PostCopyReport, RoundReport, Step,
+    PageBitmap, PageCount, PostCopyReport, RoundReport, Step,
 };
 use crate::port::{
     BulkReceiver, BulkSender, Clock, ControlChannel, Fate, Job, LinkError, Machine, MachineError, Region, SourceLink,
@@ -92,6 +92,8 @@ pub struct Source<'a> {
     pub observer: &'a dyn Observer,
     /// Who may stop it.
     pub cancel: CancelFlag,
+    /// How fast it may send; what the options say is where it begins.
+    pub pace: Pace,
 }
 
 /// What is known so far; becomes the report.
@@ -216,8 +218,7 @@ impl Source<'_> {
         // The round trip is not known yet, and small beside the rest.
         let memory_time = self.options.downtime.saturating_sub(self.options.fixed_cost);
         let budget = Budget { stretch: self.options.stun_stretch, memory_time };
-        let limit = self.options.bandwidth.map(|limit| PagesPerSecond(limit.0 as f64 / PAGE_SIZE as f64));
-        Some(Steward::new(budget, self.options.stun.clone(), limit))
+        Some(Steward::new(budget, self.options.stun.clone(), self.pace.clone()))
     }
 
     fn pass(&self, progress: &mut Progress, step: Step, detail: &str) {
@@ -239,7 +240,7 @@ impl Source<'_> {
     {
         let control = self.link.control();
         let streams = self.reserve(progress, control.as_ref())?;
-        let pacer = Pacer::new(self.clock, self.options.bandwidth);
+        let pacer = Pacer::new(self.clock, self.pace.clone());
         let mut way = Way { control, streams, pacer, due: PageBitmap::full(self.region.spec().pages) };
         self.send_boot_image(progress, &way)?;
         match self.options.strategy {
@@ -421,7 +422,7 @@ impl Source<'_> {
             return Ok(());
         };
         let part_bytes =
-            (longest_run(self.options.bandwidth, self.options.streams) as usize * PAGE_SIZE).min(IMAGE_PART_BYTES);
+            (longest_run(self.pace.limit(), self.options.streams) as usize * PAGE_SIZE).min(IMAGE_PART_BYTES);
         let mut parts = image.chunks(part_bytes).peekable();
         while let Some(part) = parts.next() {
             if self.cancel.is_set() {
@@ -442,7 +443,9 @@ impl Source<'_> {
         let mut convergence = Convergence::new(self.options.downtime, self.options.fixed_cost, self.options.max_rounds);
         loop {
             let (left, took) = self.one_round(progress, way)?;
-            match convergence.judge(left, took, progress.goodput, progress.rtt) {
+            // The round may have been faster than what is allowed by now.
+            let goodput = self.pace.limit().map_or(progress.goodput, |limit| limit.min(progress.goodput));
+            match convergence.judge(left, took, goodput, progress.rtt) {
                 Verdict::Another => {}
                 Verdict::Converged => return Ok(()),
                 Verdict::GaveUp(_) if progress.steward.as_mut().is_some_and(Steward::press) => {
@@ -500,7 +503,7 @@ impl Source<'_> {
             clock: self.clock,
             observer: self.observer,
             cancel,
-            longest_run: longest_run(self.options.bandwidth, self.options.streams),
+            streams: self.options.streams,
             sent,
         }
     }

@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::model::{PageCount, PagesPerSecond, StunReport, VmWrites};
+use super::pacer::Pace;
+use crate::model::{PAGE_SIZE, PageCount, PagesPerSecond, StunReport, VmWrites};
 use crate::port::{Machine, MachineError};
 use crate::stun::{Budget, Controller, Remaining, StunPolicy};
 
@@ -42,6 +43,9 @@ struct Round {
     due: PageCount,
     /// Pages written before it, once that is known.
     written: Option<f64>,
+    /// From when on its goodput is measured, and how many pages that were not zero had been sent then: its begin, or when the limit was
+    /// changed last.
+    measured_from: (Duration, f64),
 }
 
 /// The steward of one migration.
@@ -56,13 +60,16 @@ pub(super) struct Steward {
     memory: PageCount,
     goodput: PagesPerSecond,
     /// The most that may be sent.
+    pace: Pace,
+    /// That limit when it was looked at last.
     limit: Option<PagesPerSecond>,
     /// Why the machine would not be throttled.
     refused: Option<String>,
 }
 
 impl Steward {
-    pub(super) fn new(budget: Budget, policy: StunPolicy, limit: Option<PagesPerSecond>) -> Self {
+    pub(super) fn new(budget: Budget, policy: StunPolicy, pace: Pace) -> Self {
+        let limit = page_limit(&pace);
         Self {
             budget,
             controller: Controller::new(policy),
@@ -71,6 +78,7 @@ impl Steward {
             full_share: 1.0,
             memory: PageCount(0),
             goodput: limit.unwrap_or_default(),
+            pace,
             limit,
             refused: None,
         }
@@ -88,7 +96,7 @@ impl Steward {
         if first {
             self.memory = due;
         }
-        self.round = Some(Round { began: now, due, written: None });
+        self.round = Some(Round { began: now, due, written: None, measured_from: (now, 0.0) });
         self.look(machine, &Sent::default(), now)
     }
 
@@ -135,16 +143,24 @@ impl Steward {
         let round = self.round.as_mut()?;
         let so_far = written(writes);
         let dirty = so_far - *round.written.get_or_insert(so_far);
-        let round = *round;
         let (pages, zero) = sent.so_far();
+        let limit = page_limit(&self.pace);
+        if limit != self.limit {
+            // What was sent under another limit says nothing of this one.
+            round.measured_from = (now, pages - zero);
+            self.goodput = limit.unwrap_or(self.goodput);
+            self.limit = limit;
+        }
+        let round = *round;
         let is_first = self.first == Some(round.began);
         if is_first && pages > 0.0 {
             self.full_share = (pages - zero) / pages;
             self.memory = PageCount((round.due.0 as f64 * self.full_share) as u64);
         }
-        let spent = now.saturating_sub(round.began).as_secs_f64();
-        if pages - zero >= ENOUGH_PAGES as f64 && spent >= ENOUGH_TIME.as_secs_f64() {
-            self.goodput = PagesPerSecond((pages - zero) / spent);
+        let (from, before) = round.measured_from;
+        let (full, spent) = (pages - zero - before, now.saturating_sub(from).as_secs_f64());
+        if full >= ENOUGH_PAGES as f64 && spent >= ENOUGH_TIME.as_secs_f64() {
+            self.goodput = PagesPerSecond(full / spent);
         }
         if let Some(limit) = self.limit
             && self.goodput > limit
@@ -178,6 +194,46 @@ impl Steward {
     }
 }
 
+fn page_limit(pace: &Pace) -> Option<PagesPerSecond> {
+    pace.limit().map(|limit| PagesPerSecond(limit.0 as f64 / PAGE_SIZE as f64))
+}
+
 fn written(writes: &VmWrites) -> f64 {
     writes.vcpus.iter().map(|vcpu| vcpu.pages).sum::<f64>() + writes.others_pages
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{BytesPerSecond, VcpuWrites};
+    use crate::stun::STRETCH;
+
+    /// What is allowed follows a limit that is changed in the middle of a round, at once, though the round's mean does not.
+    #[test]
+    fn a_new_limit_is_what_writers_are_judged_by() {
+        let pace = Pace::new(Some(BytesPerSecond(10_000 * PAGE_SIZE as u64)));
+        let budget = Budget { stretch: STRETCH, memory_time: Duration::from_millis(27) };
+        let mut steward = Steward::new(budget, StunPolicy::default(), pace.clone());
+        let second = Duration::from_secs(1);
+        steward.first = Some(Duration::ZERO);
+        steward.round = Some(Round {
+            began: Duration::ZERO,
+            due: PageCount(100_000),
+            written: None,
+            measured_from: (Duration::ZERO, 0.0),
+        });
+        let writes = VmWrites { vcpus: vec![VcpuWrites::default()], ..VmWrites::default() };
+        let sent = Sent::default();
+        sent.add(60_000, 0);
+        let before = steward.allowed(&writes, &sent, second).unwrap();
+        pace.set_limit(Some(BytesPerSecond(40_000 * PAGE_SIZE as u64)));
+        let raised = steward.allowed(&writes, &sent, second).unwrap();
+        assert!(steward.goodput == PagesPerSecond(40_000.0) && raised.0 > 2.0 * before.0, "{before:?} {raised:?}");
+        sent.add(20_000, 0);
+        steward.allowed(&writes, &sent, 2 * second);
+        assert_eq!(steward.goodput, PagesPerSecond(20_000.0), "measured from the change on");
+        pace.set_limit(Some(BytesPerSecond(1_000 * PAGE_SIZE as u64)));
+        steward.allowed(&writes, &sent, 2 * second);
+        assert_eq!(steward.goodput, PagesPerSecond(1_000.0));
+    }
 }

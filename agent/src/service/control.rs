@@ -35,25 +35,32 @@ const CONSOLE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Who is at the other end of a connection.
 #[derive(Clone, Debug)]
-struct Caller {
+pub(super) struct Caller {
     uid: Option<u32>,
     pid: Option<i32>,
 }
 
 impl Connected<IncomingStream<'_, UnixListener>> for Caller {
     fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
-        let credentials = stream.io().peer_cred().ok();
-        Self { uid: credentials.as_ref().map(|c| c.uid()), pid: credentials.and_then(|c| c.pid()) }
+        Self::of(stream.io())
     }
 }
 
 impl Caller {
-    fn may_act(&self) -> bool {
+    /// Who is at the other end of `stream`, by the kernel's word.
+    pub(super) fn of(stream: &UnixStream) -> Self {
+        let credentials = stream.peer_cred().ok();
+        Self { uid: credentials.as_ref().map(|c| c.uid()), pid: credentials.and_then(|c| c.pid()) }
+    }
+
+    /// Root, and the user that this process runs as.
+    pub(super) fn may_act(&self) -> bool {
         let own = rustix::process::geteuid().as_raw();
         self.uid.is_some_and(|uid| uid == 0 || uid == own)
     }
 
-    fn name(&self) -> String {
+    /// User and process, for the audit log.
+    pub(super) fn name(&self) -> String {
         let show = |number: Option<i64>| number.map_or_else(|| "?".to_owned(), |number| number.to_string());
         format!("uid={} pid={}", show(self.uid.map(i64::from)), show(self.pid.map(i64::from)))
     }
@@ -70,7 +77,8 @@ impl Schema for Outcome {
     const SCHEMA: &'static str = "dunlin.outcome/v1";
 }
 
-fn answer(result: Result<(), String>) -> Response {
+/// The answer to an order.
+pub(super) fn answer(result: Result<(), String>) -> Response {
     let (status, error) = match result {
         Ok(()) => (StatusCode::OK, String::new()),
         Err(error) => (StatusCode::CONFLICT, error),
@@ -150,11 +158,16 @@ async fn throttled(
     }
 }
 
+/// The answer to one who may not act.
+pub(super) fn forbidden(caller: &Caller) -> Response {
+    let error = format!("{} may look but not act; use root or the machine's own user", caller.name());
+    (StatusCode::FORBIDDEN, Json(Outcome { error }.tagged())).into_response()
+}
+
 /// Runs an order of `caller` on a thread that may block.
 async fn order(caller: Caller, work: impl FnOnce(&str) -> Result<(), String> + Send + 'static) -> Response {
     if !caller.may_act() {
-        let error = format!("{} may look but not act; use root or the machine's own user", caller.name());
-        return (StatusCode::FORBIDDEN, Json(Outcome { error }.tagged())).into_response();
+        return forbidden(&caller);
     }
     let done = tokio::task::spawn_blocking(move || work(&caller.name())).await;
     answer(done.unwrap_or_else(|error| Err(error.to_string())))
@@ -333,7 +346,7 @@ pub enum ControlError {
 }
 
 /// One request to the socket at `path`; the answer's head and body.
-async fn request(
+pub(super) async fn request(
     path: &Path,
     method: &str,
     target: &str,
@@ -364,7 +377,7 @@ async fn request(
     Err(ControlError::Refused(outcome.map_or_else(|_| format!("status {status}"), |outcome| outcome.error)))
 }
 
-fn blocking<T>(work: impl Future<Output = Result<T, ControlError>>) -> Result<T, ControlError> {
+pub(super) fn blocking<T>(work: impl Future<Output = Result<T, ControlError>>) -> Result<T, ControlError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let failed = |error: io::Error| ControlError::Exchange { socket: "tokio".to_owned(), problem: error.to_string() };
     runtime.map_err(failed)?.block_on(work)
@@ -386,7 +399,7 @@ pub fn give_order_within(socket: &Path, target: &str, limit: Duration) -> Result
     within(socket, limit, request(socket, "POST", target, "text/plain", Vec::new())).map(|(_, body)| body.to_vec())
 }
 
-fn within<T>(
+pub(super) fn within<T>(
     socket: &Path,
     limit: Duration,
     exchange: impl Future<Output = Result<T, ControlError>>,

@@ -1,15 +1,14 @@
-//! The event log of one manager: steps, rounds and progress, to the log, to a JSON file, to a terminal.
+//! The event log of one manager: steps and rounds, to a JSON file.
 //!
 //! Also holds a manager at a step, for the tests that kill it there.
 
 use std::cell::RefCell;
 use std::fs::{self, File};
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use crate::kvm::Hurry;
@@ -94,7 +93,6 @@ pub struct EventLog {
     started: Instant,
     file: Option<Mutex<File>>,
     hold: Option<Hold>,
-    bar: Option<ProgressBar>,
 }
 
 impl EventLog {
@@ -107,15 +105,9 @@ impl EventLog {
         side: &'static str,
         file: Option<&Path>,
         hold: Option<Hold>,
-        show_progress: bool,
     ) -> io::Result<Self> {
         let file = file.map(|path| File::options().create(true).append(true).open(path)).transpose()?;
-        let bar = (show_progress && io::stderr().is_terminal()).then(|| {
-            let style = ProgressStyle::with_template("{prefix:>10} [{bar:40}] {percent:>3}% {msg}")
-                .unwrap_or_else(|_| ProgressStyle::default_bar());
-            ProgressBar::new(1).with_style(style)
-        });
-        Ok(Self { migration, side, started: Instant::now(), file: file.map(Mutex::new), hold, bar })
+        Ok(Self { migration, side, started: Instant::now(), file: file.map(Mutex::new), hold })
     }
 
     fn write(&self, event: Event<'_>) {
@@ -154,13 +146,6 @@ impl Observer for EventLog {
             _ => {}
         }
         self.write(Event::Step { step, stage: step.stage(), detail });
-        if let Some(bar) = &self.bar {
-            bar.set_prefix(step.name());
-            bar.set_message(detail.to_owned());
-            if matches!(step, Step::Running | Step::Discarded) {
-                bar.finish_and_clear();
-            }
-        }
         if let Some(hold) = self.hold.as_ref().filter(|hold| hold.step == step) {
             hold.wait();
         }
@@ -170,11 +155,5 @@ impl Observer for EventLog {
         self.write(Event::Round(round));
     }
 
-    fn progress(&self, round: u32, sent_pages: u64, due_pages: u64) {
-        if let Some(bar) = &self.bar {
-            bar.set_prefix(format!("round {round}"));
-            bar.set_length(due_pages);
-            bar.set_position(sent_pages);
-        }
-    }
+    fn progress(&self, _round: u32, _sent_pages: u64, _due_pages: u64) {}
 }

@@ -2,16 +2,19 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use super::audit::{self, Action};
 use super::clock::MonotonicClock;
 use super::config::names;
 use super::events::{EventLog, Hold};
+use super::progress::{Both, Plan, Progress};
 use super::registry::{Registry, RegistryError};
 use super::session::RemoteMachine;
+use super::steering::{self, Steered};
 use crate::link::{Address, TcpSource};
 use crate::migrate::source::Source;
-use crate::migrate::{CancelFlag, ControlMessage, OnStuck, SourceOptions};
+use crate::migrate::{CancelFlag, ControlMessage, OnStuck, Pace, SourceOptions};
 use crate::model::id::VmName;
 use crate::model::{MigrationId, MigrationReport, VmRef};
 use crate::port::{JournalError, LinkError, MachineError, Region};
@@ -118,7 +121,7 @@ pub fn migrate(request: MigrateRequest, cancel: CancelFlag) -> Result<MigrationR
     let migration = MigrationId::random();
     let journal = FileJournal::open(&entry.state_dir)?;
     let events = request.events.as_deref();
-    let observer = EventLog::new(migration, "source", events, request.hold.clone(), request.show_progress)
+    let log = EventLog::new(migration, "source", events, request.hold.clone())
         .map_err(|source| BeginError::Events { path: format!("{events:?}"), source })?;
     let mut machine = RemoteMachine::attach(&registry.socket(&entry.name, "session"), migration, journal)?;
     let unreachable = |source| BeginError::Link { address: request.to.clone(), source };
@@ -126,18 +129,45 @@ pub fn migrate(request: MigrateRequest, cancel: CancelFlag) -> Result<MigrationR
         TcpSource::<ControlMessage>::dial(request.to.clone(), migration, request.options.stall).map_err(unreachable)?;
     let shape = machine.shape().clone();
     let region = machine.region();
+    let options = SourceOptions { peer: request.to.to_string(), ..request.options };
+    let pace = Pace::new(options.bandwidth);
+    let plan = Plan {
+        migration_id: migration,
+        vm_id: entry.vm_id,
+        vm_name: entry.name.clone(),
+        target: options.peer.clone(),
+        strategy: options.strategy.to_string(),
+        memory_bytes: shape.memory_bytes,
+        downtime: options.downtime,
+        fixed_cost: options.fixed_cost,
+    };
+    let progress = Arc::new(Progress::new(plan, pace.clone(), request.show_progress));
+    let steered = Steered {
+        progress: Arc::clone(&progress),
+        cancel: cancel.clone(),
+        state_dir: entry.state_dir.clone(),
+        streams: options.streams,
+        throttle: (options.on_stuck == OnStuck::Stun).then(|| registry.socket(&entry.name, "observe")),
+    };
+    let socket = steering::path(&registry, &entry.name);
+    let served = steering::serve(&socket, steered).inspect_err(|error| {
+        tracing::warn!("{}: {error}: this migration can only be steered by signals", socket.display());
+    });
     let report = Source {
         id: migration,
-        options: &SourceOptions { peer: request.to.to_string(), ..request.options },
+        options: &options,
         shape: &shape,
         region: region.as_ref() as &dyn Region,
         machine: &mut machine,
         link: &mut link,
         clock: &MonotonicClock,
-        observer: &observer,
+        observer: &Both { events: &log, progress: &progress },
         cancel,
+        pace,
     }
     .run();
+    progress.end(report.clone());
+    drop(served);
     // A machine that was killed could not take itself out of the run folder.
     registry.sweep(&entry.name);
     audit::record(

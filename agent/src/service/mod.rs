@@ -1,7 +1,7 @@
 //! The service floor and composition root: joins policy and mechanism.
 //!
 //! - [`machine`] hosts one VM: the ownership gate, the session for a manager, the control sockets.
-//! - [`migration`] is the manager at a source, [`receive`] the one at a target.
+//! - [`migration`] is the manager at a source, [`receive`] the one at a target; [`progress`] knows how far a migration is, and [`steering`] lets others see and steer it; [`reports`] reads what it said at its end.
 //! - [`registry`] knows which VMs this host runs.
 //! - [`config`] reads the configuration file.
 //! - [`balloon`] answers for a guest's memory.
@@ -36,15 +36,18 @@ pub mod migration;
 pub mod observe;
 pub(crate) mod out;
 pub mod profile;
+pub mod progress;
 pub mod prove;
 pub mod receive;
 pub mod recording;
 pub mod registry;
+pub mod reports;
 pub mod resolve;
 pub mod rogues;
 mod seat;
 pub mod session;
 pub mod sources;
+pub mod steering;
 pub mod stun;
 mod throttling;
 pub mod watch;

@@ -279,7 +279,7 @@ fn attempt(
         answer(journal, asked, control.as_ref())?;
         return Ok(None);
     }
-    let observer = EventLog::new(migration, "target", request.events.as_deref(), request.hold.clone(), false)
+    let observer = EventLog::new(migration, "target", request.events.as_deref(), request.hold.clone())
         .map_err(ReceiveError::Events)?;
     let mut host = LocalHost { request, child: None, name: None };
     let arrived = Target {

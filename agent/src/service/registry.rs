@@ -5,6 +5,7 @@
 //!              control.sock    HTTP: act on it
 //!              observe.sock    HTTP: look at it
 //!              session.sock    for one migration manager
+//!              migrate.sock    HTTP: see and steer the migration that a manager does
 //! ```
 //! An entry counts only while its process lives: pid, start time and boot id must all fit, so a reused pid is no VM.
 

@@ -13,7 +13,7 @@ use super::world::{Gate, Vm};
 use crate::migrate::outcomes::{Whereabouts, Window};
 use crate::migrate::source::Source;
 use crate::migrate::target::{Host, Reservation, Target};
-use crate::migrate::{ControlMessage, Observer, Offer, SourceOptions, answer};
+use crate::migrate::{ControlMessage, Observer, Offer, Pace, SourceOptions, answer};
 use crate::model::{
     DirtyLogKind, Ending, MachineShape, MigrationId, MigrationReport, PAGE_SIZE, RoundReport, Step, VmId,
 };
@@ -146,6 +146,7 @@ fn source_main(sim: &Arc<Scheduler>, scenario: &Scenario) -> Option<MigrationRep
         clock: sim.as_ref(),
         observer: &SimObserver { sim: Arc::clone(sim), side: Side::Source },
         cancel: sim.with(|world| world.cancelled[Side::Source.index()].clone()),
+        pace: Pace::new(options.bandwidth),
     };
     Some(source.run())
 }

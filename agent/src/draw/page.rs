@@ -1,0 +1,173 @@
+//! A migration's report as one page that needs nothing else: the drawing, tables for people, and every member as it stands in the report.
+//!
+//! The page runs no script and loads nothing, and forbids itself both.
+
+use std::fmt::Write as _;
+
+use serde_json::Value;
+
+use super::label::{clean_xml, sentence_xml};
+use super::migration::{migration_svg, pages, rate, summary, time, title, word};
+use crate::model::MigrationReport;
+use crate::model::schema::Schema;
+use crate::model::units::display_bytes;
+
+const STYLE: &str = "\
+body{font:14px/1.5 system-ui,sans-serif;color:#24292f;background:#fff;max-width:1000px;margin:24px auto;padding:0 16px}h1{font-size:22px}h2{font-size:17px;margin-top:32px}\
+svg{max-width:100%;height:auto}table{border-collapse:collapse}th,td{padding:3px 12px 3px 0;text-align:left;border-bottom:1px solid #dfe3e8;vertical-align:top}\
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}code{font:12px ui-monospace,monospace;overflow-wrap:anywhere}\
+@media(prefers-color-scheme:dark){body{color:#e6edf3;background:#0d1117}th,td{border-color:#262d36}}";
+
+/// The report as a page.
+pub fn migration_html(report: &MigrationReport) -> String {
+    let title = clean_xml(&title(report));
+    let mut page = format!(
+        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<meta name=\"viewport\" content=\"width=device-width\">\n\
+         <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n<title>{title}</title>\n\
+         <style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n<p>{}</p>\n",
+        sentence_xml(&summary(report))
+    );
+    if !report.reason.is_empty() {
+        line(&mut page, &format!("<p>Reason: {}</p>", sentence_xml(&report.reason)));
+    }
+    page += &migration_svg(report);
+    rounds(&mut page, report);
+    blackout(&mut page, report);
+    writers(&mut page, report);
+    members(&mut page, report);
+    page + "</body>\n</html>\n"
+}
+
+fn rounds(page: &mut String, report: &MigrationReport) {
+    let headings =
+        ["round", "", "pages due", "with content", "zero", "on the wire", "time", "rate", "dirtied meanwhile"];
+    let rows = report.rounds.iter().map(|round| {
+        let zero = round.zero_pages.min(round.pages);
+        vec![
+            round.round.to_string(),
+            if round.paused { "paused" } else { "live" }.to_owned(),
+            round.pages.to_string(),
+            (round.pages - zero).to_string(),
+            zero.to_string(),
+            display_bytes(round.wire_bytes),
+            time(round.duration_ns),
+            rate(round).map_or_else(String::new, |rate| rate.to_string()),
+            round.dirtied_pages.to_string(),
+        ]
+    });
+    table(page, "Rounds", &headings, rows.collect());
+}
+
+fn blackout(page: &mut String, report: &MigrationReport) {
+    let rows = report
+        .blackout
+        .phases
+        .iter()
+        .enumerate()
+        .map(|(index, entry)| vec![(index + 1).to_string(), word(&entry.phase), time(entry.duration_ns)]);
+    table(page, "Blackout", &["", "phase", "time"], rows.collect());
+}
+
+fn writers(page: &mut String, report: &MigrationReport) {
+    let headings = [
+        "vCPU",
+        "pages/s before",
+        "pages/s limited",
+        "mean limit",
+        "least limit",
+        "limited for",
+        "held for",
+        "of that beside others",
+    ];
+    let rows = report.stun.iter().flat_map(|stun| &stun.vcpus).map(|vcpu| {
+        vec![
+            vcpu.vcpu.to_string(),
+            pages(vcpu.free_pages_per_second),
+            pages(vcpu.limited_pages_per_second),
+            pages(vcpu.mean_limit_pages_per_second),
+            pages(vcpu.least_limit_pages_per_second),
+            time(vcpu.limited_ns),
+            time(vcpu.held_ns),
+            time(vcpu.co_resident_held_ns),
+        ]
+    });
+    table(page, "Writers that were slowed", &headings, rows.collect());
+}
+
+/// Every member, as it is in the report.
+fn members(page: &mut String, report: &MigrationReport) {
+    let mut rows = Vec::new();
+    if let Ok(value) = serde_json::to_value(report.tagged()) {
+        flatten("", &value, &mut rows);
+    }
+    line(page, "<h2>Every member</h2>\n<table>\n<tr><th>member</th><th>value</th></tr>");
+    for (member, value) in rows {
+        let (member, value) = (sentence_xml(&member), sentence_xml(&value));
+        line(page, &format!("<tr><td><code>{member}</code></td><td><code>{value}</code></td></tr>"));
+    }
+    line(page, "</table>");
+}
+
+fn flatten(prefix: &str, value: &Value, rows: &mut Vec<(String, String)>) {
+    match value {
+        Value::Object(fields) => {
+            for (name, field) in fields {
+                flatten(&if prefix.is_empty() { name.clone() } else { format!("{prefix}.{name}") }, field, rows);
+            }
+        }
+        Value::Array(items) => {
+            for (index, item) in items.iter().enumerate() {
+                flatten(&format!("{prefix}[{index}]"), item, rows);
+            }
+        }
+        Value::String(text) => rows.push((prefix.to_owned(), text.clone())),
+        other => rows.push((prefix.to_owned(), other.to_string())),
+    }
+}
+
+/// A table; none without rows.
+fn table(page: &mut String, name: &str, headings: &[&str], rows: Vec<Vec<String>>) {
+    if rows.is_empty() {
+        return;
+    }
+    line(page, &format!("<h2>{name}</h2>\n<table>"));
+    let tr = |cells: Vec<String>| format!("<tr>{}</tr>", cells.concat());
+    line(page, &tr(headings.iter().map(|heading| format!("<th class=\"n\">{heading}</th>")).collect()));
+    for row in rows {
+        line(page, &tr(row.iter().map(|cell| format!("<td class=\"n\">{}</td>", clean_xml(cell))).collect()));
+    }
+    line(page, "</table>");
+}
+
+fn line(page: &mut String, text: &str) {
+    // Writing to a string cannot fail.
+    let _ = writeln!(page, "{text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::migration::tests::sample;
+    use super::*;
+
+    #[test]
+    fn every_member_of_the_report_is_on_the_page() {
+        let report = sample();
+        let page = migration_html(&report);
+        let mut rows = Vec::new();
+        flatten("", &serde_json::to_value(report.tagged()).unwrap(), &mut rows);
+        assert!(rows.len() > 60 && rows.iter().any(|(member, _)| member == "blackout.phases[10].duration_ns"));
+        for (member, value) in rows {
+            let row = format!("<code>{}</code></td><td><code>{}</code>", sentence_xml(&member), sentence_xml(&value));
+            assert!(page.contains(&row), "{row}");
+        }
+    }
+
+    #[test]
+    fn the_page_needs_nothing_else() {
+        let page = migration_html(&sample());
+        assert!(page.contains("default-src 'none'"));
+        for word in ["<script", "<link", "src=", "href=", "url(", "@import"] {
+            assert!(!page.contains(word), "{word}");
+        }
+    }
+}
