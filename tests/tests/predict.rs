@@ -1,7 +1,10 @@
 //! What `dunlin predict` says of real VMs beside what moving them then takes.
 #![cfg(target_arch = "x86_64")]
 
-use dunlin_tests::{HopOptions, Rig, VmSpec};
+use std::time::Duration;
+
+use dunlin_tests::moving::{MovingVm, Pair};
+use dunlin_tests::{HopOptions, Rig, VmSpec, dunlin};
 use serde_json::Value;
 
 /// What the switch and the client's LAN leave of this is not measured: the limit is far below what they carry.
@@ -75,4 +78,57 @@ fn an_unthrottled_writer_is_foretold_to_keep_the_vm_standing_and_that_is_known_a
 fn what_slowing_its_writers_takes_is_foretold() {
     let stun = ["--on-stuck", "stun"];
     predict_and_move("dunlin.wl=ws:48M,rate:max,fill:random", "pre-copy-stun", &stun);
+}
+
+/// A VM that QEMU runs and moves itself.
+fn predict_and_have_qemu_move(workload: &str) -> (Value, Option<Value>) {
+    let mut vm = MovingVm::boot(&Pair { memory_mib: 128, workload, accelerator: "kvm" }).unwrap();
+    let pid = format!("pid:{}", vm.source.pid());
+    let state = vm.folder().join("state");
+    let words = ["predict", &pid, "--json", "--bandwidth", "20MiB/s", "--downtime", "300ms", "--rtt", "300us"];
+    let mut command = dunlin();
+    command.args(words).args(["--allow-read-memory", "--allow-soft-dirty", "--state-dir"]).arg(state);
+    let output = command.output().unwrap();
+    assert!(matches!(output.status.code(), Some(0 | 3)), "{}", String::from_utf8_lossy(&output.stderr));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["vmm"], "qemu");
+    vm.migrate(20 << 20, 300).unwrap();
+    if way(&report, "qemu-pre-copy")["expected"]["converges"] == true {
+        let info = vm.await_end(Duration::from_secs(60)).unwrap();
+        return (report, Some(info));
+    }
+    // Round after round, and no end in sight.
+    let info = vm.await_round(6, Duration::from_secs(60)).unwrap();
+    println!("shows {workload}: QEMU is in its round 6 and has {} bytes left", info["ram"]["remaining"]);
+    vm.source.order("migrate_cancel", serde_json::json!({})).unwrap();
+    (report, None)
+}
+
+#[test]
+fn what_qemu_takes_is_foretold() {
+    let (report, info) = predict_and_have_qemu_move("dunlin.wl0=ws:32M,rate:1000,fill:random");
+    let info = info.unwrap_or_else(|| panic!("{report:#}"));
+    let expected = &way(&report, "qemu-pre-copy")["expected"];
+    let total = expected["total_ns"].as_f64().unwrap() / 1e6;
+    println!(
+        "shows QEMU: total {total:.0} ms predicted, {} ms taken; blackout {:.1} ms predicted, {} ms taken; {} rounds predicted, {} made; {} bytes predicted, {} sent",
+        info["total-time"],
+        expected["blackout_ns"].as_f64().unwrap() / 1e6,
+        info["downtime"],
+        expected["rounds"],
+        info["ram"]["dirty-sync-count"],
+        expected["wire_bytes"],
+        info["ram"]["transferred"]
+    );
+    assert!((total / info["total-time"].as_f64().unwrap() - 1.0).abs() <= 0.25, "{report:#} {info:#}");
+    let command = report["strategies"][0]["commands"][0].as_str().unwrap();
+    assert!(command.starts_with("virsh migrate --live --bandwidth 20 "), "{command}");
+}
+
+#[test]
+fn that_qemu_does_not_end_is_foretold() {
+    let (report, info) = predict_and_have_qemu_move("dunlin.wl0=ws:48M,rate:max,fill:random");
+    assert_eq!(info, None, "{report:#}");
+    let plan = &report["chosen"]["plan"];
+    assert!(plan == "qemu-auto-converge" || plan == "qemu-post-copy", "{report:#}");
 }
