@@ -346,6 +346,8 @@ mod tests {
             let rate = 40.0 * 262_144.0 / set;
             let (end, rounds, _) = ends(memory, [(set, rate), (0.0, 0.0)], &noise);
             prop_assert!(matches!(end, Verdict::GaveUp(_)) && rounds <= 3, "{end:?} after {rounds}");
+            let (end, rounds, _) = ends(memory, [(set, rate), (0.0, 0.0)], &[1.0]);
+            prop_assert!(matches!(end, Verdict::GaveUp(_)) && rounds <= 2, "{end:?} after {rounds}");
         }
 
         /// One that fits converges however fast it is written.
