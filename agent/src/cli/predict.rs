@@ -128,20 +128,22 @@ fn text(report: &PredictionReport, all: bool) -> String {
     }
     let _ = writeln!(
         out,
-        "\n{:<19} {:>30} {:>32} {:>12} {:>7} {:>8}",
+        "\n{:<19} {:>36} {:>36} {:>12} {:>7} {:>8}",
         "STRATEGY", "TOTAL", "BLACKOUT", "WIRE", "ROUNDS", "SLOWER"
     );
     let shown = report.strategies.iter().filter(|way| all || way.prediction.is_available);
     for way in shown {
         let found = &way.prediction;
         let band = |of: fn(&Course) -> Option<u64>| {
-            let word = |course: &Course| of(course).map_or_else(|| "never".to_owned(), time);
-            format!("{} ({} to {})", word(&found.expected), word(&found.best), word(&found.worst))
+            let word = |ns: u64| if ns == u64::MAX { "never".to_owned() } else { time(ns) };
+            let of = |course: &Course| of(course).unwrap_or(u64::MAX);
+            let (least, most) = found.span(of);
+            format!("{} ({} to {})", word(of(&found.expected)), word(least), word(most))
         };
         let mark = if found.is_available { "" } else { " *" };
         let _ = writeln!(
             out,
-            "{:<19} {:>30} {:>32} {:>12} {:>7} {:>6.1} %",
+            "{:<19} {:>36} {:>36} {:>12} {:>7} {:>6.1} %",
             format!("{}{mark}", found.plan),
             band(|course| course.total_ns),
             band(|course| course.blackout_ns),

@@ -27,13 +27,16 @@ pub fn choose(predictions: &[Prediction], downtime: Duration) -> Option<Choice> 
     let limit = display_duration(downtime);
     let choice =
         |found: &Prediction, reason: String| Choice { plan: found.plan, meets_downtime: found.meets_downtime, reason };
-    if let Some(sure) = available().find(|prediction| prediction.worst.within(downtime)) {
-        let stands = (time(sure.expected.blackout_ns), time(sure.worst.blackout_ns));
+    if let Some(sure) = available().find(|prediction| {
+        let all = [&prediction.expected, &prediction.best, &prediction.worst];
+        all.iter().all(|course| course.within(downtime))
+    }) {
+        let stands = (time(sure.expected.blackout_ns), time(sure.longest_blackout_ns()));
         let reason = format!("the VM stands for {}, {} at the worse end, of {limit} allowed", stands.0, stands.1);
         return Some(choice(sure, reason));
     }
     if let Some(likely) = available().find(|prediction| prediction.meets_downtime) {
-        let stands = (time(likely.expected.blackout_ns), time(likely.worst.blackout_ns));
+        let stands = (time(likely.expected.blackout_ns), time(likely.longest_blackout_ns()));
         let reason =
             format!("it is expected to stand for {}, of {limit} allowed; at the worse end {}", stands.0, stands.1);
         return Some(choice(likely, reason));

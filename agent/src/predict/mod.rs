@@ -82,6 +82,22 @@ pub struct Prediction {
     pub meets_downtime: bool,
 }
 
+impl Prediction {
+    /// The three courses' least and greatest of something: less written may also mean a round more, so the edges need not lie around the middle.
+    pub fn span<T: Ord>(&self, of: impl Fn(&Course) -> T) -> (T, T) {
+        let mut all = [&self.expected, &self.best, &self.worst].map(of);
+        all.sort_unstable();
+        let [least, _, most] = all;
+        (least, most)
+    }
+
+    /// The longest that the VM may stand; none if for ever.
+    pub fn longest_blackout_ns(&self) -> Option<u64> {
+        let (_, longest) = self.span(|course| course.blackout_ns.unwrap_or(u64::MAX));
+        (longest != u64::MAX).then_some(longest)
+    }
+}
+
 impl Course {
     /// Whether the VM stands for at most `downtime`.
     pub fn within(&self, downtime: Duration) -> bool {

@@ -68,9 +68,9 @@ impl Plan {
     pub fn commands(self, vm: &str, bandwidth: BytesPerSecond, downtime: Duration) -> Vec<String> {
         let downtime_ms = downtime.as_millis().max(1);
         let dunlin = |how: &str| {
-            let kbit = bandwidth.0 / 125;
+            let rate = rate(bandwidth);
             vec![format!(
-                "dunlin migrate {vm} --to tcp://TARGET:PORT --bandwidth {kbit}kbit --downtime {downtime_ms}ms {how}"
+                "dunlin migrate {vm} --to tcp://TARGET:PORT --bandwidth {rate} --downtime {downtime_ms}ms {how}"
             )]
         };
         // `--bandwidth` is in MiB/s; the downtime is set beside the migration.
@@ -91,6 +91,13 @@ impl Plan {
             Self::Hybrid | Self::PostCopy | Self::DemandPaging => Vec::new(),
         }
     }
+}
+
+/// A bandwidth as `--bandwidth` reads it, exactly.
+fn rate(bandwidth: BytesPerSecond) -> String {
+    let units = [(125_000_000, "Gbit"), (125_000, "Mbit"), (1 << 20, "MiB/s"), (1, "B/s")];
+    let found = units.into_iter().find(|(bytes, _)| bandwidth.0.is_multiple_of(*bytes));
+    found.map_or_else(String::new, |(bytes, unit)| format!("{}{unit}", bandwidth.0 / bytes))
 }
 
 impl fmt::Display for Plan {

@@ -167,7 +167,7 @@ fn commands_are_what_an_operator_types() {
     assert_eq!(
         of(Plan::PreCopyStun),
         [
-            "dunlin migrate web1 --to tcp://TARGET:PORT --bandwidth 1000000kbit --downtime 300ms --strategy pre-copy --on-stuck stun"
+            "dunlin migrate web1 --to tcp://TARGET:PORT --bandwidth 1Gbit --downtime 300ms --strategy pre-copy --on-stuck stun"
         ]
     );
     assert_eq!(
@@ -178,6 +178,11 @@ fn commands_are_what_an_operator_types() {
         ]
     );
     assert!(of(Plan::DemandPaging).is_empty());
+    for (bandwidth, text) in [(50_000_000, "400Mbit"), (20 << 20, "20MiB/s"), (7, "7B/s")] {
+        let command = &Plan::PreCopy.commands("web1", BytesPerSecond(bandwidth), Duration::from_millis(30))[0];
+        assert!(command.contains(&format!("--bandwidth {text} ")), "{command}");
+        assert_eq!(text.parse(), Ok(BytesPerSecond(bandwidth)));
+    }
 }
 
 #[test]
