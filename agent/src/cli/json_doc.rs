@@ -442,6 +442,7 @@ fn samples() -> Vec<Value> {
     let mut all = vec![migration(), dirty_rate(), doctor(), proof(), audit::sample(), vm::run::sample(), balloon()];
     all.extend([exits(), profile(), rogue()]);
     all.push(migration_status());
+    all.push(tagged(&crate::service::prediction::sample()));
     all.extend([stun(), crate::service::control::throttled_sample()]);
     all.push(tagged(&crate::service::fleet::throttle_sample()));
     all.push(serde_json::json!({ "schema": "dunlin.stun-cleared/v1", "groups": [""] }));

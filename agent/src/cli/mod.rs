@@ -10,6 +10,7 @@ mod heat;
 mod json_doc;
 mod migrate;
 mod places;
+mod predict;
 mod profiling;
 mod record;
 mod replay;
@@ -63,6 +64,7 @@ enum Command {
     Wws(wws::WwsArgs),
     Heat(heat::HeatArgs),
     Rogue(rogue::RogueArgs),
+    Predict(predict::PredictArgs),
     Stun(stun::StunArgs),
     #[command(hide = true)]
     StunHolder,
@@ -103,6 +105,7 @@ impl Cli {
             Command::Wws(arguments) => arguments.run(json, &config),
             Command::Heat(arguments) => arguments.run(json, &config),
             Command::Rogue(arguments) => arguments.run(json, &config),
+            Command::Predict(arguments) => arguments.run(json, &config),
             Command::Stun(arguments) => arguments.run(json, &config),
             Command::StunHolder => stun::hold(),
             Command::Agent(arguments) => arguments.run(json, &config),

@@ -7,7 +7,7 @@
 //! - [`balloon`] answers for a guest's memory.
 //! - [`announce`] announces by hand, on an interface that an operator names.
 //! - [`inventory`] finds every KVM VM of this host.
-//! - [`observe`] watches how one VM writes its memory, [`exits`] why it leaves its guest, [`profile`] measures its curve and its writers, [`rogues`] says who keeps it from migrating; [`doctor`] tries what this host can do.
+//! - [`observe`] watches how one VM writes its memory, [`exits`] why it leaves its guest, [`profile`] measures its curve and its writers, [`rogues`] says who keeps it from migrating, [`prediction`] what moving it would take; [`doctor`] tries what this host can do.
 //! - [`recording`] keeps what [`observe`] sees in a file, and makes its figures again.
 //! - [`agent`] serves what [`fleet`] sees, which watches all VMs together; [`sources`] is the plan of what can be seen of them.
 //!
@@ -35,6 +35,7 @@ pub mod machine;
 pub mod migration;
 pub mod observe;
 pub(crate) mod out;
+pub mod prediction;
 pub mod profile;
 pub mod progress;
 pub mod prove;

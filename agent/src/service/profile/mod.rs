@@ -18,6 +18,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 pub(super) use protector::ram_slots;
+pub(super) use sampled::zero_pages;
 pub use window::WindowCost;
 pub(super) use window::{Single, single};
 
@@ -278,10 +279,7 @@ impl Profiler {
     /// # Errors
     /// No such VM, no way to see it, or none that is allowed; says what to do.
     pub fn open(request: &ProfileRequest) -> Result<Self, ProfileError> {
-        let found = match inventory::find(&request.run_dir, &request.vm, None) {
-            Err(FindError::Process(error)) => inventory::emulated(&request.vm, error)?,
-            other => other?,
-        };
+        let found = find(request)?;
         let allowed = allowed(request, &found);
         // Without KVM there are no events, whatever was asked for.
         let emulated = found.process.descriptors.machines.is_empty();
@@ -360,6 +358,14 @@ pub fn profile(
     progress: Progress<'_>,
 ) -> Result<Profile, ProfileError> {
     Profiler::open(request)?.measure(interrupt, progress)
+}
+
+/// The VM that is asked for.
+pub(super) fn find(request: &ProfileRequest) -> Result<HostVm, FindError> {
+    match inventory::find(&request.run_dir, &request.vm, None) {
+        Err(FindError::Process(error)) => inventory::emulated(&request.vm, error),
+        other => other,
+    }
 }
 
 /// What is allowed on this VM: everything on one of our own.

@@ -1,17 +1,18 @@
 //! Measuring by reading guest memory: the only way where KVM tells nothing, and one that changes nothing in the VM.
 
-use std::time::Instant;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use super::protector::ram_slots;
 use super::writers;
-use super::{Allowed, Profile, ProfileError, ProfileRequest, Progress};
+use super::{Allowed, Profile, ProfileError, ProfileRequest, Progress, allowed, find};
 use crate::foreign::{MemoryOpenError, ProcessMemory, guess_ram};
 use crate::model::{CurvePoint, RamSlot, RegionHeat, WriteCurve};
 use crate::service::clock::MonotonicClock;
 use crate::service::interrupt::Interrupt;
 use crate::service::inventory::{self, HostVm};
 use crate::service::observe::Observed;
-use crate::track::{SampledHeat, Sampler, SamplingError, SamplingOptions};
+use crate::track::{SampledHeat, Sampler, SamplingError, SamplingOptions, ZeroPages};
 
 /// All regions as they are drawn.
 pub(super) fn heat(sampled: &SampledHeat) -> impl Iterator<Item = RegionHeat> + '_ {
@@ -20,6 +21,60 @@ pub(super) fn heat(sampled: &SampledHeat) -> impl Iterator<Item = RegionHeat> + 
         unique_pages: region.unique_pages,
         pages: region.pages,
     })
+}
+
+/// Pages that say how many are zeros.
+const CONTENT_PAGES: u64 = 16_384;
+
+/// A VM whose memory is open.
+struct Opened {
+    vm: HostVm,
+    memory: ProcessMemory,
+    slots: Vec<RamSlot>,
+    /// How its RAM was guessed, if it was.
+    guessed: Option<String>,
+}
+
+impl Opened {
+    fn new(found: HostVm, run_dir: &Path) -> Result<Self, ProfileError> {
+        let vm = match inventory::kernel_view() {
+            Some(mut view) => inventory::again(&found, run_dir, &mut view).unwrap_or(found),
+            None => found,
+        };
+        let mut slots = ram_slots(&vm);
+        // A VM that ends at this moment has neither slots nor mappings, and is no VM without memory for that.
+        let told = |error: MemoryOpenError| {
+            if vm.process.has_memory() { error.into() } else { ProfileError::Gone(vm.name.clone()) }
+        };
+        let mut guessed = None;
+        if slots.is_empty() {
+            let ram = guess_ram(vm.pid).map_err(told)?;
+            guessed = Some(ram.meaning);
+            slots = ram.slots;
+        }
+        let memory = ProcessMemory::of(&vm.process, &slots).map_err(told)?;
+        Ok(Self { vm, memory, slots, guessed })
+    }
+}
+
+/// The part of a VM's memory that is zeros, from a sample; none where its memory may not be read.
+///
+/// # Errors
+/// No such VM, or its memory cannot be read.
+pub(in crate::service) fn zero_pages(request: &ProfileRequest) -> Result<Option<ZeroPages>, ProfileError> {
+    let found = find(request)?;
+    if !allowed(request, &found).read_memory {
+        return Ok(None);
+    }
+    let opened = Opened::new(found, &request.run_dir)?;
+    let options = SamplingOptions {
+        windows: vec![Duration::from_millis(100)],
+        pilot_pages: CONTENT_PAGES,
+        changed_wanted: 1,
+        seed: u64::from(opened.vm.pid),
+        ..SamplingOptions::default()
+    };
+    Ok(Sampler::new(opened.memory, MonotonicClock, options)?.measure()?.zero_pages)
 }
 
 /// What measures one VM by reading its memory.
@@ -38,21 +93,8 @@ impl Reading {
             return Err(ProfileError::NeedsPermission { vm: found.name, what: "sampled", flag, key });
         }
         let mut notes = vec!["sampling shows what was written and where, not by whom".to_owned()];
-        let vm = match inventory::kernel_view() {
-            Some(mut view) => inventory::again(&found, &request.run_dir, &mut view).unwrap_or(found),
-            None => found,
-        };
-        let mut slots = ram_slots(&vm);
-        // A VM that ends at this moment has neither slots nor mappings, and is no VM without memory for that.
-        let told = |error: MemoryOpenError| {
-            if vm.process.has_memory() { error.into() } else { ProfileError::Gone(vm.name.clone()) }
-        };
-        if slots.is_empty() {
-            let guessed = guess_ram(vm.pid).map_err(told)?;
-            notes.push(guessed.meaning);
-            slots = guessed.slots;
-        }
-        let memory = ProcessMemory::of(&vm.process, &slots).map_err(told)?;
+        let Opened { vm, memory, slots, guessed } = Opened::new(found, &request.run_dir)?;
+        notes.extend(guessed);
         let shorter = SamplingOptions::default().windows.into_iter().filter(|length| *length < request.window);
         let windows = shorter.chain([request.window]).collect();
         let options = SamplingOptions { windows, seed: u64::from(vm.pid), ..SamplingOptions::default() };

@@ -1,0 +1,50 @@
+//! Which way of moving to take, and why.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::{Plan, Prediction};
+use crate::model::units::display_duration;
+
+/// What was chosen.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Choice {
+    /// The way.
+    pub plan: Plan,
+    /// Whether it is expected to keep to the downtime.
+    pub meets_downtime: bool,
+    /// Why, for people.
+    pub reason: String,
+}
+
+/// Of the ways that this VM can be moved today the first (they stand from the simplest to the one that asks most of the guest) that keeps to the downtime
+/// even at the worse end of what is known; else the first that is expected to; else the one under which it stands for the shortest time. None if there is no way.
+pub fn choose(predictions: &[Prediction], downtime: Duration) -> Option<Choice> {
+    let available = || predictions.iter().filter(|prediction| prediction.is_available);
+    let time =
+        |ns: Option<u64>| ns.map_or_else(|| "for ever".to_owned(), |ns| display_duration(Duration::from_nanos(ns)));
+    let limit = display_duration(downtime);
+    let choice =
+        |found: &Prediction, reason: String| Choice { plan: found.plan, meets_downtime: found.meets_downtime, reason };
+    if let Some(sure) = available().find(|prediction| {
+        let all = [&prediction.expected, &prediction.best, &prediction.worst];
+        all.iter().all(|course| course.within(downtime))
+    }) {
+        let stands = (time(sure.expected.blackout_ns), time(sure.longest_blackout_ns()));
+        let reason = format!("the VM stands for {}, {} at the worse end, of {limit} allowed", stands.0, stands.1);
+        return Some(choice(sure, reason));
+    }
+    if let Some(likely) = available().find(|prediction| prediction.meets_downtime) {
+        let stands = (time(likely.expected.blackout_ns), time(likely.longest_blackout_ns()));
+        let reason =
+            format!("it is expected to stand for {}, of {limit} allowed; at the worse end {}", stands.0, stands.1);
+        return Some(choice(likely, reason));
+    }
+    let shortest = available().min_by_key(|prediction| prediction.expected.blackout_ns.unwrap_or(u64::MAX))?;
+    let stands = time(shortest.expected.blackout_ns);
+    Some(choice(
+        shortest,
+        format!("no way keeps to the {limit} allowed; under this one it stands for the shortest time, {stands}"),
+    ))
+}

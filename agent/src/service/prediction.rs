@@ -1,0 +1,189 @@
+//! What moving a VM would take, before anything is moved: joins its profile, what its memory holds, and the model of each way.
+
+use serde::Serialize;
+
+use super::interrupt::Interrupt;
+use super::inventory::Host;
+use super::observe::Observed;
+use super::profile::{self, ProfileError, ProfileRequest, Profiler, Progress};
+use crate::model::schema::Schema;
+use crate::model::{PAGE_SIZE, PageCount, UniqueRate};
+use crate::predict::{Choice, Memory, Mover, Prediction, choose, predict};
+use crate::track::{Regime, Terms, TermsError};
+
+/// What is to be expected.
+#[derive(Clone, Debug, Serialize)]
+pub struct PredictionReport {
+    /// Of whom.
+    pub vm: Observed,
+    /// Who runs it.
+    pub vmm: String,
+    /// Under which conditions its profile was taken.
+    pub regime: Regime,
+    /// Whether it may write more than was seen.
+    pub is_lower_bound: bool,
+    /// What else there is to say.
+    pub notes: Vec<String>,
+    /// Goodput of the link, in bytes per second.
+    pub bandwidth_bytes_per_second: u64,
+    /// The downtime that is allowed.
+    pub downtime_ns: u64,
+    /// What a switch costs in any case, CPU and device state included.
+    pub fixed_cost_ns: u64,
+    /// The link's round trip.
+    pub rtt_ns: u64,
+    /// Guest memory.
+    pub memory_bytes: u64,
+    /// What of it is not zero.
+    pub filled_bytes: u64,
+    /// The least that may be.
+    pub filled_bytes_low: u64,
+    /// The most.
+    pub filled_bytes_high: u64,
+    /// U(D')/D': different pages per second that it writes over what the downtime leaves for memory.
+    pub unique: UniqueRate,
+    /// Each way of moving it.
+    pub strategies: Vec<Way>,
+    /// Which to take; absent if it cannot be moved today.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chosen: Option<Choice>,
+}
+
+impl Schema for PredictionReport {
+    const SCHEMA: &'static str = "dunlin.predict/v1";
+}
+
+/// One way of moving, with what to type for it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Way {
+    /// What is to be expected.
+    #[serde(flatten)]
+    pub prediction: Prediction,
+    /// The commands, one after the other; empty where there are none yet.
+    pub commands: Vec<String>,
+}
+
+/// Why there is no prediction.
+#[derive(Debug, thiserror::Error)]
+pub enum PredictionError {
+    /// There is no profile.
+    #[error(transparent)]
+    Profile(#[from] ProfileError),
+    /// No VM could be moved so.
+    #[error(transparent)]
+    Terms(#[from] TermsError),
+}
+
+/// Takes the VM's profile and predicts.
+///
+/// # Errors
+/// No profile, or terms under which nothing could be moved.
+pub fn prediction(
+    request: &ProfileRequest,
+    terms: &Terms,
+    interrupt: &Interrupt,
+    progress: Progress<'_>,
+) -> Result<PredictionReport, PredictionError> {
+    let memory_time = terms.memory_time()?;
+    let found = profile::find(request).map_err(ProfileError::from)?;
+    let mover = match (found.host, found.vmm.as_str()) {
+        (Host::Hosted, _) => Mover::Dunlin,
+        (Host::Foreign, "qemu") => Mover::Qemu,
+        _ => Mover::Unknown,
+    };
+    let taken = Profiler::open(request)?.measure(interrupt, progress)?;
+    let mut notes = taken.notes.clone();
+    let zero = match taken.sampled.as_ref().and_then(|sampled| sampled.zero_pages) {
+        Some(zero) => Some(zero),
+        None => profile::zero_pages(request)?,
+    };
+    let pages = PageCount::covering(taken.memory_bytes);
+    let memory = zero.map_or_else(
+        || {
+            notes.push(
+                "what the memory holds may not be read (--allow-read-memory): all of it counts, though pages of zeros are not sent"
+                    .to_owned(),
+            );
+            Memory::full(pages)
+        },
+        |zero| {
+            let of = |share: f64| pages.0 as f64 * (1.0 - share).clamp(0.0, 1.0);
+            let [filled, filled_low, filled_high] = [zero.share, zero.share_high, zero.share_low].map(of);
+            Memory { pages, filled, filled_low, filled_high }
+        },
+    );
+    let predictions = predict(&taken.curve, &memory, mover, terms)?;
+    let chosen = choose(&predictions, terms.downtime);
+    let ways = predictions.into_iter().map(|prediction| Way {
+        commands: if prediction.is_available {
+            prediction.plan.commands(&taken.vm.name, terms.bandwidth, terms.downtime)
+        } else {
+            Vec::new()
+        },
+        prediction,
+    });
+    let bytes = |pages: f64| (pages * PAGE_SIZE as f64) as u64;
+    Ok(PredictionReport {
+        strategies: ways.collect(),
+        vm: taken.vm,
+        vmm: found.vmm,
+        regime: taken.regime,
+        is_lower_bound: taken.is_lower_bound,
+        notes,
+        bandwidth_bytes_per_second: terms.bandwidth.0,
+        downtime_ns: terms.downtime.as_nanos() as u64,
+        fixed_cost_ns: terms.switch_cost.as_nanos() as u64,
+        rtt_ns: terms.rtt.as_nanos() as u64,
+        memory_bytes: taken.memory_bytes,
+        filled_bytes: bytes(memory.filled),
+        filled_bytes_low: bytes(memory.filled_low),
+        filled_bytes_high: bytes(memory.filled_high),
+        unique: taken.curve.rate_over(memory_time),
+        chosen,
+    })
+}
+
+/// A report with every member, for the documentation's test.
+#[cfg(test)]
+pub(crate) fn sample() -> PredictionReport {
+    use crate::predict::{Course, Plan};
+    let course = Course {
+        total_ns: Some(1),
+        blackout_ns: Some(1),
+        wire_bytes: 0,
+        rounds: 1,
+        converges: true,
+        guest_slowdown: 0.,
+    };
+    let prediction = Prediction {
+        plan: Plan::PreCopy,
+        is_available: true,
+        expected: course,
+        best: course,
+        worst: course,
+        meets_downtime: true,
+    };
+    PredictionReport {
+        vm: Observed { name: String::new(), vm_id: Some(crate::model::VmId::random()), pid: 1, cpus: 1 },
+        vmm: String::new(),
+        regime: Regime::Armed,
+        is_lower_bound: false,
+        notes: vec![String::new()],
+        bandwidth_bytes_per_second: 0,
+        downtime_ns: 0,
+        fixed_cost_ns: 0,
+        rtt_ns: 0,
+        memory_bytes: 0,
+        filled_bytes: 0,
+        filled_bytes_low: 0,
+        filled_bytes_high: 0,
+        unique: UniqueRate {
+            pages_per_second: 0.,
+            low_pages_per_second: 0.,
+            high_pages_per_second: 0.,
+            extrapolated: false,
+        },
+        strategies: vec![Way { prediction, commands: vec![String::new()] }],
+        chosen: Some(Choice { plan: Plan::PreCopy, meets_downtime: true, reason: String::new() }),
+    }
+}

@@ -1,0 +1,134 @@
+//! What `dunlin predict` says of real VMs beside what moving them then takes.
+#![cfg(target_arch = "x86_64")]
+
+use std::time::Duration;
+
+use dunlin_tests::moving::{MovingVm, Pair};
+use dunlin_tests::{HopOptions, Rig, VmSpec, dunlin};
+use serde_json::Value;
+
+/// What the switch and the client's LAN leave of this is not measured: the limit is far below what they carry.
+const BANDWIDTH: &str = "400Mbit";
+const DOWNTIME: &str = "50ms";
+
+fn predicted(rig: &Rig) -> Value {
+    let words = ["predict", "wader", "--json", "--bandwidth", BANDWIDTH, "--downtime", DOWNTIME, "--rtt", "300us"];
+    let output = rig.dunlin_here(&words).output().unwrap();
+    assert!(matches!(output.status.code(), Some(0 | 3)), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+fn way<'a>(report: &'a Value, plan: &str) -> &'a Value {
+    report["strategies"].as_array().unwrap().iter().find(|way| way["plan"] == plan).unwrap()
+}
+
+/// Predicts, moves, and says both; whether pre-copy alone gets there must be foretold, and how long it takes.
+fn predict_and_move(guest: &str, plan: &str, more: &[&str]) -> (Value, dunlin_tests::Hop) {
+    let spec = VmSpec { cpus: 1, guest: guest.to_owned(), ..VmSpec::default() };
+    let mut rig = Rig::boot(&spec).unwrap();
+    let report = predicted(&rig);
+    assert_eq!((&report["schema"], &report["vmm"]), (&"dunlin.predict/v1".into(), &"dunlin".into()));
+    let more = [&["--bandwidth", BANDWIDTH, "--downtime", DOWNTIME], more].concat();
+    let options = HopOptions { more: more.iter().map(|&word| word.to_owned()).collect(), ..HopOptions::default() };
+    let hop = rig.hop(&options).unwrap();
+    let expected = &way(&report, plan)["expected"];
+    let ms = |ns: f64| ns / 1e6;
+    let (total, blackout) = (expected["total_ns"].as_f64().unwrap(), expected["blackout_ns"].as_f64().unwrap());
+    let (did, stood) = (hop.report.total_ns as f64, hop.report.blackout_ns as f64);
+    println!(
+        "shows {guest}, {plan}: total {:.0} ms predicted, {:.0} ms taken; blackout {:.1} ms predicted, {:.1} ms taken; {} rounds predicted, {} made; \
+         {:.1} MiB predicted, {:.1} MiB sent; chosen {}; {}",
+        ms(total),
+        ms(did),
+        ms(blackout),
+        ms(stood),
+        expected["rounds"],
+        hop.report.rounds.len() - 1,
+        expected["wire_bytes"].as_f64().unwrap() / f64::from(1 << 20),
+        hop.report.wire_bytes as f64 / f64::from(1 << 20),
+        report["chosen"],
+        hop.report.reason
+    );
+    assert_eq!(expected["converges"], hop.report.reason.is_empty(), "{report:#} {:#?}", hop.report);
+    assert!((total / did - 1.0).abs() <= 0.25, "{report:#} {:#?}", hop.report);
+    assert!(rig.stop().unwrap().success());
+    (report, hop)
+}
+
+#[test]
+fn a_paced_writer_is_foretold_to_converge_and_does() {
+    let (report, hop) = predict_and_move("dunlin.wl=ws:16M,rate:2000,fill:random", "pre-copy", &[]);
+    assert_eq!(report["chosen"]["plan"], "pre-copy", "{report:#}");
+    assert_eq!(way(&report, "pre-copy")["meets_downtime"], true);
+    assert!(hop.report.blackout_ns <= 50_000_000, "{:#?}", hop.report);
+}
+
+#[test]
+fn an_unthrottled_writer_is_foretold_to_keep_the_vm_standing_and_that_is_known_after_two_rounds() {
+    let (report, hop) = predict_and_move("dunlin.wl=ws:48M,rate:max,fill:random", "pre-copy", &[]);
+    // The set is rewritten faster than it is sent: the VM stands for about as long as all of it takes, a second.
+    assert!(hop.report.rounds.len() <= 4, "{:#?}", hop.report);
+    assert_eq!(way(&report, "pre-copy")["meets_downtime"], false);
+    let blackout = way(&report, "pre-copy")["expected"]["blackout_ns"].as_f64().unwrap();
+    assert!((blackout / hop.report.blackout_ns as f64 - 1.0).abs() <= 0.25, "{report:#} {:#?}", hop.report);
+    assert_eq!(report["chosen"]["plan"], "pre-copy-stun", "{report:#}");
+}
+
+#[test]
+fn what_slowing_its_writers_takes_is_foretold() {
+    let stun = ["--on-stuck", "stun"];
+    predict_and_move("dunlin.wl=ws:48M,rate:max,fill:random", "pre-copy-stun", &stun);
+}
+
+/// A VM that QEMU runs and moves itself.
+fn predict_and_have_qemu_move(workload: &str) -> (Value, Option<Value>) {
+    let mut vm = MovingVm::boot(&Pair { memory_mib: 128, workload, accelerator: "kvm" }).unwrap();
+    let pid = format!("pid:{}", vm.source.pid());
+    let state = vm.folder().join("state");
+    let words = ["predict", &pid, "--json", "--bandwidth", "20MiB/s", "--downtime", "300ms", "--rtt", "300us"];
+    let mut command = dunlin();
+    command.args(words).args(["--allow-read-memory", "--allow-soft-dirty", "--state-dir"]).arg(state);
+    let output = command.output().unwrap();
+    assert!(matches!(output.status.code(), Some(0 | 3)), "{}", String::from_utf8_lossy(&output.stderr));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["vmm"], "qemu");
+    vm.migrate(20 << 20, 300).unwrap();
+    if way(&report, "qemu-pre-copy")["expected"]["converges"] == true {
+        let info = vm.await_end(Duration::from_secs(60)).unwrap();
+        return (report, Some(info));
+    }
+    // Round after round, and no end in sight.
+    let info = vm.await_round(6, Duration::from_secs(60)).unwrap();
+    println!("shows {workload}: QEMU is in its round 6 and has {} bytes left", info["ram"]["remaining"]);
+    vm.source.order("migrate_cancel", serde_json::json!({})).unwrap();
+    (report, None)
+}
+
+#[test]
+fn what_qemu_takes_is_foretold() {
+    let (report, info) = predict_and_have_qemu_move("dunlin.wl0=ws:32M,rate:1000,fill:random");
+    let info = info.unwrap_or_else(|| panic!("{report:#}"));
+    let expected = &way(&report, "qemu-pre-copy")["expected"];
+    let total = expected["total_ns"].as_f64().unwrap() / 1e6;
+    println!(
+        "shows QEMU: total {total:.0} ms predicted, {} ms taken; blackout {:.1} ms predicted, {} ms taken; {} rounds predicted, {} made; {} bytes predicted, {} sent",
+        info["total-time"],
+        expected["blackout_ns"].as_f64().unwrap() / 1e6,
+        info["downtime"],
+        expected["rounds"],
+        info["ram"]["dirty-sync-count"],
+        expected["wire_bytes"],
+        info["ram"]["transferred"]
+    );
+    assert!((total / info["total-time"].as_f64().unwrap() - 1.0).abs() <= 0.25, "{report:#} {info:#}");
+    let command = report["strategies"][0]["commands"][0].as_str().unwrap();
+    assert!(command.starts_with("virsh migrate --live --bandwidth 20 "), "{command}");
+}
+
+#[test]
+fn that_qemu_does_not_end_is_foretold() {
+    let (report, info) = predict_and_have_qemu_move("dunlin.wl0=ws:48M,rate:max,fill:random");
+    assert_eq!(info, None, "{report:#}");
+    let plan = &report["chosen"]["plan"];
+    assert!(plan == "qemu-auto-converge" || plan == "qemu-post-copy", "{report:#}");
+}
