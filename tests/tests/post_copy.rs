@@ -8,7 +8,8 @@ use dunlin::migrate::Strategy;
 use dunlin::model::{DirtyLogKind, PostCopyReport};
 use dunlin_tests::client::EchoClient;
 use dunlin_tests::rig::Side;
-use dunlin_tests::{Hop, HopOptions, Rig, VmSpec, guest};
+use dunlin_tests::wait::wait_for;
+use dunlin_tests::{Hop, HopOptions, Rig, VmSpec, dunlin, guest};
 
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -96,4 +97,27 @@ fn a_vm_that_writes_without_end_moves_in_one_pass() {
         );
         assert!(full > 24_000 && hop.report.wire_bytes < full * 4096 * 11 / 10 + (8 << 20), "{:#?}", hop.report);
     }
+}
+
+/// Whoever moved it on would read zeros where pages are missing.
+#[test]
+fn a_vm_to_which_pages_are_owed_is_not_moved_on() {
+    let spec =
+        VmSpec { dirty_log: DirtyLogKind::Ring, guest: "dunlin.wl0=ws:128M,rate:100".to_owned(), ..VmSpec::default() };
+    let mut rig = Rig::boot(&spec).unwrap();
+    let receiver = rig.receive().unwrap();
+    let slow = options(Strategy::PostCopy, &["--bandwidth", "200Mbit"]);
+    let mut manager = rig.start_migration(&receiver.address, &slow).unwrap();
+    let there = rig.run_dir(rig.at().other());
+    let refused = wait_for("the VM to run there", LIMIT, || {
+        let mut command = dunlin();
+        command.args(["migrate", "wader", "--to", "tcp://127.0.0.1:9", "--run-dir"]).arg(&there);
+        let output = command.output().unwrap();
+        let words = String::from_utf8_lossy(&output.stderr).into_owned();
+        words.contains("still at its former host").then_some((output.status.code(), words))
+    });
+    println!("shows {refused:?}");
+    assert_eq!(refused.unwrap().0, Some(3));
+    let (report, code) = rig.end_of_migration(&mut manager).unwrap();
+    assert_eq!((code, report.post_copy.unwrap().sent_pages), (Some(0), report.memory_bytes / 4096));
 }

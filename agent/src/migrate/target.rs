@@ -349,6 +349,9 @@ impl Target<'_> {
             self.clock.wait(&owed.changed, seen, TICK);
         }
         owed.end()?;
+        if let Err(error) = machine.all_is_here() {
+            tracing::warn!(migration = %offer.migration_id, "{error}");
+        }
         let waits = owed.waits();
         tracing::info!(migration = %offer.migration_id, waits = waits.count, "every page is here");
         if let Err(error) = self.link.control().send(&ControlMessage::Complete(waits)) {

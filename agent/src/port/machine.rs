@@ -138,6 +138,14 @@ pub trait FaultSource: Send {
     fn catch_faults(&mut self) -> Result<Arc<dyn Faults>, MachineError> {
         Err(MachineError::Refused { action: "run before its memory is here", reason: "this machine cannot".to_owned() })
     }
+
+    /// Every page is here: until this is said the machine lets nobody else move it on.
+    ///
+    /// # Errors
+    /// The machine is gone.
+    fn all_is_here(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
 }
 
 /// All of a machine that a manager needs.

@@ -19,32 +19,41 @@ pub struct Choice {
 }
 
 /// Of the ways that this VM can be moved today the first (they stand from the simplest to the one that asks most of the guest) that keeps to the downtime
-/// even at the worse end of what is known; else the first that is expected to; else the one under which it stands for the shortest time. None if there is no way.
+/// even at the worse end of what is known; else the first that is expected to; else the one under which it stands for the shortest time. A way by which the VM can be lost
+/// is taken only if no other keeps to the downtime. None if there is no way.
 pub fn choose(predictions: &[Prediction], downtime: Duration) -> Option<Choice> {
-    let available = || predictions.iter().filter(|prediction| prediction.is_available);
-    let time =
-        |ns: Option<u64>| ns.map_or_else(|| "for ever".to_owned(), |ns| display_duration(Duration::from_nanos(ns)));
     let limit = display_duration(downtime);
-    let choice =
-        |found: &Prediction, reason: String| Choice { plan: found.plan, meets_downtime: found.meets_downtime, reason };
-    if let Some(sure) = available().find(|prediction| {
-        let all = [&prediction.expected, &prediction.best, &prediction.worst];
-        all.iter().all(|course| course.within(downtime))
-    }) {
-        let stands = (time(sure.expected.blackout_ns), time(sure.longest_blackout_ns()));
-        let reason = format!("the VM stands for {}, {} at the worse end, of {limit} allowed", stands.0, stands.1);
-        return Some(choice(sure, reason));
+    for risky in [false, true] {
+        let available = || {
+            predictions
+                .iter()
+                .filter(|prediction| prediction.is_available && prediction.plan.can_lose_the_vm() == risky)
+        };
+        let warning =
+            if risky { "; until all of its memory has followed it, a lost host or link is a lost VM" } else { "" };
+        if let Some(sure) = available().find(|prediction| {
+            let all = [&prediction.expected, &prediction.best, &prediction.worst];
+            all.iter().all(|course| course.within(downtime))
+        }) {
+            let (stands, worst) = (time(sure.expected.blackout_ns), time(sure.longest_blackout_ns()));
+            let reason = format!("the VM stands for {stands}, {worst} at the worse end, of {limit} allowed{warning}");
+            return Some(Choice { plan: sure.plan, meets_downtime: sure.meets_downtime, reason });
+        }
+        if let Some(likely) = available().find(|prediction| prediction.meets_downtime) {
+            let (stands, worst) = (time(likely.expected.blackout_ns), time(likely.longest_blackout_ns()));
+            let reason =
+                format!("it is expected to stand for {stands}, of {limit} allowed; at the worse end {worst}{warning}");
+            return Some(Choice { plan: likely.plan, meets_downtime: likely.meets_downtime, reason });
+        }
     }
-    if let Some(likely) = available().find(|prediction| prediction.meets_downtime) {
-        let stands = (time(likely.expected.blackout_ns), time(likely.longest_blackout_ns()));
-        let reason =
-            format!("it is expected to stand for {}, of {limit} allowed; at the worse end {}", stands.0, stands.1);
-        return Some(choice(likely, reason));
-    }
-    let shortest = available().min_by_key(|prediction| prediction.expected.blackout_ns.unwrap_or(u64::MAX))?;
+    let available = predictions.iter().filter(|prediction| prediction.is_available);
+    let shortest = available.min_by_key(|prediction| prediction.expected.blackout_ns.unwrap_or(u64::MAX))?;
     let stands = time(shortest.expected.blackout_ns);
-    Some(choice(
-        shortest,
-        format!("no way keeps to the {limit} allowed; under this one it stands for the shortest time, {stands}"),
-    ))
+    let reason =
+        format!("no way keeps to the {limit} allowed; under this one it stands for the shortest time, {stands}");
+    Some(Choice { plan: shortest.plan, meets_downtime: shortest.meets_downtime, reason })
+}
+
+fn time(ns: Option<u64>) -> String {
+    ns.map_or_else(|| "for ever".to_owned(), |ns| display_duration(Duration::from_nanos(ns)))
 }

@@ -56,7 +56,7 @@ impl Mover {
     /// Whether it can do that today.
     pub(super) const fn has(self, plan: Plan) -> bool {
         match self {
-            Self::Dunlin => matches!(plan, Plan::StopAndCopy | Plan::PreCopy | Plan::PreCopyStun),
+            Self::Dunlin => !matches!(plan, Plan::DemandPaging),
             Self::Qemu => true,
             Self::Unknown => false,
         }
@@ -64,6 +64,11 @@ impl Mover {
 }
 
 impl Plan {
+    /// Whether the VM is lost with either host or the link until all of its memory has followed it.
+    pub(super) const fn can_lose_the_vm(self) -> bool {
+        matches!(self, Self::Hybrid | Self::PostCopy | Self::DemandPaging | Self::QemuPostCopy)
+    }
+
     /// What to type for it: commands that are given one after the other, with the target's address left open.
     pub fn commands(self, vm: &str, bandwidth: BytesPerSecond, downtime: Duration) -> Vec<String> {
         let downtime_ms = downtime.as_millis().max(1);
@@ -88,7 +93,9 @@ impl Plan {
             Self::QemuPreCopy => virsh(""),
             Self::QemuAutoConverge => virsh(" --auto-converge"),
             Self::QemuPostCopy => virsh(" --postcopy --postcopy-after-precopy"),
-            Self::Hybrid | Self::PostCopy | Self::DemandPaging => Vec::new(),
+            Self::Hybrid => dunlin("--strategy hybrid"),
+            Self::PostCopy => dunlin("--strategy post-copy"),
+            Self::DemandPaging => Vec::new(),
         }
     }
 }

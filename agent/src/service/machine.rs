@@ -707,6 +707,13 @@ impl Host {
         if self.paused_by_operator.load(Ordering::Acquire) {
             return refuse(&mut socket, "the VM is paused; resume it first".to_owned());
         }
+        // Whoever moved it on would read zeros where pages are missing.
+        if lock(&self.faults).is_some() {
+            return refuse(
+                &mut socket,
+                "the VM has come by post-copy, and pages of it are still at its former host".to_owned(),
+            );
+        }
         if let Some((who, until)) = &*lock(&self.throttler)
             && Instant::now() < *until
         {
@@ -733,7 +740,7 @@ impl Host {
         }
         while let Ok((request, _)) = socket.recv::<Request>() {
             let reply = match request {
-                Request::Announce => self.handle(Request::Announce, "").unwrap_or_else(Reply::Failed),
+                Request::Announce | Request::AllIsHere => self.handle(request, "").unwrap_or_else(Reply::Failed),
                 _ => Reply::Failed("the migration has ended: the VM runs here".to_owned()),
             };
             if socket.send(&reply, &[]).is_err() {
@@ -815,6 +822,10 @@ impl Host {
         let done = |result: Result<(), GateError>| result.map(|()| Reply::Done).map_err(|error| chain(&error));
         match request {
             Request::CatchFaults => self.catch_faults(),
+            Request::AllIsHere => {
+                *lock(&self.faults) = None;
+                Ok(Reply::Done)
+            }
             Request::Attach { .. } | Request::Create(_) => Err("the session has begun already".to_owned()),
             Request::StartLog => machine.log().start().map(|()| Reply::Done).map_err(|error| chain(&error)),
             Request::Harvest => machine.log().harvest().map(|()| Reply::Done).map_err(|error| chain(&error)),

@@ -247,6 +247,10 @@ impl FaultSource for RemoteMachine {
             (other, _) => Err(fail(&format!("unexpected answer {other:?}"))),
         }
     }
+
+    fn all_is_here(&mut self) -> Result<(), MachineError> {
+        self.order("be told that its memory is here", &Request::AllIsHere)
+    }
 }
 
 impl Throttle for RemoteMachine {

@@ -68,6 +68,8 @@ pub enum Request {
     Throttle(Vec<Option<VcpuLimit>>),
     /// [`crate::port::FaultSource::catch_faults`]
     CatchFaults,
+    /// [`crate::port::FaultSource::all_is_here`]
+    AllIsHere,
 }
 
 /// What a target's machine process is to become.
