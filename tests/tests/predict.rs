@@ -50,7 +50,11 @@ fn predict_and_move(guest: &str, plan: &str, more: &[&str]) -> (Value, dunlin_te
         hop.report.reason
     );
     assert_eq!(expected["converges"], hop.report.reason.is_empty(), "{report:#} {:#?}", hop.report);
-    assert!((total / did - 1.0).abs() <= 0.25, "{report:#} {:#?}", hop.report);
+    // A verdict that hangs on a page more or less may come a round earlier or later.
+    let made = hop.report.rounds.len() as f64 - 1.0;
+    let other_round = (expected["rounds"].as_f64().unwrap() - made).abs().min(1.0);
+    let longest = hop.report.rounds.iter().map(|round| round.duration_ns).max().unwrap() as f64;
+    assert!((total - did).abs() <= 0.25 * did + other_round * longest, "{report:#} {:#?}", hop.report);
     assert!(rig.stop().unwrap().success());
     (report, hop)
 }
