@@ -6,23 +6,22 @@
 //! the guest itself knows of its writers (pid, pages written). Extend it with further options of QEMU by [`ForeignVm::boot_with`].
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
-use serde_json::{Value, json};
+use anyhow::{Context, Result};
+use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::linux::LinuxGuest;
+use crate::monitor::Monitor;
 use crate::process::OwnProcess;
 use crate::wait::wait_for;
 
 /// How long the guest may take to boot, in software.
 const BOOT_LIMIT: Duration = Duration::from_secs(90);
-/// How long its monitor may take to answer.
+/// How long the guest may take to tell its next state.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 /// RAM; `dunlin-linux-guest` and a cloud kernel need 160 MiB.
 const MEMORY_MIB: u32 = 192;
@@ -31,7 +30,7 @@ const MEMORY_MIB: u32 = 192;
 #[derive(Debug)]
 pub struct ForeignVm {
     process: OwnProcess,
-    monitor: BufReader<UnixStream>,
+    monitor: Monitor,
     folder: TempDir,
 }
 
@@ -61,12 +60,8 @@ impl ForeignVm {
         let errors = fs::File::create(file("errors"))?;
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors).spawn().context("start QEMU")?;
         let process = OwnProcess::new(child);
-        let monitor = wait_for("QEMU's monitor", ANSWER_LIMIT, || UnixStream::connect(file("monitor")).ok())
-            .with_context(|| fs::read_to_string(file("errors")).unwrap_or_default())?;
-        monitor.set_read_timeout(Some(ANSWER_LIMIT))?;
-        let mut vm = Self { process, monitor: BufReader::new(monitor), folder };
-        vm.line().context("QEMU's greeting")?;
-        vm.order("qmp_capabilities", json!({}))?;
+        let monitor = Monitor::connect(&file("monitor"), file("errors"))?;
+        let vm = Self { process, monitor, folder };
         wait_for("the guest's first state", BOOT_LIMIT, || vm.state().ok())
             .with_context(|| format!("the console:\n{}", fs::read_to_string(vm.console()).unwrap_or_default()))?;
         Ok(vm)
@@ -109,24 +104,7 @@ impl ForeignVm {
     /// # Errors
     /// QEMU refused.
     pub fn order(&mut self, name: &str, arguments: Value) -> Result<Value> {
-        let text = json!({ "execute": name, "arguments": arguments }).to_string() + "\n";
-        self.monitor.get_mut().write_all(text.as_bytes())?;
-        loop {
-            // Events come between.
-            let mut answer = self.line().with_context(|| format!("QEMU's answer to {name}"))?;
-            if let Some(error) = answer.get("error") {
-                bail!("QEMU refused {name}: {error}");
-            }
-            if let Some(value) = answer.get_mut("return") {
-                return Ok(value.take());
-            }
-        }
-    }
-
-    fn line(&mut self) -> Result<Value> {
-        let mut line = String::new();
-        ensure!(self.monitor.read_line(&mut line)? > 0, "QEMU closed its monitor");
-        Ok(serde_json::from_str(&line)?)
+        self.monitor.order(name, arguments)
     }
 
     /// The kernel's numbers of QEMU's vCPU threads, in order.
@@ -134,9 +112,7 @@ impl ForeignVm {
     /// # Errors
     /// QEMU does not tell.
     pub fn vcpu_threads(&mut self) -> Result<Vec<u32>> {
-        let cpus = self.order("query-cpus-fast", json!({}))?;
-        let cpus = cpus.as_array().context("no list of vCPUs")?;
-        cpus.iter().map(|cpu| cpu["thread-id"].as_u64().map(|id| id as u32).context("no thread-id")).collect()
+        self.monitor.vcpu_threads()
     }
 
     /// The host addresses of guest RAM: the largest mapping, which it is.

@@ -14,6 +14,7 @@ pub mod guest;
 pub mod hosted;
 pub mod interrupt;
 pub mod linux;
+pub mod monitor;
 pub mod moving;
 pub mod netns;
 pub mod process;

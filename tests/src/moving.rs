@@ -4,23 +4,19 @@
 //! a window each half second.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::hosted::guest;
+use crate::monitor::Monitor;
 use crate::process::OwnProcess;
 use crate::serial::SerialLog;
 use crate::wait::wait_for;
-
-/// How long a monitor may take to answer.
-const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 
 /// How a pair is started.
 #[derive(Clone, Copy, Debug)]
@@ -37,7 +33,7 @@ pub struct Pair<'a> {
 #[derive(Debug)]
 pub struct Qemu {
     process: OwnProcess,
-    monitor: BufReader<UnixStream>,
+    monitor: Monitor,
     second: PathBuf,
     serial: SerialLog,
     errors: PathBuf,
@@ -84,15 +80,9 @@ impl Qemu {
         let errors = File::create(file("errors"))?;
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors).spawn().context("start QEMU")?;
         let process = OwnProcess::new(child);
-        let monitor = wait_for("QEMU's monitor", ANSWER_LIMIT, || UnixStream::connect(file("qmp")).ok())
-            .with_context(|| fs::read_to_string(file("errors")).unwrap_or_default())?;
-        monitor.set_read_timeout(Some(ANSWER_LIMIT))?;
-        let monitor = BufReader::new(monitor);
+        let monitor = Monitor::connect(&file("qmp"), file("errors"))?;
         let serial = SerialLog::new(file("serial"));
-        let mut qemu = Self { process, monitor, second: file("second"), serial, errors: file("errors") };
-        qemu.line().context("QEMU's greeting")?;
-        qemu.order("qmp_capabilities", json!({}))?;
-        Ok(qemu)
+        Ok(Self { process, monitor, second: file("second"), serial, errors: file("errors") })
     }
 
     /// Its process.
@@ -120,28 +110,7 @@ impl Qemu {
     /// # Errors
     /// QEMU refused, or has ended.
     pub fn order(&mut self, name: &str, arguments: Value) -> Result<Value> {
-        let text = json!({ "execute": name, "arguments": arguments }).to_string() + "\n";
-        self.monitor.get_mut().write_all(text.as_bytes())?;
-        loop {
-            // Events come between.
-            let mut answer = self.line().with_context(|| format!("QEMU's answer to {name}"))?;
-            if let Some(error) = answer.get("error") {
-                bail!("QEMU refused {name}: {error}");
-            }
-            if let Some(value) = answer.get_mut("return") {
-                return Ok(value.take());
-            }
-        }
-    }
-
-    fn line(&mut self) -> Result<Value> {
-        let mut line = String::new();
-        ensure!(
-            self.monitor.read_line(&mut line)? > 0,
-            "QEMU closed its monitor: {}",
-            fs::read_to_string(&self.errors).unwrap_or_default()
-        );
-        Ok(serde_json::from_str(&line)?)
+        self.monitor.order(name, arguments)
     }
 
     /// The kernel's numbers of its vCPU threads, in order.
@@ -149,9 +118,7 @@ impl Qemu {
     /// # Errors
     /// QEMU does not tell.
     pub fn vcpu_threads(&mut self) -> Result<Vec<u32>> {
-        let cpus = self.order("query-cpus-fast", json!({}))?;
-        let cpus = cpus.as_array().context("no list of vCPUs")?;
-        cpus.iter().map(|cpu| cpu["thread-id"].as_u64().map(|id| id as u32).context("no thread-id")).collect()
+        self.monitor.vcpu_threads()
     }
 
     /// What the writer of a vCPU has said so far; lines that others cut are left out.

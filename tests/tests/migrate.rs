@@ -19,17 +19,6 @@ const LIMIT: Duration = Duration::from_secs(30);
 const ECHO_INTERVAL: Duration = Duration::from_millis(2);
 const PING_INTERVAL: Duration = Duration::from_millis(5);
 
-/// A guest with a disk that reads and writes.
-fn busy(cpus: u32, dirty_log: DirtyLogKind) -> VmSpec {
-    VmSpec {
-        cpus,
-        dirty_log,
-        disk_bytes: Some(64 << 20),
-        guest: "dunlin.wl=ws:48M,rate:8000,pattern:random dunlin.blk=rate:200,span:16M dunlin.heartbeat=5ms".to_owned(),
-        ..VmSpec::default()
-    }
-}
-
 fn start_clients(rig: &Rig) -> (EchoClient, Pinger) {
     let echo = rig.client.enter(|| EchoClient::start(Rig::echo_address(), ECHO_INTERVAL)).unwrap();
     let pinger = rig.client.enter(|| Pinger::start(Rig::guest_ip(), PING_INTERVAL)).unwrap();
@@ -94,37 +83,37 @@ fn one_move(spec: VmSpec, options: HopOptions) -> Hop {
 
 #[test]
 fn pre_copy_with_the_bitmap_and_one_vcpu() {
-    let hop = one_move(busy(1, DirtyLogKind::Bitmap), HopOptions::default());
+    let hop = one_move(VmSpec::busy(1, DirtyLogKind::Bitmap), HopOptions::default());
     assert!(hop.report.rounds.len() > 1);
 }
 
 #[test]
 fn pre_copy_with_the_bitmap_two_vcpus_and_verify() {
-    one_move(busy(2, DirtyLogKind::Bitmap), HopOptions { verify: true, ..HopOptions::default() });
+    one_move(VmSpec::busy(2, DirtyLogKind::Bitmap), HopOptions { verify: true, ..HopOptions::default() });
 }
 
 #[test]
 fn pre_copy_with_the_ring_and_one_vcpu_and_verify() {
-    one_move(busy(1, DirtyLogKind::Ring), HopOptions { verify: true, ..HopOptions::default() });
+    one_move(VmSpec::busy(1, DirtyLogKind::Ring), HopOptions { verify: true, ..HopOptions::default() });
 }
 
 #[test]
 fn pre_copy_with_the_ring_and_two_vcpus() {
-    let hop = one_move(busy(2, DirtyLogKind::Ring), HopOptions::default());
+    let hop = one_move(VmSpec::busy(2, DirtyLogKind::Ring), HopOptions::default());
     assert!(hop.report.rounds.len() > 1);
 }
 
 #[test]
 fn stop_and_copy_with_the_bitmap_two_vcpus_and_verify() {
     let options = HopOptions { strategy: Strategy::StopAndCopy, verify: true, ..HopOptions::default() };
-    let hop = one_move(busy(2, DirtyLogKind::Bitmap), options);
+    let hop = one_move(VmSpec::busy(2, DirtyLogKind::Bitmap), options);
     assert_eq!(hop.report.rounds.len(), 1);
 }
 
 #[test]
 fn stop_and_copy_with_the_ring_and_one_vcpu() {
     let options = HopOptions { strategy: Strategy::StopAndCopy, ..HopOptions::default() };
-    one_move(busy(1, DirtyLogKind::Ring), options);
+    one_move(VmSpec::busy(1, DirtyLogKind::Ring), options);
 }
 
 /// What the guest was booted from moves, too: it is no part of its memory.

@@ -47,19 +47,9 @@ fn there_and_back(spec: &VmSpec, options: &HopOptions) -> [Hop; 2] {
     hops
 }
 
-fn busy(cpus: u32, dirty_log: DirtyLogKind) -> VmSpec {
-    VmSpec {
-        cpus,
-        dirty_log,
-        disk_bytes: Some(64 << 20),
-        guest: "dunlin.wl=ws:48M,rate:8000,pattern:random dunlin.blk=rate:200,span:16M dunlin.heartbeat=5ms".to_owned(),
-        ..VmSpec::default()
-    }
-}
-
 #[test]
 fn post_copy_there_and_back_with_disk_and_two_vcpus() {
-    for hop in there_and_back(&busy(2, DirtyLogKind::Ring), &options(Strategy::PostCopy, &[])) {
+    for hop in there_and_back(&VmSpec::busy(2, DirtyLogKind::Ring), &options(Strategy::PostCopy, &[])) {
         assert!(hop.report.rounds.is_empty(), "nothing is sent before the VM moves");
         let owed = owed(&hop);
         assert_eq!(owed.owed_pages, hop.report.memory_bytes / 4096);
@@ -70,7 +60,7 @@ fn post_copy_there_and_back_with_disk_and_two_vcpus() {
 #[test]
 fn hybrid_there_and_back_owes_what_a_round_left() {
     for kind in [DirtyLogKind::Bitmap, DirtyLogKind::Ring] {
-        for hop in there_and_back(&busy(1, kind), &options(Strategy::Hybrid, &[])) {
+        for hop in there_and_back(&VmSpec::busy(1, kind), &options(Strategy::Hybrid, &[])) {
             let [round] = hop.report.rounds.as_slice() else { panic!("{:#?}", hop.report) };
             assert!(!round.paused && owed(&hop).owed_pages < hop.report.memory_bytes / 4096 / 2, "{:#?}", hop.report);
         }

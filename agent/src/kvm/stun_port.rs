@@ -56,13 +56,17 @@ impl Output for Said {
 pub(crate) struct StunPort {
     serial: Arc<Serial>,
     said: Arc<Said>,
+    /// The registers after power-on, saved.
+    fresh: Vec<u8>,
 }
 
 impl StunPort {
     /// A port on which nothing was said.
     pub(super) fn new() -> io::Result<Self> {
         let said = Arc::new(Said::default());
-        Ok(Self { serial: Arc::new(Serial::new(NAME, said.clone())?), said })
+        let serial = Arc::new(Serial::new(NAME, said.clone())?);
+        let fresh = serial.save();
+        Ok(Self { serial, said, fresh })
     }
 
     /// The registers.
@@ -82,12 +86,8 @@ impl StunPort {
 
     /// The state for a saved machine; none if the guest has never touched the port.
     pub(super) fn save(&self) -> Option<Vec<u8>> {
-        let mut bytes = vec![u8::from(self.is_offered())];
-        let registers = self.serial.save();
-        let fresh = Self::new().map(|fresh| fresh.serial.save()).ok();
-        let is_fresh = !self.is_offered() && fresh.is_some_and(|fresh| fresh == registers);
-        bytes.extend(registers);
-        (!is_fresh).then_some(bytes)
+        let (offers, registers) = (self.is_offered(), self.serial.save());
+        (offers || registers != self.fresh).then(|| [vec![offers.into()], registers].concat())
     }
 
     /// Takes a saved state.

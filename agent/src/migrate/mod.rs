@@ -10,6 +10,7 @@ mod converge;
 mod digest;
 mod eta;
 mod lap;
+mod marks;
 mod message;
 mod observe;
 mod options;
@@ -18,6 +19,7 @@ mod owed;
 #[cfg(test)]
 mod owed_testing;
 mod pacer;
+mod pieces;
 mod push;
 mod rounds;
 pub mod source;

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use super::marks::Marks;
 use super::target::TargetError;
 use crate::model::{PAGE_SIZE, PageBitmap, PageRun, RegionId, WaitReport};
 use crate::port::{Bell, BulkReceiver, BulkSender, BytesView, Clock, FaultError, Faults, LinkError, Region};
@@ -15,25 +16,6 @@ use crate::port::{Bell, BulkReceiver, BulkSender, BytesView, Clock, FaultError, 
 const TICK: Duration = Duration::from_millis(100);
 /// Pages mapped with one request ahead of the guest.
 const MAP_PAGES: u64 = 512;
-
-/// One bit a page.
-struct Marks(Vec<AtomicU64>);
-
-impl Marks {
-    fn of(words: impl Iterator<Item = u64>) -> Self {
-        Self(words.map(AtomicU64::new).collect())
-    }
-
-    fn is_set(&self, page: u64) -> bool {
-        self.0[(page / 64) as usize].load(Ordering::Acquire) >> (page % 64) & 1 == 1
-    }
-
-    /// Sets it; whether it was clear.
-    fn set(&self, page: u64) -> bool {
-        let bit = 1 << (page % 64);
-        self.0[(page / 64) as usize].fetch_or(bit, Ordering::AcqRel) & bit == 0
-    }
-}
 
 /// What the VM is owed.
 pub(super) struct Owed<'a> {
@@ -136,45 +118,38 @@ impl<'a> Owed<'a> {
     /// Takes pages that are zero. They get memory when the guest touches them.
     pub(super) fn take_zeros(&self, run: PageRun) -> Result<(), TargetError> {
         let mine: Vec<bool> = run.indices().map(|page| self.claimed.set(page)).collect();
-        let mut at = 0;
-        for part in mine.chunk_by(|one, next| one == next) {
-            if part[0] {
-                // What an earlier round brought is stale.
-                self.region.zero(PageRun::new(run.first.0 + at as u64, part.len() as u32));
-            }
-            at += part.len();
+        for part in runs_of(run, &mine) {
+            // What an earlier round brought is stale.
+            self.region.zero(part);
         }
-        self.note(run, &mine);
+        self.mark_present(run, &mine);
         for page in self.no_longer_asked(run) {
             self.map(PageRun::new(page, 1))?;
         }
+        self.count(&mine);
         Ok(())
     }
 
     /// The pages of a run that are `mine` are here: they are mapped, and nobody waits for them any more.
     fn arrived(&self, run: PageRun, mine: &[bool]) -> Result<(), TargetError> {
-        for (page, _) in run.indices().zip(mine).filter(|(_, mine)| **mine) {
-            self.present.set(page);
-        }
-        let mut at = 0;
-        for part in mine.chunk_by(|one, next| one == next) {
-            if part[0] {
-                self.map(PageRun::new(run.first.0 + at as u64, part.len() as u32))?;
-            }
-            at += part.len();
+        self.mark_present(run, mine);
+        for part in runs_of(run, mine) {
+            self.map(part)?;
         }
         self.no_longer_asked(run);
-        self.note(run, mine);
+        self.count(mine);
         Ok(())
     }
 
-    /// Counts pages that have come.
-    fn note(&self, run: PageRun, mine: &[bool]) {
-        let mut count = 0;
-        for (page, _) in run.indices().zip(mine).filter(|(_, mine)| **mine) {
-            self.present.set(page);
-            count += 1;
+    fn mark_present(&self, run: PageRun, mine: &[bool]) {
+        for part in runs_of(run, mine) {
+            part.indices().for_each(|page| _ = self.present.set(page));
         }
+    }
+
+    /// Counts pages that have come.
+    fn count(&self, mine: &[bool]) {
+        let count = mine.iter().filter(|&&mine| mine).count() as u64;
         if count > 0 && self.left.fetch_sub(count, Ordering::AcqRel) == count {
             self.changed.ring();
         }
@@ -277,6 +252,16 @@ impl<'a> Owed<'a> {
         let mut took = std::mem::take(&mut self.asked.lock().unwrap_or_else(PoisonError::into_inner).took_ns);
         WaitReport::of(&mut took)
     }
+}
+
+/// Those parts of a run that are `mine`.
+fn runs_of(run: PageRun, mine: &[bool]) -> impl Iterator<Item = PageRun> {
+    let mut at = run.first.0;
+    mine.chunk_by(|one, next| one == next).filter_map(move |part| {
+        let part_run = PageRun::new(at, part.len() as u32);
+        at = part_run.end();
+        part[0].then_some(part_run)
+    })
 }
 
 fn copy(to: BytesView<'_>, from: BytesView<'_>) {

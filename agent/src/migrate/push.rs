@@ -1,16 +1,16 @@
 //! The source's part of post-copy: pages of a VM that runs elsewhere, sent as it asks for them and, in between, around what it asked for last.
 //!
-//! Each page is sent once: whoever sends it claims it first. Requests have a stream of their own, which never queues behind the push. The push goes on from the latest request in
+//! Each page is sent once: whoever sends it takes it first. Requests have a stream of their own, which never queues behind the push. The push goes on from the latest request in
 //! both directions, a run up, a run down (pre-paging: Hines, Deshpande, Gopalan, "Post-Copy Live Migration of Virtual Machines", SIGOPS OSR 43(3), 2009).
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::digest::zero_page;
 use super::observe::Observer;
 use super::owed::check_run;
 use super::pacer::Pacer;
+use super::pieces::{Holes, pieces};
 use super::source::SourceError;
 use crate::model::{PAGE_SIZE, PageBitmap, PageRun, PostCopyReport};
 use crate::port::{BulkItem, BulkReceiver, BulkSender, Clock, LinkError, Region};
@@ -18,15 +18,57 @@ use crate::port::{BulkItem, BulkReceiver, BulkSender, Clock, LinkError, Region};
 /// What a run of the push may take at the rate so far.
 const RUN_TIME: Duration = Duration::from_millis(1);
 /// The shortest run that the push is cut to, in pages.
-const SHORTEST_RUN: u64 = 8;
+const SHORTEST_RUN: u32 = 8;
 
-/// Where the push goes on.
-#[derive(Clone, Copy, Debug)]
-struct Pivot {
+/// What nobody has sent yet, and where the push goes on: all of it lies from `up` on, or below `down`.
+#[derive(Debug)]
+struct Unsent {
+    pages: PageBitmap,
     /// The next page upwards, and one above the next downwards.
     up: u64,
     down: u64,
     goes_down: bool,
+}
+
+impl Unsent {
+    fn take(&mut self, run: PageRun) -> PageRun {
+        run.indices().for_each(|page| self.pages.remove(page));
+        run
+    }
+
+    /// Takes what of `run` nobody has sent; the push goes on around it.
+    fn take_asked(&mut self, run: PageRun) -> Vec<PageRun> {
+        (self.up, self.down, self.goes_down) = (run.end(), run.first.0, false);
+        let asked: Vec<PageRun> = self.pages.runs_within(run.first.0, run.end(), 1).collect();
+        asked.into_iter().map(|page| self.take(page)).collect()
+    }
+
+    /// Takes the next run of the push, of at most `longest` pages.
+    fn take_next(&mut self, longest: u32) -> Option<PageRun> {
+        let up = || self.pages.runs_within(self.up, self.pages.len().0, longest).next();
+        let run = if self.goes_down { self.below(longest).or_else(up) } else { up().or_else(|| self.below(longest)) }?;
+        if run.first.0 < self.down {
+            self.down = run.first.0;
+        } else {
+            self.up = run.end();
+        }
+        self.goes_down = !self.goes_down;
+        Some(self.take(run))
+    }
+
+    /// The last run below `down`.
+    fn below(&self, longest: u32) -> Option<PageRun> {
+        let words = self.pages.words().get(..(self.down.div_ceil(64)) as usize)?;
+        let (index, bits) = words.iter().enumerate().rev().find_map(|(index, &word)| {
+            let end = self.down - index as u64 * 64;
+            let bits = if end < 64 { word & !(u64::MAX << end) } else { word };
+            (bits != 0).then_some((index as u64, bits))
+        })?;
+        let last = index * 64 + 63 - u64::from(bits.leading_zeros());
+        let least = (last + 1).saturating_sub(longest.into());
+        let first = (least..last).rev().take_while(|&page| self.pages.contains(page)).last().unwrap_or(last);
+        Some(PageRun::new(first, (last + 1 - first) as u32))
+    }
 }
 
 /// Pages that are owed to a VM at its target.
@@ -39,9 +81,8 @@ pub(super) struct Push<'a> {
     pub(super) round: u32,
     longest_run: u32,
     began: Duration,
-    unsent: Vec<AtomicU64>,
+    unsent: Mutex<Unsent>,
     due: u64,
-    pivot: Mutex<Pivot>,
     over: AtomicBool,
     moved_at: AtomicU64,
     sent: AtomicU64,
@@ -69,9 +110,8 @@ impl<'a> Push<'a> {
             round,
             longest_run,
             began: clock.now(),
-            unsent: owed.words().iter().map(|&word| AtomicU64::new(word)).collect(),
+            unsent: Mutex::new(Unsent { pages: owed.clone(), up: 0, down: 0, goes_down: false }),
             due: owed.count().0,
-            pivot: Mutex::new(Pivot { up: 0, down: 0, goes_down: false }),
             over: AtomicBool::new(false),
             moved_at: AtomicU64::new(clock.now().as_nanos() as u64),
             sent: AtomicU64::new(0),
@@ -81,17 +121,6 @@ impl<'a> Push<'a> {
             bytes: AtomicU64::new(0),
             failure: Mutex::new(None),
         }
-    }
-
-    /// Whether a page is still to be sent.
-    fn is_unsent(&self, page: u64) -> bool {
-        self.unsent[(page / 64) as usize].load(Ordering::Acquire) >> (page % 64) & 1 == 1
-    }
-
-    /// Takes a page for sending; whether it was still to be sent.
-    fn claim(&self, page: u64) -> bool {
-        let bit = 1 << (page % 64);
-        self.unsent[(page / 64) as usize].fetch_and(!bit, Ordering::AcqRel) & bit != 0
     }
 
     /// Nobody is to send any more.
@@ -105,7 +134,7 @@ impl<'a> Push<'a> {
 
     /// How many pages nobody has sent yet.
     pub(super) fn left(&self) -> u64 {
-        self.unsent.iter().map(|word| u64::from(word.load(Ordering::Relaxed).count_ones())).sum()
+        self.unsent().pages.count().0
     }
 
     /// Whether all has been sent.
@@ -129,107 +158,48 @@ impl<'a> Push<'a> {
         }
     }
 
-    /// The first page from `from` on that is still to be sent.
-    fn next_up(&self, from: u64) -> Option<u64> {
-        let mut index = (from / 64) as usize;
-        let mut mask = u64::MAX << (from % 64);
-        while let Some(word) = self.unsent.get(index) {
-            let bits = word.load(Ordering::Relaxed) & mask;
-            if bits != 0 {
-                return Some(index as u64 * 64 + u64::from(bits.trailing_zeros()));
-            }
-            (index, mask) = (index + 1, u64::MAX);
-        }
-        None
-    }
-
-    /// The last page below `below` that is still to be sent.
-    fn next_down(&self, below: u64) -> Option<u64> {
-        let last = below.checked_sub(1)?;
-        let mut index = (last / 64) as usize;
-        let mut mask = u64::MAX >> (63 - last % 64);
-        loop {
-            let bits = self.unsent.get(index)?.load(Ordering::Relaxed) & mask;
-            if bits != 0 {
-                return Some(index as u64 * 64 + 63 - u64::from(bits.leading_zeros()));
-            }
-            (index, mask) = (index.checked_sub(1)?, u64::MAX);
-        }
+    fn unsent(&self) -> MutexGuard<'_, Unsent> {
+        self.unsent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The longest run of the push: what the guest touches while it is on its way it waits for until all of it is there.
-    fn run_pages(&self) -> u64 {
+    fn run_pages(&self) -> u32 {
         let seconds = self.clock.now().saturating_sub(self.began).as_secs_f64();
         let rate = self.bytes.load(Ordering::Relaxed) as f64 / seconds.max(1e-6);
         let pages = rate * RUN_TIME.as_secs_f64() / PAGE_SIZE as f64;
-        (pages as u64).clamp(SHORTEST_RUN, u64::from(self.longest_run).max(SHORTEST_RUN))
+        (pages as u32).clamp(SHORTEST_RUN, self.longest_run.max(SHORTEST_RUN))
     }
 
-    /// Claims the next run of the push.
+    /// Takes the next run of the push.
     fn next_run(&self) -> Option<PageRun> {
-        let longest = self.run_pages();
-        let mut pivot = self.pivot.lock().unwrap_or_else(PoisonError::into_inner);
-        let down = |pivot: &Pivot| self.next_down(pivot.down);
-        let up = |pivot: &Pivot| self.next_up(pivot.up);
-        let (first, end) = match (pivot.goes_down, up(&pivot), down(&pivot)) {
-            (_, None, None) => return None,
-            (true, _, Some(last)) | (false, None, Some(last)) => {
-                let mut first = last;
-                while first > 0 && last + 1 - first < longest && self.is_unsent(first - 1) {
-                    first -= 1;
-                }
-                pivot.down = first;
-                (first, last + 1)
-            }
-            (_, Some(first), _) => {
-                let mut end = first + 1;
-                while end - first < longest && end < self.region.spec().pages.0 && self.is_unsent(end) {
-                    end += 1;
-                }
-                pivot.up = end;
-                (first, end)
-            }
-        };
-        pivot.goes_down = !pivot.goes_down;
-        // A request may take one out of the middle meanwhile: the run ends there.
-        let claimed = (first..end).take_while(|&page| self.claim(page)).count() as u32;
-        if claimed == 0 {
-            drop(pivot);
-            self.next_run()
-        } else {
-            Some(PageRun::new(first, claimed))
-        }
+        self.unsent().take_next(self.run_pages())
     }
 
-    /// Sends a run that was claimed, cut into runs of zero and of other pages.
+    /// Sends a run that was taken.
     fn send(&self, run: PageRun, stream: &mut dyn BulkSender, is_urgent: bool) -> Result<(), LinkError> {
-        // What was never written is not touched.
-        let data = self.region.data_within(run);
-        let is_zero = |page: u64| {
-            !data.iter().any(|part| (part.first.0..part.end()).contains(&page))
-                || zero_page(self.region.bytes(PageRun::new(page, 1)))
-        };
         let id = self.region.spec().id;
-        let mut at = run.first.0;
-        while at < run.end() {
-            let zero = is_zero(at);
-            let end = (at + 1..run.end()).find(|&page| is_zero(page) != zero).unwrap_or(run.end());
-            let part = PageRun::new(at, (end - at) as u32);
-            let bytes = if zero {
-                self.zero.fetch_add(part.count.into(), Ordering::Relaxed);
-                stream.zeros(id, part)?
-            } else {
-                // What the guest waits for does not wait for its turn; the push waits for it.
-                if is_urgent {
-                    self.pacer.ahead(part.byte_len() as u64);
+        pieces(
+            self.region,
+            run,
+            Holes::Asked,
+            || run.count,
+            |part, is_zero| -> Result<(), LinkError> {
+                let bytes = if is_zero {
+                    self.zero.fetch_add(part.count.into(), Ordering::Relaxed);
+                    stream.zeros(id, part)?
                 } else {
-                    self.pacer.pay(part.byte_len() as u64);
-                }
-                stream.pages(id, part, self.region.bytes(part))?
-            };
-            self.bytes.fetch_add(bytes, Ordering::Relaxed);
-            at = end;
-        }
+                    // What the guest waits for does not wait for its turn; the push waits for it.
+                    if is_urgent {
+                        self.pacer.ahead(part.byte_len() as u64);
+                    } else {
+                        self.pacer.pay(part.byte_len() as u64);
+                    }
+                    stream.pages(id, part, self.region.bytes(part))?
+                };
+                self.bytes.fetch_add(bytes, Ordering::Relaxed);
+                Ok(())
+            },
+        )?;
         let sent = self.sent.fetch_add(run.count.into(), Ordering::Relaxed) + u64::from(run.count);
         self.moved_at.store(self.clock.now().as_nanos() as u64, Ordering::Relaxed);
         self.observer.progress(self.round, sent, self.due);
@@ -270,16 +240,11 @@ impl<'a> Push<'a> {
                 };
                 check_run(self.region, id, run)?;
                 self.requests.fetch_add(1, Ordering::Relaxed);
-                {
-                    let mut pivot = self.pivot.lock().unwrap_or_else(PoisonError::into_inner);
-                    *pivot = Pivot { up: run.end(), down: run.first.0, goes_down: false };
-                }
-                for page in run.indices() {
-                    // Else it is on its way already.
-                    if self.claim(page) {
-                        self.asked.fetch_add(1, Ordering::Relaxed);
-                        self.send(PageRun::new(page, 1), stream, true)?;
-                    }
+                // What is not among them is on its way already.
+                let asked = self.unsent().take_asked(run);
+                for page in asked {
+                    self.asked.fetch_add(1, Ordering::Relaxed);
+                    self.send(page, stream, true)?;
                 }
                 stream.flush()?;
             }

@@ -7,9 +7,10 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use super::digest::{page_digest, zero_digest, zero_page};
+use super::digest::{page_digest, zero_digest};
 use super::observe::{CancelFlag, Observer};
 use super::pacer::Pacer;
+use super::pieces::{Holes, pieces};
 use super::source::SourceError;
 use super::steward::{LOOK_EVERY, Sent};
 use crate::model::{BytesPerSecond, PAGE_SIZE, PageBitmap, PageRun};
@@ -228,73 +229,50 @@ impl Round<'_> {
         Ok(tally)
     }
 
-    /// Sends what is due of one window: holes as zeros untouched, the rest by content.
+    /// Sends what is due of one window.
     fn send_window(&self, window: PageRun, stream: &mut dyn BulkSender, tally: &mut Tally) -> Result<(), SourceError> {
+        // From the second round on what is due was written: only the first one meets holes worth asking for.
+        let holes = if self.number > 1 { Holes::Ignored } else { Holes::Asked };
         for run in self.due.runs_within(window.first.0, window.end(), u32::MAX) {
             tally.pages += u64::from(run.count);
-            // From the second round on what is due was written: only the first one meets holes worth asking for.
-            if self.number > 1 {
-                self.send_data(run, stream, tally)?;
-                continue;
-            }
-            let mut at = run.first.0;
-            for data in self.region.data_within(run) {
-                self.send_zeros(at, data.first.0, stream, tally)?;
-                self.send_data(data, stream, tally)?;
-                at = data.end();
-            }
-            self.send_zeros(at, run.end(), stream, tally)?;
+            pieces(
+                self.region,
+                run,
+                holes,
+                || self.longest_run(),
+                |piece, is_zero| self.send_piece(piece, is_zero, stream, tally),
+            )?;
         }
         Ok(())
     }
 
-    /// Sends pages that may hold data, cut into runs of zero and of other pages.
-    fn send_data(&self, data: PageRun, stream: &mut dyn BulkSender, tally: &mut Tally) -> Result<(), SourceError> {
-        let is_zero = |page: u64| zero_page(self.region.bytes(PageRun::new(page, 1)));
-        let mut at = data.first.0;
-        while at < data.end() {
-            if self.cancel.is_set() {
-                return Err(SourceError::Cancelled);
-            }
-            let zero = is_zero(at);
-            let limit = if zero { data.end() } else { data.end().min(at + u64::from(self.longest_run())) };
-            let mut end = at + 1;
-            while end < limit && is_zero(end) == zero {
-                end += 1;
-            }
-            if zero {
-                self.send_zeros(at, end, stream, tally)?;
-            } else {
-                let run = PageRun::new(at, (end - at) as u32);
-                let bytes = self.region.bytes(run);
-                self.pacer.pay(run.byte_len() as u64);
-                tally.wire_bytes += stream.pages(self.region.spec().id, run, bytes)?;
-                self.sent.add(run.count.into(), 0);
-                if self.last {
-                    for (page, bytes) in run.indices().zip(bytes.chunks(PAGE_SIZE)) {
-                        tally.digest = tally.digest.wrapping_add(page_digest(page, bytes));
-                    }
-                }
-            }
-            at = end;
-        }
-        Ok(())
-    }
-
-    fn send_zeros(
+    fn send_piece(
         &self,
-        first: u64,
-        end: u64,
+        run: PageRun,
+        is_zero: bool,
         stream: &mut dyn BulkSender,
         tally: &mut Tally,
     ) -> Result<(), SourceError> {
-        if first < end {
-            let run = PageRun::new(first, (end - first) as u32);
-            tally.wire_bytes += stream.zeros(self.region.spec().id, run)?;
-            tally.zero_pages += u64::from(run.count);
-            self.sent.add(run.count.into(), run.count.into());
+        if self.cancel.is_set() {
+            return Err(SourceError::Cancelled);
+        }
+        let (id, count) = (self.region.spec().id, u64::from(run.count));
+        if is_zero {
+            tally.wire_bytes += stream.zeros(id, run)?;
+            tally.zero_pages += count;
+            self.sent.add(count, count);
             if self.last {
                 tally.digest = run.indices().fold(tally.digest, |sum, page| sum.wrapping_add(zero_digest(page)));
+            }
+            return Ok(());
+        }
+        let bytes = self.region.bytes(run);
+        self.pacer.pay(run.byte_len() as u64);
+        tally.wire_bytes += stream.pages(id, run, bytes)?;
+        self.sent.add(count, 0);
+        if self.last {
+            for (page, bytes) in run.indices().zip(bytes.chunks(PAGE_SIZE)) {
+                tally.digest = tally.digest.wrapping_add(page_digest(page, bytes));
             }
         }
         Ok(())

@@ -303,28 +303,16 @@ impl Source<'_> {
             Some(last) => last.answers()?,
             None => return Err(LinkError::Protocol("no stream for requests".to_owned()).into()),
         };
+        let control = Arc::clone(&way.control);
         let tell = |message: &ControlMessage| {
-            way.control.send(message).map_err(|error| peers_reason(way.control.as_ref(), error.into()))
+            control.send(message).map_err(|error| peers_reason(control.as_ref(), error.into()))
         };
         tell(&ControlMessage::PostCopy)?;
         match self.expect(way.control.as_ref(), self.options.stall, "the target's catching of faults")? {
             ControlMessage::FaultsCaught => {}
             other => return Err(unexpected(&other, "faults-caught")),
         }
-        if self.cancel.is_set() {
-            return Err(SourceError::Cancelled);
-        }
-        tell(&ControlMessage::Pausing)?;
-        let paused_at = self.clock.now();
-        progress.paused_at = Some(paused_at);
-        self.machine.pause()?;
-        let mut lap = Lap::since(self.clock, paused_at);
-        progress.ledger.add(BlackoutPhase::Pause, lap.next());
-        self.pass(progress, Step::Paused, "");
-        if self.options.strategy.has_rounds() {
-            self.machine.harvest(&mut way.due)?;
-        }
-        progress.ledger.add(BlackoutPhase::LastHarvest, lap.next());
+        let mut lap = self.pause(progress, way)?;
         let state = self.machine.save_state()?;
         progress.ledger.add(BlackoutPhase::SaveState, lap.next());
         progress.state_bytes = state.len() as u64;
@@ -557,7 +545,11 @@ impl Source<'_> {
         Ok((tally, saved))
     }
 
-    fn stop_and_copy(&mut self, progress: &mut Progress, way: &mut Way<'_>) -> Result<BlackoutLedger, SourceError> {
+    /// Pauses the VM, and finds what is due then. Behind it the state's phase has begun.
+    fn pause<'l>(&mut self, progress: &mut Progress, way: &mut Way<'_>) -> Result<Lap<'l>, SourceError>
+    where
+        Self: 'l,
+    {
         if self.cancel.is_set() {
             return Err(SourceError::Cancelled);
         }
@@ -573,6 +565,11 @@ impl Source<'_> {
             self.machine.harvest(&mut way.due)?;
         }
         progress.ledger.add(BlackoutPhase::LastHarvest, lap.next());
+        Ok(lap)
+    }
+
+    fn stop_and_copy(&mut self, progress: &mut Progress, way: &mut Way<'_>) -> Result<BlackoutLedger, SourceError> {
+        let mut lap = self.pause(progress, way)?;
         let (tally, saved) = self.send_last(progress, way)?;
         let both = lap.next();
         let longer = saved.at.saturating_sub(tally.sent_at).min(both);

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use super::digest::{chunk_hashes, page_digest, zero_digest};
 use super::lap::Lap;
+use super::marks::Marks;
 use super::message::{Accept, ControlMessage, Handed, Offer, TargetState};
 use super::observe::{CancelFlag, Observer};
 use super::owed::{Owed, check_run, owed_pages};
@@ -117,13 +118,6 @@ pub struct Arrived {
     pub verified_pages: u64,
 }
 
-/// What cannot be undone any more.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Past {
-    Nothing,
-    Prepared,
-}
-
 /// One migration at its target.
 pub struct Target<'a> {
     /// The way to the source.
@@ -162,11 +156,12 @@ impl Target<'_> {
             }
         };
         let mut ledger = BlackoutLedger::default();
-        let mut past = Past::Nothing;
-        let ended = self.until_prepared(&offer, started, (machine.as_mut(), region.as_ref()), &mut ledger, &mut past);
+        // The VM was prepared while it is still owed pages: what follows is not undone here.
+        let mut owes = false;
+        let ended = self.until_prepared(&offer, started, (machine.as_mut(), region.as_ref()), &mut ledger, &mut owes);
         let verified_pages = match ended {
             Ok(pages) => pages,
-            Err(error) if past != Past::Nothing => return Err(error),
+            Err(error) if owes => return Err(error),
             Err(error) => {
                 tracing::warn!(migration = %offer.migration_id, "gave up before `prepared`: {error}");
                 if !matches!(error, TargetError::PeerCancelled(_)) {
@@ -179,7 +174,7 @@ impl Target<'_> {
                 return Err(error);
             }
         };
-        if past == Past::Nothing {
+        if !owes {
             self.until_it_runs(&offer, machine.as_mut(), &mut ledger)?;
         }
         Ok(Arrived { migration_id: offer.migration_id, vm_id: offer.shape.vm_id, machine, ledger, verified_pages })
@@ -212,7 +207,7 @@ impl Target<'_> {
         started: Duration,
         (machine, region): (&mut dyn Machine, &dyn Region),
         ledger: &mut BlackoutLedger,
-        past: &mut Past,
+        owes: &mut bool,
     ) -> Result<u64, TargetError> {
         let control = self.link.control();
         let reservation_ns = self.clock.now().saturating_sub(started).as_nanos() as u64;
@@ -234,7 +229,7 @@ impl Target<'_> {
             received = Some(handed.and_then(|(handed, at)| match inflow.owed.get() {
                 None => Ok(Some((handed, at))),
                 Some(owed) => {
-                    self.run_owing(offer, (&inflow, owed), machine, (&handed, at), ledger, past).map(|()| None)
+                    self.run_owing(offer, (&inflow, owed), machine, (&handed, at), ledger, owes).map(|()| None)
                 }
             }));
             inflow.stop();
@@ -289,7 +284,7 @@ impl Target<'_> {
         machine: &mut dyn Machine,
         (handed, arrived_at): (&Handed, Duration),
         ledger: &mut BlackoutLedger,
-        past: &mut Past,
+        owes: &mut bool,
     ) -> Result<(), TargetError> {
         self.pass(offer.migration_id, Step::StateMoved, "");
         let clock = self.clock;
@@ -305,7 +300,7 @@ impl Target<'_> {
                 machine.restore_state(&handed.state)?;
                 ledger.add(BlackoutPhase::Restore, clock.now().saturating_sub(arrived_at));
                 self.say_prepared(offer, machine, ledger)?;
-                *past = Past::Prepared;
+                *owes = true;
                 self.until_it_runs(offer, machine, ledger)?;
                 is_running = true;
                 owed.runs();
@@ -603,7 +598,7 @@ struct Inflow<'a> {
     stall: Duration,
     streams: usize,
     /// Pages that have been written here: a zero page that never was needs no work.
-    written: Vec<AtomicU64>,
+    written: Marks,
     /// 2 MiB blocks whose memory has been taken.
     taken: Vec<AtomicBool>,
     digest: AtomicU64,
@@ -642,7 +637,7 @@ impl<'a> Inflow<'a> {
             clock,
             stall,
             streams,
-            written: (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
+            written: Marks::none(pages),
             taken: (0..pages.div_ceil(512)).map(|_| AtomicBool::new(false)).collect(),
             digest: AtomicU64::new(0),
             moved_at: AtomicU64::new(0),
@@ -820,10 +815,7 @@ impl<'a> Inflow<'a> {
 
     fn mark_written(&self, run: PageRun) {
         for page in run.indices() {
-            let word = &self.written[(page / 64) as usize];
-            if word.load(Ordering::Relaxed) >> (page % 64) & 1 == 0 {
-                word.fetch_or(1 << (page % 64), Ordering::Relaxed);
-            }
+            self.written.set(page);
         }
     }
 
@@ -832,7 +824,7 @@ impl<'a> Inflow<'a> {
         let mut pending: Option<PageRun> = None;
         let mut page = run.first.0;
         while page < run.end() {
-            let word = self.written[(page / 64) as usize].load(Ordering::Relaxed);
+            let word = self.written.word(page);
             if word == 0 && page.is_multiple_of(64) {
                 page += 64;
                 continue;

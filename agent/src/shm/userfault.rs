@@ -19,6 +19,9 @@ const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
 const MODE_MISSING: u64 = 1 << 0;
 const MODE_MINOR: u64 = 1 << 2;
 const EVENT_PAGEFAULT: u8 = 0x12;
+/// `struct uffd_msg`: its length; the event's kind is its first byte, and of a fault the address lies here.
+const MESSAGE_BYTES: usize = 32;
+const ADDRESS_AT: usize = 16;
 /// Events taken with one read.
 const MOST_EVENTS: usize = 64;
 
@@ -64,19 +67,6 @@ struct FillArgument {
     mode: u64,
     filled: i64,
 }
-
-/// `struct uffd_msg` of a page fault.
-#[repr(C, packed)]
-#[derive(Clone, Copy)]
-struct Message {
-    event: u8,
-    reserved: [u8; 7],
-    flags: u64,
-    address: u64,
-    thread: u64,
-}
-
-const _: () = assert!(size_of::<Message>() == 32);
 
 /// Part of a memory file as the machine's process has it mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -193,16 +183,15 @@ impl Faults for UserFaults {
             Ok(_) => {}
             Err(error) => return Err(FaultError::Io(error.into())),
         }
-        let mut bytes = [0u8; MOST_EVENTS * size_of::<Message>()];
+        let mut bytes = [0u8; MOST_EVENTS * MESSAGE_BYTES];
         let read = match rustix::io::read(&self.fd, &mut bytes[..]) {
             Ok(0) => return Err(FaultError::Gone),
             Ok(read) => read,
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Ok(()),
             Err(error) => return Err(FaultError::Io(error.into())),
         };
-        for event in bytes[..read].chunks_exact(size_of::<Message>()) {
-            // The layout of `Message`: the event's kind first, the address behind kind and flags.
-            let address = u64::from_le_bytes(std::array::from_fn(|index| event[16 + index]));
+        for event in bytes[..read].chunks_exact(MESSAGE_BYTES) {
+            let address = u64::from_le_bytes(std::array::from_fn(|index| event[ADDRESS_AT + index]));
             if event[0] != EVENT_PAGEFAULT {
                 continue;
             }

@@ -42,6 +42,18 @@ impl Default for VmSpec {
 }
 
 impl VmSpec {
+    /// A guest that writes at random places of its memory and of a disk, and beats each 5 ms.
+    pub fn busy(cpus: u32, dirty_log: DirtyLogKind) -> Self {
+        Self {
+            cpus,
+            dirty_log,
+            disk_bytes: Some(64 << 20),
+            guest: "dunlin.wl=ws:48M,rate:8000,pattern:random dunlin.blk=rate:200,span:16M dunlin.heartbeat=5ms"
+                .to_owned(),
+            ..Self::default()
+        }
+    }
+
     /// The options of `dunlin vm run` that say this.
     pub(super) fn arguments(&self) -> Result<Vec<String>> {
         let log = match self.dirty_log {

@@ -1,0 +1,34 @@
+//! One bit a page, set by several threads.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Marks on the pages of one region.
+pub(super) struct Marks(Vec<AtomicU64>);
+
+impl Marks {
+    /// These words, the lowest bit being the first page.
+    pub(super) fn of(words: impl Iterator<Item = u64>) -> Self {
+        Self(words.map(AtomicU64::new).collect())
+    }
+
+    /// None is set of so many pages.
+    pub(super) fn none(pages: u64) -> Self {
+        Self::of((0..pages.div_ceil(64)).map(|_| 0))
+    }
+
+    /// Whether a page is marked.
+    pub(super) fn is_set(&self, page: u64) -> bool {
+        self.word(page) >> (page % 64) & 1 == 1
+    }
+
+    /// The marks of the 64 pages among which a page is.
+    pub(super) fn word(&self, page: u64) -> u64 {
+        self.0[(page / 64) as usize].load(Ordering::Acquire)
+    }
+
+    /// Marks a page; whether it was not marked. One that is marked already is only looked at.
+    pub(super) fn set(&self, page: u64) -> bool {
+        let bit = 1 << (page % 64);
+        !self.is_set(page) && self.0[(page / 64) as usize].fetch_or(bit, Ordering::AcqRel) & bit == 0
+    }
+}
