@@ -184,6 +184,14 @@ impl TestHost {
         self.start("migrate", &words, false)
     }
 
+    /// Starts going on with a migration that was left in doubt, to where it was.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn recover(&self, options: &[&str]) -> Result<Running> {
+        self.start("recover", &[&["migrate", VM, "--json", "--recover"], options].concat(), false)
+    }
+
     /// A short command, run to its end: exit code, and what it said.
     fn ask(&self, words: &[&str], state: bool) -> Result<(i32, Output)> {
         let Running { mut process, output } = self.start("ask", words, state)?;

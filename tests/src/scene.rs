@@ -286,7 +286,7 @@ impl Scene {
             Whereabouts::RunsAtSource => self.source.serial().await_beat()?,
             Whereabouts::RunsAtTarget => self.target.serial().await_beat()?,
             // Nothing may happen: there is no event to wait for.
-            Whereabouts::Waits | Whereabouts::Crashed => std::thread::sleep(WATCH),
+            Whereabouts::Waits | Whereabouts::RunsOwing | Whereabouts::Crashed => std::thread::sleep(WATCH),
         }
         let after = beats();
         ensure!(found.vm == Whereabouts::RunsAtSource || before.0 == after.0, "the guest's heart beats at the source");
@@ -313,7 +313,7 @@ impl Scene {
                 Some(Host::Target)
             }
             Whereabouts::Waits => Some(self.resolve_doubt(settle_at)?),
-            Whereabouts::Crashed => None,
+            Whereabouts::RunsOwing | Whereabouts::Crashed => None,
         };
         let expected = Found {
             vm: match runs_at {

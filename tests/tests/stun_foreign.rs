@@ -160,7 +160,6 @@ fn a_migration_that_does_not_end_ends_when_its_writer_is_slowed_and_nobody_else_
     let mut vm = scale.boot();
     let (threads, hz) = (vm.source.vcpu_threads().unwrap(), hz(&vm.source));
     let free = rate(&next_windows(&vm.source, 1, 2), hz);
-    let booted = vm.source.windows(0).len();
     vm.migrate(scale.link, 30).unwrap();
     // Rounds that do not shrink.
     for round in [2, 3, 4] {
@@ -169,9 +168,9 @@ fn a_migration_that_does_not_end_ends_when_its_writer_is_slowed_and_nobody_else_
         println!("shows round {round} without stun: {left} pages of {} to be sent again", scale.pages());
         assert!(left > scale.pages() / 2, "it would end by itself: {info}");
     }
-    // Without those in which it filled its pages.
+    // Of what came before only the last is what it writes by itself: at first it filled its pages, which takes as long as the host lets it.
+    let before = next_windows(&vm.source, 0, 1);
     let count = vm.source.windows(0).len();
-    let before = vm.source.windows(0)[booted..count].to_vec();
     let began = Instant::now();
     let monitor = vm.source.second_monitor().display().to_string();
     let (mut process, reported) = stun(&vm, scale.link, &["--qmp", &monitor]);
@@ -185,7 +184,8 @@ fn a_migration_that_does_not_end_ends_when_its_writer_is_slowed_and_nobody_else_
     let during: Vec<Window> = vm.source.windows(0).into_iter().skip(count + 1).collect();
     let (was, is) = (rate(&before, hz), rate(&during, hz));
     println!("shows the bystander: {was:.1} pages/s before, {is:.1} while the writer was held");
-    assert!(scale.is_emulated || !during.is_empty() && (is / was - 1.0).abs() < 0.05, "{was} before, {is} during");
+    // Held, it would write next to nothing.
+    assert!(scale.is_emulated || !during.is_empty() && is > 0.8 * was, "{was} before, {is} during");
     // QEMU leaves the dirty log on; that nothing runs any more ends the command.
     assert_eq!(process.wait_for(LIMIT).unwrap().unwrap().code(), Some(0));
     assert_eq!(groups(&threads), Vec::<PathBuf>::new());

@@ -16,9 +16,9 @@ use crate::model::units::{ParseQuantityError, display_bytes, display_duration, p
 use crate::model::{BytesPerSecond, Ending, MigrationReport, MigrationStatus, VmRef};
 use crate::service::config::Config;
 use crate::service::control::Outcome;
-use crate::service::migration::{BeginError, MigrateRequest, migrate};
+use crate::service::migration::{BeginError, MigrateRequest, RecoverRequest, migrate, recover};
 use crate::service::out::{bytes, complain, say};
-use crate::service::steering::{SteerError, ask_status, cancel_migration, set_bandwidth};
+use crate::service::steering::{SteerError, ask_status, cancel_migration, finish_migration, set_bandwidth};
 
 /// Move a running VM to another host, where `dunlin vm receive` waits for it.
 ///
@@ -26,7 +26,7 @@ use crate::service::steering::{SteerError, ask_status, cancel_migration, set_ban
 /// rounds no longer shrink. Until the target has everything and this host has journaled that it lets go, any failure and
 /// Ctrl-C leave the VM running here at full speed.
 ///
-/// While it runs, --status, --set and --cancel show and steer it from other terminals.
+/// While it runs, --status, --set, --finish and --cancel show and steer it from other terminals.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -37,17 +37,24 @@ Examples:
   dunlin migrate web1 --status
   dunlin migrate web1 --set bandwidth=200Mbit
   dunlin migrate web1 --cancel
+  dunlin migrate web1 --finish
+  dunlin migrate web1 --recover --insecure-plaintext
 
 Exit codes: 0 it runs there, 1 the VM died, 2 wrong arguments, 3 refused, 4 failed and it runs here, 5 in doubt (see
-`dunlin resolve`), 6 cancelled and it runs here. Of --status, --set and --cancel: 0 done, 3 refused, there is no migration
+`dunlin resolve`), 6 cancelled and it runs here. Of --status, --set, --finish and --cancel: 0 done, 3 refused, there is no migration
 or it is too late, else how the migration ended.")]
 pub(super) struct MigrateArgs {
     /// The VM: NAME, uuid:U or pid:P.
     vm: VmRef,
 
     /// The target: tcp://ADDR:PORT.
-    #[arg(long, value_name = "ADDRESS", required_unless_present_any = STEERING)]
+    #[arg(long, value_name = "ADDRESS", required_unless_present_any = WITHOUT_TARGET)]
     to: Option<Address>,
+
+    /// Go on with a migration that was left in doubt here: its manager died, or could not reach the target any more. Pages that the VM is owed are sent; without --to to where it
+    /// was released to.
+    #[arg(long, conflicts_with_all = ["strategy", "downtime", "max_rounds", "hybrid_rounds", "on_stuck", "verify"], conflicts_with_all = STEERING)]
+    recover: bool,
 
     /// Show how far the migration of the VM is.
     #[arg(long, conflicts_with_all = BEGINNING, conflicts_with_all = ["set", "cancel"])]
@@ -57,12 +64,16 @@ pub(super) struct MigrateArgs {
     #[arg(long, value_name = "WHAT", conflicts_with_all = BEGINNING, conflicts_with = "cancel")]
     set: Option<Setting>,
 
+    /// Have a migration by demand-paging send what its target has not asked for, so that it ends.
+    #[arg(long, conflicts_with_all = BEGINNING, conflicts_with_all = ["status", "set", "cancel"])]
+    finish: bool,
+
     /// Cancel the migration of the VM, wait until it has ended, and say how.
     #[arg(long, conflicts_with_all = BEGINNING)]
     cancel: bool,
 
-    /// pre-copy, stop-and-copy, post-copy or hybrid. With the last two the VM runs at the target before its memory is there: if either host or the link between them is lost before
-    /// all has moved, so is the VM.
+    /// pre-copy, stop-and-copy, demand-paging, post-copy or hybrid. With the last three the VM runs at the target before its memory is there: if either host is lost before all has moved, so is the
+    /// VM; if only the link or a manager is, it waits where it touches what is missing, until `--recover` has gone on.
     #[arg(long, default_value_t = Strategy::PreCopy)]
     strategy: Strategy,
 
@@ -109,8 +120,10 @@ pub(super) struct MigrateArgs {
     run_dir: RunDir,
 }
 
+/// With these no target need be named.
+const WITHOUT_TARGET: [&str; 5] = ["status", "set", "finish", "cancel", "recover"];
 /// Options that begin nothing.
-const STEERING: [&str; 3] = ["status", "set", "cancel"];
+const STEERING: [&str; 4] = ["status", "set", "finish", "cancel"];
 /// Options of a migration that is to begin.
 const BEGINNING: [&str; 13] = [
     "to",
@@ -152,6 +165,9 @@ impl FromStr for Setting {
 
 impl MigrateArgs {
     pub(super) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
+        if self.recover {
+            return self.go_on(json, config);
+        }
         let Some(to) = self.to.clone() else { return self.steer(json, config) };
         if self.strategy.runs_owing() {
             if self.verify {
@@ -163,7 +179,7 @@ impl MigrateArgs {
             }
             if !json {
                 complain!(
-                    "by {} the VM runs there before its memory has moved: if a host or the link is lost before all has, so is the VM",
+                    "by {} the VM runs there before its memory has moved: if either host is lost before all has, so is the VM; without the link it waits",
                     self.strategy
                 );
             }
@@ -212,6 +228,42 @@ impl MigrateArgs {
 }
 
 impl MigrateArgs {
+    /// Goes on with a migration that was left in doubt.
+    fn go_on(self, json: bool, config: &Config) -> anyhow::Result<u8> {
+        let cancel = cancel_on_signals()?;
+        let configured = &config.migrate;
+        let options = SourceOptions {
+            bandwidth: self.bandwidth.or(configured.bandwidth),
+            streams: self.streams.unwrap_or(configured.streams),
+            stall: self.watch.stall.unwrap_or(configured.stall),
+            doubt: self.doubt,
+            ..SourceOptions::default()
+        };
+        let request = RecoverRequest {
+            vm: self.vm,
+            to: self.to,
+            options,
+            run_dir: self.run_dir.path(config),
+            insecure_plaintext: self.plaintext.is_allowed(config),
+            events: self.watch.events,
+            show_progress: !json,
+            hold: self.watch.hold_at,
+        };
+        match recover(request, cancel) {
+            Ok(report) => {
+                print_report(&report, json)?;
+                Ok(report.ending.exit_code())
+            }
+            Err(error) => {
+                complain!("dunlin: refused: {error}; everything is as it was");
+                Ok(match error {
+                    BeginError::Events { .. } => exit::ERROR,
+                    _ => exit::REFUSED,
+                })
+            }
+        }
+    }
+
     /// Shows or changes a migration that another process does.
     fn steer(self, json: bool, config: &Config) -> anyhow::Result<u8> {
         let run_dir = self.run_dir.path(config);
@@ -226,6 +278,15 @@ impl MigrateArgs {
                     }
                     other => other.exit_code(),
                 })
+            })
+        } else if self.finish {
+            finish_migration(&run_dir, &self.vm).map(|()| {
+                if json {
+                    say!("{}", serde_json::to_string(&Outcome { error: String::new() }.tagged())?);
+                } else {
+                    say!("{}: everything that it is owed is sent from now on", self.vm);
+                }
+                Ok(exit::DONE)
             })
         } else if let Some(Setting::Bandwidth(limit)) = self.set {
             set_bandwidth(&run_dir, &self.vm, limit).map(|()| {
@@ -343,6 +404,9 @@ fn describe(report: &MigrationReport) -> String {
         Ending::Failed => "failed: it runs here",
         Ending::Cancelled => "cancelled: it runs here",
         Ending::Lost => "lost: its machine process died",
+        Ending::InDoubt if report.post_copy.is_some() => {
+            "in doubt: it runs at the target, and is owed pages that are here"
+        }
         Ending::InDoubt => "in doubt: it runs nowhere until this is resolved",
     };
     let mut text = format!("VM {} ({}) {ending}\n", report.vm_name, report.vm_id);
@@ -391,6 +455,12 @@ fn describe(report: &MigrationReport) -> String {
             display_bytes(owed.wire_bytes),
             ns(owed.duration_ns)
         );
+        if owed.recoveries > 0 {
+            text += &format!(
+                "  recovered  {} times contact was lost, and it went on over another connection\n",
+                owed.recoveries
+            );
+        }
         let waits = &owed.waits;
         text += &format!(
             "  waits      {} pages were waited for: median {}, 99 of 100 within {}, at most {}, {} in all\n",

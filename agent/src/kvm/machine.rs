@@ -8,11 +8,13 @@
 //! [`Machine::resume`].
 
 use std::any::Any;
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::{Cap, VcpuFd};
+use vm_memory::GuestAddress;
 
 use super::boot::{self, BootError, BootImage};
 use super::bus::{BusFull, Device, DeviceError, MMIO_WINDOW_BYTES, MmioBus};
@@ -32,6 +34,7 @@ use super::virtio::VirtioBalloon;
 use super::vm::Vm;
 use super::x86::acpi::{Board, Window};
 use super::x86::cpuid::{self, CpuidError};
+use super::x86::essential::essential_pages;
 use super::x86::start;
 use super::x86::state::{self, RestoreError, StateSupport, VCPU_VERSION, VM_VERSION, VcpuState, VmState};
 use super::x86::time::{CounterError, Frequency, FrequencyError, Now, TimeShift};
@@ -595,6 +598,26 @@ impl Machine {
         Ok(writer.finish())
     }
 
+    /// The pages of RAM without which a vCPU of the paused machine does not get through its next instruction.
+    ///
+    /// # Errors
+    /// A machine that runs, or KVM.
+    pub fn essential_pages(&self) -> Result<Vec<u64>, HostedError> {
+        if *self.phase() == Phase::Running {
+            return Err(HostedError::Phase("runs: pause it before one looks what it needs"));
+        }
+        let ram = self.memory().ram();
+        let read = |address: u64| vm_memory::Bytes::read_obj::<u64>(ram.as_ref(), GuestAddress(address)).ok();
+        let mut frames = BTreeSet::new();
+        for vcpu in &self.vcpus {
+            let fd = vcpu.fd();
+            let regs = fd.get_regs().map_err(KvmError::of("KVM_GET_REGS"))?;
+            let sregs = fd.get_sregs().map_err(KvmError::of("KVM_GET_SREGS"))?;
+            essential_pages(&regs, &sregs, &read, &mut frames);
+        }
+        Ok(frames.into_iter().filter_map(|gfn| self.memory().page_of_gfn(gfn)).map(|page| page.0).collect())
+    }
+
     /// Puts a state into a machine that has not run. All of it is checked before any of it is used; when KVM or a device
     /// refuses a part nevertheless, the machine must be thrown away.
     pub fn restore_state(&self, state: &[u8]) -> Result<(), HostedError> {
@@ -717,6 +740,10 @@ impl DirtyLog for Arc<Machine> {
 impl MachineState for Arc<Machine> {
     fn save_state(&mut self) -> Result<Vec<u8>, MachineError> {
         Machine::save_state(self).map_err(refused("save its state"))
+    }
+
+    fn essential_pages(&mut self) -> Result<Vec<u64>, MachineError> {
+        Machine::essential_pages(self).map_err(refused("say which pages it needs"))
     }
 
     fn restore_state(&mut self, state: &[u8]) -> Result<(), MachineError> {

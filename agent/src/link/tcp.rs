@@ -362,10 +362,29 @@ pub struct TcpTarget<'a, M> {
     listener: &'a Listener,
     migration: MigrationId,
     stall: Duration,
-    control: Arc<TcpControl<M>>,
+    /// `None` until somebody has dialled.
+    control: Option<Arc<TcpControl<M>>>,
+}
+
+/// The control channel of a link that nobody has dialled yet.
+struct Unconnected;
+
+impl<M> ControlChannel<M> for Unconnected {
+    fn send(&self, _: &M) -> Result<(), LinkError> {
+        Err(io_error("sending a message")(io::ErrorKind::NotConnected.into()))
+    }
+
+    fn recv(&self, _: Duration) -> Result<Option<M>, LinkError> {
+        Err(io_error("receiving a message")(io::ErrorKind::NotConnected.into()))
+    }
 }
 
 impl<'a, M: Serialize + DeserializeOwned + 'static> TcpTarget<'a, M> {
+    /// A link that the source of a migration is still to dial.
+    pub fn unconnected(listener: &'a Listener, migration: MigrationId, stall: Duration) -> Self {
+        Self { listener, migration, stall, control: None }
+    }
+
     /// Takes an arrived control connection.
     ///
     /// # Errors
@@ -375,13 +394,16 @@ impl<'a, M: Serialize + DeserializeOwned + 'static> TcpTarget<'a, M> {
             return Err(LinkError::Protocol("a page stream of no migration".to_owned()));
         }
         let migration = arrival.migration();
-        Ok(Self { listener, migration, stall, control: Arc::new(TcpControl::new(arrival.stream, stall)?) })
+        Ok(Self { listener, migration, stall, control: Some(Arc::new(TcpControl::new(arrival.stream, stall)?)) })
     }
 }
 
 impl<M: Serialize + DeserializeOwned + 'static> TargetLink<M> for TcpTarget<'_, M> {
     fn control(&self) -> Arc<dyn ControlChannel<M>> {
-        Arc::clone(&self.control) as Arc<dyn ControlChannel<M>>
+        match &self.control {
+            Some(control) => Arc::clone(control) as Arc<dyn ControlChannel<M>>,
+            None => Arc::new(Unconnected),
+        }
     }
 
     fn accept_bulk(
@@ -403,7 +425,7 @@ impl<M: Serialize + DeserializeOwned + 'static> TargetLink<M> for TcpTarget<'_, 
                     return Err(LinkError::Stalled { doing, after: timeout });
                 }
                 // A source that has died opens no streams.
-                if self.control.is_closed() {
+                if self.control.as_ref().is_none_or(|control| control.is_closed()) {
                     return Err(io_error(doing)(io::ErrorKind::UnexpectedEof.into()));
                 }
                 continue;
@@ -427,7 +449,7 @@ impl<M: Serialize + DeserializeOwned + 'static> TargetLink<M> for TcpTarget<'_, 
             Ok(Some(arrival)) if arrival.migration() == self.migration && arrival.hello.purpose == Purpose::Control => {
                 match TcpControl::new(arrival.stream, self.stall) {
                     Ok(control) => {
-                        self.control = Arc::new(control);
+                        self.control = Some(Arc::new(control));
                         true
                     }
                     Err(_) => false,

@@ -101,6 +101,13 @@ pub enum ControlMessage {
     Owing(#[serde(with = "serde_bytes")] Vec<u8>),
     /// Target → source, after `Running`: every page is there.
     Complete(WaitReport),
+    /// Source → target on a new connection, after `Running`: go on with what is owed. Answered with `Owing`, or `Complete`.
+    Recover {
+        /// The migration.
+        migration: MigrationId,
+        /// Page streams that the source is going to open; the last is for requests.
+        streams: u16,
+    },
 }
 
 impl ControlMessage {
@@ -126,6 +133,7 @@ impl ControlMessage {
             Self::FaultsCaught => "faults-caught",
             Self::Owing(_) => "owing",
             Self::Complete(_) => "complete",
+            Self::Recover { .. } => "recover",
         }
     }
 }

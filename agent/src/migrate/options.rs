@@ -18,6 +18,8 @@ pub enum Strategy {
     PreCopy,
     /// The VM is paused first; everything moves once.
     StopAndCopy,
+    /// The VM moves first, and its pages follow only as it asks for them, until it is told to finish (Zayas, "Attacking the Process Migration Bottleneck", SOSP 1987).
+    DemandPaging,
     /// The VM moves first, its pages follow: as it asks for them, and in between (Hines et al., SIGOPS OSR 43(3), 2009).
     PostCopy,
     /// Some rounds of pre-copy, then post-copy of the rest.
@@ -32,7 +34,7 @@ impl Strategy {
 
     /// Whether the VM runs at the target before its memory is there.
     pub fn runs_owing(self) -> bool {
-        matches!(self, Self::PostCopy | Self::Hybrid)
+        matches!(self, Self::DemandPaging | Self::PostCopy | Self::Hybrid)
     }
 }
 
@@ -41,6 +43,7 @@ impl fmt::Display for Strategy {
         f.write_str(match self {
             Self::PreCopy => "pre-copy",
             Self::StopAndCopy => "stop-and-copy",
+            Self::DemandPaging => "demand-paging",
             Self::PostCopy => "post-copy",
             Self::Hybrid => "hybrid",
         })
@@ -54,9 +57,12 @@ impl FromStr for Strategy {
         match text {
             "pre-copy" => Ok(Self::PreCopy),
             "stop-and-copy" => Ok(Self::StopAndCopy),
+            "demand-paging" => Ok(Self::DemandPaging),
             "post-copy" => Ok(Self::PostCopy),
             "hybrid" => Ok(Self::Hybrid),
-            _ => Err(format!("`{text}` is no strategy; write pre-copy, stop-and-copy, post-copy or hybrid")),
+            _ => Err(format!(
+                "`{text}` is no strategy; write pre-copy, stop-and-copy, demand-paging, post-copy or hybrid"
+            )),
         }
     }
 }

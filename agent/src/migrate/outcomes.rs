@@ -46,6 +46,8 @@ pub enum Window {
     Released,
     /// The target has journaled `owner`; the source does not know yet.
     Owned,
+    /// The source knows that the VM runs at the target, and pages of it are still at the source.
+    Owing,
     /// The source knows that the VM runs at the target.
     Done,
 }
@@ -57,6 +59,8 @@ pub enum Whereabouts {
     RunsAtSource,
     /// Its vCPUs run at the target.
     RunsAtTarget,
+    /// Its vCPUs run at the target, and wait wherever they touch a page that is still at the source: `--recover` goes on with nothing lost.
+    RunsOwing,
     /// It runs nowhere, but is complete somewhere: `dunlin resolve` makes it go on with nothing lost.
     Waits,
     /// Its only machine has died: a VM crash like any other.
@@ -90,6 +94,8 @@ const UNHEARD: (Option<Ending>, Whereabouts) = (Some(Ending::InDoubt), Whereabou
 const UNMANAGED_AT_SOURCE: (Option<Ending>, Whereabouts) = (None, Whereabouts::RunsAtSource);
 const UNMANAGED_AT_TARGET: (Option<Ending>, Whereabouts) = (None, Whereabouts::RunsAtTarget);
 const UNMANAGED_WAITS: (Option<Ending>, Whereabouts) = (None, Whereabouts::Waits);
+const OWING: (Option<Ending>, Whereabouts) = (Some(Ending::InDoubt), Whereabouts::RunsOwing);
+const UNMANAGED_OWING: (Option<Ending>, Whereabouts) = (None, Whereabouts::RunsOwing);
 
 const fn row(
     failure: Failure,
@@ -114,7 +120,7 @@ use Failure::{
     Cancelled, LinkCut, LinkCutHeals, LinkStallHeals, LinkStalls, SourceDiskFull, SourceMachineDies, SourceManagerDies,
     TargetDiskFull, TargetMachineDies, TargetManagerDies,
 };
-use Window::{BeforePrepared, Done, Owned, Prepared, Released};
+use Window::{BeforePrepared, Done, Owing, Owned, Prepared, Released};
 
 /// The table. Every pair of failure and window has exactly one row.
 pub const OUTCOMES: &[Outcome] = &[
@@ -199,6 +205,48 @@ pub const OUTCOMES: &[Outcome] = &[
     row(Cancelled, Done, &[MOVED], false, "It came too late: the VM runs at the target."),
 ];
 
+const RECOVER: &str = "The VM runs at the target, or is about to, and waits where it touches a page that is still at the source. See to the \
+                       link, start `dunlin vm receive --recover N` there if its manager is gone, then `dunlin migrate N --recover`.";
+const DIED_THERE: &str = "A VM crash at the target. What stands at the source is the VM as it was before it moved.";
+
+/// Where the VM runs before its memory is there (`demand-paging`, `post-copy`, `hybrid`): the rows that are other than those of [`OUTCOMES`], and those of the window that
+/// only such a migration has.
+pub const OWING_OUTCOMES: &[Outcome] = &[
+    row(SourceManagerDies, Released, &[UNMANAGED_WAITS, UNMANAGED_OWING, UNMANAGED_AT_TARGET], false, RECOVER),
+    row(TargetManagerDies, Released, &[WAITS, OWING, UNHEARD], false, RECOVER),
+    row(LinkCut, Released, &[WAITS, OWING, UNHEARD], false, RECOVER),
+    row(LinkStalls, Prepared, &[FAILED, WAITS, OWING, UNHEARD], true, RECOVER),
+    row(LinkStalls, Released, &[WAITS, OWING, UNHEARD, MOVED], false, RECOVER),
+    row(SourceManagerDies, Owned, &[UNMANAGED_OWING, UNMANAGED_AT_TARGET], false, RECOVER),
+    row(TargetManagerDies, Owned, &[OWING, UNHEARD, MOVED], false, RECOVER),
+    row(
+        TargetMachineDies,
+        Owned,
+        &[FAILED, LOST],
+        false,
+        "If the guest had not run there yet it runs at the source again; else a VM crash at the target.",
+    ),
+    row(LinkCut, Owned, &[OWING, UNHEARD, MOVED], false, RECOVER),
+    row(LinkStalls, Owned, &[OWING, UNHEARD, MOVED], false, RECOVER),
+    row(SourceManagerDies, Owing, &[UNMANAGED_OWING, UNMANAGED_AT_TARGET, MOVED], false, RECOVER),
+    row(SourceMachineDies, Owing, &[MOVED], false, "Nothing: the source's manager holds its memory, and goes on."),
+    row(TargetManagerDies, Owing, &[OWING, UNHEARD, MOVED], false, RECOVER),
+    row(TargetMachineDies, Owing, &[LOST, MOVED_THEN_CRASHED], false, DIED_THERE),
+    row(LinkCut, Owing, &[OWING, UNHEARD, MOVED], false, RECOVER),
+    row(LinkCutHeals, Owing, &[MOVED], false, "Nothing: the managers go on over another connection."),
+    row(LinkStalls, Owing, &[OWING, UNHEARD, MOVED], false, RECOVER),
+    row(LinkStallHeals, Owing, &[MOVED], false, "Nothing: the managers go on."),
+    row(SourceDiskFull, Owing, &[MOVED], false, FREE_SOURCE),
+    row(TargetDiskFull, Owing, &[MOVED], false, NOTHING),
+    row(Cancelled, Owing, &[MOVED], false, "It came too late: the VM runs at the target."),
+    row(LinkStalls, Done, &[MOVED, UNHEARD], false, FREE_SOURCE),
+];
+
+/// The row for a failure that strikes in a window of a migration whose VM runs before its memory is there.
+pub fn outcome_owing(failure: Failure, when: Window) -> Option<&'static Outcome> {
+    OWING_OUTCOMES.iter().find(|row| row.failure == failure && row.when == when).or_else(|| outcome(failure, when))
+}
+
 /// The row for a failure that strikes in a window.
 pub fn outcome(failure: Failure, when: Window) -> Option<&'static Outcome> {
     OUTCOMES.iter().find(|row| row.failure == failure && row.when == when)
@@ -229,6 +277,7 @@ impl fmt::Display for Window {
             Self::Prepared => "from `prepared` on",
             Self::Released => "from `released` on",
             Self::Owned => "from `owner` on",
+            Self::Owing => "after `running`, owing pages",
             Self::Done => "after `running`",
         })
     }
@@ -239,17 +288,18 @@ impl fmt::Display for Whereabouts {
         f.write_str(match self {
             Self::RunsAtSource => "runs at the source",
             Self::RunsAtTarget => "runs at the target",
+            Self::RunsOwing => "runs at the target, is owed pages",
             Self::Waits => "complete, runs nowhere",
             Self::Crashed => "crashed",
         })
     }
 }
 
-/// The table in Markdown, for the documentation.
-pub fn markdown() -> String {
+/// One of the tables in Markdown, for the documentation.
+pub fn markdown(rows: &[Outcome]) -> String {
     let mut text =
         "| failure | when | `dunlin migrate` exits with | the VM | operator |\n|---|---|---|---|---|\n".to_owned();
-    for row in OUTCOMES {
+    for row in rows {
         let exit = |ending: Option<Ending>| ending.map_or("-".to_owned(), |ending| ending.exit_code().to_string());
         let ends: Vec<_> = row.ends.iter().map(|&(ending, vm)| (exit(ending), vm.to_string())).collect();
         let exits: Vec<_> = ends.iter().map(|(exit, _)| exit.as_str()).collect();
@@ -272,6 +322,9 @@ mod tests {
         assert_eq!(pairs.len(), OUTCOMES.len(), "a row is there twice");
         let failures: BTreeSet<_> = OUTCOMES.iter().map(|row| row.failure).collect();
         assert_eq!(pairs.len(), failures.len() * 5, "a window is missing");
-        assert_eq!(markdown().lines().count(), OUTCOMES.len() + 2);
+        assert_eq!(markdown(OUTCOMES).lines().count(), OUTCOMES.len() + 2);
+        let owing: BTreeSet<_> = OWING_OUTCOMES.iter().map(|row| (row.failure, row.when)).collect();
+        assert_eq!(owing.len(), OWING_OUTCOMES.len(), "a row is there twice");
+        assert!(failures.iter().all(|&failure| owing.contains(&(failure, Owing))), "a row is missing");
     }
 }

@@ -3,8 +3,9 @@
 //! Owns who may write which page. A page is claimed before its bytes arrive and mapped when they are complete, so that nothing that comes late or twice overwrites what the
 //! guest has written. Faults of the VM become requests, once a page; pages that were sent before (in rounds, or as zeros) are mapped at once.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::marks::Marks;
@@ -22,18 +23,20 @@ pub(super) struct Owed<'a> {
     region: &'a dyn Region,
     faults: Arc<dyn Faults>,
     clock: &'a dyn Clock,
-    /// Sends requests.
-    requests: Mutex<Box<dyn BulkSender>>,
+    /// Sends requests; nobody does while there is no way to the source, or while somebody else is at it.
+    requests: Mutex<Option<Box<dyn BulkSender>>>,
     /// On its way, or here.
     claimed: Marks,
-    /// Here, and fit to be mapped.
-    present: Marks,
     /// When a page was asked for, by when it came: what the guest waited.
     asked: Mutex<Waits>,
     left: AtomicU64,
     over: AtomicBool,
     runs: AtomicBool,
-    /// Rung when the last has come, when the guest runs, and when nobody serves it any more.
+    /// Requests do not get out.
+    cut: AtomicBool,
+    /// Why faults are not served any more.
+    failure: Mutex<Option<TargetError>>,
+    /// Rung when the last has come, when the guest runs, when requests do not get out, and when nobody serves it any more.
     pub(super) changed: Bell,
 }
 
@@ -52,20 +55,118 @@ impl<'a> Owed<'a> {
         owed: &PageBitmap,
         requests: Box<dyn BulkSender>,
     ) -> Self {
-        let here = || Marks::of(owed.words().iter().map(|word| !word));
-        Self {
+        let pages = region.spec().pages.0;
+        for (index, (here, owed)) in faults.here().iter().zip(owed.words()).enumerate() {
+            here.store(!owed & word_of(index, pages), Ordering::Release);
+        }
+        let new = Self::left_by_another(region, faults, clock);
+        *unpoisoned(&new.requests) = Some(requests);
+        new
+    }
+
+    /// A VM whose manager died: what had come is marked, and there is no way to the source yet.
+    pub(super) fn left_by_another(region: &'a dyn Region, faults: Arc<dyn Faults>, clock: &'a dyn Clock) -> Self {
+        let claimed = Marks::of(faults.here().iter().map(|word| word.load(Ordering::Acquire)));
+        let new = Self {
             region,
             faults,
             clock,
-            requests: Mutex::new(requests),
-            claimed: here(),
-            present: here(),
+            requests: Mutex::default(),
+            claimed,
             asked: Mutex::default(),
-            left: AtomicU64::new(owed.count().0),
+            left: AtomicU64::new(0),
             over: AtomicBool::new(false),
             runs: AtomicBool::new(false),
+            cut: AtomicBool::new(false),
+            failure: Mutex::default(),
             changed: Bell::default(),
+        };
+        new.left.store(new.missing().count().0, Ordering::Release);
+        new
+    }
+
+    /// Here, and fit to be mapped.
+    fn present(&self) -> Marks<&[AtomicU64]> {
+        Marks::within(self.faults.here())
+    }
+
+    /// The pages that are still owed.
+    pub(super) fn missing(&self) -> PageBitmap {
+        let pages = self.region.spec().pages;
+        let mut missing = PageBitmap::new(pages);
+        let words = missing.words().len();
+        for (index, here) in self.faults.here().iter().take(words).enumerate() {
+            missing.or_word(index, !here.load(Ordering::Acquire) & word_of(index, pages.0));
         }
+        missing
+    }
+
+    /// Whether requests do not get out.
+    pub(super) fn is_cut(&self) -> bool {
+        self.cut.load(Ordering::Acquire)
+    }
+
+    /// There is no way to the source any more, and no stream fills pages: what had not come whole is nobody's again. Requests wait.
+    pub(super) fn lose_way(&self) {
+        unpoisoned(&self.requests).take();
+        self.claimed.become_like(&self.present());
+    }
+
+    /// There is a way again: everything that the guest waits for is asked for anew.
+    pub(super) fn find_way(&self, mut requests: Box<dyn BulkSender>) -> Result<(), LinkError> {
+        self.cut.store(false, Ordering::Release);
+        let mut told = BTreeSet::new();
+        loop {
+            let fresh: Vec<u64> = {
+                let asked = unpoisoned(&self.asked);
+                let fresh: Vec<u64> = asked.since.keys().copied().filter(|page| !told.contains(page)).collect();
+                if fresh.is_empty() {
+                    // Whoever is asked for from now on finds it.
+                    *unpoisoned(&self.requests) = Some(requests);
+                    return Ok(());
+                }
+                fresh
+            };
+            for page in fresh {
+                requests.want(self.region.spec().id, PageRun::new(page, 1))?;
+                told.insert(page);
+            }
+        }
+    }
+
+    /// Asks for a page. While there is no way the request waits with the others.
+    fn ask(&self, page: u64) {
+        // Taken out meanwhile: what is sent must not wait under a lock.
+        let Some(mut stream) = unpoisoned(&self.requests).take() else { return };
+        match stream.want(self.region.spec().id, PageRun::new(page, 1)) {
+            Ok(_) => _ = unpoisoned(&self.requests).get_or_insert(stream),
+            Err(error) => {
+                tracing::debug!("requests do not get out: {error}");
+                self.cut.store(true, Ordering::Release);
+                self.changed.ring();
+            }
+        }
+    }
+
+    /// The memory.
+    pub(super) fn region(&self) -> &'a dyn Region {
+        self.region
+    }
+
+    /// Where its faults come in.
+    pub(super) fn faults(&self) -> Arc<dyn Faults> {
+        Arc::clone(&self.faults)
+    }
+
+    /// Faults are served no more.
+    pub(super) fn fail(&self, error: TargetError) {
+        unpoisoned(&self.failure).get_or_insert(error);
+        self.changed.ring();
+    }
+
+    /// Why faults are served no more.
+    pub(super) fn check(&self) -> Result<(), TargetError> {
+        unpoisoned(&self.failure).take().map_or(Ok(()), Err)
     }
 
     /// How many are still owed.
@@ -143,7 +244,7 @@ impl<'a> Owed<'a> {
 
     fn mark_present(&self, run: PageRun, mine: &[bool]) {
         for part in runs_of(run, mine) {
-            part.indices().for_each(|page| _ = self.present.set(page));
+            part.indices().for_each(|page| _ = self.present().set(page));
         }
     }
 
@@ -157,7 +258,7 @@ impl<'a> Owed<'a> {
 
     /// Those pages of a run that the guest waited for; it does not any more.
     fn no_longer_asked(&self, run: PageRun) -> Vec<u64> {
-        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut asked = unpoisoned(&self.asked);
         let Waits { since, took_ns } = &mut *asked;
         let pages: Vec<u64> = since.range(run.first.0..run.end()).map(|(&page, _)| page).collect();
         let now = self.clock.now();
@@ -177,7 +278,7 @@ impl<'a> Owed<'a> {
             Err(error) => return Err(gone(&error)),
         }
         // Some of them are zeros that have no memory yet; or claimed by another stream, and not here.
-        for page in run.indices().filter(|&page| self.present.is_set(page)) {
+        for page in run.indices().filter(|&page| self.present().is_set(page)) {
             let one = PageRun::new(page, 1);
             match self.faults.map(one) {
                 Err(FaultError::NotThere) => self.faults.map_zero(one).map_err(|error| gone(&error))?,
@@ -193,21 +294,23 @@ impl<'a> Owed<'a> {
         while !self.is_over() {
             self.faults.next(&mut pages, TICK).map_err(|error| gone(&error))?;
             for &page in &pages {
-                if self.present.is_set(page) {
+                if self.present().is_set(page) {
                     self.map(PageRun::new(page, 1))?;
                     continue;
                 }
+                let now = self.clock.now();
                 let is_first = {
-                    let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-                    asked.since.insert(page, self.clock.now()).is_none()
+                    let mut asked = unpoisoned(&self.asked);
+                    let is_first = !asked.since.contains_key(&page);
+                    asked.since.entry(page).or_insert(now);
+                    is_first
                 };
                 // It may have come between the look and the note.
-                if self.present.is_set(page) {
+                if self.present().is_set(page) {
                     self.map(PageRun::new(page, 1))?;
-                    self.asked.lock().unwrap_or_else(PoisonError::into_inner).since.remove(&page);
+                    unpoisoned(&self.asked).since.remove(&page);
                 } else if is_first {
-                    let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
-                    requests.want(self.region.spec().id, PageRun::new(page, 1))?;
+                    self.ask(page);
                 }
             }
         }
@@ -231,9 +334,9 @@ impl<'a> Owed<'a> {
             for data in self.region.data_within(window) {
                 let mut start = data.first.0;
                 while start < data.end() {
-                    let is_here = self.present.is_set(start);
+                    let is_here = self.present().is_set(start);
                     let end =
-                        (start..data.end()).find(|&page| self.present.is_set(page) != is_here).unwrap_or(data.end());
+                        (start..data.end()).find(|&page| self.present().is_set(page) != is_here).unwrap_or(data.end());
                     if is_here {
                         match self.faults.map(PageRun::new(start, (end - start) as u32)) {
                             Ok(()) | Err(FaultError::NotThere) => {}
@@ -249,9 +352,19 @@ impl<'a> Owed<'a> {
 
     /// How long the VM waited for pages that it asked for.
     pub(super) fn waits(&self) -> WaitReport {
-        let mut took = std::mem::take(&mut self.asked.lock().unwrap_or_else(PoisonError::into_inner).took_ns);
+        let mut took = std::mem::take(&mut unpoisoned(&self.asked).took_ns);
         WaitReport::of(&mut took)
     }
+}
+
+/// The bits of a word of marks that are pages, if there are so many pages.
+fn word_of(index: usize, pages: u64) -> u64 {
+    let left = pages.saturating_sub(index as u64 * 64);
+    if left < 64 { !(u64::MAX << left) } else { u64::MAX }
+}
+
+fn unpoisoned<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Those parts of a run that are `mine`.
@@ -325,7 +438,7 @@ mod tests {
 
     #[test]
     fn what_comes_twice_overwrites_nothing_and_is_counted_once() {
-        let (memory, faults, clock) = (Memory::of(PAGES), Arc::new(Caught::default()), Still);
+        let (memory, faults, clock) = (Memory::of(PAGES), Arc::new(Caught::of(PAGES)), Still);
         let owed = Owed::new(&memory, faults.clone(), &clock, &bits(&[3, 4, 5, 9]), Box::new(Recorder::default()));
         owed.take_pages(PageRun::new(4, 1), &mut Script::filled(7), &mut || true).unwrap();
         // The guest writes it; then it comes again, with a neighbour, and one that was here before the VM was.
@@ -339,7 +452,7 @@ mod tests {
 
     #[test]
     fn a_page_is_asked_for_once_and_one_that_is_here_is_mapped() {
-        let (memory, faults, clock) = (Memory::of(PAGES), Arc::new(Caught::default()), Still);
+        let (memory, faults, clock) = (Memory::of(PAGES), Arc::new(Caught::of(PAGES)), Still);
         let asked = Recorder::default();
         let owed = Owed::new(&memory, faults.clone(), &clock, &bits(&[3, 4]), Box::new(asked.clone()));
         faults.happen(&[3, 3, 100]);

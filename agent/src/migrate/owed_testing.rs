@@ -1,7 +1,7 @@
 //! Twins of memory, streams and faults for the tests of post-copy.
 
 use std::collections::{BTreeSet, VecDeque};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -146,13 +146,18 @@ impl BulkReceiver for Script {
 }
 
 /// Faults that are made to happen.
-#[derive(Default)]
 pub(super) struct Caught {
+    here: Vec<AtomicU64>,
     mapped: Mutex<BTreeSet<u64>>,
     due: Mutex<(Vec<u64>, bool)>,
 }
 
 impl Caught {
+    pub(super) fn of(pages: u64) -> Self {
+        let here = (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+        Self { here, mapped: Mutex::default(), due: Mutex::default() }
+    }
+
     pub(super) fn happen(&self, pages: &[u64]) {
         self.due.lock().unwrap().0.extend(pages);
     }
@@ -181,6 +186,10 @@ impl Faults for Caught {
 
     fn map_zero(&self, run: PageRun) -> Result<(), FaultError> {
         self.map(run)
+    }
+
+    fn here(&self) -> &[AtomicU64] {
+        &self.here
     }
 
     fn end(&self) -> Result<(), FaultError> {

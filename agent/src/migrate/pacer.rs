@@ -1,6 +1,6 @@
 //! Keeps all page streams together below a bandwidth limit, which may change meanwhile: a token bucket over [`Clock`].
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -23,6 +23,8 @@ struct Shared {
     /// In bytes per second; 0: none.
     limit: AtomicU64,
     sent_bytes: AtomicU64,
+    /// Pages that are owed wait until they are asked for.
+    only_asked: AtomicBool,
 }
 
 impl Pace {
@@ -44,6 +46,21 @@ impl Pace {
     /// Changes the limit. Streams that wait for the old one take the new one within 50 ms.
     pub fn set_limit(&self, limit: Option<BytesPerSecond>) {
         self.0.limit.store(limit.map_or(0, |limit| limit.0), Ordering::Relaxed);
+    }
+
+    /// From now on pages that are owed wait until they are asked for.
+    pub fn wait_until_asked(&self) {
+        self.0.only_asked.store(true, Ordering::Relaxed);
+    }
+
+    /// All that is owed may go.
+    pub fn finish(&self) {
+        self.0.only_asked.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether pages that are owed wait until they are asked for.
+    pub fn waits_until_asked(&self) -> bool {
+        self.0.only_asked.load(Ordering::Relaxed)
     }
 
     /// Contents of pages and of the boot image that were handed to the streams, in bytes. Headers, and marks of zero pages, are not
@@ -84,6 +101,11 @@ impl<'a> Pacer<'a> {
     /// A pacer for `pace`.
     pub fn new(clock: &'a dyn Clock, pace: Pace) -> Self {
         Self { clock, pace, paid: Mutex::default() }
+    }
+
+    /// Whether pages that are owed wait until they are asked for.
+    pub fn waits_until_asked(&self) -> bool {
+        self.pace.waits_until_asked()
     }
 
     /// The limit at present.

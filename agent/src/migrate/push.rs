@@ -17,6 +17,8 @@ use crate::port::{BulkItem, BulkReceiver, BulkSender, Clock, LinkError, Region};
 
 /// What a run of the push may take at the rate so far.
 const RUN_TIME: Duration = Duration::from_millis(1);
+/// How often a push that waits looks whether it may go on.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// The shortest run that the push is cut to, in pages.
 const SHORTEST_RUN: u32 = 8;
 
@@ -82,9 +84,10 @@ pub(super) struct Push<'a> {
     longest_run: u32,
     began: Duration,
     unsent: Mutex<Unsent>,
+    /// What goes first.
+    first: Mutex<Vec<PageRun>>,
     due: u64,
     over: AtomicBool,
-    moved_at: AtomicU64,
     sent: AtomicU64,
     zero: AtomicU64,
     asked: AtomicU64,
@@ -111,9 +114,9 @@ impl<'a> Push<'a> {
             longest_run,
             began: clock.now(),
             unsent: Mutex::new(Unsent { pages: owed.clone(), up: 0, down: 0, goes_down: false }),
+            first: Mutex::default(),
             due: owed.count().0,
             over: AtomicBool::new(false),
-            moved_at: AtomicU64::new(clock.now().as_nanos() as u64),
             sent: AtomicU64::new(0),
             zero: AtomicU64::new(0),
             asked: AtomicU64::new(0),
@@ -123,6 +126,20 @@ impl<'a> Push<'a> {
         }
     }
 
+    /// What limits it.
+    pub(super) fn pacer(&self) -> &'a Pacer<'a> {
+        self.pacer
+    }
+
+    /// These pages go first.
+    pub(super) fn put_first(&self, pages: &[u64]) {
+        let mut unsent = self.unsent();
+        let len = unsent.pages.len().0;
+        let owed: Vec<u64> = pages.iter().copied().filter(|&page| page < len && unsent.pages.contains(page)).collect();
+        let runs = owed.into_iter().map(|page| unsent.take(PageRun::new(page, 1)));
+        *self.first.lock().unwrap_or_else(PoisonError::into_inner) = runs.collect();
+    }
+
     /// Nobody is to send any more.
     pub(super) fn stop(&self) {
         self.over.store(true, Ordering::Release);
@@ -130,21 +147,6 @@ impl<'a> Push<'a> {
 
     fn is_over(&self) -> bool {
         self.over.load(Ordering::Acquire)
-    }
-
-    /// How many pages nobody has sent yet.
-    pub(super) fn left(&self) -> u64 {
-        self.unsent().pages.count().0
-    }
-
-    /// Whether all has been sent.
-    pub(super) fn is_done(&self) -> bool {
-        self.sent.load(Ordering::Relaxed) >= self.due
-    }
-
-    /// How long nothing has moved.
-    pub(super) fn idle(&self) -> Duration {
-        self.clock.now().saturating_sub(Duration::from_nanos(self.moved_at.load(Ordering::Relaxed)))
     }
 
     /// Why a stream has failed.
@@ -170,9 +172,20 @@ impl<'a> Push<'a> {
         (pages as u32).clamp(SHORTEST_RUN, self.longest_run.max(SHORTEST_RUN))
     }
 
-    /// Takes the next run of the push.
+    /// Takes the next run of the push, once it may go.
     fn next_run(&self) -> Option<PageRun> {
+        if let Some(run) = self.first.lock().unwrap_or_else(PoisonError::into_inner).pop() {
+            return Some(run);
+        }
+        while self.pacer.waits_until_asked() && !self.is_over() && self.left() > 0 {
+            self.clock.sleep(LOOK_EVERY);
+        }
         self.unsent().take_next(self.run_pages())
+    }
+
+    /// How many pages nobody has sent yet.
+    fn left(&self) -> u64 {
+        self.unsent().pages.count().0
     }
 
     /// Sends a run that was taken.
@@ -201,7 +214,6 @@ impl<'a> Push<'a> {
             },
         )?;
         let sent = self.sent.fetch_add(run.count.into(), Ordering::Relaxed) + u64::from(run.count);
-        self.moved_at.store(self.clock.now().as_nanos() as u64, Ordering::Relaxed);
         self.observer.progress(self.round, sent, self.due);
         Ok(())
     }

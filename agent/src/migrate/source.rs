@@ -3,27 +3,26 @@
 //! Contract: up to `released` every failure and every cancel leaves the VM running here at full speed, log off, and the
 //! target told. From `released` on the VM never runs here again unless the target is known never to have owned it.
 
+mod owing;
+
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use self::owing::Rest;
 use super::converge::{Convergence, Verdict};
 use super::digest::chunk_hashes;
 use super::lap::Lap;
 use super::message::{ControlMessage, Handed, Offer, TargetState};
 use super::observe::{CancelFlag, Observer};
 use super::options::{OnStuck, SourceOptions, Strategy};
-use super::owed::owed_words;
 use super::pacer::{Pace, Pacer};
-use super::push::Push;
 use super::rounds::{Round, Saved, Tally, longest_run};
 use super::steward::{Sent, Steward};
 use crate::model::{
     BlackoutLedger, BlackoutPhase, BytesPerSecond, Ending, MachineShape, MigrationId, MigrationReport, PAGE_SIZE,
     PageBitmap, PageCount, PostCopyReport, RoundReport, Step,
 };
-use crate::port::{
-    BulkReceiver, BulkSender, Clock, ControlChannel, Fate, Job, LinkError, Machine, MachineError, Region, SourceLink,
-};
+use crate::port::{BulkSender, Clock, ControlChannel, Fate, LinkError, Machine, MachineError, Region, SourceLink};
 use crate::stun::Budget;
 
 /// How many times the stall limit a target may take to set memory and devices aside: much memory takes its time.
@@ -120,6 +119,27 @@ struct Progress {
 }
 
 impl Progress {
+    /// Nothing has happened.
+    fn new() -> Self {
+        Self {
+            step: Step::Connected,
+            rounds: Vec::new(),
+            state_bytes: 0,
+            image_bytes: 0,
+            rtt: Duration::ZERO,
+            goodput: BytesPerSecond(0),
+            gave_up: String::new(),
+            paused_at: None,
+            ledger: BlackoutLedger::default(),
+            blackout: Duration::ZERO,
+            verified_pages: 0,
+            steward: None,
+            ended_at: None,
+            post_copy: None,
+            handed: false,
+        }
+    }
+
     fn book(&mut self, tally: &Tally, duration: Duration, paused: bool) {
         // A short round says more of latency than of bandwidth.
         if self.goodput == BytesPerSecond(0) || tally.wire_bytes >= 8 << 20 {
@@ -149,32 +169,21 @@ impl Source<'_> {
     /// Runs the migration to its end, whatever that is.
     pub fn run(mut self) -> MigrationReport {
         let started = self.clock.now();
-        let mut progress = Progress {
-            step: Step::Connected,
-            rounds: Vec::new(),
-            state_bytes: 0,
-            image_bytes: 0,
-            rtt: Duration::ZERO,
-            goodput: BytesPerSecond(0),
-            gave_up: String::new(),
-            paused_at: None,
-            ledger: BlackoutLedger::default(),
-            blackout: Duration::ZERO,
-            verified_pages: 0,
-            steward: self.steward(),
-            ended_at: None,
-            post_copy: None,
-            handed: false,
-        };
+        let mut progress = Progress { steward: self.steward(), ..Progress::new() };
         self.pass(&mut progress, Step::Connected, &self.options.peer);
         let (ending, reason) = if self.options.strategy.runs_owing() {
             self.move_owing(&mut progress)
         } else {
             match self.until_prepared(&mut progress) {
-                Ok(target_ledger) => self.hand_over(&mut progress, target_ledger, None),
+                Ok(target_ledger) => self.hand_over(&mut progress, target_ledger, Rest::None),
                 Err(error) => self.roll_back(&mut progress, &error),
             }
         };
+        self.report(progress, started, ending, reason)
+    }
+
+    /// What it came to.
+    fn report(&self, mut progress: Progress, started: Duration, ending: Ending, reason: String) -> MigrationReport {
         let reason = if reason.is_empty() { std::mem::take(&mut progress.gave_up) } else { reason };
         let total = progress.ended_at.unwrap_or_else(|| self.clock.now()).saturating_sub(started);
         MigrationReport {
@@ -254,104 +263,9 @@ impl Source<'_> {
                     self.one_round(progress, &mut way)?;
                 }
             }
-            Strategy::StopAndCopy | Strategy::PostCopy => {}
+            Strategy::StopAndCopy | Strategy::DemandPaging | Strategy::PostCopy => {}
         }
         Ok(way)
-    }
-
-    /// The VM moves before its memory has. Up to `released` everything can be undone.
-    fn move_owing(&mut self, progress: &mut Progress) -> (Ending, String) {
-        let mut way = match self.until_rounds_end(progress) {
-            Ok(way) => way,
-            Err(error) => return self.roll_back(progress, &error),
-        };
-        let mut requests = match self.hand_owing(progress, &mut way) {
-            Ok(requests) => requests,
-            Err(error) => return self.roll_back(progress, &error),
-        };
-        let round = progress.rounds.len() as u32 + 1;
-        let run = longest_run(self.options.bandwidth, self.options.streams);
-        let (region, clock, observer) = (self.region, self.clock, self.observer);
-        let push = Push::new(region, &way.pacer, clock, observer, (round, run), &way.due);
-        let Some((urgent, others)) = way.streams.split_last_mut() else {
-            return self.roll_back(progress, &LinkError::Protocol("no stream for requests".to_owned()).into());
-        };
-        let mut ended = None;
-        let (push, requests) = (&push, &mut requests);
-        let mut jobs: Vec<Job<'_>> = Vec::new();
-        for stream in others {
-            jobs.push(Box::new(move || push.push(stream.as_mut())));
-        }
-        jobs.push(Box::new(move || push.answer(urgent.as_mut(), requests.as_mut())));
-        let control = Arc::clone(&way.control);
-        let lead = || {
-            ended = Some(
-                match self.await_prepared(progress, control.as_ref(), round - 1, self.options.stall.min(PAUSED_STALL)) {
-                    Ok(ledger) => self.hand_over(progress, ledger, Some(push)),
-                    Err(error) => self.roll_back(progress, &error),
-                },
-            );
-            push.stop();
-        };
-        clock.run_beside(jobs, Box::new(lead));
-        ended.unwrap_or((Ending::Failed, String::new()))
-    }
-
-    /// Pauses the VM and sends its state and which pages are to follow. Returns where requests for them come in.
-    fn hand_owing(&mut self, progress: &mut Progress, way: &mut Way<'_>) -> Result<Box<dyn BulkReceiver>, SourceError> {
-        let requests = match way.streams.last_mut() {
-            Some(last) => last.answers()?,
-            None => return Err(LinkError::Protocol("no stream for requests".to_owned()).into()),
-        };
-        let control = Arc::clone(&way.control);
-        let tell = |message: &ControlMessage| {
-            control.send(message).map_err(|error| peers_reason(control.as_ref(), error.into()))
-        };
-        tell(&ControlMessage::PostCopy)?;
-        match self.expect(way.control.as_ref(), self.options.stall, "the target's catching of faults")? {
-            ControlMessage::FaultsCaught => {}
-            other => return Err(unexpected(&other, "faults-caught")),
-        }
-        let mut lap = self.pause(progress, way)?;
-        let state = self.machine.save_state()?;
-        progress.ledger.add(BlackoutPhase::SaveState, lap.next());
-        progress.state_bytes = state.len() as u64;
-        progress.handed = true;
-        tell(&ControlMessage::Owing(owed_words(&way.due)))?;
-        let round = progress.rounds.len() as u32;
-        let handed = Handed { state, round, digest: 0, chunk_hashes: Vec::new() };
-        tell(&ControlMessage::Handed(Box::new(handed)))?;
-        self.pass(progress, Step::StateMoved, &format!("{} pages are owed", way.due.count().0));
-        Ok(requests)
-    }
-
-    /// The VM runs at the target: waits until it has every page.
-    fn await_complete(&mut self, progress: &mut Progress, push: &Push<'_>) -> Result<(), SourceError> {
-        let began = self.clock.now();
-        let control = self.link.control();
-        let waits = loop {
-            match control.recv(TICK) {
-                Ok(Some(ControlMessage::Complete(waits))) => break waits,
-                Ok(Some(other)) => return Err(unexpected(&other, "complete")),
-                Ok(None) if push.idle() > self.options.stall && push.is_done() => {
-                    return Err(LinkError::Stalled {
-                        doing: "waiting for the last page's arrival",
-                        after: self.options.stall,
-                    }
-                    .into());
-                }
-                Ok(None) => {}
-                Err(error) => return Err(error.into()),
-            }
-            if let Some(error) = push.failure() {
-                return Err(error);
-            }
-        };
-        let now = self.clock.now();
-        progress.ended_at = Some(now);
-        progress.post_copy =
-            Some(PostCopyReport { duration_ns: now.saturating_sub(began).as_nanos() as u64, waits, ..push.report() });
-        Ok(())
     }
 
     fn reserve(
@@ -614,12 +528,7 @@ impl Source<'_> {
     }
 
     /// Stages 4 and 5. Only the journaling of `released` can still be refused.
-    fn hand_over(
-        &mut self,
-        progress: &mut Progress,
-        mut target: BlackoutLedger,
-        push: Option<&Push<'_>>,
-    ) -> (Ending, String) {
+    fn hand_over(&mut self, progress: &mut Progress, mut target: BlackoutLedger, rest: Rest<'_>) -> (Ending, String) {
         if self.cancel.is_set() {
             return self.roll_back(progress, &SourceError::Cancelled);
         }
@@ -635,7 +544,7 @@ impl Source<'_> {
             match self.expect_quietly(deadline) {
                 Ok(ControlMessage::Running(activation)) => {
                     target.phases.extend(activation.phases);
-                    return self.moved(progress, &target, push);
+                    return self.moved(progress, &target, rest);
                 }
                 Ok(ControlMessage::State(TargetState::NeverOwner)) => return self.take_back(progress),
                 Ok(other) => lost = Some(unexpected(&other, "running")),
@@ -643,7 +552,7 @@ impl Source<'_> {
             }
         }
         let why = lost.map(|error| error.to_string()).unwrap_or_default();
-        self.settle(progress, &target, &why, push)
+        self.settle(progress, &target, &why, rest)
     }
 
     /// Contact was lost after `released`: dial again and ask, for a bounded time.
@@ -652,14 +561,14 @@ impl Source<'_> {
         progress: &mut Progress,
         target: &BlackoutLedger,
         why: &str,
-        push: Option<&Push<'_>>,
+        rest: Rest<'_>,
     ) -> (Ending, String) {
         tracing::warn!(vm = %self.shape.name, migration = %self.id, "in doubt after `released`: {why}");
         let until = self.clock.now() + self.options.doubt;
         while self.clock.now() < until {
             match self.ask_target() {
                 Ok(TargetState::Owner) => {
-                    let (ending, reason) = self.moved(progress, target, push);
+                    let (ending, reason) = self.moved(progress, target, rest);
                     let found =
                         format!("contact was lost after `released` ({why}); the target says that it has the VM");
                     return (ending, if reason.is_empty() { found } else { format!("{found}; {reason}") });
@@ -701,20 +610,25 @@ impl Source<'_> {
         }
     }
 
-    fn moved(&mut self, progress: &mut Progress, target: &BlackoutLedger, push: Option<&Push<'_>>) -> (Ending, String) {
+    fn moved(&mut self, progress: &mut Progress, target: &BlackoutLedger, rest: Rest<'_>) -> (Ending, String) {
         let now = self.clock.now();
         progress.ended_at = Some(now);
         progress.blackout = now.saturating_sub(progress.paused_at.unwrap_or(now));
         progress.ledger.close(target, progress.blackout.as_nanos() as u64);
         self.pass(progress, Step::Running, "");
-        if let Some(push) = push
-            && let Err(error) = self.await_complete(progress, push)
-        {
-            progress.post_copy = Some(push.report());
-            let left = push.left();
+        if let Err(error) = self.send_the_rest(progress, rest) {
+            if let SourceError::PeerCancelled(reason) = &error {
+                let advice = format!(
+                    "the VM died at the target while pages of it were still here: {reason}. What stands here is the VM as it was before it moved, and does not run: \
+                     `dunlin resolve {name} --owner there` lets go of it",
+                    name = self.shape.name
+                );
+                return (Ending::Lost, advice);
+            }
             let advice = format!(
-                "the VM runs at the target, and {left} pages that it is owed are still here: {error}. It waits wherever it \
-                 touches one of them; do not end the machine here"
+                "the VM runs at the target, and pages that it is owed are still here: {error}. It waits wherever it touches one of them. Nothing is lost: do not end the machine \
+                 here; when the target can be reached, `dunlin migrate {name} --recover` goes on (and `dunlin vm receive --recover {name}` there, if its manager is gone)",
+                name = self.shape.name
             );
             return (Ending::InDoubt, advice);
         }
@@ -800,7 +714,7 @@ impl Source<'_> {
         match self.machine.release(self.id, &self.options.peer) {
             Ok(()) => {
                 self.pass(progress, Step::Released, "in the dead machine's place");
-                self.settle(progress, &BlackoutLedger::default(), &why, None)
+                self.settle(progress, &BlackoutLedger::default(), &why, Rest::None)
             }
             Err(refused) => (
                 Ending::InDoubt,

@@ -3,10 +3,13 @@
 //! Contract: before `prepared` every failure leaves nothing here. From `prepared` on the VM is neither run nor dropped
 //! without the source's word, its known rollback, or an operator's decision.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+mod owing;
+
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
+pub use self::owing::Orphan;
 use super::digest::{chunk_hashes, page_digest, zero_digest};
 use super::lap::Lap;
 use super::marks::Marks;
@@ -175,7 +178,7 @@ impl Target<'_> {
             }
         };
         if !owes {
-            self.until_it_runs(&offer, machine.as_mut(), &mut ledger)?;
+            self.until_it_runs(offer.migration_id, machine.as_mut(), &mut ledger)?;
         }
         Ok(Arrived { migration_id: offer.migration_id, vm_id: offer.shape.vm_id, machine, ledger, verified_pages })
     }
@@ -188,13 +191,13 @@ impl Target<'_> {
     /// From `prepared` until the guest runs.
     fn until_it_runs(
         &mut self,
-        offer: &Offer,
+        id: MigrationId,
         machine: &mut dyn Machine,
         ledger: &mut BlackoutLedger,
     ) -> Result<(), TargetError> {
         loop {
-            self.await_verdict(offer, machine)?;
-            if self.activate(offer, machine, ledger)? {
+            self.await_verdict(id, machine)?;
+            if self.activate(id, machine, ledger)? {
                 return Ok(());
             }
         }
@@ -276,85 +279,6 @@ impl Target<'_> {
         Ok(())
     }
 
-    /// The VM is restored, becomes ours and runs, while its faults are served and pages come that it is owed; until the last of them is here.
-    fn run_owing(
-        &mut self,
-        offer: &Offer,
-        (inflow, owed): (&Inflow<'_>, &Owed<'_>),
-        machine: &mut dyn Machine,
-        (handed, arrived_at): (&Handed, Duration),
-        ledger: &mut BlackoutLedger,
-        owes: &mut bool,
-    ) -> Result<(), TargetError> {
-        self.pass(offer.migration_id, Step::StateMoved, "");
-        let clock = self.clock;
-        let (mut result, mut is_running) = (Ok(()), false);
-        let note = |done: Result<(), TargetError>| {
-            if let Err(error) = done {
-                inflow.fail(error);
-            }
-        };
-        let beside: Vec<Job<'_>> = vec![Box::new(|| note(owed.serve_faults())), Box::new(|| note(owed.map_ahead()))];
-        let lead = || {
-            result = (|| {
-                machine.restore_state(&handed.state)?;
-                ledger.add(BlackoutPhase::Restore, clock.now().saturating_sub(arrived_at));
-                self.say_prepared(offer, machine, ledger)?;
-                *owes = true;
-                self.until_it_runs(offer, machine, ledger)?;
-                is_running = true;
-                owed.runs();
-                inflow.touch();
-                self.await_the_rest(offer, inflow, owed, machine)
-            })();
-            owed.stop();
-        };
-        clock.run_beside(beside, Box::new(lead));
-        match result {
-            Err(error) if is_running => Err(TargetError::Owing { left: owed.left(), reason: error.to_string() }),
-            other => other,
-        }
-    }
-
-    /// Waits until nothing is owed, and says so.
-    fn await_the_rest(
-        &mut self,
-        offer: &Offer,
-        inflow: &Inflow<'_>,
-        owed: &Owed<'_>,
-        machine: &mut dyn Machine,
-    ) -> Result<(), TargetError> {
-        let mut announced = self.clock.now();
-        loop {
-            // Whoever has us waits with the other announcements until all is here.
-            if self.clock.now().saturating_sub(announced) >= ANNOUNCE_EVERY {
-                announced = self.clock.now();
-                if let Err(error) = machine.announce() {
-                    tracing::warn!(migration = %offer.migration_id, "an announcement failed: {error}");
-                }
-            }
-            let seen = owed.changed.rings();
-            inflow.check()?;
-            if owed.left() == 0 {
-                break;
-            }
-            if machine.fate() == Fate::Dead {
-                return Err(TargetError::LostOwned("its process ended while pages were still owed to it".to_owned()));
-            }
-            self.clock.wait(&owed.changed, seen, TICK);
-        }
-        owed.end()?;
-        if let Err(error) = machine.all_is_here() {
-            tracing::warn!(migration = %offer.migration_id, "{error}");
-        }
-        let waits = owed.waits();
-        tracing::info!(migration = %offer.migration_id, waits = waits.count, "every page is here");
-        if let Err(error) = self.link.control().send(&ControlMessage::Complete(waits)) {
-            tracing::warn!(migration = %offer.migration_id, "`complete` could not be sent: {error}");
-        }
-        Ok(())
-    }
-
     /// Reads the control stream while pages flow, until the state has come and every stream has ended its last round.
     fn receive<'a>(
         &mut self,
@@ -422,7 +346,7 @@ impl Target<'_> {
                             inflow.await_round(handed.round)?;
                         }
                         let owed = Owed::new(inflow.region, Arc::clone(faults), inflow.clock, &owing, requests);
-                        let _ = inflow.owed.set(owed);
+                        let _ = inflow.owed.set(Arc::new(owed));
                         inflow.changed.ring();
                     } else {
                         inflow.await_round(handed.round)?;
@@ -437,8 +361,7 @@ impl Target<'_> {
     }
 
     /// Holds the prepared VM until it is known whose it is.
-    fn await_verdict(&mut self, offer: &Offer, machine: &mut dyn Machine) -> Result<(), TargetError> {
-        let id = offer.migration_id;
+    fn await_verdict(&mut self, id: MigrationId, machine: &mut dyn Machine) -> Result<(), TargetError> {
         let mut reachable = true;
         let mut heard_at = self.clock.now();
         loop {
@@ -501,11 +424,10 @@ impl Target<'_> {
     /// Stage 5. `false` if the right to run could neither be journaled nor given back: the VM is still prepared.
     fn activate(
         &mut self,
-        offer: &Offer,
+        id: MigrationId,
         machine: &mut dyn Machine,
         ledger: &mut BlackoutLedger,
     ) -> Result<bool, TargetError> {
-        let id = offer.migration_id;
         let mut lap = Lap::since(self.clock, self.clock.now());
         if let Err(error) = machine.take_ownership(id) {
             return self.ownership_failed(id, machine, &error);
@@ -608,8 +530,10 @@ struct Inflow<'a> {
     state: Mutex<InflowState>,
     /// The VM is to run before its memory is here.
     faults: OnceLock<Arc<dyn Faults>>,
-    owed: OnceLock<Owed<'a>>,
-    /// Rung when `state` or `owed` has changed.
+    owed: OnceLock<Arc<Owed<'a>>>,
+    /// Streams that somebody reads.
+    reading: AtomicUsize,
+    /// Rung when `state`, `owed` or `reading` has changed.
     changed: Bell,
 }
 
@@ -645,9 +569,24 @@ impl<'a> Inflow<'a> {
             state: Mutex::default(),
             faults: OnceLock::new(),
             owed: OnceLock::new(),
+            reading: AtomicUsize::new(streams),
             changed: Bell::default(),
         };
         inflow.touch();
+        inflow
+    }
+
+    /// Streams of pages that a VM is owed that runs.
+    fn of_owed(
+        owed: &Arc<Owed<'a>>,
+        control: &'a dyn ControlChannel<ControlMessage>,
+        clock: &'a dyn Clock,
+        stall: Duration,
+        streams: usize,
+    ) -> Self {
+        let inflow = Self::new(owed.region(), control, clock, stall, streams);
+        let _ = inflow.faults.set(owed.faults());
+        let _ = inflow.owed.set(Arc::clone(owed));
         inflow
     }
 
@@ -715,6 +654,20 @@ impl<'a> Inflow<'a> {
         {
             self.fail(error);
         }
+        self.reading.fetch_sub(1, Ordering::AcqRel);
+        self.changed.ring();
+    }
+
+    /// Stops the streams, and waits until nobody reads them any more.
+    fn end_streams(&self) {
+        self.stop();
+        loop {
+            let seen = self.changed.rings();
+            if self.reading.load(Ordering::Acquire) == 0 {
+                return;
+            }
+            self.clock.wait(&self.changed, seen, TICK);
+        }
     }
 
     fn fail(&self, error: TargetError) {
@@ -726,7 +679,7 @@ impl<'a> Inflow<'a> {
     }
 
     /// What is owed, once that is known.
-    fn await_owed(&self) -> Result<&Owed<'a>, TargetError> {
+    fn await_owed(&self) -> Result<&Arc<Owed<'a>>, TargetError> {
         loop {
             let seen = self.changed.rings();
             if let Some(owed) = self.owed.get() {
@@ -744,7 +697,7 @@ impl<'a> Inflow<'a> {
         let mut round = 0;
         let mut inside = None;
         let mut digest = 0u64;
-        let mut owed: Option<&Owed<'_>> = None;
+        let mut owed: Option<&Arc<Owed<'_>>> = None;
         loop {
             let item = receiver.next(&mut keep_waiting)?;
             self.touch();

@@ -73,6 +73,9 @@ pub struct PostCopyReport {
     pub wire_bytes: u64,
     /// From the target's `running` until the last page was there.
     pub duration_ns: u64,
+    /// How often contact was lost on the way, and it went on over another connection.
+    #[serde(default)]
+    pub recoveries: u64,
     /// How long the guest waited for pages that it touched, at the target.
     pub waits: WaitReport,
 }

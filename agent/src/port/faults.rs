@@ -1,6 +1,7 @@
 //! The faults of a VM that runs before all of its memory is here.
 
 use std::io;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use crate::model::PageRun;
@@ -38,6 +39,10 @@ pub trait Faults: Send + Sync {
     /// # Errors
     /// The machine is gone, or the kernel.
     fn map_zero(&self, run: PageRun) -> Result<(), FaultError>;
+
+    /// One bit a page, the lowest of the first word being the first page: it is here, and fit to be mapped. Kept by the machine: whoever takes the place of a manager that
+    /// died reads there what had come. All is unset at first.
+    fn here(&self) -> &[AtomicU64];
 
     /// All of memory is here: nobody waits any more, and what is not in memory reads as zeros.
     ///

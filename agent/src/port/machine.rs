@@ -70,6 +70,11 @@ pub trait MachineState: Send {
     /// Reads the state of the paused machine.
     fn save_state(&mut self) -> Result<Vec<u8>, MachineError>;
 
+    /// Pages of RAM without which no vCPU of the paused machine gets through its next instruction; it may know of none.
+    fn essential_pages(&mut self) -> Result<Vec<u64>, MachineError> {
+        Ok(Vec::new())
+    }
+
     /// Puts a state into a machine that has not run yet.
     fn restore_state(&mut self, state: &[u8]) -> Result<(), MachineError>;
 
@@ -137,6 +142,14 @@ pub trait FaultSource: Send {
     /// The host cannot.
     fn catch_faults(&mut self) -> Result<Arc<dyn Faults>, MachineError> {
         Err(MachineError::Refused { action: "run before its memory is here", reason: "this machine cannot".to_owned() })
+    }
+
+    /// Those that a manager before this one had caught and not ended; `None` if nothing is owed to the machine.
+    ///
+    /// # Errors
+    /// The machine is gone.
+    fn caught_faults(&mut self) -> Result<Option<Arc<dyn Faults>>, MachineError> {
+        Ok(None)
     }
 
     /// Every page is here: until this is said the machine lets nobody else move it on.

@@ -34,7 +34,7 @@ use crate::model::{
     Station, ThrottleView, VcpuLimit, VmId, VmWrites, chain,
 };
 use crate::net::tap::Tap;
-use crate::port::{Clock, JournalError, JournalRecord, Protected, THROTTLE_LEASE};
+use crate::port::{Clock, Faults as _, JournalError, JournalRecord, Protected, THROTTLE_LEASE};
 use crate::shm::{MappedAt, UserFaults};
 use crate::store::FileJournal;
 
@@ -156,6 +156,9 @@ pub struct VmInfo {
     pub balloon: bool,
     /// How long this process has held the machine.
     pub uptime_ns: u64,
+    /// Pages of its memory that are still at its former host; absent if there are none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owed_pages: Option<u64>,
     /// The migration that has the machine, or had it last.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub migration_id: Option<MigrationId>,
@@ -192,11 +195,17 @@ pub struct Host {
     /// Who slows its writers outside of a migration, and until when at least.
     throttler: Mutex<Option<(String, Instant)>>,
     faults: Mutex<Option<UserFaults>>,
+    /// Who fills the pages that it is owed while it runs: one at a time.
+    filler: Seat,
     /// What is told of that, and of a migration that does it.
     throttling: Throttling,
     registry: Registry,
     state_dir: PathBuf,
     since: Instant,
+}
+
+fn refuse(socket: &mut SessionSocket, reason: String) {
+    let _ = socket.send(&Reply::Failed(reason), &[]);
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -329,6 +338,7 @@ impl Host {
             tracking: Arc::default(),
             throttler: Mutex::default(),
             faults: Mutex::default(),
+            filler: Seat::default(),
             throttling: Throttling::default(),
             registry,
             state_dir: places.state_dir.clone(),
@@ -395,6 +405,11 @@ impl Host {
             rng: shape.rng,
             balloon: shape.balloon,
             uptime_ns: self.since.elapsed().as_nanos() as u64,
+            owed_pages: lock(&self.faults).as_ref().map(|faults| {
+                let here: u64 =
+                    faults.here().iter().map(|word| u64::from(word.load(Ordering::Relaxed).count_ones())).sum();
+                PageCount::covering(shape.memory_bytes).0.saturating_sub(here)
+            }),
             migration_id,
             throttle: Some(self.throttle_view()),
             kvm_shortcomings: self.machine.shortcomings(),
@@ -691,12 +706,11 @@ impl Host {
     /// A manager has connected to a machine that exists: it must attach.
     fn attach(&self, stream: UnixStream) {
         let mut socket = SessionSocket::new(stream);
-        let refuse = |socket: &mut SessionSocket, reason: String| {
-            let _ = socket.send(&Reply::Failed(reason), &[]);
-        };
         let Ok((request, _)) = socket.recv::<Request>() else { return };
-        let Request::Attach { version, migration } = request else {
-            return refuse(&mut socket, "a machine that exists must be attached to".to_owned());
+        let (version, migration) = match request {
+            Request::Attach { version, migration } => (version, migration),
+            Request::Reattach { version, migration } => return self.reattach(socket, version, migration),
+            _ => return refuse(&mut socket, "a machine that exists must be attached to".to_owned()),
         };
         if version != SESSION_VERSION {
             return refuse(&mut socket, HostError::Version(version).to_string());
@@ -729,6 +743,63 @@ impl Host {
         }
     }
 
+    /// A manager takes the place of one that died or gave up.
+    fn reattach(&self, mut socket: SessionSocket, version: u16, migration: MigrationId) {
+        let state = {
+            let gate = lock(&self.gate);
+            (gate.migration() == Some(migration)).then(|| gate.state())
+        };
+        let owes = lock(&self.faults).is_some();
+        let turn = match state {
+            Some(GateState::Open) if owes => self.filler.take(ARRIVAL_LIMIT),
+            Some(GateState::Prepared | GateState::Released) => self.turn(),
+            _ => {
+                let reason =
+                    format!("there is nothing of migration {migration} here that another manager could take over");
+                return refuse(&mut socket, reason);
+            }
+        };
+        let Some(turn) = turn else { return refuse(&mut socket, "another manager has the VM".to_owned()) };
+        if version != SESSION_VERSION {
+            return refuse(&mut socket, HostError::Version(version).to_string());
+        }
+        if self.welcome(&mut socket).is_err() {
+            return;
+        }
+        if state == Some(GateState::Open) {
+            return self.serve_running(&mut socket);
+        }
+        if let Some(lost) = self.serve(&mut socket, state == Some(GateState::Prepared)) {
+            return self.session_lost(&lost);
+        }
+        drop(turn);
+        let _turn = self.filler.take_for_arrival();
+        self.serve_running(&mut socket);
+    }
+
+    /// Serves a manager of a VM that runs here: it may still ask for announcements, and for what concerns pages that are owed, and nothing else.
+    fn serve_running(&self, socket: &mut SessionSocket) {
+        while let Ok((request, _)) = socket.recv::<Request>() {
+            let reply = match request {
+                Request::Announce | Request::AllIsHere | Request::CaughtFaults => {
+                    self.handle(request, "").unwrap_or_else(Reply::Failed)
+                }
+                _ => Reply::Failed("the migration has ended: the VM runs here".to_owned()),
+            };
+            if self.reply(socket, &reply).is_err() {
+                break;
+            }
+        }
+    }
+
+    /// Answers a manager, with the descriptors that belong to it.
+    fn reply(&self, socket: &mut SessionSocket, reply: &Reply) -> Result<(), SessionError> {
+        match (reply, &*lock(&self.faults)) {
+            (Reply::Faults(_), Some(faults)) => socket.send(reply, &faults.fds()),
+            _ => socket.send(reply, &[]),
+        }
+    }
+
     /// Serves the session that a target's machine was made with, to its end. Once the VM runs here the migration has it no
     /// more: its manager may still ask for announcements, and nothing else.
     pub fn serve_first_session(&self, mut socket: SessionSocket) {
@@ -738,15 +809,8 @@ impl Host {
                 return self.session_lost(&lost);
             }
         }
-        while let Ok((request, _)) = socket.recv::<Request>() {
-            let reply = match request {
-                Request::Announce | Request::AllIsHere => self.handle(request, "").unwrap_or_else(Reply::Failed),
-                _ => Reply::Failed("the migration has ended: the VM runs here".to_owned()),
-            };
-            if socket.send(&reply, &[]).is_err() {
-                break;
-            }
-        }
+        let _turn = self.filler.take_for_arrival();
+        self.serve_running(&mut socket);
     }
 
     /// Answers a manager. `None` when the machine has ended by its order or, `until_it_runs`, when the VM was let go.
@@ -765,10 +829,7 @@ impl Host {
             let (ends, runs) = (matches!(request, Request::Discard), matches!(request, Request::Resume));
             let reply = self.handle(request, &manager).unwrap_or_else(Reply::Failed);
             let done = matches!(reply, Reply::Done);
-            let sent = match (&reply, &*lock(&self.faults)) {
-                (Reply::Faults(_), Some(faults)) => socket.send(&reply, &[faults.as_fd()]),
-                _ => socket.send(&reply, &[]),
-            };
+            let sent = self.reply(socket, &reply);
             if runs {
                 hurry = None;
             }
@@ -822,11 +883,17 @@ impl Host {
         let done = |result: Result<(), GateError>| result.map(|()| Reply::Done).map_err(|error| chain(&error));
         match request {
             Request::CatchFaults => self.catch_faults(),
+            Request::CaughtFaults => Ok(match &*lock(&self.faults) {
+                Some(faults) => Reply::Faults(faults.mapped().to_vec()),
+                None => Reply::Done,
+            }),
             Request::AllIsHere => {
                 *lock(&self.faults) = None;
                 Ok(Reply::Done)
             }
-            Request::Attach { .. } | Request::Create(_) => Err("the session has begun already".to_owned()),
+            Request::Attach { .. } | Request::Reattach { .. } | Request::Create(_) => {
+                Err("the session has begun already".to_owned())
+            }
             Request::StartLog => machine.log().start().map(|()| Reply::Done).map_err(|error| chain(&error)),
             Request::Harvest => machine.log().harvest().map(|()| Reply::Done).map_err(|error| chain(&error)),
             Request::Protect(_, run) => machine.log().protect(run).map(|()| Reply::Done).map_err(|error| chain(&error)),
@@ -840,6 +907,7 @@ impl Host {
             }
             Request::Resume => self.start().map(|()| Reply::Done).map_err(|error| chain(&error)),
             Request::SaveState => machine.save_state().map(Reply::State).map_err(|error| chain(&error)),
+            Request::EssentialPages => machine.essential_pages().map(Reply::Pages).map_err(|error| chain(&error)),
             Request::RestoreState(state) => {
                 machine.restore_state(&state).map(|()| Reply::Done).map_err(|error| chain(&error))
             }

@@ -188,6 +188,13 @@ impl Progress {
         self.state().restart(self.pace.sent_bytes(), Instant::now());
     }
 
+    /// Lets what waits until it is asked for go; false if nothing waited.
+    pub fn finish(&self) -> bool {
+        let waited = self.pace.waits_until_asked();
+        self.pace.finish();
+        waited
+    }
+
     /// The bandwidth limit.
     pub fn limit(&self) -> Option<BytesPerSecond> {
         self.pace.limit()

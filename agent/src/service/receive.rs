@@ -5,23 +5,24 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::clock::MonotonicClock;
+use super::control::{ControlError, ask_info};
 use super::events::{EventLog, Hold};
 use super::machine::Places;
-use super::registry::Registry;
+use super::registry::{MachineEntry, Registry, RegistryError};
 use super::session::{Creation, RemoteMachine, SESSION_VERSION};
 use crate::announce::Schedule;
 use crate::link::{Arrival, Listener, TcpTarget};
-use crate::migrate::target::{Arrived, Host, Reservation, Target, TargetError};
+use crate::migrate::target::{Arrived, Host, Orphan, Reservation, Target, TargetError};
 use crate::migrate::{AnswerError, CancelFlag, ControlMessage, Offer, answer};
 use crate::model::id::VmName;
-use crate::model::{DiskSpec, MachineShape, MigrationId, NetSpec, SerialSpec};
+use crate::model::{DiskSpec, MachineShape, MigrationId, NetSpec, SerialSpec, VmRef, WaitReport};
 use crate::net::tap::Tap;
-use crate::port::{Clock, JournalError, LinkError, Region, TargetLink};
+use crate::port::{Clock, JournalError, LinkError, MachineError, Region, TargetLink};
 use crate::service::out::complain;
 use crate::store::FileJournal;
 
@@ -45,6 +46,15 @@ pub enum ReceiveError {
     /// The VM did not come.
     #[error(transparent)]
     Target(#[from] TargetError),
+    /// There is no such VM whose manager could be replaced.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// Its process does not say what it is.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// Its process refuses another manager.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
     /// The event log.
     #[error("event log: {0}")]
     Events(std::io::Error),
@@ -225,6 +235,40 @@ impl Host for LocalHost<'_> {
     }
 }
 
+/// A machine's process: a child of this manager, or of one before it.
+pub enum MachineProcess {
+    /// This manager's.
+    Child(Child),
+    /// Another's.
+    Adopted(MachineEntry),
+}
+
+impl MachineProcess {
+    /// Its number.
+    pub fn id(&self) -> u32 {
+        match self {
+            Self::Child(child) => child.id(),
+            Self::Adopted(entry) => entry.pid,
+        }
+    }
+
+    /// Itself, if it is this manager's.
+    pub fn into_child(self) -> Option<Child> {
+        match self {
+            Self::Child(child) => Some(child),
+            Self::Adopted(_) => None,
+        }
+    }
+
+    /// Whether it ended well, once it has ended. Of another's child only that it has.
+    fn ended(&mut self) -> Option<bool> {
+        match self {
+            Self::Child(child) => child.try_wait().ok().flatten().map(|status| status.success()),
+            Self::Adopted(entry) => (!entry.is_alive()).then_some(true),
+        }
+    }
+}
+
 /// A VM that runs here.
 pub struct Received {
     /// The migration that brought it.
@@ -232,7 +276,7 @@ pub struct Received {
     /// What it is called here.
     pub name: VmName,
     /// Its machine process.
-    pub child: Child,
+    pub process: MachineProcess,
     /// Pages compared under `--verify`.
     pub verified_pages: u64,
 }
@@ -252,7 +296,9 @@ pub fn receive(
         match attempt(request, listener, arrival, &journal, cancel) {
             Ok(Some(received)) => return Ok(Some(received)),
             Ok(None) => {}
-            Err(error @ ReceiveError::Target(TargetError::LostOwned(_))) => return Err(error),
+            Err(error @ ReceiveError::Target(TargetError::LostOwned(_) | TargetError::Owing { .. })) => {
+                return Err(error);
+            }
             Err(error) => {
                 tracing::warn!("{error}");
                 complain!("dunlin: no VM received: {error}; waiting for the next");
@@ -296,19 +342,58 @@ fn attempt(
         (Ok(arrived), Some((child, name))) => {
             let (migration_id, verified_pages) = (arrived.migration_id, arrived.verified_pages);
             repeat_announcements(arrived, request.schedule);
-            Ok(Some(Received { migration_id, name, child, verified_pages }))
+            Ok(Some(Received { migration_id, name, process: MachineProcess::Child(child), verified_pages }))
         }
         (Ok(_), None) => unreachable!("a VM arrived without a machine process"),
         (Err(error), child) => {
             // Whatever machine there was has been told to end, or has died; nothing may stay behind. One that owns the
             // VM is no longer ours to end.
-            if let Some((mut child, _)) = child.filter(|_| !matches!(error, TargetError::LostOwned(_))) {
+            let ours = !matches!(error, TargetError::LostOwned(_) | TargetError::Owing { .. });
+            if let Some((mut child, _)) = child.filter(|_| ours) {
                 end(&mut child);
             }
             host.sweep();
             Err(error.into())
         }
     }
+}
+
+/// Takes the place of a manager that died: what the VM touches and is here it gets at once; for the rest the source of its migration is waited for.
+///
+/// # Errors
+/// No such VM, or one that is not in doubt and is owed nothing; or what ended it.
+pub fn recover(
+    request: &ReceiveRequest,
+    vm: &VmRef,
+    listener: &Listener,
+    cancel: &CancelFlag,
+) -> Result<Received, ReceiveError> {
+    let registry = Registry::new(&request.places.run_dir);
+    let entry = registry.find(vm)?;
+    let info = ask_info(&registry.socket(&entry.name, "observe"))?;
+    let Some(migration_id) = info.migration_id else {
+        let reason = format!("`{}` was brought by no migration", entry.name);
+        return Err(MachineError::Refused { action: "be taken over", reason }.into());
+    };
+    let journal = FileJournal::open(&entry.state_dir)?;
+    let machine = RemoteMachine::reattach(&registry.socket(&entry.name, "session"), migration_id, journal)?;
+    let region = machine.region() as Arc<dyn Region>;
+    let orphan = Orphan { migration_id, vm_id: entry.vm_id, machine: Box::new(machine), region };
+    let observer = EventLog::new(migration_id, "target", request.events.as_deref(), request.hold.clone())
+        .map_err(ReceiveError::Events)?;
+    let mut link = TcpTarget::<ControlMessage>::unconnected(listener, migration_id, request.stall);
+    let arrived = Target {
+        link: &mut link,
+        host: &mut LocalHost { request, child: None, name: None },
+        clock: &MonotonicClock,
+        observer: &observer,
+        cancel: cancel.clone(),
+        stall: request.stall,
+    }
+    .recover(orphan)?;
+    repeat_announcements(arrived, request.schedule);
+    let name = entry.name.clone();
+    Ok(Received { migration_id, name, process: MachineProcess::Adopted(entry), verified_pages: 0 })
 }
 
 /// Sees a discarded machine process off.
@@ -345,25 +430,29 @@ fn repeat_announcements(arrived: Arrived, schedule: Schedule) {
 }
 
 /// Serves late questions on `listener` while the VM runs: a source that lost contact after `released` asks here. Returns
-/// how the machine ended, or `None` when `cancel` asks this manager to go.
+/// whether the machine ended well, or `None` when `cancel` asks this manager to go.
 pub fn answer_questions(
     request: &ReceiveRequest,
     listener: &Listener,
     received: &mut Received,
     cancel: &CancelFlag,
-) -> Result<Option<ExitStatus>, ReceiveError> {
+) -> Result<Option<bool>, ReceiveError> {
     let journal = FileJournal::open(&request.places.state_dir)?;
     while !cancel.is_set() {
-        if let Ok(Some(status)) = received.child.try_wait() {
+        if let Some(well) = received.process.ended() {
             // One that was killed could not take itself out of the run folder.
             Registry::new(&request.places.run_dir).sweep(&received.name);
-            return Ok(Some(status));
+            return Ok(Some(well));
         }
         let Some(arrival) = listener.accept(TICK)? else { continue };
         let answered = TcpTarget::<ControlMessage>::new(listener, arrival, request.stall)
             .map_err(ReceiveError::from)
             .and_then(|link| match link.control().recv(GREETING_LIMIT)? {
                 Some(ControlMessage::Query(asked)) => Ok(answer(&journal, asked, link.control().as_ref())?),
+                // Every page is here, and it has not heard so.
+                Some(ControlMessage::Recover { migration, .. }) if migration == received.migration_id => {
+                    Ok(link.control().send(&ControlMessage::Complete(WaitReport::default()))?)
+                }
                 Some(ControlMessage::Offer(_)) => {
                     let busy = "this receiver has its VM already; start another `dunlin vm receive`".to_owned();
                     Ok(link.control().send(&ControlMessage::Refuse(busy))?)

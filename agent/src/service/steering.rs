@@ -87,6 +87,17 @@ impl Steered {
         Ok(())
     }
 
+    fn finish(&self, who: String) -> Result<(), String> {
+        if self.progress.ended().borrow().is_some() {
+            return Err("the migration has ended".to_owned());
+        }
+        if !self.progress.finish() {
+            return Err("nothing of it waits until it is asked for: only demand-paging has to be finished".to_owned());
+        }
+        self.record(who, "finish-migration", "pages wait until asked for".to_owned(), "all pages go".to_owned(), "ok");
+        Ok(())
+    }
+
     fn cancel(&self, who: String) -> Result<(), String> {
         let status = self.progress.status();
         if !status.can_be_cancelled {
@@ -126,6 +137,10 @@ async fn bandwidth(
     answer(steered.set_bandwidth(caller.name(), bytes_per_second.map(BytesPerSecond)))
 }
 
+async fn finish(State(steered): State<Arc<Steered>>, Extension(caller): Extension<Caller>) -> Response {
+    answer(steered.finish(caller.name()))
+}
+
 /// Answers when the migration has ended, with its report.
 async fn cancel(State(steered): State<Arc<Steered>>, Extension(caller): Extension<Caller>) -> Response {
     if let Err(error) = steered.cancel(caller.name()) {
@@ -147,13 +162,14 @@ fn router(steered: Arc<Steered>, caller: Caller) -> Router {
         });
     }
     let nothing = || async {
-        let error = "there is GET /v1/migration, POST /v1/cancel and POST /v1/bandwidth".to_owned();
+        let error = "there is GET /v1/migration, POST /v1/cancel, POST /v1/bandwidth and POST /v1/finish".to_owned();
         (StatusCode::NOT_FOUND, Json(Outcome { error }.tagged())).into_response()
     };
     Router::new()
         .route("/v1/migration", get(status))
         .route("/v1/bandwidth", post(bandwidth))
         .route("/v1/cancel", post(cancel))
+        .route("/v1/finish", post(finish))
         .fallback(nothing)
         .layer(Extension(caller))
         .with_state(steered)
@@ -308,6 +324,16 @@ pub fn set_bandwidth(run_dir: &Path, vm: &VmRef, limit: Option<BytesPerSecond>) 
     let target = limit.map_or_else(String::new, |limit| format!("?bytes_per_second={}", limit.0));
     let target = format!("/v1/bandwidth{target}");
     within(&path, ANSWER_LIMIT, request(&path, "POST", &target, "text/plain", Vec::new()))?;
+    Ok(())
+}
+
+/// Has the migration of a VM send what its target has not asked for.
+///
+/// # Errors
+/// There is none, it has ended, nothing of it waits, or its manager does not answer.
+pub fn finish_migration(run_dir: &Path, vm: &VmRef) -> Result<(), SteerError> {
+    let path = socket(run_dir, vm)?;
+    within(&path, ANSWER_LIMIT, request(&path, "POST", "/v1/finish", "text/plain", Vec::new()))?;
     Ok(())
 }
 

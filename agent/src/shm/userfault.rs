@@ -6,10 +6,12 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::memfd::{Mapping, memory_file};
 use crate::model::{PAGE_SIZE, PageRun};
 use crate::port::{FaultError, Faults};
 
@@ -79,11 +81,20 @@ pub struct MappedAt {
     pub address: u64,
 }
 
-/// Faults at the mappings of one file in one process.
+/// Faults at the mappings of one file in one process, and which of its pages are here.
 #[derive(Debug)]
 pub struct UserFaults {
     fd: OwnedFd,
     mapped: Vec<MappedAt>,
+    /// One bit a page, and the file that it is in.
+    here: Mapping,
+    here_file: OwnedFd,
+}
+
+/// Bytes for one bit of each page up to the last that is mapped.
+fn mark_bytes(mapped: &[MappedAt]) -> usize {
+    let pages = mapped.iter().map(|part| part.first_page + part.pages).max().unwrap_or(0);
+    (pages.div_ceil(64) as usize * 8).next_multiple_of(PAGE_SIZE).max(PAGE_SIZE)
 }
 
 impl UserFaults {
@@ -98,7 +109,9 @@ impl UserFaults {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: just made, and owned by nobody else.
-        let faults = Self { fd: unsafe { OwnedFd::from_raw_fd(number as i32) }, mapped };
+        let fd = unsafe { OwnedFd::from_raw_fd(number as i32) };
+        let here = memory_file("dunlin-here", mark_bytes(&mapped) as u64)?;
+        let faults = Self::adopt(fd, here, mapped)?;
         let features = FEATURE_MISSING_SHMEM | FEATURE_MINOR_SHMEM;
         faults.ask(UFFDIO_API, &mut ApiArgument { api: API, features, ioctls: 0 })?;
         for part in &faults.mapped {
@@ -109,14 +122,18 @@ impl UserFaults {
         Ok(faults)
     }
 
-    /// The manager: what a machine's process has registered and handed over.
-    pub fn adopt(fd: OwnedFd, mapped: Vec<MappedAt>) -> Self {
-        Self { fd, mapped }
+    /// The manager: what a machine's process has registered and handed over: where, the descriptor of faults, and the file of marks.
+    ///
+    /// # Errors
+    /// A file that is too short for the marks.
+    pub fn adopt(fd: OwnedFd, here_file: OwnedFd, mapped: Vec<MappedAt>) -> io::Result<Self> {
+        let here = Mapping::of(&here_file, mark_bytes(&mapped))?;
+        Ok(Self { fd, mapped, here, here_file })
     }
 
-    /// The descriptor, for handing over.
-    pub fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+    /// The descriptors, for handing over: of faults, and of marks.
+    pub fn fds(&self) -> [BorrowedFd<'_>; 2] {
+        [self.fd.as_fd(), self.here_file.as_fd()]
     }
 
     /// Where.
@@ -212,6 +229,10 @@ impl Faults for UserFaults {
 
     fn map_zero(&self, run: PageRun) -> Result<(), FaultError> {
         self.ranges(run).try_for_each(|range| self.fill(UFFDIO_ZEROPAGE, range))
+    }
+
+    fn here(&self) -> &[AtomicU64] {
+        self.here.words()
     }
 
     fn end(&self) -> Result<(), FaultError> {

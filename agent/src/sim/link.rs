@@ -154,8 +154,9 @@ impl SourceLink<ControlMessage> for SimSourceLink {
 
     fn open_bulk(&mut self, _migration: MigrationId, index: u16) -> Result<Box<dyn BulkSender>, LinkError> {
         let id = dial(&self.sim, Purpose::Bulk(index))?;
-        let pipe = self.sim.with(|world| world.network.dials[id].to_target);
-        let end = End { sim: Arc::clone(&self.sim), reads: None, writes: Some(pipe) };
+        let (pipe, back) =
+            self.sim.with(|world| (world.network.dials[id].to_target, world.network.dials[id].to_source));
+        let end = End { sim: Arc::clone(&self.sim), reads: Some(back), writes: Some(pipe) };
         Ok(Box::new(SimBulkSender { end, pipe, stall: self.stall }))
     }
 
@@ -174,14 +175,33 @@ impl SourceLink<ControlMessage> for SimSourceLink {
 /// The target's link.
 pub(super) struct SimTargetLink {
     sim: Arc<Scheduler>,
-    control: Arc<SimControl>,
+    stall: Duration,
+    control: Option<Arc<SimControl>>,
+}
+
+/// Of a link that nobody has dialled yet.
+struct Unconnected;
+
+impl ControlChannel<ControlMessage> for Unconnected {
+    fn send(&self, _: &ControlMessage) -> Result<(), LinkError> {
+        Err(broken("sending a message", io::ErrorKind::NotConnected))
+    }
+
+    fn recv(&self, _: Duration) -> Result<Option<ControlMessage>, LinkError> {
+        Err(broken("receiving a message", io::ErrorKind::NotConnected))
+    }
 }
 
 impl SimTargetLink {
     /// Waits for the first control connection.
-    pub(super) fn accept(sim: &Arc<Scheduler>, timeout: Duration) -> Option<Self> {
+    pub(super) fn accept(sim: &Arc<Scheduler>, stall: Duration, timeout: Duration) -> Option<Self> {
         let control = accept_control(sim, timeout)?;
-        Some(Self { sim: Arc::clone(sim), control })
+        Some(Self { sim: Arc::clone(sim), stall, control: Some(control) })
+    }
+
+    /// Of a manager that takes another's place: nobody has dialled yet.
+    pub(super) fn unconnected(sim: &Arc<Scheduler>, stall: Duration) -> Self {
+        Self { sim: Arc::clone(sim), stall, control: None }
     }
 }
 
@@ -205,7 +225,10 @@ fn accept_control(sim: &Arc<Scheduler>, timeout: Duration) -> Option<Arc<SimCont
 
 impl TargetLink<ControlMessage> for SimTargetLink {
     fn control(&self) -> Arc<dyn ControlChannel<ControlMessage>> {
-        Arc::clone(&self.control) as Arc<dyn ControlChannel<ControlMessage>>
+        match &self.control {
+            Some(control) => Arc::clone(control) as Arc<dyn ControlChannel<ControlMessage>>,
+            None => Arc::new(Unconnected),
+        }
     }
 
     fn accept_bulk(
@@ -222,7 +245,7 @@ impl TargetLink<ControlMessage> for SimTargetLink {
             };
             let end = End { sim: Arc::clone(&self.sim), reads: Some(to_target), writes: Some(to_source) };
             if let Purpose::Bulk(index) = purpose {
-                let receiver = SimBulkReceiver { end, pipe: to_target, have: VecDeque::new() };
+                let receiver = SimBulkReceiver { end, pipe: to_target, have: VecDeque::new(), stall: self.stall };
                 slots[usize::from(index)] = Some(Box::new(receiver));
             }
         }
@@ -232,7 +255,7 @@ impl TargetLink<ControlMessage> for SimTargetLink {
     fn reaccept(&mut self, timeout: Duration) -> bool {
         match accept_control(&self.sim, timeout) {
             Some(control) => {
-                self.control = control;
+                self.control = Some(control);
                 true
             }
             None => false,
@@ -305,7 +328,9 @@ impl BulkSender for SimBulkSender {
     }
 
     fn answers(&mut self) -> Result<Box<dyn BulkReceiver>, LinkError> {
-        Err(broken("reading requests", io::ErrorKind::Unsupported))
+        let pipe = self.end.reads.take().ok_or_else(|| broken("reading requests", io::ErrorKind::Unsupported))?;
+        let end = End { sim: Arc::clone(&self.end.sim), reads: Some(pipe), writes: None };
+        Ok(Box::new(SimBulkReceiver { end, pipe, have: VecDeque::new(), stall: self.stall }))
     }
 }
 
@@ -313,6 +338,7 @@ struct SimBulkReceiver {
     end: End,
     pipe: PipeId,
     have: VecDeque<u8>,
+    stall: Duration,
 }
 
 impl SimBulkReceiver {
@@ -361,6 +387,8 @@ impl BulkReceiver for SimBulkReceiver {
     }
 
     fn back(&mut self) -> Result<Box<dyn BulkSender>, LinkError> {
-        Err(broken("opening the way back", io::ErrorKind::Unsupported))
+        let pipe = self.end.writes.take().ok_or_else(|| broken("opening the way back", io::ErrorKind::Unsupported))?;
+        let end = End { sim: Arc::clone(&self.end.sim), reads: None, writes: Some(pipe) };
+        Ok(Box::new(SimBulkSender { end, pipe, stall: self.stall }))
     }
 }

@@ -5,13 +5,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::faults::{Missing, SimFaults};
 use super::scenario::Side;
 use super::scheduler::Scheduler;
 use super::world::{AppendError, Cpu, Gate, Vm, World};
 use crate::model::{MigrationId, Owner, PageBitmap, PageCount, PageRun, RegionId, VcpuLimit, VmId, VmWrites};
 use crate::port::{
-    DirtyLog, Fate, FaultSource, Gate as GatePort, Journal, JournalError, JournalRecord, MachineError, MachineState,
-    PauseTiming, Throttle, Vcpus,
+    DirtyLog, Fate, FaultSource, Faults, Gate as GatePort, Journal, JournalError, JournalRecord, MachineError,
+    MachineState, PauseTiming, Throttle, Vcpus,
 };
 
 /// One order over the session socket.
@@ -126,7 +127,29 @@ impl DirtyLog for SimMachine {
     }
 }
 
-impl FaultSource for SimMachine {}
+impl FaultSource for SimMachine {
+    fn catch_faults(&mut self) -> Result<Arc<dyn Faults>, MachineError> {
+        self.on_vm("catch faults", |vm| {
+            vm.missing = Some(Missing::new(vm.log.pages()));
+            Ok(())
+        })?;
+        self.caught_faults()?.ok_or_else(|| gone("catch faults"))
+    }
+
+    fn caught_faults(&mut self) -> Result<Option<Arc<dyn Faults>>, MachineError> {
+        let here =
+            self.on_vm("caught faults", |vm| Ok(vm.missing.as_ref().map(|missing| Arc::clone(&missing.here))))?;
+        let (sim, side) = (&self.sim, self.side);
+        Ok(here.map(|here| Arc::new(SimFaults { sim: Arc::clone(sim), side, here }) as Arc<dyn Faults>))
+    }
+
+    fn all_is_here(&mut self) -> Result<(), MachineError> {
+        self.on_vm("all is here", |vm| {
+            vm.missing = None;
+            Ok(())
+        })
+    }
+}
 
 impl Throttle for SimMachine {
     fn throttle(&mut self, limits: &[Option<VcpuLimit>]) -> Result<VmWrites, MachineError> {
@@ -263,11 +286,12 @@ impl GatePort for SimMachine {
     fn fate(&mut self) -> Fate {
         let side = self.side;
         self.sim.operation("fate", Duration::from_micros(1), |world| {
-            let vm = world.host(side).vm.as_ref().map(|vm| (vm.alive, vm.resolved));
+            let vm = world.host(side).vm.as_ref().map(|vm| (vm.alive, vm.resolved, vm.gate));
             match vm {
-                Some((_, Some(owner @ (Owner::Here | Owner::There)))) => Fate::Resolved(owner),
-                Some((true, _)) => Fate::Waiting,
-                Some((false, _)) | None => Fate::Dead,
+                Some((_, Some(owner @ (Owner::Here | Owner::There)), _)) => Fate::Resolved(owner),
+                Some((true, _, Gate::Owner)) => Fate::Resolved(Owner::Here),
+                Some((true, ..)) => Fate::Waiting,
+                Some((false, ..)) | None => Fate::Dead,
             }
         })
     }

@@ -38,7 +38,8 @@ impl SimRegion {
         self.touched[(page / 64) as usize].fetch_or(1 << (page % 64), Ordering::Relaxed);
     }
 
-    fn is_touched(&self, page: u64) -> bool {
+    /// Whether the page has memory.
+    pub(super) fn is_touched(&self, page: u64) -> bool {
         self.touched[(page / 64) as usize].load(Ordering::Relaxed) >> (page % 64) & 1 == 1
     }
 
@@ -128,6 +129,11 @@ impl SimDirtyLog {
     /// A log that is off.
     pub(super) fn new(pages: PageCount) -> Self {
         Self { on: false, logged: PageBitmap::new(pages), moved: PageBitmap::new(pages) }
+    }
+
+    /// How many pages it is about.
+    pub(super) fn pages(&self) -> PageCount {
+        self.logged.len()
     }
 
     /// Whether writes are logged.

@@ -5,6 +5,7 @@
 //!
 //! Stands above `migrate`; nothing but tests and prediction may import it.
 
+mod faults;
 mod link;
 mod machine;
 mod memory;

@@ -8,14 +8,14 @@ use uuid::Uuid;
 use super::link::{SimSourceLink, SimTargetLink};
 use super::machine::{SimJournal, SimMachine};
 use super::scenario::{Fault, Scenario, Side};
-use super::scheduler::Scheduler;
+use super::scheduler::{Process, Scheduler};
 use super::world::{Gate, Vm};
 use crate::migrate::outcomes::{Whereabouts, Window};
 use crate::migrate::source::Source;
-use crate::migrate::target::{Host, Reservation, Target};
+use crate::migrate::target::{Host, Orphan, Reservation, Target};
 use crate::migrate::{ControlMessage, Observer, Offer, Pace, SourceOptions, answer};
 use crate::model::{
-    DirtyLogKind, Ending, MachineShape, MigrationId, MigrationReport, PAGE_SIZE, RoundReport, Step, VmId,
+    DirtyLogKind, Ending, MachineShape, MigrationId, MigrationReport, PAGE_SIZE, RoundReport, Step, VmId, WaitReport,
 };
 use crate::port::{Clock, ControlChannel, Journal, JournalRecord, LinkError, Region, TargetLink};
 
@@ -32,6 +32,8 @@ const ANSWER_TICK: Duration = Duration::from_millis(500);
 /// What a run came to.
 #[derive(Debug)]
 pub struct Run {
+    /// What the manager reported that took the place of the source's.
+    pub recovered: Option<MigrationReport>,
     /// The source's report; `None` if its manager died or never reached the target.
     pub report: Option<MigrationReport>,
     /// The target's end: `Ok` if the VM arrived, else its words; `None` if its manager died.
@@ -120,7 +122,7 @@ fn shape(scenario: &Scenario) -> MachineShape {
     }
 }
 
-fn source_main(sim: &Arc<Scheduler>, scenario: &Scenario) -> Option<MigrationReport> {
+fn source_main(sim: &Arc<Scheduler>, scenario: &Scenario, is_first: bool) -> Option<MigrationReport> {
     let options = SourceOptions {
         strategy: scenario.strategy,
         on_stuck: scenario.on_stuck,
@@ -146,9 +148,9 @@ fn source_main(sim: &Arc<Scheduler>, scenario: &Scenario) -> Option<MigrationRep
         clock: sim.as_ref(),
         observer: &SimObserver { sim: Arc::clone(sim), side: Side::Source },
         cancel: sim.with(|world| world.cancelled[Side::Source.index()].clone()),
-        pace: Pace::new(options.bandwidth),
+        pace: if is_first { sim.with(|world| world.pace.clone()) } else { Pace::new(options.bandwidth) },
     };
-    Some(source.run())
+    Some(if is_first { source.run() } else { source.recover() })
 }
 
 fn first_message(control: &dyn ControlChannel<ControlMessage>) -> Result<ControlMessage, LinkError> {
@@ -158,7 +160,7 @@ fn first_message(control: &dyn ControlChannel<ControlMessage>) -> Result<Control
 }
 
 fn target_main(sim: &Arc<Scheduler>, scenario: &Scenario) -> Result<(), String> {
-    let mut link = SimTargetLink::accept(sim, FIRST_MESSAGE_LIMIT).ok_or("nobody came")?;
+    let mut link = SimTargetLink::accept(sim, scenario.stall, FIRST_MESSAGE_LIMIT).ok_or("nobody came")?;
     let first = first_message(link.control().as_ref()).map_err(|error| error.to_string())?;
     let target = Target {
         link: &mut link,
@@ -169,12 +171,29 @@ fn target_main(sim: &Arc<Scheduler>, scenario: &Scenario) -> Result<(), String> 
         stall: scenario.stall,
     };
     let ended = target.run(first);
-    answer_questions(sim, &mut link);
+    answer_questions(sim, &mut link, ended.is_ok());
     ended.map(drop).map_err(|error| error.to_string())
 }
 
+/// The manager that takes the place of the target's.
+fn other_target_main(sim: &Arc<Scheduler>, scenario: &Scenario) {
+    let mut link = SimTargetLink::unconnected(sim, scenario.stall);
+    let region = sim.with(|world| Arc::clone(&world.host(Side::Target).region));
+    let machine = Box::new(SimMachine::new(sim, Side::Target));
+    let target = Target {
+        link: &mut link,
+        host: &mut SimHost { sim: Arc::clone(sim) },
+        clock: sim.as_ref(),
+        observer: &SimObserver { sim: Arc::clone(sim), side: Side::Target },
+        cancel: crate::migrate::CancelFlag::default(),
+        stall: scenario.stall,
+    };
+    let ended = target.recover(Orphan { migration_id: MIGRATION, vm_id: VM, machine, region });
+    answer_questions(sim, &mut link, ended.is_ok());
+}
+
 /// Answers for as long as a source may ask.
-fn answer_questions(sim: &Arc<Scheduler>, link: &mut dyn TargetLink<ControlMessage>) {
+fn answer_questions(sim: &Arc<Scheduler>, link: &mut dyn TargetLink<ControlMessage>, all_is_here: bool) {
     let journal = SimJournal::new(sim, Side::Target);
     let until = sim.now() + ANSWER_LIMIT;
     let mut connected = true;
@@ -186,6 +205,9 @@ fn answer_questions(sim: &Arc<Scheduler>, link: &mut dyn TargetLink<ControlMessa
         let control = link.control();
         match control.recv(ANSWER_TICK) {
             Ok(Some(ControlMessage::Query(asked))) => connected = answer(&journal, asked, control.as_ref()).is_ok(),
+            Ok(Some(ControlMessage::Recover { .. })) if all_is_here => {
+                connected = control.send(&ControlMessage::Complete(WaitReport::default())).is_ok();
+            }
             Ok(Some(_)) => {}
             // Whoever dials anew takes the place of a connection on which nothing moves.
             Ok(None) => drop(link.reaccept(Duration::ZERO)),
@@ -205,21 +227,39 @@ fn unpoisoned<T>(slot: &Mutex<T>) -> MutexGuard<'_, T> {
 pub fn simulate(scenario: &Scenario) -> Run {
     let sim = Arc::new(Scheduler::new(scenario));
     let source = Mutex::new((None, 0));
-    let target = Mutex::new(None);
+    let (target, recovered) = (Mutex::new(None), Mutex::new(None));
+    let process = |side, generation| Process { side, generation };
     sim.run(vec![
         (
-            Side::Source,
+            process(Side::Source, 0),
             Box::new(|| {
-                let ended = source_main(&sim, scenario);
+                let ended = source_main(&sim, scenario, true);
                 *unpoisoned(&source) = (ended, sim.operations());
             }),
         ),
-        (Side::Target, Box::new(|| *unpoisoned(&target) = Some(target_main(&sim, scenario)))),
+        (process(Side::Target, 0), Box::new(|| *unpoisoned(&target) = Some(target_main(&sim, scenario)))),
+        (
+            process(Side::Source, 1),
+            Box::new(|| {
+                if sim.await_start() {
+                    *unpoisoned(&recovered) = source_main(&sim, scenario, false);
+                }
+            }),
+        ),
+        (
+            process(Side::Target, 1),
+            Box::new(|| {
+                if sim.await_start() {
+                    other_target_main(&sim, scenario);
+                }
+            }),
+        ),
     ]);
     let left = sim.with(|world| world.check_end());
     let (trace_hash, trace) = (sim.trace_hash(), sim.trace_text(60));
     let (report, operations) = std::mem::take(&mut *unpoisoned(&source));
     sim.with(|world| Run {
+        recovered: unpoisoned(&recovered).take(),
         report,
         target: unpoisoned(&target).take(),
         struck: std::mem::take(&mut world.struck),

@@ -102,6 +102,8 @@ pub enum Sabotage {
     ResumesAfterReleased,
     /// It goes on to log after its manager has gone.
     KeepsLogging,
+    /// With its manager goes what makes it wait for missing pages: they read as zeros.
+    ClosesFaults,
 }
 
 /// How the guest writes.
@@ -190,9 +192,9 @@ impl Scenario {
     pub fn random(seed: u64) -> Self {
         let mut rng = Rng(seed ^ 0x5ce0);
         let mut scenario = Self::new(seed);
-        if rng.one_in(4) {
-            scenario.strategy = Strategy::StopAndCopy;
-        }
+        use Strategy::{DemandPaging, Hybrid, PostCopy, PreCopy, StopAndCopy};
+        let strategies = [PreCopy, PreCopy, PreCopy, StopAndCopy, PostCopy, Hybrid, DemandPaging];
+        scenario.strategy = strategies[rng.below(7) as usize];
         scenario.streams = 1 + rng.below(3) as u16;
         scenario.guest.writes_per_second = [0, 300, 5_000, 20_000, 100_000][rng.below(5) as usize];
         scenario.guest.working_set = 8 + rng.below(80);

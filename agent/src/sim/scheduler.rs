@@ -25,25 +25,56 @@ thread_local! {
     static CURRENT: Cell<Option<TaskId>> = const { Cell::new(None) };
 }
 
+/// A manager's process: the first of its side, or the one that takes its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Process {
+    pub(super) side: Side,
+    pub(super) generation: u8,
+}
+
 /// What a task waits for.
 #[derive(Clone)]
 pub(super) enum Wait {
     Until(u64),
-    Readable { pipe: PipeId, deadline_ns: u64 },
-    Room { pipe: PipeId, deadline_ns: u64 },
-    Answer { dial: DialId, deadline_ns: u64 },
-    Incoming { deadline_ns: u64 },
-    Bell { rings: Arc<AtomicU64>, seen: u64, deadline_ns: u64 },
-    Children,
+    Readable {
+        pipe: PipeId,
+        deadline_ns: u64,
+    },
+    Room {
+        pipe: PipeId,
+        deadline_ns: u64,
+    },
+    Answer {
+        dial: DialId,
+        deadline_ns: u64,
+    },
+    Incoming {
+        deadline_ns: u64,
+    },
+    Bell {
+        rings: Arc<AtomicU64>,
+        seen: u64,
+        deadline_ns: u64,
+    },
+    /// A fault of that side's machine.
+    Fault {
+        side: Side,
+        deadline_ns: u64,
+    },
+    /// That an operator starts this process.
+    Start,
+    /// That these tasks have ended.
+    Children {
+        first: TaskId,
+        count: usize,
+    },
 }
 
 struct Task {
-    process: Side,
+    process: Process,
     wait: Wait,
     /// Time that operations cost which could not wait at once.
     debt_ns: u64,
-    parent: Option<TaskId>,
-    children: usize,
     ended: bool,
     turn: Arc<Condvar>,
 }
@@ -107,11 +138,11 @@ impl Scheduler {
     }
 
     /// Runs one thread for each process to its end.
-    pub(super) fn run(&self, mains: Vec<(Side, Job<'_>)>) {
+    pub(super) fn run(&self, mains: Vec<(Process, Job<'_>)>) {
         let mut shared = self.lock();
         let first = shared.tasks.len();
         for (process, _) in &mains {
-            shared.add_task(*process, None);
+            shared.add_task(*process);
         }
         drop(shared);
         std::thread::scope(|scope| {
@@ -144,9 +175,6 @@ impl Scheduler {
             shared.world.over = true;
         }
         shared.tasks[id].ended = true;
-        if let Some(parent) = shared.tasks[id].parent {
-            shared.tasks[parent].children -= 1;
-        }
         shared.dispatch();
     }
 
@@ -215,6 +243,13 @@ impl Scheduler {
         effect(&mut shared.world)
     }
 
+    /// Waits until an operator starts the calling process; false if nobody does.
+    pub(super) fn await_start(&self) -> bool {
+        let (shared, me) = self.begin("await start");
+        let shared = Self::give_way(shared, me, Wait::Start);
+        shared.world.has_started(shared.tasks[me].process)
+    }
+
     /// Tries until there is a result or `deadline_ns` has passed; between tries waits as `wait` says.
     pub(super) fn wait_for<R>(
         &self,
@@ -243,13 +278,11 @@ impl Scheduler {
 }
 
 impl Shared {
-    fn add_task(&mut self, process: Side, parent: Option<TaskId>) -> TaskId {
+    fn add_task(&mut self, process: Process) -> TaskId {
         self.tasks.push(Task {
             process,
             wait: Wait::Until(self.world.now_ns),
             debt_ns: 0,
-            parent,
-            children: 0,
             ended: false,
             turn: Arc::new(Condvar::new()),
         });
@@ -270,8 +303,12 @@ impl Shared {
     fn ready_at(&self, task: &Task) -> u64 {
         let now = self.world.now_ns;
         let network = &self.world.network;
-        if matches!(task.wait, Wait::Children) {
-            return if task.children == 0 { now } else { NEVER };
+        if let Wait::Children { first, count } = task.wait {
+            let ended = self.tasks[first..first + count].iter().all(|task| task.ended);
+            return if ended { now } else { NEVER };
+        }
+        if matches!(task.wait, Wait::Start) {
+            return if self.world.has_started(task.process) || self.world.over { now } else { NEVER };
         }
         if self.world.is_dead(task.process) {
             return now;
@@ -289,7 +326,14 @@ impl Shared {
                     now
                 }
             }
-            Wait::Children => NEVER,
+            Wait::Fault { side, deadline_ns } => {
+                if self.world.has_fault(*side) {
+                    now
+                } else {
+                    *deadline_ns
+                }
+            }
+            Wait::Children { .. } | Wait::Start => NEVER,
         }
     }
 
@@ -310,12 +354,22 @@ impl Shared {
                     due.push(id);
                 }
             }
-            let event = self.world.next_event_at();
+            let (event, touch) = (self.world.next_event_at(), self.world.next_touch_at());
+            if touch < first.min(event) {
+                self.world.advance(touch);
+                continue;
+            }
             if event != NEVER && event <= first {
                 self.world.fire_event();
                 continue;
             }
             if due.is_empty() {
+                // Those that nobody starts are not missed.
+                let waits = |task: &Task| !task.ended && !matches!(task.wait, Wait::Start);
+                if !self.tasks.iter().any(waits) && self.tasks.iter().any(|task| !task.ended) && !self.world.over {
+                    self.world.over = true;
+                    continue;
+                }
                 if self.tasks.iter().any(|task| !task.ended) && !self.world.over {
                     self.world.violations.push("every thread waits for another".to_owned());
                     self.world.over = true;
@@ -357,16 +411,16 @@ impl Clock for Scheduler {
         let process = shared.tasks[me].process;
         let first = shared.tasks.len();
         for _ in &jobs {
-            shared.add_task(process, Some(me));
+            shared.add_task(process);
         }
-        shared.tasks[me].children += jobs.len();
+        let children = Wait::Children { first, count: jobs.len() };
         drop(shared);
         std::thread::scope(|scope| {
             for (index, job) in jobs.into_iter().enumerate() {
                 scope.spawn(move || self.be(first + index, job, || ()));
             }
             let led = catch_unwind(AssertUnwindSafe(lead));
-            drop(Self::give_way(self.lock(), me, Wait::Children));
+            drop(Self::give_way(self.lock(), me, children));
             if let Err(panic) = led {
                 resume_unwind(panic);
             }

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::*;
-use crate::migrate::OnStuck;
-use crate::migrate::outcomes::{Failure, OUTCOMES, Whereabouts, Window, outcome};
+use crate::migrate::outcomes::{Failure, OUTCOMES, OWING_OUTCOMES, Whereabouts, Window, outcome, outcome_owing};
+use crate::migrate::{OnStuck, Strategy};
 use crate::model::{BytesPerSecond, Ending, Step};
 
 fn scale() -> u64 {
@@ -57,7 +57,8 @@ fn assert_in_table(run: &Run, scenario: &Scenario) -> Option<(Failure, Window)> 
     assert_unbroken(run, scenario);
     let &[(fault, window)] = &run.struck[..] else { return None };
     let failure = fault.failure()?;
-    let row = outcome(failure, window).expect("the table is complete");
+    let row = if scenario.strategy.runs_owing() { outcome_owing } else { outcome };
+    let row = row(failure, window).expect("the table is complete");
     let end = (run.ending(), run.found);
     let told = format!("{scenario:?}\n{run:#?}\n{}", run.trace);
     assert!(row.ends.contains(&end), "{failure}, {window}: {end:?} is not in the table\n{told}");
@@ -213,7 +214,7 @@ fn several_faults_break_no_invariant() {
 /// Longer than a paused VM waits for its target: it is waited for while the VM runs.
 #[test]
 fn a_boot_image_that_takes_long_does_not_lengthen_the_blackout() {
-    for strategy in [crate::migrate::Strategy::PreCopy, crate::migrate::Strategy::StopAndCopy] {
+    for strategy in [Strategy::PreCopy, Strategy::StopAndCopy] {
         let mut scenario = Scenario::new(1);
         scenario.strategy = strategy;
         scenario.stall = Duration::from_secs(10);
@@ -239,9 +240,69 @@ fn a_flipped_bit_is_found_by_digest_or_verify() {
             "seed {seed}: {run:#?}"
         );
         let mut scenario = Scenario::new(seed).with(Trigger::Step(Side::Source, Step::Paused), Fault::FlipPageBit);
-        scenario.strategy = crate::migrate::Strategy::StopAndCopy;
+        scenario.strategy = Strategy::StopAndCopy;
         let run = simulate(&scenario);
         assert_unbroken(&run, &scenario);
         assert_eq!(run.ending(), Some(Ending::Failed), "seed {seed}: {run:#?}");
     }
+}
+
+/// The strategies by which the VM runs before its memory is there.
+const OWING: [Strategy; 3] = [Strategy::PostCopy, Strategy::Hybrid, Strategy::DemandPaging];
+
+#[test]
+fn faults_at_every_step_of_a_vm_that_is_owed_pages_end_as_the_table_says() {
+    let mut reached = BTreeSet::new();
+    for (side, step) in all_steps() {
+        for (index, fault) in all_faults().into_iter().enumerate() {
+            for seed in 0..scale() {
+                let seed = seed * 1000 + step as u64 * 20 + side as u64;
+                let mut scenario = Scenario::new(seed).with(Trigger::Step(side, step), fault);
+                scenario.strategy = OWING[(index + step as usize) % 3];
+                scenario.streams = 1 + (seed % 3) as u16;
+                reached.extend(assert_in_table(&simulate(&scenario), &scenario));
+            }
+        }
+    }
+    for row in OWING_OUTCOMES.iter().filter(|row| row.when == Window::Owing) {
+        assert!(reached.contains(&(row.failure, row.when)), "{}, {}: no run came here", row.failure, row.when);
+    }
+}
+
+/// Whatever strikes while pages are owed, and whenever: on slow and fast links, with writers slow and fast.
+#[test]
+fn faults_at_any_time_of_a_vm_that_is_owed_pages_end_as_the_table_says() {
+    let mut sent_twice = 0;
+    for seed in 0..150 * scale() {
+        let mut rng = rng::Rng(seed ^ 0x0e1d);
+        let mut scenario = Scenario::random(seed);
+        scenario.strategy = OWING[rng.below(3) as usize];
+        scenario.guest.writes_per_second = [0, 300, 5_000, 20_000][rng.below(4) as usize];
+        let operations = simulate(&scenario).operations;
+        let fault = all_faults()[rng.below(20) as usize];
+        let scenario = scenario.with(Trigger::Operation(1 + rng.below(operations)), fault);
+        let run = simulate(&scenario);
+        assert_in_table(&run, &scenario);
+        // A manager that takes another's place ends it.
+        if let Some(recovered) = &run.recovered {
+            assert_eq!(recovered.ending, Ending::Moved, "seed {seed}: {run:#?}");
+        }
+        let owed = run.report.as_ref().and_then(|report| report.post_copy.as_ref());
+        sent_twice += owed.map_or(0, |owed| owed.sent_pages.saturating_sub(owed.owed_pages));
+    }
+    assert!(sent_twice > 0, "what was on its way when contact was lost is sent again");
+}
+
+#[test]
+fn a_machine_that_does_not_wait_for_missing_pages_is_found_out() {
+    let found = |seed: &u64| {
+        let seed = *seed;
+        let killed = (Trigger::Step(Side::Source, Step::Running), Fault::KillManager(Side::Target));
+        let mut scenario = Scenario::new(seed).with(killed.0, killed.1);
+        scenario.strategy = Strategy::DemandPaging;
+        scenario.sabotage = Some(Sabotage::ClosesFaults);
+        simulate(&scenario).violations.iter().any(|violation| violation.contains("I3"))
+    };
+    let found = (0..20).filter(found).count();
+    assert!(found >= 10, "only {found} of 20 were found out");
 }

@@ -7,17 +7,21 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::faults::Missing;
 use super::memory::{SimDirtyLog, SimRegion};
 use super::network::{NEVER, Network};
 use super::rng::{Rng, mix};
 use super::scenario::{Fault, Sabotage, Scenario, Side, Trigger};
+use super::scheduler::Process;
 use crate::migrate::outcomes::{Whereabouts, Window};
 use crate::model::bucket::Bucket;
-use crate::model::{Owner, PageCount, Step, VcpuLimit, VcpuWrites, VmWrites};
-use crate::port::{JournalRecord, THROTTLE_LEASE};
+use crate::model::{Owner, PageCount, PageRun, Step, VcpuLimit, VcpuWrites, VmWrites};
+use crate::port::{FaultError, JournalRecord, THROTTLE_LEASE};
 
 /// How long the operator waits, after the source's manager has ended, before looking at both hosts.
 const OPERATOR_AFTER: Duration = Duration::from_secs(35);
+/// When an operator finishes demand-paging, after the VM has begun to run at the target.
+const FINISH_AFTER: Duration = Duration::from_millis(300);
 /// How long everything may take to end after the operator has decided.
 const END_AFTER: Duration = Duration::from_secs(100);
 
@@ -86,6 +90,8 @@ pub(super) struct Vm {
     pub(super) resolved: Option<Owner>,
     /// A manager is connected.
     pub(super) session: bool,
+    /// It waits where it touches a page that nobody has mapped for it.
+    pub(super) missing: Option<Missing>,
     /// It has run the guest at some time.
     has_run: bool,
     /// What its vCPU may write, and until when that holds.
@@ -107,6 +113,8 @@ pub(super) enum Manager {
 /// One host.
 pub(super) struct Host {
     pub(super) manager: Manager,
+    /// Which of its managers that is.
+    pub(super) generation: u8,
     pub(super) vm: Option<Vm>,
     pub(super) region: Arc<SimRegion>,
     pub(super) journal: Vec<JournalRecord>,
@@ -124,6 +132,8 @@ pub(super) enum AppendError {
 
 enum Event {
     SessionLost(Side),
+    /// Whoever waits until pages are asked for is told to finish.
+    Finish,
     Heal,
     Operator,
     End,
@@ -140,6 +150,8 @@ pub(super) struct World {
     steps: Vec<(Side, Step)>,
     /// Cancel flags to set; the managers' own are joined to them by the runner.
     pub(super) cancelled: [crate::migrate::CancelFlag; 2],
+    /// How fast the source's first manager may send.
+    pub(super) pace: crate::migrate::Pace,
     /// What has struck, and in which window.
     pub(super) struck: Vec<(Fault, Window)>,
     pub(super) violations: Vec<String>,
@@ -159,6 +171,7 @@ impl World {
         let pages = PageCount(scenario.memory_pages);
         let host = |gate| Host {
             manager: Manager::Alive,
+            generation: 0,
             vm: (gate == Gate::Open).then(|| Vm::new(pages, gate)),
             region: Arc::new(SimRegion::new(pages)),
             journal: Vec::new(),
@@ -175,6 +188,7 @@ impl World {
             events: Vec::new(),
             steps: Vec::new(),
             cancelled: Default::default(),
+            pace: crate::migrate::Pace::new(scenario.bandwidth_limit),
             struck: Vec::new(),
             violations: Vec::new(),
             before_operator: None,
@@ -248,6 +262,9 @@ impl World {
         let host = &mut self.hosts[side.index()];
         let Some(vm) = &mut host.vm else { return };
         let Some(mut cpu) = vm.cpu else { return };
+        if vm.missing.as_ref().is_some_and(Missing::waits) {
+            return;
+        }
         let passed = passed_ns.min(cpu.busy_left_ns);
         cpu.busy_left_ns -= passed;
         cpu.since_last_write_ns += passed;
@@ -262,12 +279,20 @@ impl World {
                 cpu.since_last_write_ns = 0;
                 break;
             }
+            let before = cpu;
             cpu.since_last_write_ns -= guest.write_interval_ns;
             cpu.sequence += 1;
             let all = guest.places.len() as u64;
             // Hot pages lie all over the working set, so that no stream has them alone.
             let hot = cpu.rng.below(guest.hot) * (all / guest.hot);
             let index = if cpu.rng.one_in(10) { cpu.rng.below(all) } else { hot } as usize;
+            if let Some(missing) = &mut vm.missing
+                && !missing.touch(guest.places[index])
+            {
+                // It waits in the middle of that, and the time is lost to it.
+                cpu = Cpu { since_last_write_ns: guest.write_interval_ns, ..before };
+                break;
+            }
             let stamp = if cpu.rng.one_in(8) { 0 } else { mix(cpu.sequence) | 1 };
             host.region.stamp(guest.places[index], stamp);
             guest.stamps[index] = stamp;
@@ -283,6 +308,23 @@ impl World {
         guest.cpu = cpu;
     }
 
+    /// When a guest that may meet a missing page touches one next.
+    pub(super) fn next_touch_at(&self) -> u64 {
+        let touches = Side::BOTH.map(|side| {
+            let vm = self.hosts[side.index()].vm.as_ref().filter(|_| self.runs(side));
+            let cpu = vm.filter(|vm| vm.missing.as_ref().is_some_and(|missing| !missing.waits())).and_then(|vm| vm.cpu);
+            let busy = cpu.filter(|cpu| cpu.busy_left_ns > 0 && self.guest.write_interval_ns != NEVER);
+            busy.map_or(NEVER, |cpu| self.now_ns + self.guest.write_interval_ns.saturating_sub(cpu.since_last_write_ns))
+        });
+        touches.into_iter().min().unwrap_or(NEVER)
+    }
+
+    /// Whether the machine there waits for a page of which no manager knows, or has died: a manager that waits is to look.
+    pub(super) fn has_fault(&self, side: Side) -> bool {
+        let vm = self.hosts[side.index()].vm.as_ref();
+        vm.is_none_or(|vm| !vm.alive || vm.missing.as_ref().is_some_and(Missing::is_untold))
+    }
+
     /// Fires the next event.
     pub(super) fn fire_event(&mut self) {
         let Some(index) = (0..self.events.len()).min_by_key(|&index| self.events[index].0) else { return };
@@ -290,6 +332,7 @@ impl World {
         self.advance(at);
         match event {
             Event::SessionLost(side) => self.session_lost(side),
+            Event::Finish => self.pace.finish(),
             Event::Heal => self.network.heal(self.now_ns),
             Event::Operator => self.operator(),
             Event::End => self.over = true,
@@ -298,8 +341,30 @@ impl World {
 
     // ---- processes ----
 
-    pub(super) fn is_dead(&self, side: Side) -> bool {
-        self.over || self.hosts[side.index()].manager == Manager::Killed
+    pub(super) fn is_dead(&self, process: Process) -> bool {
+        let host = &self.hosts[process.side.index()];
+        let now = host.generation == process.generation && host.manager == Manager::Killed;
+        self.over || now || process.generation < host.generation
+    }
+
+    /// Whether the process is its side's, or was.
+    pub(super) fn has_started(&self, process: Process) -> bool {
+        process.generation <= self.hosts[process.side.index()].generation
+    }
+
+    /// An operator starts a manager in the place of one that is gone.
+    fn replace_manager(&mut self, side: Side) {
+        let host = self.host(side);
+        if host.manager != Manager::Alive && host.generation == 0 {
+            host.manager = Manager::Alive;
+            host.generation = 1;
+            if let Some(vm) = self.vm(side) {
+                vm.session = true;
+            }
+            if side == Side::Target {
+                self.network.listening = true;
+            }
+        }
     }
 
     fn kill_manager(&mut self, side: Side) {
@@ -312,8 +377,9 @@ impl World {
     }
 
     /// A manager's process has ended by itself.
-    pub(super) fn manager_ended(&mut self, side: Side) {
-        if self.host(side).manager == Manager::Alive {
+    pub(super) fn manager_ended(&mut self, process: Process) {
+        let side = process.side;
+        if self.host(side).manager == Manager::Alive && self.host(side).generation == process.generation {
             self.host(side).manager = Manager::Ended;
             self.network.process_ended(self.now_ns, side);
             self.end_session(side);
@@ -359,7 +425,14 @@ impl World {
                 self.start_running(side);
             }
             Gate::Released if sabotage == Some(Sabotage::ResumesAfterReleased) => self.start_running(side),
-            Gate::Owner => self.start_running(side),
+            Gate::Owner => {
+                if let Some(missing) = &mut vm.missing
+                    && sabotage == Some(Sabotage::ClosesFaults)
+                {
+                    missing.close();
+                }
+                self.start_running(side);
+            }
             Gate::Reserved => {
                 self.kill_machine(side);
                 let _ = self.append(side, JournalRecord::NeverOwner);
@@ -379,6 +452,57 @@ impl World {
             return Err(AppendError::WriterDied);
         }
         Ok(())
+    }
+
+    // ---- missing pages ----
+
+    /// Lets the machine touch pages that are in memory, or, `zero`, that are not. The oracle looks at each.
+    pub(super) fn map_pages(&mut self, side: Side, run: PageRun, zero: bool) -> Result<(), FaultError> {
+        let region = Arc::clone(&self.host(side).region);
+        for page in run.indices() {
+            let Some(missing) = self.vm(side).and_then(|vm| vm.missing.as_mut()) else { return Err(FaultError::Gone) };
+            if missing.mapped.contains(page) {
+                missing.wake(page);
+                continue;
+            }
+            match (zero, region.is_touched(page)) {
+                (false, false) => return Err(FaultError::NotThere),
+                // It has memory already, and is to be tried again.
+                (true, true) => missing.wake(page),
+                _ => {
+                    missing.mapped.insert(page);
+                    missing.wake(page);
+                    self.check_mapped(side, page);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets the machine touch everything.
+    pub(super) fn map_all(&mut self, side: Side) -> Result<(), FaultError> {
+        let Some(missing) = self.vm(side).and_then(|vm| vm.missing.as_mut()) else { return Err(FaultError::Gone) };
+        let pages: Vec<u64> = (0..missing.mapped.len().0).filter(|&page| !missing.mapped.contains(page)).collect();
+        for &page in &pages {
+            missing.mapped.insert(page);
+            missing.wake(page);
+        }
+        for page in pages {
+            self.check_mapped(side, page);
+        }
+        Ok(())
+    }
+
+    /// I3, of a page that the machine may touch from now on. One that does not own the VM is looked at when it begins to run.
+    fn check_mapped(&mut self, side: Side, page: u64) {
+        if self.vm(side).is_none_or(|vm| vm.gate != Gate::Owner) {
+            return;
+        }
+        let guest = &self.guest;
+        let stamp = guest.places.binary_search(&page).map_or(0, |index| guest.stamps[index]);
+        if !self.hosts[side.index()].region.holds(page, stamp) {
+            self.violation(format!("I3: page {page} is mapped at the {side:?}, and is not what the guest left"));
+        }
     }
 
     // ---- the guest ----
@@ -410,15 +534,18 @@ impl World {
     fn check_guest(&mut self, side: Side) {
         let host = &self.hosts[side.index()];
         let guest = &self.guest;
+        // What it cannot touch yet is looked at when it can.
+        let missing = host.vm.as_ref().and_then(|vm| vm.missing.as_ref());
+        let seen = |page: u64| missing.is_none_or(|missing| missing.mapped.contains(page));
         let mut wrong: Vec<u64> = guest
             .places
             .iter()
             .zip(&guest.stamps)
-            .filter(|&(&place, &stamp)| !host.region.holds(place, stamp))
+            .filter(|&(&place, &stamp)| seen(place) && !host.region.holds(place, stamp))
             .map(|(&place, _)| place)
             .collect();
         let foreign = host.region.touched_pages().into_iter().filter(|page| guest.places.binary_search(page).is_err());
-        wrong.extend(foreign.filter(|&page| !host.region.holds(page, 0)));
+        wrong.extend(foreign.filter(|&page| seen(page) && !host.region.holds(page, 0)));
         let cpu = host.vm.as_ref().and_then(|vm| vm.cpu);
         let cpu_is_right = cpu == Some(guest.cpu);
         if !wrong.is_empty() {
@@ -440,6 +567,9 @@ impl World {
     pub(super) fn step(&mut self, side: Side, step: Step) {
         if !self.steps.contains(&(side, step)) {
             self.steps.push((side, step));
+            if (side, step) == (Side::Source, Step::Running) {
+                self.after(FINISH_AFTER, Event::Finish);
+            }
             self.strike(|trigger| *trigger == Trigger::Step(side, step));
         }
     }
@@ -483,8 +613,9 @@ impl World {
             _ => self.hosts[Side::Target.index()].vm.as_ref().is_some_and(|vm| vm.gate == Gate::Prepared),
         };
         let released = self.has(Side::Source, &JournalRecord::Released { peer: String::new() });
+        let owes = self.hosts[Side::Target.index()].vm.as_ref().is_some_and(|vm| vm.missing.is_some());
         if self.steps.contains(&(Side::Source, Step::Running)) {
-            Window::Done
+            if owes { Window::Owing } else { Window::Done }
         } else if self.has(Side::Target, &JournalRecord::Owner) {
             Window::Owned
         } else if released {
@@ -503,13 +634,21 @@ impl World {
         if self.runs(Side::Source) {
             return Whereabouts::RunsAtSource;
         }
+        let missing = self.hosts[1].vm.as_ref().and_then(|vm| vm.missing.as_ref());
+        let (owes, all_is_here) = (missing.is_some(), missing.is_none_or(Missing::all_is_here));
+        let pages_are_lost = !all_is_here && self.vm(Side::Source).is_none();
         if self.runs(Side::Target) {
-            return Whereabouts::RunsAtTarget;
+            return match (owes, pages_are_lost) {
+                (false, _) => Whereabouts::RunsAtTarget,
+                (true, false) => Whereabouts::RunsOwing,
+                (true, true) => Whereabouts::Crashed,
+            };
         }
         let owned = self.hosts[1].journal.last() == Some(&JournalRecord::Owner);
         let at_source = self.vm(Side::Source).is_some();
         let at_target = self.vm(Side::Target).is_some_and(|vm| matches!(vm.gate, Gate::Prepared | Gate::Owner));
-        if at_target || (at_source && !owned) { Whereabouts::Waits } else { Whereabouts::Crashed }
+        let complete_at_target = at_target && !pages_are_lost;
+        if complete_at_target || (at_source && !owned) { Whereabouts::Waits } else { Whereabouts::Crashed }
     }
 
     /// An operator looks at both hosts and resolves what is in doubt, as the outcome table advises.
@@ -529,7 +668,17 @@ impl World {
         if target_gate.is_none() && self.host(Side::Target).journal.last() == Some(&JournalRecord::Prepared) {
             let _ = self.append(Side::Target, JournalRecord::NeverOwner);
         }
+        let owes = self.vm(Side::Target).is_some_and(|vm| vm.missing.is_some());
         match (source_gate, target_gate) {
+            // The VM was let go before its memory was there: the link is seen to, and managers take the places of those that are gone.
+            (Some(Gate::Released), Some(Gate::Prepared | Gate::Owner)) if owes => {
+                self.network.heal(self.now_ns);
+                self.replace_manager(Side::Target);
+                self.replace_manager(Side::Source);
+            }
+            // It runs, and only its manager is gone; or its pages are.
+            (None, Some(Gate::Owner)) if owes => self.replace_manager(Side::Target),
+            (None, Some(Gate::Prepared)) if owes => self.resolve(Side::Target, Owner::There),
             // The VM never left: a target that still holds a copy is told to let go.
             (Some(Gate::Open), Some(Gate::Prepared)) => {
                 self.stale_prepared = true;
@@ -627,6 +776,7 @@ impl Vm {
             boot_image: (gate == Gate::Open).then(|| BOOT_IMAGE.to_vec()),
             resolved: None,
             session: true,
+            missing: None,
             has_run: false,
             limit: None,
             writes: VcpuWrites::default(),

@@ -11,12 +11,12 @@ use crate::link::{Address, Listener};
 use crate::model::id::VmName;
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
-use crate::model::{DiskSpec, MigrationId, NetSpec, SerialSpec};
+use crate::model::{DiskSpec, MigrationId, NetSpec, SerialSpec, VmRef};
 use crate::service::config::Config;
 use crate::service::machine::Places;
 use crate::service::migration::check_plaintext;
 use crate::service::out::{complain, say};
-use crate::service::receive::{ReceiveRequest, answer_questions, receive};
+use crate::service::receive::{ReceiveError, ReceiveRequest, answer_questions, receive, recover};
 
 /// Wait for one VM that `dunlin migrate` sends, then run it.
 ///
@@ -28,12 +28,17 @@ Examples:
   dunlin vm receive --listen tcp://127.0.0.1:4460
   dunlin vm receive --listen tcp://192.0.2.7:4460 --insecure-plaintext \\
       --net tap=tap7,mac=52:54:00:00:00:01 --disk path=/srv/disk.img --serial file=web1.log
+  dunlin vm receive --listen tcp://192.0.2.7:4460 --insecure-plaintext --recover web1
 
 Exit codes: 0 the VM came and has ended, or moved on; 1 it crashed; 2 wrong arguments; 3 refused; 6 cancelled.")]
 pub(in crate::cli) struct ReceiveArgs {
     /// Where to listen: tcp://ADDR:PORT; port 0 lets the kernel choose, and the choice is printed.
     #[arg(long, value_name = "ADDRESS")]
     listen: Address,
+
+    /// Take the place of a receiver that died: of a VM that waits here in doubt, or runs here and is owed pages. `dunlin migrate --recover` on its former host goes on then.
+    #[arg(long, value_name = "VM", conflicts_with_all = ["name", "nets", "disks"])]
+    recover: Option<VmRef>,
 
     /// The VM's name here; the source's if absent.
     #[arg(long, value_name = "N")]
@@ -125,10 +130,18 @@ impl ReceiveArgs {
             hold: self.watch.hold_at,
             stall: self.watch.stall.unwrap_or(config.migrate.stall),
         };
-        let Some(mut received) = receive(&request, &listener, &cancel)? else {
-            return Ok(exit::CANCELLED);
+        let came = match &self.recover {
+            None => receive(&request, &listener, &cancel)?,
+            Some(vm) => match recover(&request, vm, &listener, &cancel) {
+                Err(error @ (ReceiveError::Registry(_) | ReceiveError::Machine(_) | ReceiveError::Control(_))) => {
+                    complain!("dunlin: refused: {error}");
+                    return Ok(exit::REFUSED);
+                }
+                other => Some(other?),
+            },
         };
-        let (migration_id, pid) = (received.migration_id, received.child.id());
+        let Some(mut received) = came else { return Ok(exit::CANCELLED) };
+        let (migration_id, pid) = (received.migration_id, received.process.id());
         if json {
             let came = Came { migration_id, pid, verified_pages: received.verified_pages };
             say!("{}", serde_json::to_string(&came.tagged())?);
@@ -138,8 +151,8 @@ impl ReceiveArgs {
         let status =
             answer_questions(&request, &listener, &mut received, &cancel).context("answering late questions")?;
         Ok(match status {
-            Some(status) if status.success() => exit::DONE,
-            Some(_) => exit::ERROR,
+            Some(true) => exit::DONE,
+            Some(false) => exit::ERROR,
             // The manager goes, the VM stays.
             None => exit::DONE,
         })

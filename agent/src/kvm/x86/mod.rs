@@ -4,6 +4,7 @@
 
 pub mod acpi;
 pub mod cpuid;
+pub(super) mod essential;
 pub mod msr;
 pub mod start;
 pub mod state;

@@ -451,7 +451,9 @@ fn migration(lab: &Lab<'_>, verify: bool) -> Result<Success, Obstacle> {
         (report, receiver.join())
     });
     let received = received.map_err(|_| Obstacle::Failed("the target's manager panicked".to_owned()))?;
-    let moved = received.map(|received| received.map(|received| (received.verified_pages, OwnChild(received.child))));
+    let moved = received.map(|received| {
+        received.and_then(|received| Some((received.verified_pages, OwnChild(received.process.into_child()?))))
+    });
     if lab.cancel.is_set() {
         return Err(Obstacle::Cancelled);
     }

@@ -23,6 +23,8 @@ use crate::store::FileJournal;
 
 /// How long any one request may take: the longest is the creation of a machine with much memory.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// What is asked of a machine whose faults are to be caught.
+const CATCH: &str = "have its faults caught";
 /// How long a machine whose session broke may take to be seen dead.
 const DEATH_LIMIT: Duration = Duration::from_secs(2);
 
@@ -50,6 +52,20 @@ impl RemoteMachine {
         let stream =
             UnixStream::connect(socket).map_err(|error| gone("attach", format!("{}: {error}", socket.display())))?;
         Self::begin(stream, &Request::Attach { version: SESSION_VERSION, migration }, migration, journal)
+    }
+
+    /// Takes the place of a manager that died or gave up: of a machine that stands in doubt, or that runs and is owed pages.
+    ///
+    /// # Errors
+    /// No machine there, or one that has nothing to be taken over.
+    pub fn reattach(socket: &Path, migration: MigrationId, journal: FileJournal) -> Result<Self, MachineError> {
+        let stream =
+            UnixStream::connect(socket).map_err(|error| gone("attach", format!("{}: {error}", socket.display())))?;
+        let request = Request::Reattach { version: SESSION_VERSION, migration };
+        let mut machine = Self::begin(stream, &request, migration, journal)?;
+        let owned = matches!(machine.journal.last(migration), Ok(Some(JournalRecord::Owner)));
+        (machine.asked_to_own, machine.may_have_run) = (owned, owned);
+        Ok(machine)
     }
 
     /// Makes the machine process at the other end of `stream` become a waiting machine.
@@ -141,6 +157,22 @@ impl RemoteMachine {
         }
     }
 
+    /// Takes over the descriptors of its faults, if there are any.
+    fn faults(&mut self, request: &Request) -> Result<Option<Arc<dyn Faults>>, MachineError> {
+        let fail = |error: &dyn std::fmt::Display| gone(CATCH, error.to_string());
+        self.socket.send(request, &[]).map_err(|error| fail(&error))?;
+        let (reply, fds) = self.socket.recv::<Reply>().map_err(|error| fail(&error))?;
+        match (reply, <[OwnedFd; 2]>::try_from(fds)) {
+            (Reply::Faults(mapped), Ok([faults, here])) => {
+                let faults = UserFaults::adopt(faults, here, mapped).map_err(|error| fail(&error))?;
+                Ok(Some(Arc::new(faults)))
+            }
+            (Reply::Done, _) => Ok(None),
+            (Reply::Failed(reason), _) => Err(MachineError::Refused { action: CATCH, reason }),
+            (other, _) => Err(fail(&format!("unexpected answer {other:?}"))),
+        }
+    }
+
     /// Whether the process has ended, waited for up to `limit`.
     fn is_dead(&self, limit: Duration) -> bool {
         let until = Instant::now() + limit;
@@ -218,6 +250,14 @@ impl MachineState for RemoteMachine {
         }
     }
 
+    fn essential_pages(&mut self) -> Result<Vec<u64>, MachineError> {
+        const ACTION: &str = "say which pages it needs";
+        match self.call(ACTION, &Request::EssentialPages)? {
+            Reply::Pages(pages) => Ok(pages),
+            other => Err(gone(ACTION, format!("unexpected answer {other:?}"))),
+        }
+    }
+
     fn restore_state(&mut self, state: &[u8]) -> Result<(), MachineError> {
         self.order("restore a state", &Request::RestoreState(state.to_vec()))
     }
@@ -237,15 +277,12 @@ impl MachineState for RemoteMachine {
 
 impl FaultSource for RemoteMachine {
     fn catch_faults(&mut self) -> Result<Arc<dyn Faults>, MachineError> {
-        const ACTION: &str = "have its faults caught";
-        let fail = |error: &dyn std::fmt::Display| gone(ACTION, error.to_string());
-        self.socket.send(&Request::CatchFaults, &[]).map_err(|error| fail(&error))?;
-        let (reply, mut fds) = self.socket.recv::<Reply>().map_err(|error| fail(&error))?;
-        match (reply, fds.pop()) {
-            (Reply::Faults(mapped), Some(fd)) => Ok(Arc::new(UserFaults::adopt(fd, mapped))),
-            (Reply::Failed(reason), _) => Err(MachineError::Refused { action: ACTION, reason }),
-            (other, _) => Err(fail(&format!("unexpected answer {other:?}"))),
-        }
+        let caught = self.faults(&Request::CatchFaults)?;
+        caught.ok_or_else(|| gone(CATCH, "it says that there are none".to_owned()))
+    }
+
+    fn caught_faults(&mut self) -> Result<Option<Arc<dyn Faults>>, MachineError> {
+        self.faults(&Request::CaughtFaults)
     }
 
     fn all_is_here(&mut self) -> Result<(), MachineError> {

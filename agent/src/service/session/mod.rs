@@ -16,7 +16,7 @@ use crate::model::{MachineShape, MigrationId, PageRun, RegionId, SerialSpec, Vcp
 use crate::shm::MappedAt;
 
 /// The session protocol's version; both ends must agree.
-pub const SESSION_VERSION: u16 = 2;
+pub const SESSION_VERSION: u16 = 3;
 
 /// What a manager asks of a machine.
 #[derive(Debug, Serialize, Deserialize)]
@@ -26,6 +26,13 @@ pub enum Request {
         /// [`SESSION_VERSION`] of the manager.
         version: u16,
         /// The migration.
+        migration: MigrationId,
+    },
+    /// First, instead of a manager that died or gave up: take over a machine that stands in doubt, or that runs and is owed pages.
+    Reattach {
+        /// [`SESSION_VERSION`] of the manager.
+        version: u16,
+        /// The migration that left it so.
         migration: MigrationId,
     },
     /// First at a target, to a machine process that was just started: become this machine, and wait.
@@ -68,6 +75,10 @@ pub enum Request {
     Throttle(Vec<Option<VcpuLimit>>),
     /// [`crate::port::FaultSource::catch_faults`]
     CatchFaults,
+    /// [`crate::port::FaultSource::caught_faults`]
+    CaughtFaults,
+    /// [`crate::port::MachineState::essential_pages`]
+    EssentialPages,
     /// [`crate::port::FaultSource::all_is_here`]
     AllIsHere,
 }
@@ -108,8 +119,10 @@ pub enum Reply {
     Failed(String),
     /// To `TakeOwnership`: an operator was faster, and the guest may have run since.
     OwnedAlready,
+    /// To `EssentialPages`.
+    Pages(Vec<u64>),
     /// To `Throttle`: what has been written.
     Writes(Box<VmWrites>),
-    /// To `CatchFaults`: where RAM is mapped; the descriptor travels beside it.
+    /// To `CatchFaults` and `CaughtFaults`: where RAM is mapped; the descriptors of faults and of the marks of what is here travel beside it.
     Faults(Vec<MappedAt>),
 }

@@ -1,0 +1,294 @@
+//! The source of a VM that runs at its target before its memory is there: hands it over, and sends what is owed through as many connections as that takes.
+//!
+//! From `running` on the VM is the target's, and its missing pages are only here: whatever fails, they are kept until the target has said that it has all.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{PAUSED_STALL, PINGS, Progress, Source, SourceError, TICK, Way, peers_reason, unexpected};
+use crate::migrate::message::{ControlMessage, Handed};
+use crate::migrate::options::Strategy;
+use crate::migrate::owed::{owed_pages, owed_words};
+use crate::migrate::pacer::Pacer;
+use crate::migrate::push::Push;
+use crate::migrate::rounds::longest_run;
+use crate::model::{BlackoutLedger, BlackoutPhase, Ending, MigrationReport, PostCopyReport, Step, WaitReport};
+use crate::port::{BulkReceiver, BulkSender, Job, LinkError};
+
+/// How often a target that is owed pages is asked whether it is there.
+const ASK_EVERY: Duration = Duration::from_millis(500);
+
+/// What of the VM is still here when it runs at the target.
+#[derive(Clone, Copy)]
+pub(super) enum Rest<'p> {
+    /// Nothing.
+    None,
+    /// These pages, which are being pushed.
+    Pushed(&'p Push<'p>),
+    /// The target knows.
+    AskTarget,
+}
+
+impl Source<'_> {
+    /// The VM moves before its memory has. Up to `released` everything can be undone.
+    pub(super) fn move_owing(&mut self, progress: &mut Progress) -> (Ending, String) {
+        let mut way = match self.until_rounds_end(progress) {
+            Ok(way) => way,
+            Err(error) => return self.roll_back(progress, &error),
+        };
+        if self.options.strategy == Strategy::DemandPaging {
+            self.pace.wait_until_asked();
+        }
+        let (requests, essential) = match self.hand_owing(progress, &mut way) {
+            Ok(handed) => handed,
+            Err(error) => return self.roll_back(progress, &error),
+        };
+        let round = progress.rounds.len() as u32 + 1;
+        let run = longest_run(self.options.bandwidth, self.options.streams);
+        let push = Push::new(self.region, &way.pacer, self.clock, self.observer, (round, run), &way.due);
+        push.put_first(&essential);
+        let control = Arc::clone(&way.control);
+        self.beside_push(&push, &mut way.streams, requests, |source| {
+            let patience = source.options.stall.min(PAUSED_STALL);
+            match source.await_prepared(progress, control.as_ref(), round - 1, patience) {
+                Ok(ledger) => source.hand_over(progress, ledger, Rest::Pushed(&push)),
+                Err(error) => source.roll_back(progress, &error),
+            }
+        })
+    }
+
+    /// Does `work` while pages are pushed and requests answered; then nobody does any more.
+    fn beside_push<R: Send>(
+        &mut self,
+        push: &Push<'_>,
+        streams: &mut [Box<dyn BulkSender>],
+        mut requests: Box<dyn BulkReceiver>,
+        work: impl FnOnce(&mut Self) -> R + Send,
+    ) -> R {
+        let mut jobs: Vec<Job<'_>> = Vec::new();
+        let last = streams.len().saturating_sub(1);
+        for (index, stream) in streams.iter_mut().enumerate() {
+            if index < last {
+                jobs.push(Box::new(move || push.push(stream.as_mut())));
+            } else {
+                let requests = requests.as_mut();
+                jobs.push(Box::new(move || push.answer(stream.as_mut(), requests)));
+                break;
+            }
+        }
+        let (clock, mut result) = (self.clock, None);
+        let lead = || {
+            result = Some(work(self));
+            push.stop();
+        };
+        clock.run_beside(jobs, Box::new(lead));
+        match result {
+            Some(result) => result,
+            None => unreachable!("the lead has returned"),
+        }
+    }
+
+    /// Pauses the VM and sends its state and which pages are to follow. Returns where requests for them come in, and the pages that it cannot do without.
+    fn hand_owing(
+        &mut self,
+        progress: &mut Progress,
+        way: &mut Way<'_>,
+    ) -> Result<(Box<dyn BulkReceiver>, Vec<u64>), SourceError> {
+        let requests = answers(&mut way.streams)?;
+        let control = Arc::clone(&way.control);
+        let tell = |message: &ControlMessage| {
+            control.send(message).map_err(|error| peers_reason(control.as_ref(), error.into()))
+        };
+        tell(&ControlMessage::PostCopy)?;
+        match self.expect(way.control.as_ref(), self.options.stall, "the target's catching of faults")? {
+            ControlMessage::FaultsCaught => {}
+            other => return Err(unexpected(&other, "faults-caught")),
+        }
+        let mut lap = self.pause(progress, way)?;
+        let state = self.machine.save_state()?;
+        let essential = self.machine.essential_pages()?;
+        progress.ledger.add(BlackoutPhase::SaveState, lap.next());
+        progress.state_bytes = state.len() as u64;
+        progress.handed = true;
+        tell(&ControlMessage::Owing(owed_words(&way.due)))?;
+        let round = progress.rounds.len() as u32;
+        let handed = Handed { state, round, digest: 0, chunk_hashes: Vec::new() };
+        tell(&ControlMessage::Handed(Box::new(handed)))?;
+        self.pass(progress, Step::StateMoved, &format!("{} pages are owed", way.due.count().0));
+        Ok((requests, essential))
+    }
+
+    /// The VM runs at the target: sends it what is still here, dialling anew as often as contact is lost.
+    ///
+    /// # Errors
+    /// For as long as a target in doubt is dialled nobody has answered; nothing is lost.
+    pub(super) fn send_the_rest(&mut self, progress: &mut Progress, rest: Rest<'_>) -> Result<(), SourceError> {
+        let began = self.clock.now();
+        let result = match rest {
+            Rest::None => return Ok(()),
+            Rest::AskTarget => {
+                let pacer = Pacer::new(self.clock, self.pace.clone());
+                self.dial_and_send(progress, &pacer, None)
+            }
+            Rest::Pushed(push) => match self.await_complete(push) {
+                Ok(waits) => {
+                    note(progress, push.report(), waits);
+                    Ok(())
+                }
+                Err(error) => {
+                    push.stop();
+                    note(progress, push.report(), WaitReport::default());
+                    self.dial_and_send(progress, push.pacer(), Some(error))
+                }
+            },
+        };
+        let now = self.clock.now();
+        progress.ended_at = Some(now);
+        if let Some(report) = &mut progress.post_copy {
+            report.duration_ns = now.saturating_sub(began).as_nanos() as u64;
+        }
+        result
+    }
+
+    /// Dials until the target has all, or until it has not been reached for as long as a target in doubt is dialled.
+    fn dial_and_send(
+        &mut self,
+        progress: &mut Progress,
+        pacer: &Pacer<'_>,
+        lost: Option<SourceError>,
+    ) -> Result<(), SourceError> {
+        if matches!(lost, Some(SourceError::PeerCancelled(_))) {
+            return lost.map_or(Ok(()), Err);
+        }
+        if let Some(error) = &lost {
+            tracing::warn!(vm = %self.shape.name, migration = %self.id, "contact is lost while pages are owed: {error}");
+            self.observer.step(Step::Running, &format!("contact is lost while pages are owed: {error}; dialling"));
+        }
+        let mut until = self.clock.now() + self.options.doubt;
+        let mut lost = lost;
+        loop {
+            let sent = progress.post_copy.as_ref().map_or(0, |report| report.sent_pages);
+            match self.go_on(progress, pacer, lost.is_some()) {
+                Ok(()) => return Ok(()),
+                Err(error @ (SourceError::Refused(_) | SourceError::PeerCancelled(_) | SourceError::Machine(_))) => {
+                    return Err(error);
+                }
+                Err(error) => {
+                    tracing::debug!(migration = %self.id, "not gone on: {error}");
+                    lost = Some(error);
+                }
+            }
+            let now = self.clock.now();
+            if progress.post_copy.as_ref().map_or(0, |report| report.sent_pages) > sent {
+                until = now + self.options.doubt;
+            }
+            if now >= until {
+                return lost.map_or(Ok(()), Err);
+            }
+            self.clock.sleep(TICK);
+        }
+    }
+
+    /// Asks the target what it is owed, over a new connection if the present one is lost, and sends that.
+    fn go_on(&mut self, progress: &mut Progress, pacer: &Pacer<'_>, redial: bool) -> Result<(), SourceError> {
+        if redial {
+            self.link.redial()?;
+        }
+        let control = self.link.control();
+        let count = self.options.streams.max(2);
+        control.send(&ControlMessage::Recover { migration: self.id, streams: count })?;
+        let deadline = self.clock.now() + self.options.stall;
+        let due = loop {
+            match self.expect_quietly(deadline)? {
+                ControlMessage::Complete(waits) => {
+                    note(progress, PostCopyReport::default(), waits);
+                    return Ok(());
+                }
+                ControlMessage::Owing(words) => break owed_pages(&words, self.region.spec().pages)?,
+                ControlMessage::Refuse(reason) => return Err(SourceError::Refused(reason)),
+                ControlMessage::Cancel(reason) => return Err(SourceError::PeerCancelled(reason)),
+                // It may have been said twice.
+                ControlMessage::Running(_) | ControlMessage::State(_) => {}
+                other => return Err(unexpected(&other, "owing")),
+            }
+        };
+        let mut streams = Vec::new();
+        for index in 0..count {
+            streams.push(self.link.open_bulk(self.id, index)?);
+        }
+        let requests = answers(&mut streams)?;
+        if let Some(report) = &mut progress.post_copy {
+            report.recoveries += 1;
+        }
+        self.observer.step(Step::Running, &format!("going on with {} pages that are owed", due.count().0));
+        let run = longest_run(self.pace.limit(), self.options.streams);
+        let push = Push::new(self.region, pacer, self.clock, self.observer, (1, run), &due);
+        let ended = self.beside_push(&push, &mut streams, requests, |source| source.await_complete(&push));
+        let waits = ended.as_ref().map_or_else(|_| WaitReport::default(), Clone::clone);
+        note(progress, push.report(), waits);
+        ended.map(drop)
+    }
+
+    /// The VM runs at the target: waits until it has every page. How long its guest waited for them.
+    fn await_complete(&mut self, push: &Push<'_>) -> Result<WaitReport, SourceError> {
+        let control = self.link.control();
+        let (mut asked_at, mut heard_at, mut number) = (self.clock.now(), self.clock.now(), PINGS);
+        loop {
+            let message = control.recv(TICK)?;
+            let now = self.clock.now();
+            if message.is_some() {
+                heard_at = now;
+            }
+            match message {
+                Some(ControlMessage::Complete(waits)) => return Ok(waits),
+                Some(ControlMessage::Cancel(reason)) => return Err(SourceError::PeerCancelled(reason)),
+                Some(ControlMessage::Running(_) | ControlMessage::State(_) | ControlMessage::Pong(_)) | None => {}
+                Some(other) => return Err(unexpected(&other, "complete")),
+            }
+            if now.saturating_sub(heard_at) > self.options.stall {
+                let doing = "waiting for the target to have every page";
+                return Err(LinkError::Stalled { doing, after: self.options.stall }.into());
+            }
+            // Where nothing is asked for nothing moves: both ends are to know that the other is there.
+            if now.saturating_sub(asked_at) >= ASK_EVERY {
+                (asked_at, number) = (now, number.wrapping_add(1));
+                control.send(&ControlMessage::Ping(number))?;
+            }
+            if let Some(error) = push.failure() {
+                return Err(peers_reason(control.as_ref(), error));
+            }
+        }
+    }
+
+    /// Takes the place of a manager that died, or gave up in doubt, after `released`: asks the target what it knows, and goes on from there.
+    pub fn recover(mut self) -> MigrationReport {
+        let started = self.clock.now();
+        let mut progress = Progress { step: Step::Released, handed: true, ..Progress::new() };
+        let why = "this manager takes the place of another one";
+        let (ending, reason) = self.settle(&mut progress, &BlackoutLedger::default(), why, Rest::AskTarget);
+        self.report(progress, started, ending, reason)
+    }
+}
+
+/// What the last stream's other end sends back.
+fn answers(streams: &mut [Box<dyn BulkSender>]) -> Result<Box<dyn BulkReceiver>, LinkError> {
+    match streams.last_mut() {
+        Some(last) => last.answers(),
+        None => Err(LinkError::Protocol("no stream for requests".to_owned())),
+    }
+}
+
+/// Adds what one connection carried.
+fn note(progress: &mut Progress, report: PostCopyReport, waits: WaitReport) {
+    match &mut progress.post_copy {
+        None => progress.post_copy = Some(PostCopyReport { waits, ..report }),
+        Some(so_far) => {
+            so_far.sent_pages += report.sent_pages;
+            so_far.zero_pages += report.zero_pages;
+            so_far.requests += report.requests;
+            so_far.asked_pages += report.asked_pages;
+            so_far.wire_bytes += report.wire_bytes;
+            so_far.waits = waits;
+        }
+    }
+}

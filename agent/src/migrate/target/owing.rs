@@ -1,0 +1,313 @@
+//! The target of a VM that runs before its memory is here: serves its faults until the last page has come, through as many connections as that takes.
+//!
+//! When contact is lost both ends keep what they have. The VM goes on and waits where it touches a page that is still at the source; faults that can be served here are. Whoever
+//! takes the place of a manager that died finds in the machine's marks which pages had come.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{ANNOUNCE_EVERY, Arrived, GREETING_LIMIT, Inflow, MAX_STREAMS, SILENCE, TICK, Target, TargetError};
+use crate::migrate::message::{ControlMessage, Handed, Offer, TargetState};
+use crate::migrate::owed::{Owed, owed_words};
+use crate::model::{BlackoutLedger, BlackoutPhase, MigrationId, Owner, Step, VmId};
+use crate::port::{BulkReceiver, Fate, Job, LinkError, Machine, Region};
+
+/// How long a machine whose faults cannot be served any more may take to be seen dead.
+const DEATH_LIMIT: Duration = Duration::from_secs(1);
+
+/// A machine whose manager died after `prepared`.
+pub struct Orphan {
+    /// The migration that brought it.
+    pub migration_id: MigrationId,
+    /// The VM.
+    pub vm_id: VmId,
+    /// The machine.
+    pub machine: Box<dyn Machine>,
+    /// Its RAM.
+    pub region: Arc<dyn Region>,
+}
+
+impl Target<'_> {
+    /// Takes the place of a manager that died: waits for the source's word if that is still due, runs the VM, and gets it what it is owed. The connection is the source's, and
+    /// nothing has been read from it.
+    ///
+    /// # Errors
+    /// Why the VM is not here, or not whole.
+    pub fn recover(mut self, orphan: Orphan) -> Result<Arrived, TargetError> {
+        let Orphan { migration_id, vm_id, mut machine, region } = orphan;
+        let mut ledger = BlackoutLedger::default();
+        let runs = machine.fate() == Fate::Resolved(Owner::Here);
+        let caught = machine.caught_faults()?;
+        match caught {
+            None if runs => {}
+            None => self.until_it_runs(migration_id, machine.as_mut(), &mut ledger)?,
+            Some(faults) => {
+                let owed = Arc::new(Owed::left_by_another(region.as_ref(), faults, self.clock));
+                self.serve_beside(&owed, |target| {
+                    if !runs {
+                        target.until_it_runs(migration_id, machine.as_mut(), &mut ledger)?;
+                    }
+                    owed.runs();
+                    let gone = LinkError::Protocol("its manager was replaced".to_owned());
+                    target.until_nothing_is_owed(migration_id, Err(gone.into()), &owed, machine.as_mut())
+                })?;
+            }
+        }
+        Ok(Arrived { migration_id, vm_id, machine, ledger, verified_pages: 0 })
+    }
+
+    /// The VM is restored, becomes ours and runs, while its faults are served and pages come that it is owed; until the last of them is here.
+    pub(super) fn run_owing(
+        &mut self,
+        offer: &Offer,
+        (inflow, owed): (&Inflow<'_>, &Arc<Owed<'_>>),
+        machine: &mut dyn Machine,
+        (handed, arrived_at): (&Handed, Duration),
+        ledger: &mut BlackoutLedger,
+        owes: &mut bool,
+    ) -> Result<(), TargetError> {
+        self.pass(offer.migration_id, Step::StateMoved, "");
+        self.serve_beside(owed, |target| {
+            machine.restore_state(&handed.state)?;
+            ledger.add(BlackoutPhase::Restore, target.clock.now().saturating_sub(arrived_at));
+            target.say_prepared(offer, machine, ledger)?;
+            *owes = true;
+            target.until_it_runs(offer.migration_id, machine, ledger)?;
+            owed.runs();
+            inflow.touch();
+            let ended = target.await_the_rest(offer.migration_id, inflow, owed, machine);
+            inflow.end_streams();
+            target.until_nothing_is_owed(offer.migration_id, ended, owed, machine)
+        })
+    }
+
+    /// Does `work` while faults are served; then nobody serves them any more.
+    fn serve_beside(
+        &mut self,
+        owed: &Arc<Owed<'_>>,
+        work: impl FnOnce(&mut Self) -> Result<(), TargetError> + Send,
+    ) -> Result<(), TargetError> {
+        let note = |done: Result<(), TargetError>| {
+            if let Err(error) = done {
+                owed.fail(error);
+            }
+        };
+        let beside: Vec<Job<'_>> = vec![Box::new(|| note(owed.serve_faults())), Box::new(|| note(owed.map_ahead()))];
+        let (clock, mut result) = (self.clock, Ok(()));
+        let lead = || {
+            result = work(self);
+            owed.stop();
+        };
+        clock.run_beside(beside, Box::new(lead));
+        result
+    }
+
+    /// The VM runs. `ended` is how the pages of the connection so far ended: as often as contact was lost, they go on over another one.
+    fn until_nothing_is_owed(
+        &mut self,
+        id: MigrationId,
+        mut ended: Result<(), TargetError>,
+        owed: &Arc<Owed<'_>>,
+        machine: &mut dyn Machine,
+    ) -> Result<(), TargetError> {
+        while let Err(error) = ended {
+            let left = owed.left();
+            if !matches!(error, TargetError::Link(_)) {
+                return Err(TargetError::Owing { left, reason: error.to_string() });
+            }
+            tracing::warn!(migration = %id, left, "contact with the source is lost while pages are owed: {error}; waiting for it");
+            owed.lose_way();
+            let receivers = match self.await_source(id, owed, machine) {
+                Ok(receivers) => receivers,
+                Err(error) => return Err(TargetError::Owing { left, reason: error.to_string() }),
+            };
+            ended = self.take_the_rest(id, receivers, owed, machine);
+        }
+        if let Err(error) = owed.end() {
+            self.tell_of_death(machine, &error);
+            return Err(TargetError::Owing { left: 0, reason: error.to_string() });
+        }
+        if let Err(error) = machine.all_is_here() {
+            tracing::warn!(migration = %id, "{error}");
+        }
+        let waits = owed.waits();
+        tracing::info!(migration = %id, waits = waits.count, "every page is here");
+        if let Err(error) = self.link.control().send(&ControlMessage::Complete(waits)) {
+            tracing::warn!(migration = %id, "`complete` could not be sent: {error}");
+        }
+        Ok(())
+    }
+
+    /// Receives over the streams of a source that has come back.
+    fn take_the_rest(
+        &mut self,
+        id: MigrationId,
+        mut receivers: Vec<Box<dyn BulkReceiver>>,
+        owed: &Arc<Owed<'_>>,
+        machine: &mut dyn Machine,
+    ) -> Result<(), TargetError> {
+        let none = || LinkError::Protocol("no stream for requests".to_owned());
+        let requests = receivers.last_mut().ok_or_else(none)?.back()?;
+        let control = self.link.control();
+        let inflow = Inflow::of_owed(owed, control.as_ref(), self.clock, self.stall, receivers.len());
+        let take = |mut receiver: Box<dyn BulkReceiver>| {
+            let inflow = &inflow;
+            Box::new(move || inflow.take_stream(receiver.as_mut())) as Job<'_>
+        };
+        let (clock, mut ended) = (self.clock, Ok(()));
+        let lead = || {
+            let found = owed.find_way(requests).map_err(TargetError::from);
+            ended = found.and_then(|()| self.await_the_rest(id, &inflow, owed, machine));
+            inflow.stop();
+        };
+        clock.run_beside(receivers.into_iter().map(take).collect(), Box::new(lead));
+        ended
+    }
+
+    /// Waits until nothing is owed.
+    fn await_the_rest(
+        &mut self,
+        id: MigrationId,
+        inflow: &Inflow<'_>,
+        owed: &Owed<'_>,
+        machine: &mut dyn Machine,
+    ) -> Result<(), TargetError> {
+        let ended = self.watch_the_rest(id, inflow, owed, machine);
+        if let Err(error) = &ended
+            && !matches!(error, TargetError::Link(_))
+        {
+            self.tell_of_death(machine, error);
+        }
+        ended
+    }
+
+    /// Whoever has pages of a machine that has died is to know that, before its streams end.
+    fn tell_of_death(&self, machine: &mut dyn Machine, error: &TargetError) {
+        let until = self.clock.now() + DEATH_LIMIT;
+        while machine.fate() != Fate::Dead && self.clock.now() < until {
+            self.clock.sleep(TICK);
+        }
+        if machine.fate() == Fate::Dead {
+            let _unheard = self.link.control().send(&ControlMessage::Cancel(error.to_string()));
+        }
+    }
+
+    fn watch_the_rest(
+        &mut self,
+        id: MigrationId,
+        inflow: &Inflow<'_>,
+        owed: &Owed<'_>,
+        machine: &mut dyn Machine,
+    ) -> Result<(), TargetError> {
+        let mut announced = self.clock.now();
+        loop {
+            self.announce_now_and_then(id, machine, &mut announced);
+            let seen = owed.changed.rings();
+            if owed.left() == 0 {
+                return Ok(());
+            }
+            owed.check()?;
+            inflow.check()?;
+            if owed.is_cut() {
+                return Err(LinkError::Protocol("requests for pages do not get out".to_owned()).into());
+            }
+            check_alive(machine)?;
+            self.answer_source(inflow)?;
+            self.clock.wait(&owed.changed, seen, TICK);
+        }
+    }
+
+    /// Tells a source that asks that somebody is here.
+    fn answer_source(&self, inflow: &Inflow<'_>) -> Result<(), LinkError> {
+        let control = self.link.control();
+        while let Some(message) = control.recv(Duration::ZERO)? {
+            inflow.touch();
+            if let ControlMessage::Ping(number) = message {
+                control.send(&ControlMessage::Pong(number))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whoever has us waits with the regular announcements until all is here.
+    fn announce_now_and_then(&self, id: MigrationId, machine: &mut dyn Machine, announced: &mut Duration) {
+        if self.clock.now().saturating_sub(*announced) >= ANNOUNCE_EVERY {
+            *announced = self.clock.now();
+            if let Err(error) = machine.announce() {
+                tracing::warn!(migration = %id, "an announcement failed: {error}");
+            }
+        }
+    }
+
+    /// Waits for a source that wants to go on, tells it what is owed, and takes its streams.
+    fn await_source(
+        &mut self,
+        id: MigrationId,
+        owed: &Owed<'_>,
+        machine: &mut dyn Machine,
+    ) -> Result<Vec<Box<dyn BulkReceiver>>, TargetError> {
+        let (mut reachable, mut heard_at, mut announced) = (true, self.clock.now(), self.clock.now());
+        loop {
+            self.announce_now_and_then(id, machine, &mut announced);
+            owed.check()?;
+            check_alive(machine)?;
+            // The machine keeps everything: somebody else may take this place.
+            if self.cancel.is_set() {
+                return Err(TargetError::Cancelled);
+            }
+            if !reachable {
+                reachable = self.link.reaccept(TICK);
+                heard_at = self.clock.now();
+                continue;
+            }
+            let control = self.link.control();
+            let message = control.recv(TICK);
+            if matches!(message, Ok(Some(_))) {
+                heard_at = self.clock.now();
+            }
+            match message {
+                Ok(Some(ControlMessage::Query(asked))) if asked == id => {
+                    reachable = control.send(&ControlMessage::State(TargetState::Owner)).is_ok();
+                }
+                Ok(Some(ControlMessage::Recover { migration, streams })) if migration == id => {
+                    match self.take_streams(id, streams, owed) {
+                        Ok(receivers) => return Ok(receivers),
+                        Err(error) => {
+                            tracing::warn!(migration = %id, "the source did not come back: {error}");
+                            reachable = false;
+                        }
+                    }
+                }
+                Ok(Some(other)) => tracing::warn!(migration = %id, got = other.name(), "ignored while pages are owed"),
+                // A connection may be dead without a sign of it: a source that dials anew takes its place.
+                Ok(None) if self.clock.now().saturating_sub(heard_at) >= SILENCE => {
+                    if self.link.reaccept(Duration::ZERO) {
+                        heard_at = self.clock.now();
+                    }
+                }
+                Ok(None) => {}
+                Err(_) => reachable = false,
+            }
+        }
+    }
+
+    fn take_streams(
+        &mut self,
+        id: MigrationId,
+        streams: u16,
+        owed: &Owed<'_>,
+    ) -> Result<Vec<Box<dyn BulkReceiver>>, LinkError> {
+        if !(2..=MAX_STREAMS).contains(&streams) {
+            return Err(LinkError::Protocol(format!("{streams} streams are not between 2 and {MAX_STREAMS}")));
+        }
+        self.link.control().send(&ControlMessage::Owing(owed_words(&owed.missing())))?;
+        self.link.accept_bulk(id, streams, GREETING_LIMIT.min(self.stall))
+    }
+}
+
+fn check_alive(machine: &mut dyn Machine) -> Result<(), TargetError> {
+    if machine.fate() == Fate::Dead {
+        return Err(TargetError::LostOwned("its process ended while pages were still owed to it".to_owned()));
+    }
+    Ok(())
+}
