@@ -10,10 +10,10 @@ use super::vm;
 use crate::kvm::virtio::GuestStats;
 use crate::model::schema::Schema;
 use crate::model::{
-    AddressSpace, AnnounceReport, AnnounceRound, BlackoutLedger, BlackoutPhase, BytesPerSecond, CurvePoint, Ending,
-    Gfn, Gpa, GuestProcess, GuestWrite, Gva, MemoryRange, MigrationId, MigrationReport, MigrationStatus, Owner,
-    PageCount, PostCopyReport, RegionHeat, RoundReport, Stage, Station, Step, StunReport, VcpuStun, VmId, WriteCurve,
-    Writer,
+    AddressSpace, AnnounceReport, AnnounceRound, BlackoutLedger, BlackoutPhase, BytesPerSecond, Chosen, CurvePoint,
+    Ending, Gfn, Gpa, GuestProcess, GuestWrite, Gva, MemoryRange, MigrationId, MigrationRecord, MigrationReport,
+    MigrationStatus, Owner, PageCount, PostCopyReport, RegionHeat, RoundReport, Stage, Station, Step, StunReport,
+    VcpuStun, VmId, WriteCurve, Writer,
 };
 use crate::port::Protected;
 use crate::service::balloon::{BalloonReport, HintReport};
@@ -63,7 +63,18 @@ fn migration() -> Value {
         verified_pages: 0,
         post_copy: Some(PostCopyReport::default()),
         stun: Some(stun_report()),
+        chosen: Some(chosen()),
+        prediction: record().prediction,
     })
+}
+
+fn chosen() -> Chosen {
+    Chosen { plan: String::new(), meets_downtime: true, reason: String::new() }
+}
+
+/// A line of the log of migrations.
+fn record() -> MigrationRecord {
+    serde_json::from_str(crate::store::history::SAMPLE).unwrap()
 }
 
 fn migration_status() -> Value {
@@ -75,6 +86,7 @@ fn migration_status() -> Value {
         pid: 1,
         target: String::new(),
         strategy: String::new(),
+        chosen: Some(chosen()),
         since_unix_ms: 0,
         elapsed_ns: 0,
         step,
@@ -442,7 +454,9 @@ fn samples() -> Vec<Value> {
     let mut all = vec![migration(), dirty_rate(), doctor(), proof(), audit::sample(), vm::run::sample(), balloon()];
     all.extend([exits(), profile(), rogue()]);
     all.push(migration_status());
+    all.push(tagged(&record()));
     all.push(tagged(&crate::service::prediction::sample()));
+    all.push(tagged(&crate::service::prediction::history_sample()));
     all.extend([stun(), crate::service::control::throttled_sample()]);
     all.push(tagged(&crate::service::fleet::throttle_sample()));
     all.push(serde_json::json!({ "schema": "dunlin.stun-cleared/v1", "groups": [""] }));

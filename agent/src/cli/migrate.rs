@@ -13,9 +13,10 @@ use crate::migrate::{OnStuck, SourceOptions, Strategy};
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
 use crate::model::units::{ParseQuantityError, display_bytes, display_duration, parse_duration};
-use crate::model::{BytesPerSecond, Ending, MigrationReport, MigrationStatus, VmRef};
+use crate::model::{BytesPerSecond, Ending, Foretold, ForetoldFrom, MigrationReport, MigrationStatus, VmRef};
 use crate::service::config::Config;
 use crate::service::control::Outcome;
+use crate::service::foresight::Foresee;
 use crate::service::migration::{BeginError, MigrateRequest, migrate};
 use crate::service::out::{bytes, complain, say};
 use crate::service::steering::{SteerError, ask_status, cancel_migration, set_bandwidth};
@@ -61,10 +62,14 @@ pub(super) struct MigrateArgs {
     #[arg(long, conflicts_with_all = BEGINNING)]
     cancel: bool,
 
-    /// pre-copy, stop-and-copy, post-copy or hybrid. With the last two the VM runs at the target before its memory is there: if either host or the link between them is lost before
+    /// pre-copy, stop-and-copy, post-copy, hybrid, or auto: what is foretold to keep to the downtime, after a look at how the VM writes. With post-copy and hybrid the VM runs at the target before its memory is there: if either host or the link between them is lost before
     /// all has moved, so is the VM.
-    #[arg(long, default_value_t = Strategy::PreCopy)]
-    strategy: Strategy,
+    #[arg(long, default_value = "pre-copy")]
+    strategy: StrategyArg,
+
+    /// Measure how the VM writes first, for some 2 s, so that the report has a prediction from that beside what it took.
+    #[arg(long)]
+    predict: bool,
 
     /// The most that all page streams together may send, for example 1Gbit or 100MiB/s.
     #[arg(long, value_name = "RATE")]
@@ -86,8 +91,8 @@ pub(super) struct MigrateArgs {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=30))]
     hybrid_rounds: u32,
 
-    /// What to do when pre-copy does not end by itself: stop (pause the VM for the rest), stun (slow the writers that keep it from ending) or cancel
-    /// [default: stop].
+    /// What to do when pre-copy does not end by itself: stop (pause the VM for the rest), stun (slow the writers that keep it from ending), post-copy
+    /// (move the VM at once, what is left follows it) or cancel [default: stop].
     #[arg(long, value_name = "ACTION")]
     on_stuck: Option<OnStuck>,
 
@@ -112,9 +117,10 @@ pub(super) struct MigrateArgs {
 /// Options that begin nothing.
 const STEERING: [&str; 3] = ["status", "set", "cancel"];
 /// Options of a migration that is to begin.
-const BEGINNING: [&str; 13] = [
+const BEGINNING: [&str; 14] = [
     "to",
     "strategy",
+    "predict",
     "bandwidth",
     "downtime",
     "streams",
@@ -127,6 +133,24 @@ const BEGINNING: [&str; 13] = [
     "stall",
     "events",
 ];
+
+/// A strategy, or whichever is best.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum StrategyArg {
+    Auto,
+    Given(Strategy),
+}
+
+impl FromStr for StrategyArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            _ => text.parse().map(Self::Given).map_err(|error| format!("{error}, or auto")),
+        }
+    }
+}
 
 /// What can be changed of a migration under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -153,25 +177,15 @@ impl FromStr for Setting {
 impl MigrateArgs {
     pub(super) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
         let Some(to) = self.to.clone() else { return self.steer(json, config) };
-        if self.strategy.runs_owing() {
-            if self.verify {
-                complain!(
-                    "dunlin: --verify hashes all memory while the VM stands; by {} it never is in one place then",
-                    self.strategy
-                );
-                return Ok(exit::USAGE);
-            }
-            if !json {
-                complain!(
-                    "by {} the VM runs there before its memory has moved: if a host or the link is lost before all has, so is the VM",
-                    self.strategy
-                );
-            }
-        }
         let cancel = cancel_on_signals()?;
         let configured = &config.migrate;
+        let (strategy, foresee) = match self.strategy {
+            StrategyArg::Auto => (Strategy::PreCopy, Foresee::Choose(config.track.clone())),
+            StrategyArg::Given(strategy) if self.predict => (strategy, Foresee::Measure(config.track.clone())),
+            StrategyArg::Given(strategy) => (strategy, Foresee::AsItGoes),
+        };
         let options = SourceOptions {
-            strategy: self.strategy,
+            strategy,
             bandwidth: self.bandwidth.or(configured.bandwidth),
             downtime: self.downtime.unwrap_or(configured.downtime),
             hybrid_rounds: self.hybrid_rounds,
@@ -184,10 +198,28 @@ impl MigrateArgs {
             stun: config.stun.policy(),
             ..SourceOptions::default()
         };
+        if options.may_run_owing() {
+            let how = match options.strategy {
+                Strategy::PreCopy => "--on-stuck post-copy".to_owned(),
+                strategy => strategy.to_string(),
+            };
+            if options.verify {
+                complain!(
+                    "dunlin: --verify hashes all memory while the VM stands; by {how} it never is in one place then"
+                );
+                return Ok(exit::USAGE);
+            }
+            if !json {
+                complain!(
+                    "by {how} the VM runs there before its memory has moved: if a host or the link is lost before all has, so is the VM"
+                );
+            }
+        }
         let request = MigrateRequest {
             vm: self.vm,
             to,
             options,
+            foresee,
             never_stunned: config.stun.never.clone(),
             run_dir: self.run_dir.path(config),
             insecure_plaintext: self.plaintext.is_allowed(config),
@@ -204,6 +236,7 @@ impl MigrateArgs {
                 complain!("dunlin: refused: {error}; the VM was not touched");
                 Ok(match error {
                     BeginError::Events { .. } => exit::ERROR,
+                    BeginError::Interrupted => exit::CANCELLED,
                     _ => exit::REFUSED,
                 })
             }
@@ -286,6 +319,9 @@ fn describe_status(status: &MigrationStatus) -> String {
         status.stage,
     );
     text += if status.can_be_cancelled { "\n" } else { ", too late to cancel\n" };
+    if let Some(chosen) = &status.chosen {
+        text += &format!("  auto       {}: {}\n", chosen.plan, chosen.reason);
+    }
     if status.round > 0 {
         text += &format!("  round {:<4} {} of {} pages sent\n", status.round, status.sent_pages, status.due_pages);
     }
@@ -415,10 +451,44 @@ fn describe(report: &MigrationReport) -> String {
     if let Some(why) = report.stun.as_ref().map(|stun| &stun.gave_up).filter(|why| !why.is_empty()) {
         text += &format!("  stunned    no longer: {why}\n");
     }
+    if let Some(chosen) = &report.chosen {
+        text += &format!("  auto       {}: {}\n", chosen.plan, chosen.reason);
+    }
+    if let Some(expected) = &report.prediction {
+        text += &describe_prediction(expected, report);
+    }
     if report.verified_pages > 0 {
         text += &format!("  verified   {} pages, all equal\n", report.verified_pages);
     }
     text
+}
+
+/// What had been expected, beside what it took.
+fn describe_prediction(expected: &Foretold, report: &MigrationReport) -> String {
+    let time =
+        |ns: Option<u64>| ns.map_or_else(|| "no end".to_owned(), |ns| display_duration(Duration::from_nanos(ns)));
+    let off = |percent: Option<f64>| percent.map_or_else(String::new, |percent| format!(" ({percent:+.1} %)"));
+    let from = match expected.from {
+        ForetoldFrom::Curve => "how the VM wrote before",
+        ForetoldFrom::FirstRound => "the first round",
+        ForetoldFrom::Memory => "what its memory held",
+    };
+    format!(
+        "  expected   of {}, from {from}: total {}{}, blackout {}{}, {} on the wire{}\n    taken              total {}, blackout {}, {}\n    fixed cost         {}, \
+         {}\n",
+        expected.plan,
+        time(expected.total_ns),
+        off(expected.total_error_percent),
+        time(expected.blackout_ns),
+        off(expected.blackout_error_percent),
+        display_bytes(expected.wire_bytes),
+        off(expected.wire_error_percent),
+        time(Some(report.total_ns)),
+        time(Some(report.blackout_ns)),
+        display_bytes(report.wire_bytes),
+        time(Some(expected.fixed_cost_ns)),
+        expected.fixed_cost_from.words()
+    )
 }
 
 #[cfg(test)]

@@ -100,6 +100,11 @@ impl Address {
         }
     }
 
+    /// The host, as it was written.
+    pub fn host(&self) -> &str {
+        &self.host
+    }
+
     /// Whether plain TCP to it stays on this machine.
     pub fn is_loopback(&self) -> bool {
         self.host == "localhost" || self.host.parse().is_ok_and(|address: IpAddr| address.is_loopback())

@@ -34,3 +34,4 @@ pub use message::{Accept, ControlMessage, Handed, Offer, TargetState};
 pub use observe::{CancelFlag, Observer, Quiet};
 pub use options::{OnStuck, SourceOptions, Strategy};
 pub use pacer::{Pace, Pacer};
+pub use steward::LOOK_EVERY;

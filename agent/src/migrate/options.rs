@@ -70,6 +70,8 @@ pub enum OnStuck {
     Stop,
     /// Slow the writers that keep it from ending, by just enough; if that is not enough, pause the VM.
     Stun,
+    /// Move the VM at once; what is left follows it.
+    PostCopy,
     /// Leave the VM where it is.
     Cancel,
 }
@@ -79,6 +81,7 @@ impl fmt::Display for OnStuck {
         f.write_str(match self {
             Self::Stop => "stop",
             Self::Stun => "stun",
+            Self::PostCopy => "post-copy",
             Self::Cancel => "cancel",
         })
     }
@@ -91,8 +94,9 @@ impl FromStr for OnStuck {
         match text {
             "stop" => Ok(Self::Stop),
             "stun" => Ok(Self::Stun),
+            "post-copy" => Ok(Self::PostCopy),
             "cancel" => Ok(Self::Cancel),
-            _ => Err(format!("`{text}` is nothing that can be done about it; write stop, stun or cancel")),
+            _ => Err(format!("`{text}` is nothing that can be done about it; write stop, stun, post-copy or cancel")),
         }
     }
 }
@@ -129,6 +133,13 @@ pub struct SourceOptions {
     pub doubt: Duration,
     /// The target's address, kept in the journal for reconnecting.
     pub peer: String,
+}
+
+impl SourceOptions {
+    /// Whether the VM may run at the target before its memory is there.
+    pub fn may_run_owing(&self) -> bool {
+        self.strategy.runs_owing() || (self.strategy == Strategy::PreCopy && self.on_stuck == OnStuck::PostCopy)
+    }
 }
 
 impl Default for SourceOptions {

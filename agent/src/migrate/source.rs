@@ -117,6 +117,8 @@ struct Progress {
     post_copy: Option<PostCopyReport>,
     /// Whether the target may have journaled `prepared`.
     handed: bool,
+    /// Whether the VM moves before what is due of its memory.
+    owing: bool,
 }
 
 impl Progress {
@@ -165,15 +167,16 @@ impl Source<'_> {
             ended_at: None,
             post_copy: None,
             handed: false,
+            owing: self.options.strategy.runs_owing(),
         };
         self.pass(&mut progress, Step::Connected, &self.options.peer);
-        let (ending, reason) = if self.options.strategy.runs_owing() {
-            self.move_owing(&mut progress)
-        } else {
-            match self.until_prepared(&mut progress) {
+        let (ending, reason) = match self.until_rounds_end(&mut progress) {
+            Ok(way) if progress.owing => self.move_owing(&mut progress, way),
+            Ok(way) => match self.stop_and_copy(&mut progress, way) {
                 Ok(target_ledger) => self.hand_over(&mut progress, target_ledger, None),
                 Err(error) => self.roll_back(&mut progress, &error),
-            }
+            },
+            Err(error) => self.roll_back(&mut progress, &error),
         };
         let reason = if reason.is_empty() { std::mem::take(&mut progress.gave_up) } else { reason };
         let total = progress.ended_at.unwrap_or_else(|| self.clock.now()).saturating_sub(started);
@@ -203,12 +206,14 @@ impl Source<'_> {
             verified_pages: progress.verified_pages,
             post_copy: progress.post_copy,
             stun: progress.steward.map(|steward| steward.report()),
+            chosen: None,
+            prediction: None,
         }
     }
 
     /// Page streams: one is for requests where there may be any.
     fn streams(&self) -> u16 {
-        if self.options.strategy.runs_owing() { self.options.streams.max(2) } else { self.options.streams }
+        if self.options.may_run_owing() { self.options.streams.max(2) } else { self.options.streams }
     }
 
     fn steward(&self) -> Option<Steward> {
@@ -227,13 +232,7 @@ impl Source<'_> {
         self.observer.step(step, detail);
     }
 
-    /// Stages 0 to 3 and the target's `prepared`. Everything in here can be undone.
-    fn until_prepared(&mut self, progress: &mut Progress) -> Result<BlackoutLedger, SourceError> {
-        let mut way = self.until_rounds_end(progress)?;
-        self.stop_and_copy(progress, &mut way)
-    }
-
-    /// Stages 0 to 2: what is left is due.
+    /// Stages 0 to 2: what is left is due. Everything in here can be undone.
     fn until_rounds_end<'w>(&mut self, progress: &mut Progress) -> Result<Way<'w>, SourceError>
     where
         Self: 'w,
@@ -260,11 +259,7 @@ impl Source<'_> {
     }
 
     /// The VM moves before its memory has. Up to `released` everything can be undone.
-    fn move_owing(&mut self, progress: &mut Progress) -> (Ending, String) {
-        let mut way = match self.until_rounds_end(progress) {
-            Ok(way) => way,
-            Err(error) => return self.roll_back(progress, &error),
-        };
+    fn move_owing(&mut self, progress: &mut Progress, mut way: Way<'_>) -> (Ending, String) {
         let mut requests = match self.hand_owing(progress, &mut way) {
             Ok(requests) => requests,
             Err(error) => return self.roll_back(progress, &error),
@@ -447,8 +442,10 @@ impl Source<'_> {
                     return Err(SourceError::Stuck(why));
                 }
                 Verdict::GaveUp(why) => {
-                    tracing::warn!(vm = %self.shape.name, migration = %self.id, "pre-copy gave up: {why}");
-                    progress.gave_up = format!("pre-copy gave up: {why}");
+                    progress.owing = self.options.on_stuck == OnStuck::PostCopy;
+                    let then = if progress.owing { "; what is left follows the VM by post-copy" } else { "" };
+                    progress.gave_up = format!("pre-copy gave up: {why}{then}");
+                    tracing::warn!(vm = %self.shape.name, migration = %self.id, "{}", progress.gave_up);
                     return Ok(());
                 }
             }
@@ -568,9 +565,10 @@ impl Source<'_> {
         Ok(lap)
     }
 
-    fn stop_and_copy(&mut self, progress: &mut Progress, way: &mut Way<'_>) -> Result<BlackoutLedger, SourceError> {
-        let mut lap = self.pause(progress, way)?;
-        let (tally, saved) = self.send_last(progress, way)?;
+    /// Stage 3, up to the target's `prepared`. All of it can be undone.
+    fn stop_and_copy(&mut self, progress: &mut Progress, mut way: Way<'_>) -> Result<BlackoutLedger, SourceError> {
+        let mut lap = self.pause(progress, &mut way)?;
+        let (tally, saved) = self.send_last(progress, &mut way)?;
         let both = lap.next();
         let longer = saved.at.saturating_sub(tally.sent_at).min(both);
         progress.ledger.add(BlackoutPhase::LastPages, both - longer);

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::blackout::BlackoutLedger;
+use super::foretold::{Chosen, Foretold};
 use super::id::{MigrationId, VmId, VmName};
 use super::outcome::{Ending, Owner};
 use super::schema::Schema;
@@ -127,6 +128,12 @@ pub struct MigrationReport {
     /// What was done to writers; absent where that was not asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stun: Option<StunReport>,
+    /// Which strategy was taken by itself, and why; absent where it was given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chosen: Option<Chosen>,
+    /// What had been expected, beside what it took; absent where nothing was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prediction: Option<Foretold>,
 }
 
 impl Schema for MigrationReport {
