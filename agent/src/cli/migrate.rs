@@ -71,9 +71,9 @@ pub(super) struct MigrateArgs {
     #[arg(long)]
     predict: bool,
 
-    /// The most that all page streams together may send, for example 1Gbit or 100MiB/s.
+    /// The most that all page streams together may send, for example 1Gbit or 100MiB/s; or MIN..MAX: begins at MIN, follows what the VM dirties, and sends what is left while it stands at MAX.
     #[arg(long, value_name = "RATE")]
-    bandwidth: Option<BytesPerSecond>,
+    bandwidth: Option<BandwidthArg>,
 
     /// The blackout to stay below, fixed costs included [default: 30ms].
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
@@ -134,6 +134,27 @@ const BEGINNING: [&str; 14] = [
     "events",
 ];
 
+/// A limit that stays, or one that rises.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct BandwidthArg {
+    least: BytesPerSecond,
+    most: Option<BytesPerSecond>,
+}
+
+impl FromStr for BandwidthArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let rate = |text: &str| text.parse::<BytesPerSecond>().map_err(|error| error.to_string());
+        let Some((least, most)) = text.split_once("..") else { return Ok(Self { least: rate(text)?, most: None }) };
+        let (least, most) = (rate(least)?, rate(most)?);
+        if least > most {
+            return Err(format!("{least} is more than {most}; write MIN..MAX, for example 100Mbit..1Gbit"));
+        }
+        Ok(Self { least, most: Some(most) })
+    }
+}
+
 /// A strategy, or whichever is best.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum StrategyArg {
@@ -186,7 +207,8 @@ impl MigrateArgs {
         };
         let options = SourceOptions {
             strategy,
-            bandwidth: self.bandwidth.or(configured.bandwidth),
+            bandwidth: self.bandwidth.map(|bandwidth| bandwidth.least).or(configured.bandwidth),
+            bandwidth_max: self.bandwidth.and_then(|bandwidth| bandwidth.most),
             downtime: self.downtime.unwrap_or(configured.downtime),
             hybrid_rounds: self.hybrid_rounds,
             max_rounds: self.max_rounds.unwrap_or(configured.max_rounds),
@@ -451,6 +473,15 @@ fn describe(report: &MigrationReport) -> String {
     if let Some(why) = report.stun.as_ref().map(|stun| &stun.gave_up).filter(|why| !why.is_empty()) {
         text += &format!("  stunned    no longer: {why}\n");
     }
+    if let Some(link) = &report.link {
+        let rate = |bytes: u64| format!("{}/s", display_bytes(bytes));
+        let before =
+            link.other_before_bytes_per_second.map_or_else(String::new, |other| format!("; before {}", rate(other)));
+        text += &match link.other_bytes_per_second {
+            Some(other) => format!("  link       {}: others sent {} meanwhile{before}\n", link.interface, rate(other)),
+            None => format!("  link       {}: what others send cannot be told apart\n", link.interface),
+        };
+    }
     if let Some(chosen) = &report.chosen {
         text += &format!("  auto       {}: {}\n", chosen.plan, chosen.reason);
     }
@@ -501,6 +532,16 @@ mod tests {
         assert_eq!("bandwidth=none".parse(), Ok(Setting::Bandwidth(None)));
         for wrong in ["", "bandwidth", "bandwidth=", "bandwidth=fast", "downtime=3ms", "=none"] {
             assert!(wrong.parse::<Setting>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_bandwidth_is_a_rate_or_a_range() {
+        let of = |least, most| Ok(BandwidthArg { least: BytesPerSecond(least), most });
+        assert_eq!("1Gbit".parse(), of(125_000_000, None));
+        assert_eq!("100Mbit..1Gbit".parse(), of(12_500_000, Some(BytesPerSecond(125_000_000))));
+        for wrong in ["", "..", "1Gbit..", "..1Gbit", "2Gbit..1Gbit", "1Gbit..2", "1Gbit..2Gbit..3Gbit"] {
+            assert!(wrong.parse::<BandwidthArg>().is_err(), "{wrong}");
         }
     }
 

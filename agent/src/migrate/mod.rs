@@ -5,6 +5,7 @@
 //!
 //! The data plane (page streams) is plain threads with blocking I/O; nothing here is async.
 
+mod adapt;
 mod answer;
 mod converge;
 mod digest;

@@ -108,6 +108,8 @@ pub struct SourceOptions {
     pub strategy: Strategy,
     /// The most that all page streams together may send; `None` is as fast as the link goes.
     pub bandwidth: Option<BytesPerSecond>,
+    /// Where that limit may rise to, as the VM dirties more; `None`: it stays.
+    pub bandwidth_max: Option<BytesPerSecond>,
     /// The blackout to stay below, all fixed costs included.
     pub downtime: Duration,
     /// What switching over is expected to cost besides the last pages: taken off the budget.
@@ -147,6 +149,7 @@ impl Default for SourceOptions {
         Self {
             strategy: Strategy::PreCopy,
             bandwidth: None,
+            bandwidth_max: None,
             downtime: Duration::from_millis(30),
             fixed_cost: Duration::from_millis(3),
             max_rounds: 30,

@@ -6,6 +6,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use super::adapt::Adaptive;
 use super::converge::{Convergence, Verdict};
 use super::digest::chunk_hashes;
 use super::lap::Lap;
@@ -36,6 +37,8 @@ const PINGS: u32 = 4;
 const IMAGE_PART_BYTES: usize = 256 << 10;
 /// A last round that is expected to take no longer has the state saved beside it.
 const SHORT_LAST_ROUND: Duration = Duration::from_millis(100);
+/// A shorter round says more of latency than of bandwidth.
+const ENOUGH_BYTES: u64 = 8 << 20;
 /// How often waits look at the cancel flag.
 const TICK: Duration = Duration::from_millis(100);
 /// How long a target may take to say that it has let go, before it is dialled again.
@@ -119,12 +122,13 @@ struct Progress {
     handed: bool,
     /// Whether the VM moves before what is due of its memory.
     owing: bool,
+    /// The limit, if it follows what is dirtied.
+    adaptive: Option<Adaptive>,
 }
 
 impl Progress {
-    fn book(&mut self, tally: &Tally, duration: Duration, paused: bool) {
-        // A short round says more of latency than of bandwidth.
-        if self.goodput == BytesPerSecond(0) || tally.wire_bytes >= 8 << 20 {
+    fn book(&mut self, tally: &Tally, duration: Duration, paused: bool, limit: Option<BytesPerSecond>) {
+        if self.goodput == BytesPerSecond(0) || tally.wire_bytes >= ENOUGH_BYTES {
             self.goodput = BytesPerSecond::over(tally.wire_bytes, duration);
         }
         self.rounds.push(RoundReport {
@@ -135,6 +139,7 @@ impl Progress {
             wire_bytes: tally.wire_bytes,
             duration_ns: duration.as_nanos() as u64,
             dirtied_pages: 0,
+            limit_bytes_per_second: limit.map(|limit| limit.0),
         });
     }
 }
@@ -168,6 +173,11 @@ impl Source<'_> {
             post_copy: None,
             handed: false,
             owing: self.options.strategy.runs_owing(),
+            adaptive: self
+                .options
+                .bandwidth
+                .zip(self.options.bandwidth_max)
+                .map(|(least, most)| Adaptive::new(least, most)),
         };
         self.pass(&mut progress, Step::Connected, &self.options.peer);
         let (ending, reason) = match self.until_rounds_end(&mut progress) {
@@ -206,6 +216,7 @@ impl Source<'_> {
             verified_pages: progress.verified_pages,
             post_copy: progress.post_copy,
             stun: progress.steward.map(|steward| steward.report()),
+            link: None,
             chosen: None,
             prediction: None,
         }
@@ -426,8 +437,15 @@ impl Source<'_> {
         let mut convergence = Convergence::new(self.options.downtime, self.options.fixed_cost, self.options.max_rounds);
         loop {
             let (left, took) = self.one_round(progress, way)?;
-            // The round may have been faster than what is allowed by now.
-            let goodput = self.pace.limit().map_or(progress.goodput, |limit| limit.min(progress.goodput));
+            let goodput = match &mut progress.adaptive {
+                Some(adaptive) => {
+                    let carried = progress.rounds.last().filter(|round| round.wire_bytes >= ENOUGH_BYTES);
+                    let carried = carried.map(|round| BytesPerSecond::over(round.wire_bytes, took));
+                    adaptive.follow(left, took, carried, &self.pace)
+                }
+                // The round may have been faster than what is allowed by now.
+                None => self.pace.limit().map_or(progress.goodput, |limit| limit.min(progress.goodput)),
+            };
             match convergence.judge(left, took, goodput, progress.rtt) {
                 Verdict::Another => {}
                 Verdict::Converged => return Ok(()),
@@ -516,7 +534,7 @@ impl Source<'_> {
             ControlMessage::RoundReceived(received) if received == number => {}
             other => return Err(unexpected(&other, "round-received")),
         }
-        progress.book(&tally, self.clock.now().saturating_sub(started), false);
+        progress.book(&tally, self.clock.now().saturating_sub(started), false, self.pace.limit());
         Ok(())
     }
 
@@ -538,7 +556,7 @@ impl Source<'_> {
             round.send(&machine, &mut way.streams).and_then(|tally| Ok((tally, round.save(&machine)?)))
         };
         let (tally, saved) = sent.map_err(|error| peers_reason(way.control.as_ref(), error))?;
-        progress.book(&tally, tally.sent_at.saturating_sub(started), true);
+        progress.book(&tally, tally.sent_at.saturating_sub(started), true, self.pace.limit());
         Ok((tally, saved))
     }
 
@@ -549,6 +567,9 @@ impl Source<'_> {
     {
         if self.cancel.is_set() {
             return Err(SourceError::Cancelled);
+        }
+        if let Some(adaptive) = &mut progress.adaptive {
+            adaptive.open(&self.pace);
         }
         let told = way.control.send(&ControlMessage::Pausing);
         told.map_err(|error| peers_reason(way.control.as_ref(), error.into()))?;

@@ -55,7 +55,7 @@ pub use outcome::{Ending, Owner};
 pub use process::GuestProcess;
 pub use random::Random;
 pub use region::{PageRun, RegionId, RegionKind, RegionSpec};
-pub use report::{MigrationReport, PostCopyReport, RoundReport, WaitReport};
+pub use report::{LinkReport, MigrationReport, PostCopyReport, RoundReport, WaitReport};
 pub use shape::{MAX_BOOT_IMAGE_BYTES, MachineShape};
 pub use stage::{Stage, Step};
 pub use stun::{

@@ -76,6 +76,9 @@ impl Experience {
 
 /// The way of moving that these options are; none that is modelled.
 fn plan(options: &SourceOptions) -> Option<Plan> {
+    if options.bandwidth_max.is_some() {
+        return None;
+    }
     Some(match (options.strategy, options.on_stuck) {
         (Strategy::StopAndCopy, _) => Plan::StopAndCopy,
         (Strategy::PreCopy, OnStuck::Stun) => Plan::PreCopyStun,
@@ -231,7 +234,7 @@ impl Foresight {
         may_be_slowed: bool,
     ) -> Self {
         let first = Self::new(experience, options, region);
-        let (bandwidth, source) = match (options.bandwidth, first.goodput) {
+        let (bandwidth, source) = match (options.bandwidth_max.or(options.bandwidth), first.goodput) {
             (Some(limit), _) => (limit, "the limit"),
             (None, Some(goodput)) => (goodput, "what earlier migrations to that host carried"),
             (None, None) => (USUAL_LINK, "nothing is known of the link, so 1 Gbit/s is taken"),
@@ -269,7 +272,7 @@ impl Foresight {
     ) -> Self {
         take(Plan::PreCopy, options);
         let reason = format!("{why}; pre-copy finds out as it goes");
-        let plan = plan(options).unwrap_or(Plan::PreCopy).word().to_owned();
+        let plan = Plan::PreCopy.word().to_owned();
         Self { chosen: Some(Chosen { plan, meets_downtime: false, reason }), ..Self::new(experience, options, region) }
     }
 

@@ -16,6 +16,7 @@ use super::progress::{All, Plan, Progress};
 use super::registry::{MachineEntry, Registry, RegistryError};
 use super::session::RemoteMachine;
 use super::steering::{self, Steered};
+use super::traffic::Traffic;
 use crate::link::{Address, TcpSource};
 use crate::migrate::source::Source;
 use crate::migrate::{CancelFlag, ControlMessage, OnStuck, Pace, SourceOptions};
@@ -152,6 +153,7 @@ pub fn migrate(request: MigrateRequest, cancel: CancelFlag) -> Result<MigrationR
     if request.options.on_stuck == OnStuck::Stun && never {
         return Err(BeginError::NeverStunned(entry.name));
     }
+    let mut traffic = Traffic::toward(&request.to);
     let curve = measured(&request, &entry)?;
     let migration = MigrationId::random();
     let journal = FileJournal::open(&entry.state_dir)?;
@@ -210,6 +212,9 @@ pub fn migrate(request: MigrateRequest, cancel: CancelFlag) -> Result<MigrationR
     let served = steering::serve(&socket, steered).inspect_err(|error| {
         tracing::warn!("{}: {error}: this migration can only be steered by signals", socket.display());
     });
+    if let Some(traffic) = &mut traffic {
+        traffic.begin();
+    }
     let mut report = Source {
         id: migration,
         options: &options,
@@ -224,6 +229,7 @@ pub fn migrate(request: MigrateRequest, cancel: CancelFlag) -> Result<MigrationR
     }
     .run();
     foresight.complete(&mut report);
+    report.link = traffic.map(|traffic| traffic.report(report.wire_bytes));
     keep(&entry.state_dir, &report, request.to.host(), &options);
     progress.end(report.clone());
     drop(served);

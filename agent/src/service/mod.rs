@@ -52,4 +52,5 @@ pub mod sources;
 pub mod steering;
 pub mod stun;
 mod throttling;
+mod traffic;
 pub mod watch;
