@@ -73,6 +73,7 @@ pub const TARGETS: &[Target] = &[
     target("bzimage", kvm::fuzz::bzimage, kvm::fuzz::bzimage_seeds),
     target("boot_image", kvm::fuzz::boot_image, kvm::fuzz::boot_image_seeds),
     target("journal", store::fuzz_line, store::fuzz_seeds),
+    target("history", store::history::fuzz, || vec![store::history::SAMPLE.as_bytes().to_vec()]),
     target("recording", store::recording::fuzz, store::recording::fuzz_seeds),
     target("json", json, json_seeds),
     target("words", words, word_seeds),

@@ -52,6 +52,24 @@ fn check_guest(rig: &Rig) {
     assert!(guest::sum(&after, "ticks") > guest::sum(&before, "ticks"));
 }
 
+/// It begins at the least that is allowed, follows what the guest dirties, and what is left goes at the most while the VM stands.
+#[test]
+fn an_adaptive_limit_follows_what_is_dirtied() {
+    let guest = "dunlin.wl=ws:64M,rate:20000,pattern:random,fill:random".to_owned();
+    let options =
+        HopOptions { more: ["--bandwidth", "160Mbit..1600Mbit"].map(str::to_owned).to_vec(), ..HopOptions::default() };
+    let hop = one_move(VmSpec { cpus: 1, guest, ..VmSpec::default() }, options);
+    let limits: Vec<u64> = hop.report.rounds.iter().map(|round| round.limit_bytes_per_second.unwrap()).collect();
+    println!("shows {limits:?}; {:?}", hop.report.link);
+    assert!(limits.len() >= 3 && limits[0] == 20_000_000 && limits[1] > limits[0], "{:#?}", hop.report);
+    assert_eq!(limits.last(), Some(&200_000_000));
+    let first = &hop.report.rounds[0];
+    assert!(first.wire_bytes * 1_000_000_000 / first.duration_ns <= 21_000_000, "{first:?}");
+    // Next to nobody else sends between the two hosts.
+    let link = hop.report.link.unwrap();
+    assert!(!link.interface.is_empty() && link.other_bytes_per_second.unwrap() < 2_000_000, "{link:?}");
+}
+
 /// One move with everything watched, then the guest is ended.
 fn one_move(spec: VmSpec, options: HopOptions) -> Hop {
     let mut rig = Rig::boot(&spec).unwrap();

@@ -89,6 +89,40 @@ fn a_vm_that_writes_without_end_moves_in_one_pass() {
     }
 }
 
+/// The same writer under pre-copy, which is seen not to end and goes on as post-copy: the VM stands for the switch alone, though what is left takes a second.
+#[test]
+fn pre_copy_that_is_stuck_lets_the_rest_follow() {
+    let spec = VmSpec {
+        cpus: 2,
+        dirty_log: DirtyLogKind::Bitmap,
+        guest: "dunlin.wl0=ws:16M,rate:100 dunlin.wl1=ws:96M,rate:max,fill:random".to_owned(),
+        ..VmSpec::default()
+    };
+    let stuck = ["--bandwidth", "800Mbit", "--on-stuck", "post-copy", "--streams", "1"];
+    for hop in there_and_back(&spec, &options(Strategy::PreCopy, &stuck)) {
+        let report = &hop.report;
+        assert!(report.reason.contains("pre-copy gave up") && report.reason.contains("by post-copy"), "{report:#?}");
+        assert_eq!((report.streams, report.rounds.iter().any(|round| round.paused)), (2, false), "one is for requests");
+        // What is left takes a second to send.
+        let left = owed(&hop).owed_pages;
+        assert!(report.rounds.len() <= 3 && left > 20_000 && report.blackout_ns < 300_000_000, "{report:#?}");
+    }
+}
+
+/// One that ends by itself never runs in two places.
+#[test]
+fn pre_copy_that_ends_owes_nothing() {
+    let spec = VmSpec { guest: "dunlin.wl0=ws:16M,rate:1000".to_owned(), ..VmSpec::default() };
+    let mut rig = Rig::boot(&spec).unwrap();
+    let hop = rig.hop(&options(Strategy::PreCopy, &["--on-stuck", "post-copy"])).unwrap();
+    assert_eq!((hop.exit_code, &hop.report.post_copy, hop.report.reason.as_str()), (Some(0), &None, ""));
+    let mut refused =
+        rig.dunlin_here(&["migrate", "wader", "--to", "tcp://127.0.0.1:9", "--on-stuck", "post-copy", "--verify"]);
+    let output = refused.output().unwrap();
+    assert_eq!(output.status.code(), Some(2), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(rig.stop().unwrap().success());
+}
+
 /// Whoever moved it on would read zeros where pages are missing.
 #[test]
 fn a_vm_to_which_pages_are_owed_is_not_moved_on() {

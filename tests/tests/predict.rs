@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use dunlin::model::{CostFrom, ForetoldFrom};
 use dunlin_tests::moving::{MovingVm, Pair};
 use dunlin_tests::{HopOptions, Rig, VmSpec, dunlin};
 use serde_json::Value;
@@ -82,6 +83,39 @@ fn an_unthrottled_writer_is_foretold_to_keep_the_vm_standing_and_that_is_known_a
 fn what_slowing_its_writers_takes_is_foretold() {
     let stun = ["--on-stuck", "stun"];
     predict_and_move("dunlin.wl=ws:48M,rate:max,fill:random", "pre-copy-stun", &stun);
+}
+
+/// Left to itself a migration takes what was foretold to fit, and says why; what it was is kept, and the next one knows the cost of a switch.
+#[test]
+fn auto_takes_what_fits_and_the_next_migration_knows_more() {
+    let spec = VmSpec { cpus: 1, guest: "dunlin.wl=ws:48M,rate:max,fill:random".to_owned(), ..VmSpec::default() };
+    let mut rig = Rig::boot(&spec).unwrap();
+    let more = ["--bandwidth", BANDWIDTH, "--downtime", DOWNTIME].map(str::to_owned).to_vec();
+    let state = rig.state_dir(rig.at());
+    let hop = rig.hop(&HopOptions { auto: true, more, ..HopOptions::default() }).unwrap();
+    let (chosen, told) = (hop.report.chosen.unwrap(), hop.report.prediction.unwrap());
+    println!("shows {chosen:?} {told:?}");
+    assert_eq!((hop.exit_code, chosen.plan.as_str(), told.plan.as_str()), (Some(0), "pre-copy-stun", "pre-copy-stun"));
+    assert!(chosen.meets_downtime && chosen.reason.contains("allowed"), "{chosen:?}");
+    assert_eq!((told.from, told.fixed_cost_from), (ForetoldFrom::Curve, CostFrom::Default));
+    // How far off is the bench's affair: here that it is said.
+    assert!(told.total_error_percent.is_some() && told.blackout_error_percent.is_some(), "{told:?}");
+    // The source's log has it, and what is predicted next at that host rests on it.
+    let history = |words: &[&str]| {
+        let output = dunlin().args(words).arg("--state-dir").arg(&state).output().unwrap();
+        assert!(matches!(output.status.code(), Some(0 | 3)), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice::<Value>(&output.stdout).unwrap()
+    };
+    let kept = history(&["predict", "--history", "--json"]);
+    println!("shows {kept}");
+    assert_eq!((&kept["errors"][0]["plan"], &kept["damaged_lines"]), (&"pre-copy-stun".into(), &0.into()));
+    let cost = kept["migrations"][0]["fixed_cost_ns"].as_u64().unwrap();
+    assert!((100_000..30_000_000).contains(&cost), "{kept:#}");
+    let there = rig.run_dir(rig.at()).display().to_string();
+    let words = ["predict", "wader", "--json", "--bandwidth", BANDWIDTH, "--downtime", DOWNTIME, "--run-dir", &there];
+    let next = history(&words);
+    assert_eq!((&next["fixed_cost_from"], &next["fixed_cost_ns"]), (&"other-peers".into(), &cost.into()), "{next:#}");
+    assert!(rig.stop().unwrap().success());
 }
 
 /// A VM that QEMU runs and moves itself.

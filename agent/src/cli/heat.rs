@@ -6,6 +6,7 @@ use clap::Args;
 
 use super::profiling::{ProfilingArgs, heading, taken, write_drawing};
 use crate::draw::{Estimated, Glyphs, heat_svg, heat_text};
+use crate::model::VmRef;
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
 use crate::service::config::Config;
@@ -24,6 +25,9 @@ Examples:
   dunlin heat pid:4711 --regime soft-dirty --allow-soft-dirty
   dunlin heat pid:4711 --regime sampled --allow-read-memory")]
 pub(super) struct HeatArgs {
+    /// The VM: NAME, uuid:U or pid:P (any KVM process, or QEMU that emulates).
+    vm: VmRef,
+
     #[command(flatten)]
     profiling: ProfilingArgs,
 
@@ -39,8 +43,8 @@ pub(super) struct HeatArgs {
 impl HeatArgs {
     /// Runs the command.
     pub(super) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
-        let Self { profiling, plot, ascii } = self;
-        let profile = match taken(profiling, config)? {
+        let Self { vm, profiling, plot, ascii } = self;
+        let profile = match taken(vm, profiling, config)? {
             Ok(profile) => profile,
             Err(code) => return Ok(code),
         };

@@ -10,10 +10,10 @@ use super::vm;
 use crate::kvm::virtio::GuestStats;
 use crate::model::schema::Schema;
 use crate::model::{
-    AddressSpace, AnnounceReport, AnnounceRound, BlackoutLedger, BlackoutPhase, BytesPerSecond, CurvePoint, Ending,
-    Gfn, Gpa, GuestProcess, GuestWrite, Gva, MemoryRange, MigrationId, MigrationReport, MigrationStatus, Owner,
-    PageCount, PostCopyReport, RegionHeat, RoundReport, Stage, Station, Step, StunReport, VcpuStun, VmId, WriteCurve,
-    Writer,
+    AddressSpace, AnnounceReport, AnnounceRound, BlackoutLedger, BlackoutPhase, BytesPerSecond, Chosen, CurvePoint,
+    Ending, Gfn, Gpa, GuestProcess, GuestWrite, Gva, LinkReport, MemoryRange, MigrationId, MigrationRecord,
+    MigrationReport, MigrationStatus, Owner, PageCount, PostCopyReport, RegionHeat, RoundReport, Stage, Station, Step,
+    StunReport, VcpuStun, VmId, WriteCurve, Writer,
 };
 use crate::port::Protected;
 use crate::service::balloon::{BalloonReport, HintReport};
@@ -51,7 +51,7 @@ fn migration() -> Value {
         reason: String::new(),
         memory_bytes: 0,
         streams: 0,
-        rounds: vec![RoundReport::default()],
+        rounds: vec![round()],
         wire_bytes: 0,
         state_bytes: 0,
         image_bytes: 0,
@@ -63,7 +63,27 @@ fn migration() -> Value {
         verified_pages: 0,
         post_copy: Some(PostCopyReport::default()),
         stun: Some(stun_report()),
+        link: Some(LinkReport {
+            interface: String::new(),
+            other_bytes_per_second: Some(0),
+            other_before_bytes_per_second: Some(0),
+        }),
+        chosen: Some(chosen()),
+        prediction: record().prediction,
     })
+}
+
+fn chosen() -> Chosen {
+    Chosen { plan: String::new(), meets_downtime: true, reason: String::new() }
+}
+
+fn round() -> RoundReport {
+    RoundReport { limit_bytes_per_second: Some(0), ..RoundReport::default() }
+}
+
+/// A line of the log of migrations.
+fn record() -> MigrationRecord {
+    serde_json::from_str(crate::store::history::SAMPLE).unwrap()
 }
 
 fn migration_status() -> Value {
@@ -75,6 +95,7 @@ fn migration_status() -> Value {
         pid: 1,
         target: String::new(),
         strategy: String::new(),
+        chosen: Some(chosen()),
         since_unix_ms: 0,
         elapsed_ns: 0,
         step,
@@ -87,7 +108,7 @@ fn migration_status() -> Value {
         sent_bytes: 0,
         goodput_bytes_per_second: 0,
         bandwidth_bytes_per_second: Some(1),
-        last_round: Some(RoundReport::default()),
+        last_round: Some(round()),
         round_ends_in_ns: time,
         pauses_in_ns: time,
         expected_blackout_ns: time,
@@ -443,7 +464,9 @@ fn samples() -> Vec<Value> {
     let mut all = vec![migration(), dirty_rate(), doctor(), proof(), audit::sample(), vm::run::sample(), balloon()];
     all.extend([exits(), profile(), rogue()]);
     all.push(migration_status());
+    all.push(tagged(&record()));
     all.push(tagged(&crate::service::prediction::sample()));
+    all.push(tagged(&crate::service::prediction::history_sample()));
     all.extend([stun(), crate::service::control::throttled_sample()]);
     all.push(tagged(&crate::service::fleet::throttle_sample()));
     all.push(serde_json::json!({ "schema": "dunlin.stun-cleared/v1", "groups": [""] }));

@@ -13,9 +13,10 @@ use crate::migrate::{OnStuck, SourceOptions, Strategy};
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
 use crate::model::units::{ParseQuantityError, display_bytes, display_duration, parse_duration};
-use crate::model::{BytesPerSecond, Ending, MigrationReport, MigrationStatus, VmRef};
+use crate::model::{BytesPerSecond, Ending, Foretold, ForetoldFrom, MigrationReport, MigrationStatus, VmRef};
 use crate::service::config::Config;
 use crate::service::control::Outcome;
+use crate::service::foresight::Foresee;
 use crate::service::migration::{BeginError, MigrateRequest, RecoverRequest, migrate, recover};
 use crate::service::out::{bytes, complain, say};
 use crate::service::steering::{SteerError, ask_status, cancel_migration, finish_migration, set_bandwidth};
@@ -53,7 +54,7 @@ pub(super) struct MigrateArgs {
 
     /// Go on with a migration that was left in doubt here: its manager died, or could not reach the target any more. Pages that the VM is owed are sent; without --to to where it
     /// was released to.
-    #[arg(long, conflicts_with_all = ["strategy", "downtime", "max_rounds", "hybrid_rounds", "on_stuck", "verify"], conflicts_with_all = STEERING)]
+    #[arg(long, conflicts_with_all = ["strategy", "predict", "downtime", "max_rounds", "hybrid_rounds", "on_stuck", "verify"], conflicts_with_all = STEERING)]
     recover: bool,
 
     /// Show how far the migration of the VM is.
@@ -72,14 +73,19 @@ pub(super) struct MigrateArgs {
     #[arg(long, conflicts_with_all = BEGINNING)]
     cancel: bool,
 
-    /// pre-copy, stop-and-copy, demand-paging, post-copy or hybrid. With the last three the VM runs at the target before its memory is there: if either host is lost before all has moved, so is the
-    /// VM; if only the link or a manager is, it waits where it touches what is missing, until `--recover` has gone on.
-    #[arg(long, default_value_t = Strategy::PreCopy)]
-    strategy: Strategy,
+    /// pre-copy, stop-and-copy, demand-paging, post-copy, hybrid, or auto: what is foretold to keep to the downtime, after a look at how the VM writes. With demand-paging, post-copy and hybrid the VM
+    /// runs at the target before its memory is there: if either host is lost before all has moved, so is the VM; if only the link or a manager is, it waits where it touches what is missing, until
+    /// `--recover` has gone on.
+    #[arg(long, default_value = "pre-copy")]
+    strategy: StrategyArg,
 
-    /// The most that all page streams together may send, for example 1Gbit or 100MiB/s.
+    /// Measure how the VM writes first, for some 2 s, so that the report has a prediction from that beside what it took.
+    #[arg(long)]
+    predict: bool,
+
+    /// The most that all page streams together may send, for example 1Gbit or 100MiB/s; or MIN..MAX: begins at MIN, follows what the VM dirties, and sends what is left while it stands at MAX.
     #[arg(long, value_name = "RATE")]
-    bandwidth: Option<BytesPerSecond>,
+    bandwidth: Option<BandwidthArg>,
 
     /// The blackout to stay below, fixed costs included [default: 30ms].
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
@@ -97,8 +103,8 @@ pub(super) struct MigrateArgs {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=30))]
     hybrid_rounds: u32,
 
-    /// What to do when pre-copy does not end by itself: stop (pause the VM for the rest), stun (slow the writers that keep it from ending) or cancel
-    /// [default: stop].
+    /// What to do when pre-copy does not end by itself: stop (pause the VM for the rest), stun (slow the writers that keep it from ending), post-copy
+    /// (move the VM at once, what is left follows it) or cancel [default: stop].
     #[arg(long, value_name = "ACTION")]
     on_stuck: Option<OnStuck>,
 
@@ -125,9 +131,10 @@ const WITHOUT_TARGET: [&str; 5] = ["status", "set", "finish", "cancel", "recover
 /// Options that begin nothing.
 const STEERING: [&str; 4] = ["status", "set", "finish", "cancel"];
 /// Options of a migration that is to begin.
-const BEGINNING: [&str; 13] = [
+const BEGINNING: [&str; 14] = [
     "to",
     "strategy",
+    "predict",
     "bandwidth",
     "downtime",
     "streams",
@@ -140,6 +147,45 @@ const BEGINNING: [&str; 13] = [
     "stall",
     "events",
 ];
+
+/// A limit that stays, or one that rises.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct BandwidthArg {
+    least: BytesPerSecond,
+    most: Option<BytesPerSecond>,
+}
+
+impl FromStr for BandwidthArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let rate = |text: &str| text.parse::<BytesPerSecond>().map_err(|error| error.to_string());
+        let Some((least, most)) = text.split_once("..") else { return Ok(Self { least: rate(text)?, most: None }) };
+        let (least, most) = (rate(least)?, rate(most)?);
+        if least > most {
+            return Err(format!("{least} is more than {most}; write MIN..MAX, for example 100Mbit..1Gbit"));
+        }
+        Ok(Self { least, most: Some(most) })
+    }
+}
+
+/// A strategy, or whichever is best.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum StrategyArg {
+    Auto,
+    Given(Strategy),
+}
+
+impl FromStr for StrategyArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            _ => text.parse().map(Self::Given).map_err(|error| format!("{error}, or auto")),
+        }
+    }
+}
 
 /// What can be changed of a migration under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -169,26 +215,17 @@ impl MigrateArgs {
             return self.go_on(json, config);
         }
         let Some(to) = self.to.clone() else { return self.steer(json, config) };
-        if self.strategy.runs_owing() {
-            if self.verify {
-                complain!(
-                    "dunlin: --verify hashes all memory while the VM stands; by {} it never is in one place then",
-                    self.strategy
-                );
-                return Ok(exit::USAGE);
-            }
-            if !json {
-                complain!(
-                    "by {} the VM runs there before its memory has moved: if either host is lost before all has, so is the VM; without the link it waits",
-                    self.strategy
-                );
-            }
-        }
         let cancel = cancel_on_signals()?;
         let configured = &config.migrate;
+        let (strategy, foresee) = match self.strategy {
+            StrategyArg::Auto => (Strategy::PreCopy, Foresee::Choose(config.track.clone())),
+            StrategyArg::Given(strategy) if self.predict => (strategy, Foresee::Measure(config.track.clone())),
+            StrategyArg::Given(strategy) => (strategy, Foresee::AsItGoes),
+        };
         let options = SourceOptions {
-            strategy: self.strategy,
-            bandwidth: self.bandwidth.or(configured.bandwidth),
+            strategy,
+            bandwidth: self.bandwidth.map(|bandwidth| bandwidth.least).or(configured.bandwidth),
+            bandwidth_max: self.bandwidth.and_then(|bandwidth| bandwidth.most),
             downtime: self.downtime.unwrap_or(configured.downtime),
             hybrid_rounds: self.hybrid_rounds,
             max_rounds: self.max_rounds.unwrap_or(configured.max_rounds),
@@ -200,10 +237,28 @@ impl MigrateArgs {
             stun: config.stun.policy(),
             ..SourceOptions::default()
         };
+        if options.may_run_owing() {
+            let how = match options.strategy {
+                Strategy::PreCopy => "--on-stuck post-copy".to_owned(),
+                strategy => strategy.to_string(),
+            };
+            if options.verify {
+                complain!(
+                    "dunlin: --verify hashes all memory while the VM stands; by {how} it never is in one place then"
+                );
+                return Ok(exit::USAGE);
+            }
+            if !json {
+                complain!(
+                    "by {how} the VM runs there before its memory has moved: if either host is lost before all has, so is the VM; without the link it waits"
+                );
+            }
+        }
         let request = MigrateRequest {
             vm: self.vm,
             to,
             options,
+            foresee,
             never_stunned: config.stun.never.clone(),
             run_dir: self.run_dir.path(config),
             insecure_plaintext: self.plaintext.is_allowed(config),
@@ -220,6 +275,7 @@ impl MigrateArgs {
                 complain!("dunlin: refused: {error}; the VM was not touched");
                 Ok(match error {
                     BeginError::Events { .. } => exit::ERROR,
+                    BeginError::Interrupted => exit::CANCELLED,
                     _ => exit::REFUSED,
                 })
             }
@@ -233,7 +289,7 @@ impl MigrateArgs {
         let cancel = cancel_on_signals()?;
         let configured = &config.migrate;
         let options = SourceOptions {
-            bandwidth: self.bandwidth.or(configured.bandwidth),
+            bandwidth: self.bandwidth.map(|bandwidth| bandwidth.least).or(configured.bandwidth),
             streams: self.streams.unwrap_or(configured.streams),
             stall: self.watch.stall.unwrap_or(configured.stall),
             doubt: self.doubt,
@@ -347,6 +403,9 @@ fn describe_status(status: &MigrationStatus) -> String {
         status.stage,
     );
     text += if status.can_be_cancelled { "\n" } else { ", too late to cancel\n" };
+    if let Some(chosen) = &status.chosen {
+        text += &format!("  auto       {}: {}\n", chosen.plan, chosen.reason);
+    }
     if status.round > 0 {
         text += &format!("  round {:<4} {} of {} pages sent\n", status.round, status.sent_pages, status.due_pages);
     }
@@ -485,10 +544,53 @@ fn describe(report: &MigrationReport) -> String {
     if let Some(why) = report.stun.as_ref().map(|stun| &stun.gave_up).filter(|why| !why.is_empty()) {
         text += &format!("  stunned    no longer: {why}\n");
     }
+    if let Some(link) = &report.link {
+        let rate = |bytes: u64| format!("{}/s", display_bytes(bytes));
+        let before =
+            link.other_before_bytes_per_second.map_or_else(String::new, |other| format!("; before {}", rate(other)));
+        text += &match link.other_bytes_per_second {
+            Some(other) => format!("  link       {}: others sent {} meanwhile{before}\n", link.interface, rate(other)),
+            None => format!("  link       {}: what others send cannot be told apart\n", link.interface),
+        };
+    }
+    if let Some(chosen) = &report.chosen {
+        text += &format!("  auto       {}: {}\n", chosen.plan, chosen.reason);
+    }
+    if let Some(expected) = &report.prediction {
+        text += &describe_prediction(expected, report);
+    }
     if report.verified_pages > 0 {
         text += &format!("  verified   {} pages, all equal\n", report.verified_pages);
     }
     text
+}
+
+/// What had been expected, beside what it took.
+fn describe_prediction(expected: &Foretold, report: &MigrationReport) -> String {
+    let time =
+        |ns: Option<u64>| ns.map_or_else(|| "no end".to_owned(), |ns| display_duration(Duration::from_nanos(ns)));
+    let off = |percent: Option<f64>| percent.map_or_else(String::new, |percent| format!(" ({percent:+.1} %)"));
+    let from = match expected.from {
+        ForetoldFrom::Curve => "how the VM wrote before",
+        ForetoldFrom::FirstRound => "the first round",
+        ForetoldFrom::Memory => "what its memory held",
+    };
+    format!(
+        "  expected   of {}, from {from}: total {}{}, blackout {}{}, {} on the wire{}\n    taken              total {}, blackout {}, {}\n    fixed cost         {}, \
+         {}\n",
+        expected.plan,
+        time(expected.total_ns),
+        off(expected.total_error_percent),
+        time(expected.blackout_ns),
+        off(expected.blackout_error_percent),
+        display_bytes(expected.wire_bytes),
+        off(expected.wire_error_percent),
+        time(Some(report.total_ns)),
+        time(Some(report.blackout_ns)),
+        display_bytes(report.wire_bytes),
+        time(Some(expected.fixed_cost_ns)),
+        expected.fixed_cost_from.words()
+    )
 }
 
 #[cfg(test)]
@@ -501,6 +603,16 @@ mod tests {
         assert_eq!("bandwidth=none".parse(), Ok(Setting::Bandwidth(None)));
         for wrong in ["", "bandwidth", "bandwidth=", "bandwidth=fast", "downtime=3ms", "=none"] {
             assert!(wrong.parse::<Setting>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_bandwidth_is_a_rate_or_a_range() {
+        let of = |least, most| Ok(BandwidthArg { least: BytesPerSecond(least), most });
+        assert_eq!("1Gbit".parse(), of(125_000_000, None));
+        assert_eq!("100Mbit..1Gbit".parse(), of(12_500_000, Some(BytesPerSecond(125_000_000))));
+        for wrong in ["", "..", "1Gbit..", "..1Gbit", "2Gbit..1Gbit", "1Gbit..2", "1Gbit..2Gbit..3Gbit"] {
+            assert!(wrong.parse::<BandwidthArg>().is_err(), "{wrong}");
         }
     }
 

@@ -5,17 +5,16 @@ use std::time::Duration;
 use clap::Args;
 
 use super::profiling::{ProfilingArgs, no_profile};
-use crate::migrate::SourceOptions;
-use crate::model::BytesPerSecond;
+use crate::link::Address;
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
 use crate::model::units::{display_bytes, display_duration, parse_duration};
+use crate::model::{BytesPerSecond, VmRef};
 use crate::predict::Course;
 use crate::service::config::Config;
 use crate::service::interrupt::Interrupt;
 use crate::service::out::{complain, say};
-use crate::service::prediction::{PredictionError, PredictionReport, prediction};
-use crate::track::Terms;
+use crate::service::prediction::{self, PredictHistory, PredictTerms, PredictionError, PredictionReport, prediction};
 
 /// Say what moving a VM would take, before anything is moved, and which strategy to take
 ///
@@ -25,23 +24,36 @@ use crate::track::Terms;
 #[command(after_help = "\
 Examples:
   dunlin predict web-1 --bandwidth 10Gbit
-  dunlin predict web-1 --bandwidth 1Gbit --downtime 50ms --all
+  dunlin predict web-1 --bandwidth 1Gbit --downtime 50ms --to tcp://192.0.2.7:4460 --all
+  dunlin predict --history
   dunlin predict pid:4711 --bandwidth 1Gbit --downtime 300ms --allow-soft-dirty --allow-read-memory --json
 
 Exit codes: 0 a strategy that the VM can be moved by today is expected to keep to the downtime; 3 none is.")]
 pub(super) struct PredictArgs {
+    /// The VM: NAME, uuid:U or pid:P (any KVM process, or QEMU that emulates).
+    #[arg(required_unless_present = "history", conflicts_with = "history")]
+    vm: Option<VmRef>,
+
     #[command(flatten)]
     profiling: ProfilingArgs,
 
     /// Goodput of the link that the VM would be moved over.
-    #[arg(long, value_name = "RATE")]
-    bandwidth: BytesPerSecond,
+    #[arg(long, value_name = "RATE", required_unless_present = "history", conflicts_with = "history")]
+    bandwidth: Option<BytesPerSecond>,
+
+    /// Show how far predictions of migrations that this host has done were off.
+    #[arg(long)]
+    history: bool,
+
+    /// Where it would be moved to: the fixed cost is then that of earlier migrations there.
+    #[arg(long, value_name = "ADDRESS")]
+    to: Option<Address>,
 
     /// The downtime that is allowed, fixed costs included [default: that of `dunlin migrate`].
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     downtime: Option<Duration>,
 
-    /// What a switch costs besides the last pages [default: what `dunlin migrate` takes it to be].
+    /// What a switch costs besides the last pages [default: what it cost earlier migrations to that host, else to others, else 3 ms].
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     fixed_cost: Option<Duration>,
 
@@ -57,19 +69,29 @@ pub(super) struct PredictArgs {
 impl PredictArgs {
     /// Runs the command.
     pub(super) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
-        let Self { profiling, bandwidth, downtime, fixed_cost, rtt, all } = self;
-        let request = match profiling.request(config) {
+        let Self { vm, profiling, bandwidth, history, to, downtime, fixed_cost, rtt, all } = self;
+        let (Some(vm), Some(bandwidth), false) = (vm, bandwidth, history) else {
+            let found = prediction::history(&profiling.state_dir(config));
+            if json {
+                say!("{}", serde_json::to_string(&found.tagged())?);
+            } else {
+                say!("{}", history_text(&found));
+            }
+            return Ok(exit::DONE);
+        };
+        let request = match profiling.request(vm, config) {
             Ok(request) => request,
             Err(words) => {
                 complain!("dunlin: {words}");
                 return Ok(exit::USAGE);
             }
         };
-        let terms = Terms {
+        let terms = PredictTerms {
             bandwidth,
             downtime: downtime.unwrap_or(config.migrate.downtime),
-            switch_cost: fixed_cost.unwrap_or(SourceOptions::default().fixed_cost),
+            fixed_cost,
             rtt,
+            peer: to.map(|to| to.host().to_owned()),
         };
         let interrupt = Interrupt::install()?;
         let bar = indicatif::ProgressBar::new(1).with_message(format!("measuring {}", request.vm));
@@ -97,6 +119,35 @@ impl PredictArgs {
     }
 }
 
+/// How far predictions were off, as a person reads it.
+fn history_text(history: &PredictHistory) -> String {
+    use std::fmt::Write;
+    let mut out = format!("{} migrations are in the log", history.migrations.len());
+    if history.damaged_lines > 0 {
+        let _ = write!(out, "; {} lines of it cannot be read", history.damaged_lines);
+    }
+    if history.errors.is_empty() {
+        let _ = write!(out, ", none of them foretold");
+        return out;
+    }
+    let _ = write!(out, "\n{:<19} {:>11} {:>21} {:>34}", "STRATEGY", "MIGRATIONS", "TOTAL OFF BY", "BLACKOUT OFF BY");
+    let percent = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.1} %"));
+    let time =
+        |value: Option<u64>| value.map_or_else(|| "-".to_owned(), |ns| display_duration(Duration::from_nanos(ns)));
+    for errors in &history.errors {
+        let total =
+            format!("{} (at most {})", percent(errors.total_median_percent), percent(errors.total_worst_percent));
+        let blackout = format!(
+            "{}, {} (at most {})",
+            percent(errors.blackout_median_percent),
+            time(errors.blackout_median_ns),
+            time(errors.blackout_worst_ns)
+        );
+        let _ = write!(out, "\n{:<19} {:>11} {total:>21} {blackout:>34}", errors.plan, errors.migrations);
+    }
+    out
+}
+
 fn text(report: &PredictionReport, all: bool) -> String {
     use std::fmt::Write;
     let time = |ns: u64| display_duration(Duration::from_nanos(ns));
@@ -118,9 +169,10 @@ fn text(report: &PredictionReport, all: bool) -> String {
     let bound = if report.is_lower_bound { ", a lower bound" } else { "" };
     let _ = writeln!(
         out,
-        "regime: {}{bound}; switching over takes {} and a round trip of {}",
+        "regime: {}{bound}; switching over takes {} ({}) and a round trip of {}",
         report.regime.word(),
         time(report.fixed_cost_ns),
+        report.fixed_cost_from.words(),
         time(report.rtt_ns)
     );
     for note in &report.notes {

@@ -55,9 +55,6 @@ impl GuestFilesArgs {
 /// How to measure.
 #[derive(Debug, Args)]
 pub(super) struct ProfilingArgs {
-    /// The VM: NAME, uuid:U or pid:P (any KVM process, or QEMU that emulates).
-    pub(super) vm: VmRef,
-
     /// Under which regime to measure.
     #[arg(long, value_enum, default_value = "auto")]
     regime: RegimeArg,
@@ -104,11 +101,16 @@ pub(super) struct ProfilingArgs {
 }
 
 impl ProfilingArgs {
-    /// What they ask for.
+    /// The folder with the log of migrations.
+    pub(super) fn state_dir(self, config: &Config) -> PathBuf {
+        self.state_dir.path(config)
+    }
+
+    /// What they ask for, of a VM.
     ///
     /// # Errors
     /// In words, what cannot be.
-    pub(super) fn request(self, config: &Config) -> Result<ProfileRequest, String> {
+    pub(super) fn request(self, vm: VmRef, config: &Config) -> Result<ProfileRequest, String> {
         if !(SHORTEST_WINDOW..=LONGEST_WINDOW).contains(&self.window) {
             let (shortest, longest) = (display_duration(SHORTEST_WINDOW), display_duration(LONGEST_WINDOW));
             return Err(format!("--window must be {shortest} to {longest}"));
@@ -126,7 +128,7 @@ impl ProfilingArgs {
         Ok(ProfileRequest {
             run_dir: self.run_dir.path(config),
             state_dir: self.state_dir.path(config),
-            vm: self.vm,
+            vm,
             how,
             allowed: Allowed { read_memory: self.allow_read_memory, soft_dirty: self.allow_soft_dirty },
             config: config.track.clone(),
@@ -160,8 +162,8 @@ fn measured(request: &ProfileRequest, interrupt: &Interrupt) -> Result<Profile, 
 }
 
 /// The profile that the arguments ask for; or, with the reason said where there is one, the exit code.
-pub(super) fn taken(arguments: ProfilingArgs, config: &Config) -> anyhow::Result<Result<Profile, u8>> {
-    match arguments.request(config) {
+pub(super) fn taken(vm: VmRef, arguments: ProfilingArgs, config: &Config) -> anyhow::Result<Result<Profile, u8>> {
+    match arguments.request(vm, config) {
         Ok(request) => taken_by(&request),
         Err(words) => {
             complain!("dunlin: {words}");

@@ -8,7 +8,7 @@ use super::profiling::{GuestFilesArgs, ProfilingArgs, no_profile};
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
 use crate::model::units::{PAGE_SIZE, display_bytes, display_duration, parse_duration};
-use crate::model::{BytesPerSecond, Writer};
+use crate::model::{BytesPerSecond, VmRef, Writer};
 use crate::service::config::Config;
 use crate::service::interrupt::Interrupt;
 use crate::service::out::{complain, say};
@@ -30,6 +30,9 @@ Examples:
 
 Exit codes: 0 it converges and nobody must be slowed, or the rogues were found; 3 it does not converge, and slowing vCPUs is not enough.")]
 pub(super) struct RogueArgs {
+    /// The VM: NAME, uuid:U or pid:P (any KVM process, or QEMU that emulates).
+    vm: VmRef,
+
     #[command(flatten)]
     profiling: ProfilingArgs,
 
@@ -64,10 +67,10 @@ pub(super) struct RogueArgs {
 impl RogueArgs {
     /// Runs the command.
     pub(super) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
-        let Self { profiling, bandwidth, downtime, switch_cost, rtt, no_names, looks, guest_files } = self;
+        let Self { vm, profiling, bandwidth, downtime, switch_cost, rtt, no_names, looks, guest_files } = self;
         let guest_files = guest_files.files();
         let who = !guest_files.is_empty();
-        let request = match profiling.request(config) {
+        let request = match profiling.request(vm, config) {
             Ok(request) => ProfileRequest { names: !no_names, who, guest_files, ..request },
             Err(words) => {
                 complain!("dunlin: {words}");

@@ -7,11 +7,11 @@ use clap::Args;
 
 use super::profiling::{GuestFilesArgs, ProfilingArgs, heading, taken_by, write_drawing};
 use crate::draw::{Glyphs, LINKS, curve_svg, curve_text};
-use crate::model::Writer;
 use crate::model::curve::SHOWN_MS;
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
 use crate::model::units::{PAGE_SIZE, display_bytes, display_duration, parse_duration};
+use crate::model::{VmRef, Writer};
 use crate::service::config::Config;
 use crate::service::out::{complain, say};
 use crate::service::profile::{Profile, ProfileRequest};
@@ -28,6 +28,9 @@ Examples:
   dunlin wws web-1 --names --system-map System.map-6.1
   dunlin wws pid:4711 --regime sampled --allow-read-memory --json")]
 pub(super) struct WwsArgs {
+    /// The VM: NAME, uuid:U or pid:P (any KVM process, or QEMU that emulates).
+    vm: VmRef,
+
     #[command(flatten)]
     profiling: ProfilingArgs,
 
@@ -54,10 +57,10 @@ pub(super) struct WwsArgs {
 impl WwsArgs {
     /// Runs the command.
     pub(super) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
-        let Self { profiling, plot, downtime, names, guest_files, ascii } = self;
+        let Self { vm, profiling, plot, downtime, names, guest_files, ascii } = self;
         let guest_files = guest_files.files();
         let names = names || !guest_files.is_empty();
-        let request = match profiling.request(config) {
+        let request = match profiling.request(vm, config) {
             Ok(request) => ProfileRequest { names, who: names, guest_files, ..request },
             Err(words) => {
                 complain!("dunlin: {words}");

@@ -396,7 +396,7 @@ pub(super) mod tests {
             report.reason = words;
             (report.blackout_ns, report.downtime_target_ns) = (blackout_ns, downtime);
             report.rounds = rounds.into_iter().map(|(pages, zero_pages, duration_ns, dirtied_pages, paused)| {
-                RoundReport { round: 1, paused, pages, zero_pages, wire_bytes: pages, duration_ns, dirtied_pages }
+                RoundReport { round: 1, paused, pages, zero_pages, wire_bytes: pages, duration_ns, dirtied_pages, limit_bytes_per_second: None }
             }).collect();
             report.blackout.phases =
                 phases.into_iter().map(|duration_ns| LedgerEntry { phase: BlackoutPhase::Wire, duration_ns }).collect();

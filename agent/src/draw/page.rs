@@ -30,7 +30,11 @@ pub fn migration_html(report: &MigrationReport) -> String {
     if !report.reason.is_empty() {
         line(&mut page, &format!("<p>Reason: {}</p>", sentence_xml(&report.reason)));
     }
+    if let Some(chosen) = &report.chosen {
+        line(&mut page, &format!("<p>Chosen: {}: {}</p>", sentence_xml(&chosen.plan), sentence_xml(&chosen.reason)));
+    }
     page += &migration_svg(report);
+    expected(&mut page, report);
     rounds(&mut page, report);
     blackout(&mut page, report);
     writers(&mut page, report);
@@ -56,6 +60,22 @@ fn rounds(page: &mut String, report: &MigrationReport) {
         ]
     });
     table(page, "Rounds", &headings, rows.collect());
+}
+
+/// What had been expected, beside what it took.
+fn expected(page: &mut String, report: &MigrationReport) {
+    let Some(told) = &report.prediction else { return };
+    let ns = |ns: Option<u64>| ns.map_or_else(|| "no end".to_owned(), time);
+    let off = |percent: Option<f64>| percent.map_or_else(String::new, |percent| format!("{percent:+.1} %"));
+    let row =
+        |what: &str, expected: String, taken: String, percent| vec![what.to_owned(), expected, taken, off(percent)];
+    let rows = vec![
+        row("total", ns(told.total_ns), time(report.total_ns), told.total_error_percent),
+        row("blackout", ns(told.blackout_ns), time(report.blackout_ns), told.blackout_error_percent),
+        row("on the wire", display_bytes(told.wire_bytes), display_bytes(report.wire_bytes), told.wire_error_percent),
+    ];
+    let headings = ["", "expected", "taken", "off by"];
+    table(page, &format!("Expected of {}, from {}", sentence_xml(&told.plan), word(&told.from)), &headings, rows);
 }
 
 fn blackout(page: &mut String, report: &MigrationReport) {

@@ -6,7 +6,7 @@ use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::marker::PhantomData;
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -16,7 +16,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::wire::{self, BULK_HEADER_BYTES, BulkFrame, CONTROL_HEADER_BYTES, HELLO_BYTES, Hello, Purpose, WireError};
-use crate::model::{MigrationId, PageRun, RegionId};
+use crate::model::{BytesPerSecond, MigrationId, PageRun, RegionId};
 use crate::port::{BulkItem, BulkReceiver, BulkSender, BytesView, ControlChannel, LinkError, SourceLink, TargetLink};
 
 /// How long dialling and greeting may take.
@@ -98,6 +98,11 @@ impl Address {
             Ok(addresses) => Ok(addresses.collect()),
             Err(source) => Err(AddressError::Resolve { host: self.host.clone(), source }),
         }
+    }
+
+    /// The host, as it was written.
+    pub fn host(&self) -> &str {
+        &self.host
     }
 
     /// Whether plain TCP to it stays on this machine.
@@ -548,6 +553,24 @@ impl BulkSender for TcpBulkSender {
         let sent = self.header(BulkFrame::Want(region, run));
         self.flush_with(&[])?;
         Ok(sent)
+    }
+
+    fn pace(&mut self, limit: Option<BytesPerSecond>) {
+        // All ones is the kernel's word for none.
+        let rate = limit.map_or(u64::MAX, |limit| limit.0);
+        // SAFETY: the option takes a u64 by address and length (a u32 before Linux 5.0, which then refuses), and the descriptor is open.
+        let answer = unsafe {
+            libc::setsockopt(
+                self.stream.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_MAX_PACING_RATE,
+                (&raw const rate).cast(),
+                size_of::<u64>() as libc::socklen_t,
+            )
+        };
+        if answer != 0 {
+            tracing::debug!("SO_MAX_PACING_RATE: {}", io::Error::last_os_error());
+        }
     }
 
     fn flush(&mut self) -> Result<(), LinkError> {

@@ -5,6 +5,7 @@
 //!
 //! The data plane (page streams) is plain threads with blocking I/O; nothing here is async.
 
+mod adapt;
 mod answer;
 mod converge;
 mod digest;
@@ -34,3 +35,4 @@ pub use message::{Accept, ControlMessage, Handed, Offer, TargetState};
 pub use observe::{CancelFlag, Observer, Quiet};
 pub use options::{OnStuck, SourceOptions, Strategy};
 pub use pacer::{Pace, Pacer};
+pub use steward::LOOK_EVERY;

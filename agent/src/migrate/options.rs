@@ -76,6 +76,8 @@ pub enum OnStuck {
     Stop,
     /// Slow the writers that keep it from ending, by just enough; if that is not enough, pause the VM.
     Stun,
+    /// Move the VM at once; what is left follows it.
+    PostCopy,
     /// Leave the VM where it is.
     Cancel,
 }
@@ -85,6 +87,7 @@ impl fmt::Display for OnStuck {
         f.write_str(match self {
             Self::Stop => "stop",
             Self::Stun => "stun",
+            Self::PostCopy => "post-copy",
             Self::Cancel => "cancel",
         })
     }
@@ -97,8 +100,9 @@ impl FromStr for OnStuck {
         match text {
             "stop" => Ok(Self::Stop),
             "stun" => Ok(Self::Stun),
+            "post-copy" => Ok(Self::PostCopy),
             "cancel" => Ok(Self::Cancel),
-            _ => Err(format!("`{text}` is nothing that can be done about it; write stop, stun or cancel")),
+            _ => Err(format!("`{text}` is nothing that can be done about it; write stop, stun, post-copy or cancel")),
         }
     }
 }
@@ -110,6 +114,8 @@ pub struct SourceOptions {
     pub strategy: Strategy,
     /// The most that all page streams together may send; `None` is as fast as the link goes.
     pub bandwidth: Option<BytesPerSecond>,
+    /// Where that limit may rise to, as the VM dirties more; `None`: it stays.
+    pub bandwidth_max: Option<BytesPerSecond>,
     /// The blackout to stay below, all fixed costs included.
     pub downtime: Duration,
     /// What switching over is expected to cost besides the last pages: taken off the budget.
@@ -137,11 +143,19 @@ pub struct SourceOptions {
     pub peer: String,
 }
 
+impl SourceOptions {
+    /// Whether the VM may run at the target before its memory is there.
+    pub fn may_run_owing(&self) -> bool {
+        self.strategy.runs_owing() || (self.strategy == Strategy::PreCopy && self.on_stuck == OnStuck::PostCopy)
+    }
+}
+
 impl Default for SourceOptions {
     fn default() -> Self {
         Self {
             strategy: Strategy::PreCopy,
             bandwidth: None,
+            bandwidth_max: None,
             downtime: Duration::from_millis(30),
             fixed_cost: Duration::from_millis(3),
             max_rounds: 30,

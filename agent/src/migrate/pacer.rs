@@ -97,6 +97,12 @@ impl Paid {
     }
 }
 
+/// What the kernel is asked to hold one of `streams` streams to: its share and a quarter more, so that the limit is kept here, where streams share it as they need it, and
+/// the kernel only spreads what is handed to it at once.
+pub(super) fn kernel_pace(limit: Option<BytesPerSecond>, streams: u16) -> Option<BytesPerSecond> {
+    limit.map(|limit| BytesPerSecond((limit.0 / u64::from(streams.max(1))).saturating_mul(5) / 4))
+}
+
 impl<'a> Pacer<'a> {
     /// A pacer for `pace`.
     pub fn new(clock: &'a dyn Clock, pace: Pace) -> Self {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::observe::Observer;
 use super::owed::check_run;
-use super::pacer::Pacer;
+use super::pacer::{Pacer, kernel_pace};
 use super::pieces::{Holes, pieces};
 use super::source::SourceError;
 use crate::model::{PAGE_SIZE, PageBitmap, PageRun, PostCopyReport};
@@ -222,9 +222,15 @@ impl<'a> Push<'a> {
     pub(super) fn push(&self, stream: &mut dyn BulkSender) {
         let mut work = || -> Result<(), LinkError> {
             stream.start_round(self.round, true)?;
+            let mut paced = None;
             while !self.is_over()
                 && let Some(run) = self.next_run()
             {
+                let limit = self.pacer.limit();
+                if paced != Some(limit) {
+                    paced = Some(limit);
+                    stream.pace(kernel_pace(limit, 1));
+                }
                 self.send(run, stream, false)?;
                 stream.flush()?;
             }
@@ -239,6 +245,8 @@ impl<'a> Push<'a> {
     /// Answers requests over the stream that is theirs, until nobody asks any more.
     pub(super) fn answer(&self, stream: &mut dyn BulkSender, requests: &mut dyn BulkReceiver) {
         let mut work = || -> Result<(), LinkError> {
+            // What the guest waits for is held back by nobody.
+            stream.pace(None);
             stream.start_round(self.round, true)?;
             stream.flush()?;
             loop {

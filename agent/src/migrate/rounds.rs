@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::digest::{page_digest, zero_digest};
 use super::observe::{CancelFlag, Observer};
-use super::pacer::Pacer;
+use super::pacer::{Pacer, kernel_pace};
 use super::pieces::{Holes, pieces};
 use super::source::SourceError;
 use super::steward::{LOOK_EVERY, Sent};
@@ -200,7 +200,7 @@ impl Round<'_> {
     ) -> Result<Tally, SourceError> {
         let due_pages = self.due.count().0;
         let all_pages = self.due.len().0;
-        let mut pages = FIRST_WINDOW_PAGES;
+        let (mut pages, mut paced) = (FIRST_WINDOW_PAGES, None);
         let mut tally = Tally { wire_bytes: stream.start_round(self.number, self.last)?, ..Tally::default() };
         loop {
             let first = next_window.fetch_add(pages, Ordering::Relaxed);
@@ -213,6 +213,11 @@ impl Round<'_> {
             let window = PageRun::new(first, pages.min(all_pages - first) as u32);
             if self.due.runs_within(first, window.end(), u32::MAX).next().is_none() {
                 continue;
+            }
+            let limit = self.pacer.limit();
+            if paced != Some(limit) {
+                paced = Some(limit);
+                stream.pace(kernel_pace(limit, self.streams));
             }
             if !self.last {
                 let mut machine = machine.lock().unwrap_or_else(PoisonError::into_inner);

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use self::owing::Rest;
+use super::adapt::Adaptive;
 use super::converge::{Convergence, Verdict};
 use super::digest::chunk_hashes;
 use super::lap::Lap;
@@ -35,6 +36,8 @@ const PINGS: u32 = 4;
 const IMAGE_PART_BYTES: usize = 256 << 10;
 /// A last round that is expected to take no longer has the state saved beside it.
 const SHORT_LAST_ROUND: Duration = Duration::from_millis(100);
+/// A shorter round says more of latency than of bandwidth.
+const ENOUGH_BYTES: u64 = 8 << 20;
 /// How often waits look at the cancel flag.
 const TICK: Duration = Duration::from_millis(100);
 /// How long a target may take to say that it has let go, before it is dialled again.
@@ -116,6 +119,10 @@ struct Progress {
     post_copy: Option<PostCopyReport>,
     /// Whether the target may have journaled `prepared`.
     handed: bool,
+    /// Whether the VM moves before what is due of its memory.
+    owing: bool,
+    /// The limit, if it follows what is dirtied.
+    adaptive: Option<Adaptive>,
 }
 
 impl Progress {
@@ -137,12 +144,13 @@ impl Progress {
             ended_at: None,
             post_copy: None,
             handed: false,
+            owing: false,
+            adaptive: None,
         }
     }
 
-    fn book(&mut self, tally: &Tally, duration: Duration, paused: bool) {
-        // A short round says more of latency than of bandwidth.
-        if self.goodput == BytesPerSecond(0) || tally.wire_bytes >= 8 << 20 {
+    fn book(&mut self, tally: &Tally, duration: Duration, paused: bool, limit: Option<BytesPerSecond>) {
+        if self.goodput == BytesPerSecond(0) || tally.wire_bytes >= ENOUGH_BYTES {
             self.goodput = BytesPerSecond::over(tally.wire_bytes, duration);
         }
         self.rounds.push(RoundReport {
@@ -153,6 +161,7 @@ impl Progress {
             wire_bytes: tally.wire_bytes,
             duration_ns: duration.as_nanos() as u64,
             dirtied_pages: 0,
+            limit_bytes_per_second: limit.map(|limit| limit.0),
         });
     }
 }
@@ -169,15 +178,21 @@ impl Source<'_> {
     /// Runs the migration to its end, whatever that is.
     pub fn run(mut self) -> MigrationReport {
         let started = self.clock.now();
-        let mut progress = Progress { steward: self.steward(), ..Progress::new() };
+        let (least, most) = (self.options.bandwidth, self.options.bandwidth_max);
+        let mut progress = Progress {
+            steward: self.steward(),
+            owing: self.options.strategy.runs_owing(),
+            adaptive: least.zip(most).map(|(least, most)| Adaptive::new(least, most)),
+            ..Progress::new()
+        };
         self.pass(&mut progress, Step::Connected, &self.options.peer);
-        let (ending, reason) = if self.options.strategy.runs_owing() {
-            self.move_owing(&mut progress)
-        } else {
-            match self.until_prepared(&mut progress) {
+        let (ending, reason) = match self.until_rounds_end(&mut progress) {
+            Ok(way) if progress.owing => self.move_owing(&mut progress, way),
+            Ok(way) => match self.stop_and_copy(&mut progress, way) {
                 Ok(target_ledger) => self.hand_over(&mut progress, target_ledger, Rest::None),
                 Err(error) => self.roll_back(&mut progress, &error),
-            }
+            },
+            Err(error) => self.roll_back(&mut progress, &error),
         };
         self.report(progress, started, ending, reason)
     }
@@ -212,12 +227,15 @@ impl Source<'_> {
             verified_pages: progress.verified_pages,
             post_copy: progress.post_copy,
             stun: progress.steward.map(|steward| steward.report()),
+            link: None,
+            chosen: None,
+            prediction: None,
         }
     }
 
     /// Page streams: one is for requests where there may be any.
     fn streams(&self) -> u16 {
-        if self.options.strategy.runs_owing() { self.options.streams.max(2) } else { self.options.streams }
+        if self.options.may_run_owing() { self.options.streams.max(2) } else { self.options.streams }
     }
 
     fn steward(&self) -> Option<Steward> {
@@ -236,13 +254,7 @@ impl Source<'_> {
         self.observer.step(step, detail);
     }
 
-    /// Stages 0 to 3 and the target's `prepared`. Everything in here can be undone.
-    fn until_prepared(&mut self, progress: &mut Progress) -> Result<BlackoutLedger, SourceError> {
-        let mut way = self.until_rounds_end(progress)?;
-        self.stop_and_copy(progress, &mut way)
-    }
-
-    /// Stages 0 to 2: what is left is due.
+    /// Stages 0 to 2: what is left is due. Everything in here can be undone.
     fn until_rounds_end<'w>(&mut self, progress: &mut Progress) -> Result<Way<'w>, SourceError>
     where
         Self: 'w,
@@ -345,8 +357,15 @@ impl Source<'_> {
         let mut convergence = Convergence::new(self.options.downtime, self.options.fixed_cost, self.options.max_rounds);
         loop {
             let (left, took) = self.one_round(progress, way)?;
-            // The round may have been faster than what is allowed by now.
-            let goodput = self.pace.limit().map_or(progress.goodput, |limit| limit.min(progress.goodput));
+            let goodput = match &mut progress.adaptive {
+                Some(adaptive) => {
+                    let carried = progress.rounds.last().filter(|round| round.wire_bytes >= ENOUGH_BYTES);
+                    let carried = carried.map(|round| BytesPerSecond::over(round.wire_bytes, took));
+                    adaptive.follow(left, took, carried, &self.pace)
+                }
+                // The round may have been faster than what is allowed by now.
+                None => self.pace.limit().map_or(progress.goodput, |limit| limit.min(progress.goodput)),
+            };
             match convergence.judge(left, took, goodput, progress.rtt) {
                 Verdict::Another => {}
                 Verdict::Converged => return Ok(()),
@@ -361,8 +380,10 @@ impl Source<'_> {
                     return Err(SourceError::Stuck(why));
                 }
                 Verdict::GaveUp(why) => {
-                    tracing::warn!(vm = %self.shape.name, migration = %self.id, "pre-copy gave up: {why}");
-                    progress.gave_up = format!("pre-copy gave up: {why}");
+                    progress.owing = self.options.on_stuck == OnStuck::PostCopy;
+                    let then = if progress.owing { "; what is left follows the VM by post-copy" } else { "" };
+                    progress.gave_up = format!("pre-copy gave up: {why}{then}");
+                    tracing::warn!(vm = %self.shape.name, migration = %self.id, "{}", progress.gave_up);
                     return Ok(());
                 }
             }
@@ -433,7 +454,7 @@ impl Source<'_> {
             ControlMessage::RoundReceived(received) if received == number => {}
             other => return Err(unexpected(&other, "round-received")),
         }
-        progress.book(&tally, self.clock.now().saturating_sub(started), false);
+        progress.book(&tally, self.clock.now().saturating_sub(started), false, self.pace.limit());
         Ok(())
     }
 
@@ -455,7 +476,7 @@ impl Source<'_> {
             round.send(&machine, &mut way.streams).and_then(|tally| Ok((tally, round.save(&machine)?)))
         };
         let (tally, saved) = sent.map_err(|error| peers_reason(way.control.as_ref(), error))?;
-        progress.book(&tally, tally.sent_at.saturating_sub(started), true);
+        progress.book(&tally, tally.sent_at.saturating_sub(started), true, self.pace.limit());
         Ok((tally, saved))
     }
 
@@ -466,6 +487,9 @@ impl Source<'_> {
     {
         if self.cancel.is_set() {
             return Err(SourceError::Cancelled);
+        }
+        if let Some(adaptive) = &mut progress.adaptive {
+            adaptive.open(&self.pace);
         }
         let told = way.control.send(&ControlMessage::Pausing);
         told.map_err(|error| peers_reason(way.control.as_ref(), error.into()))?;
@@ -482,9 +506,10 @@ impl Source<'_> {
         Ok(lap)
     }
 
-    fn stop_and_copy(&mut self, progress: &mut Progress, way: &mut Way<'_>) -> Result<BlackoutLedger, SourceError> {
-        let mut lap = self.pause(progress, way)?;
-        let (tally, saved) = self.send_last(progress, way)?;
+    /// Stage 3, up to the target's `prepared`. All of it can be undone.
+    fn stop_and_copy(&mut self, progress: &mut Progress, mut way: Way<'_>) -> Result<BlackoutLedger, SourceError> {
+        let mut lap = self.pause(progress, &mut way)?;
+        let (tally, saved) = self.send_last(progress, &mut way)?;
         let both = lap.next();
         let longer = saved.at.saturating_sub(tally.sent_at).min(both);
         progress.ledger.add(BlackoutPhase::LastPages, both - longer);

@@ -12,7 +12,7 @@ use crate::port::{Machine, MachineError};
 use crate::stun::{Budget, Controller, Remaining, StunPolicy};
 
 /// How often writers are looked at while a round is sent. Limits end by themselves when nobody has looked for ten times as long.
-pub(super) const LOOK_EVERY: Duration = Duration::from_millis(100);
+pub const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// So many pages sent, and so much time, say enough of the goodput: less is what buffers took.
 const ENOUGH_PAGES: u64 = 64;
 const ENOUGH_TIME: Duration = Duration::from_millis(50);

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::foretold::Chosen;
 use super::id::{MigrationId, VmId, VmName};
 use super::report::RoundReport;
 use super::schema::Schema;
@@ -23,6 +24,9 @@ pub struct MigrationStatus {
     pub target: String,
     /// The strategy's name.
     pub strategy: String,
+    /// Which strategy was taken by itself, and why; absent where it was given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chosen: Option<Chosen>,
     /// When it began, in milliseconds since 1970.
     pub since_unix_ms: u64,
     /// For how long it has been going on.

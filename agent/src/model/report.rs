@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::blackout::BlackoutLedger;
+use super::foretold::{Chosen, Foretold};
 use super::id::{MigrationId, VmId, VmName};
 use super::outcome::{Ending, Owner};
 use super::schema::Schema;
@@ -26,6 +27,9 @@ pub struct RoundReport {
     pub duration_ns: u64,
     /// Pages found dirty at the end of the round.
     pub dirtied_pages: u64,
+    /// The bandwidth limit at its end; absent where there was none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit_bytes_per_second: Option<u64>,
 }
 
 /// How long something was waited for.
@@ -80,6 +84,20 @@ pub struct PostCopyReport {
     pub waits: WaitReport,
 }
 
+/// What else went over the interface that a migration went over.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinkReport {
+    /// The source's interface toward the target.
+    pub interface: String,
+    /// What others sent over it while the migration went on, per second: all that it sent, less what the migration did, reckoned with headers of full segments. Absent of loopback, whose
+    /// traffic cannot be told apart.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub other_bytes_per_second: Option<u64>,
+    /// What was sent over it per second just before; absent where there was no time to look, and of loopback.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub other_before_bytes_per_second: Option<u64>,
+}
+
 /// The report of one migration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MigrationReport {
@@ -130,6 +148,15 @@ pub struct MigrationReport {
     /// What was done to writers; absent where that was not asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stun: Option<StunReport>,
+    /// What else went over the interface; absent where that could not be seen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link: Option<LinkReport>,
+    /// Which strategy was taken by itself, and why; absent where it was given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chosen: Option<Chosen>,
+    /// What had been expected, beside what it took; absent where nothing was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prediction: Option<Foretold>,
 }
 
 impl Schema for MigrationReport {

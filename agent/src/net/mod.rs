@@ -9,6 +9,7 @@ pub mod neighbour;
 mod netlink;
 pub mod pnet;
 pub mod tap;
+pub mod traffic;
 
 use std::io;
 use std::time::Duration;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::region::BytesView;
-use crate::model::{MigrationId, PageRun, RegionId};
+use crate::model::{BytesPerSecond, MigrationId, PageRun, RegionId};
 
 /// The link failed or the peer broke the protocol.
 #[derive(Debug, thiserror::Error)]
@@ -87,6 +87,9 @@ pub trait BulkSender: Send {
 
     /// Asks for pages at once. Returns the bytes put on the wire.
     fn want(&mut self, region: RegionId, run: PageRun) -> Result<u64, LinkError>;
+
+    /// Has the kernel send no faster than this, where it can; `None`: as fast as it goes. A hint that smooths what the sender keeps to anyway.
+    fn pace(&mut self, _limit: Option<BytesPerSecond>) {}
 
     /// Pushes out what is buffered.
     fn flush(&mut self) -> Result<(), LinkError>;

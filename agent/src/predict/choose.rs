@@ -29,8 +29,7 @@ pub fn choose(predictions: &[Prediction], downtime: Duration) -> Option<Choice> 
                 .iter()
                 .filter(|prediction| prediction.is_available && prediction.plan.can_lose_the_vm() == risky)
         };
-        let warning =
-            if risky { "; until all of its memory has followed it, a lost host or link is a lost VM" } else { "" };
+        let warning = if risky { "; until all of its memory has followed it, a lost host is a lost VM" } else { "" };
         if let Some(sure) = available().find(|prediction| {
             let all = [&prediction.expected, &prediction.best, &prediction.worst];
             all.iter().all(|course| course.within(downtime))

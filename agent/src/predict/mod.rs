@@ -5,6 +5,7 @@
 //! Must not know how a curve was measured, nor how memory moves.
 
 mod choose;
+pub mod experience;
 mod plan;
 mod pull;
 mod push;
@@ -18,6 +19,7 @@ pub use choose::{Choice, choose};
 pub use plan::{Mover, Plan};
 
 use self::writing::{Edge, Writing};
+use crate::migrate::OnStuck;
 use crate::model::{BytesPerSecond, PAGE_SIZE, PageCount, WriteCurve};
 use crate::track::{Terms, TermsError, TwoClasses};
 
@@ -172,7 +174,7 @@ pub fn predict(
         let [expected, best, worst] = [&expected, &best, &worst].map(|case| course(plan, case));
         Prediction {
             plan,
-            is_available: mover.has(plan),
+            is_available: mover.can_move(),
             meets_downtime: expected.within(terms.downtime),
             expected,
             best,
@@ -185,8 +187,9 @@ pub fn predict(
 fn course(plan: Plan, case: &Case<'_>) -> Course {
     match plan {
         Plan::StopAndCopy => push::stop_and_copy(case),
-        Plan::PreCopy => push::pre_copy(case, false),
-        Plan::PreCopyStun => push::pre_copy(case, true),
+        Plan::PreCopy => push::pre_copy(case, OnStuck::Stop),
+        Plan::PreCopyStun => push::pre_copy(case, OnStuck::Stun),
+        Plan::PreCopyPostCopy => push::pre_copy(case, OnStuck::PostCopy),
         Plan::QemuPreCopy => push::qemu(case, false),
         Plan::QemuAutoConverge => push::qemu(case, true),
         Plan::DemandPaging => pull::demand_paging(case),

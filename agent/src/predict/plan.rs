@@ -17,6 +17,8 @@ pub enum Plan {
     PreCopy,
     /// The same, its writers held to what lets rounds end.
     PreCopyStun,
+    /// The same, and if rounds do not end what is left follows the VM.
+    PreCopyPostCopy,
     /// One round, then as with post-copy.
     Hybrid,
     /// The VM runs at the target at once; pages are pushed, and fetched when they are needed sooner (Hines and Gopalan, VEE 2009).
@@ -46,27 +48,45 @@ impl Mover {
     /// The ways that are predicted for a VM of this kind; of two that serve equally the first is taken.
     pub(super) const fn plans(self) -> &'static [Plan] {
         match self {
-            Self::Dunlin | Self::Unknown => {
-                &[Plan::StopAndCopy, Plan::PreCopy, Plan::PreCopyStun, Plan::Hybrid, Plan::PostCopy, Plan::DemandPaging]
-            }
+            Self::Dunlin | Self::Unknown => &[
+                Plan::StopAndCopy,
+                Plan::PreCopy,
+                Plan::PreCopyStun,
+                Plan::PreCopyPostCopy,
+                Plan::Hybrid,
+                Plan::PostCopy,
+                Plan::DemandPaging,
+            ],
             Self::Qemu => &[Plan::QemuPreCopy, Plan::QemuAutoConverge, Plan::QemuPostCopy],
         }
     }
 
-    /// Whether it can do that today.
-    pub(super) const fn has(self, plan: Plan) -> bool {
-        match self {
-            Self::Dunlin => !matches!(plan, Plan::DemandPaging),
-            Self::Qemu => true,
-            Self::Unknown => false,
-        }
+    /// Whether it can be moved today.
+    pub(super) const fn can_move(self) -> bool {
+        !matches!(self, Self::Unknown)
     }
 }
 
 impl Plan {
-    /// Whether the VM is lost with either host or the link until all of its memory has followed it.
-    pub(super) const fn can_lose_the_vm(self) -> bool {
-        matches!(self, Self::Hybrid | Self::PostCopy | Self::DemandPaging | Self::QemuPostCopy)
+    /// Whether the VM is lost with either host until all of its memory has followed it.
+    pub const fn can_lose_the_vm(self) -> bool {
+        matches!(self, Self::PreCopyPostCopy | Self::Hybrid | Self::PostCopy | Self::DemandPaging | Self::QemuPostCopy)
+    }
+
+    /// Its word, as in JSON.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::StopAndCopy => "stop-and-copy",
+            Self::PreCopy => "pre-copy",
+            Self::PreCopyStun => "pre-copy-stun",
+            Self::PreCopyPostCopy => "pre-copy-post-copy",
+            Self::Hybrid => "hybrid",
+            Self::PostCopy => "post-copy",
+            Self::DemandPaging => "demand-paging",
+            Self::QemuPreCopy => "qemu-pre-copy",
+            Self::QemuAutoConverge => "qemu-auto-converge",
+            Self::QemuPostCopy => "qemu-post-copy",
+        }
     }
 
     /// What to type for it: commands that are given one after the other, with the target's address left open.
@@ -90,12 +110,13 @@ impl Plan {
             Self::StopAndCopy => dunlin("--strategy stop-and-copy"),
             Self::PreCopy => dunlin("--strategy pre-copy"),
             Self::PreCopyStun => dunlin("--strategy pre-copy --on-stuck stun"),
+            Self::PreCopyPostCopy => dunlin("--strategy pre-copy --on-stuck post-copy"),
             Self::QemuPreCopy => virsh(""),
             Self::QemuAutoConverge => virsh(" --auto-converge"),
             Self::QemuPostCopy => virsh(" --postcopy --postcopy-after-precopy"),
             Self::Hybrid => dunlin("--strategy hybrid"),
             Self::PostCopy => dunlin("--strategy post-copy"),
-            Self::DemandPaging => Vec::new(),
+            Self::DemandPaging => dunlin("--strategy demand-paging"),
         }
     }
 }
@@ -113,6 +134,7 @@ impl fmt::Display for Plan {
             Self::StopAndCopy => "stop-and-copy",
             Self::PreCopy => "pre-copy",
             Self::PreCopyStun => "pre-copy, stun",
+            Self::PreCopyPostCopy => "pre-copy, post-copy",
             Self::Hybrid => "hybrid",
             Self::PostCopy => "post-copy",
             Self::DemandPaging => "demand-paging",

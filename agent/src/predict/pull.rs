@@ -28,17 +28,22 @@ pub(super) fn post_copy(case: &Case<'_>) -> Course {
 /// One round while the VM runs at the source, then post-copy of what was written meanwhile.
 pub(super) fn hybrid(case: &Case<'_>, protected: Protected) -> Course {
     let round = case.time(case.filled) + case.rtt();
-    let due: Due = case.writing.after_round(&case.writing.all_due(), round, 1.0, protected);
-    let left = case.writing.due_pages(&due);
+    let due = case.writing.after_round(&case.writing.all_due(), round, 1.0, protected);
+    Course { converges: true, ..follow(case, &due, (round, case.filled, 1)) }
+}
+
+/// So many pages have been sent in rounds that took so many seconds; the VM moves, and what is due follows it.
+pub(super) fn follow(case: &Case<'_>, due: &Due, (before, sent, rounds): (f64, f64, u32)) -> Course {
+    let left = case.writing.due_pages(due);
     let push = case.time(left);
-    let lost = lost(case, push, |ran| case.writing.touched_before_they_come(&due, ran));
-    let total = round + push;
+    let lost = lost(case, push, |ran| case.writing.touched_before_they_come(due, ran));
+    let total = before + push;
     Course {
         total_ns: Some(nanos(total + case.fixed())),
         blackout_ns: Some(nanos(case.fixed())),
-        wire_bytes: wire_bytes(case.filled + left),
-        rounds: 1,
-        converges: true,
+        wire_bytes: wire_bytes(sent + left),
+        rounds,
+        converges: false,
         guest_slowdown: if total > 0.0 { lost * push / total } else { 0.0 },
     }
 }

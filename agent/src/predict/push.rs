@@ -3,9 +3,10 @@
 
 use std::time::Duration;
 
+use super::pull::follow;
 use super::writing::Protected;
 use super::{Case, Course, nanos, wire_bytes};
-use crate::migrate::{Convergence, SourceOptions, Verdict};
+use crate::migrate::{Convergence, LOOK_EVERY, OnStuck, SourceOptions, Verdict};
 use crate::model::{PageCount, PagesPerSecond};
 use crate::stun::{Budget, Remaining, STRETCH};
 
@@ -27,9 +28,10 @@ pub(super) fn stop_and_copy(case: &Case<'_>) -> Course {
     }
 }
 
-/// Dunlin's own pre-copy, stopped by its own judge; with `stun` writers are held to what its budget leaves them. If it gives up the VM stands for what
-/// is left.
-pub(super) fn pre_copy(case: &Case<'_>, stun: bool) -> Course {
+/// Dunlin's own pre-copy, stopped by its own judge; with [`OnStuck::Stun`] writers are held to what its budget leaves them. If it gives up the VM stands for what
+/// is left, or with [`OnStuck::PostCopy`] moves before it.
+pub(super) fn pre_copy(case: &Case<'_>, on_stuck: OnStuck) -> Course {
+    let stun = on_stuck == OnStuck::Stun;
     let terms = case.terms;
     let mut judge = Convergence::new(terms.downtime, terms.switch_cost, SourceOptions::default().max_rounds);
     let memory_time = terms.downtime.saturating_sub(terms.switch_cost);
@@ -51,6 +53,8 @@ pub(super) fn pre_copy(case: &Case<'_>, stun: bool) -> Course {
         due = case.writing.after_round(&due, took, 1.0, Protected::PageByPage);
         left = case.writing.due_pages(&due);
         if stun && let Some(allowed) = allowed.map(|allowed| allowed.0 * took).filter(|&allowed| allowed < left) {
+            // What a held writer has written since the last look it sleeps for: a round that is shorter than the time between two looks meets it asleep.
+            let allowed = if took < LOOK_EVERY.as_secs_f64() { 0.0 } else { allowed };
             held += took * (1.0 - allowed / left);
             due = due.scaled(allowed / left);
             left = allowed;
@@ -62,6 +66,9 @@ pub(super) fn pre_copy(case: &Case<'_>, stun: bool) -> Course {
             Verdict::GaveUp(_) => break false,
         }
     };
+    if on_stuck == OnStuck::PostCopy && !converges {
+        return follow(case, &due, (total, sent, rounds));
+    }
     let blackout = case.time(left) + case.fixed();
     Course {
         total_ns: Some(nanos(total + blackout)),

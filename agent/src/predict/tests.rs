@@ -177,7 +177,6 @@ fn commands_are_what_an_operator_types() {
             "virsh migrate-setmaxdowntime web1 300"
         ]
     );
-    assert!(of(Plan::DemandPaging).is_empty());
     for (bandwidth, text) in [(50_000_000, "400Mbit"), (20 << 20, "20MiB/s"), (7, "7B/s")] {
         let command = &Plan::PreCopy.commands("web1", BytesPerSecond(bandwidth), Duration::from_millis(30))[0];
         assert!(command.contains(&format!("--bandwidth {text} ")), "{command}");

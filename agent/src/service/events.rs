@@ -43,7 +43,7 @@ impl Schema for Line<'_> {
 /// One line of each kind, with every member: for the test of the documentation.
 #[cfg(test)]
 pub(crate) fn samples() -> Vec<serde_json::Value> {
-    let round = RoundReport::default();
+    let round = RoundReport { limit_bytes_per_second: Some(0), ..RoundReport::default() };
     let (step, migration_id) = (Step::Connected, MigrationId::random());
     let events = [Event::Step { step, stage: step.stage(), detail: "" }, Event::Round(&round)];
     let lines = events.map(|event| Line { unix_ms: 0, elapsed_ns: 0, migration_id, side: "source", event });

@@ -1,24 +1,29 @@
 //! The manager at a source: finds the VM, dials the target, runs [`crate::migrate::source`], reports.
 
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::audit::{self, Action};
 use super::clock::MonotonicClock;
 use super::config::names;
 use super::events::{EventLog, Hold};
-use super::progress::{Both, Plan, Progress};
+use super::foresight::{self, Experience, Foresee, Foresight};
+use super::out::complain;
+use super::profile::ProfileError;
+use super::progress::{All, Plan, Progress};
 use super::registry::{MachineEntry, Registry, RegistryError};
 use super::session::RemoteMachine;
 use super::steering::{self, Steered};
+use super::traffic::Traffic;
 use crate::link::{Address, TcpSource};
 use crate::migrate::source::Source;
-use crate::migrate::{CancelFlag, ControlMessage, OnStuck, Pace, SourceOptions};
+use crate::migrate::{CancelFlag, ControlMessage, Observer, OnStuck, Pace, SourceOptions};
 use crate::model::id::VmName;
-use crate::model::{MigrationId, MigrationReport, VmRef};
+use crate::model::{MigrationId, MigrationRecord, MigrationReport, VmRef, WriteCurve};
 use crate::port::{JournalError, JournalRecord, LinkError, MachineError, Region};
-use crate::store::FileJournal;
+use crate::store::{FileJournal, HistoryLog};
 
 /// A migration that could not even begin; the VM was not touched.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +59,9 @@ pub enum BeginError {
     /// There is nothing to go on with.
     #[error("{0}")]
     NotInDoubt(String),
+    /// A signal came before anything was moved.
+    #[error("interrupted while the VM's writing was measured")]
+    Interrupted,
     /// The event log.
     #[error("event log {path}: {source}")]
     Events {
@@ -73,6 +81,8 @@ pub struct MigrateRequest {
     pub to: Address,
     /// How.
     pub options: SourceOptions,
+    /// What is wanted to be known of it first.
+    pub foresee: Foresee,
     /// VMs whose writers are never slowed, as the configuration names them.
     pub never_stunned: Vec<String>,
     /// Where this host's VMs are.
@@ -118,6 +128,11 @@ struct Begun {
     options: SourceOptions,
     /// What it is called.
     kind: String,
+    /// The target's host.
+    host: String,
+    /// What is expected of it.
+    foresight: Option<Foresight>,
+    traffic: Option<Traffic>,
     show_progress: bool,
 }
 
@@ -143,6 +158,31 @@ pub fn check_plaintext(address: &Address, allowed: bool) -> Result<(), BeginErro
     }
 }
 
+/// The VM's curve, if it is asked for; why it could not be had, where it can go without.
+fn measured(
+    request: &MigrateRequest,
+    entry: &MachineEntry,
+) -> Result<Option<Result<WriteCurve, ProfileError>>, BeginError> {
+    let (Foresee::Measure(config) | Foresee::Choose(config)) = &request.foresee else { return Ok(None) };
+    match foresight::measure(&request.run_dir, &entry.state_dir, &VmRef::Name(entry.name.clone()), config) {
+        Err(ProfileError::Interrupted) => Err(BeginError::Interrupted),
+        Err(error) => {
+            tracing::warn!(vm = %entry.name, "how it writes could not be measured: {error}");
+            Ok(Some(Err(error)))
+        }
+        found => Ok(Some(found)),
+    }
+}
+
+/// Adds a migration to the log of those that are over. A log that cannot be written is reported, and stops nothing.
+fn keep(state_dir: &Path, report: &MigrationReport, peer: &str, options: &SourceOptions) {
+    let unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
+    let Some(record) = MigrationRecord::of(report, peer, options.bandwidth, unix_ms) else { return };
+    if let Err(error) = HistoryLog::new(state_dir).append(&record) {
+        tracing::warn!("the log of migrations in {}: {error}", state_dir.display());
+    }
+}
+
 /// Moves a VM. Returns once its fate is known, whatever it is.
 ///
 /// # Errors
@@ -155,18 +195,44 @@ pub fn migrate(request: MigrateRequest, cancel: CancelFlag) -> Result<MigrationR
     if request.options.on_stuck == OnStuck::Stun && never {
         return Err(BeginError::NeverStunned(entry.name));
     }
+    let traffic = Traffic::toward(&request.to);
+    let curve = measured(&request, &entry)?;
     let migration = MigrationId::random();
     let journal = FileJournal::open(&entry.state_dir)?;
     let events = request.events.as_deref();
     let log = EventLog::new(migration, "source", events, request.hold.clone())
         .map_err(|source| BeginError::Events { path: format!("{events:?}"), source })?;
     let machine = RemoteMachine::attach(&registry.socket(&entry.name, "session"), migration, journal)?;
+    let region = machine.region();
+    let experience = Experience::read(&entry.state_dir, request.to.host());
+    let mut options = SourceOptions { peer: request.to.to_string(), ..request.options };
+    options.fixed_cost = experience.fixed_cost(options.downtime).cost;
+    let foresight = match (&request.foresee, &curve) {
+        (Foresee::Choose(_), Some(Ok(curve))) => {
+            Foresight::choose(&experience, &mut options, region.as_ref(), curve, !never)
+        }
+        (Foresee::Choose(_), other) => {
+            let why = match other {
+                Some(Err(error)) => format!("how the VM writes could not be measured ({error})"),
+                _ => "how the VM writes is not known".to_owned(),
+            };
+            Foresight::unchosen(&experience, &mut options, region.as_ref(), &why)
+        }
+        (_, Some(Ok(curve))) => Foresight::with_curve(&experience, &options, region.as_ref(), curve),
+        _ => Foresight::new(&experience, &options, region.as_ref()),
+    };
+    if request.show_progress
+        && let Some(chosen) = foresight.chosen()
+    {
+        complain!("auto: {}: {}", chosen.plan, chosen.reason);
+    }
     let unreachable = |source| BeginError::Link { address: request.to.clone(), source };
-    let link =
-        TcpSource::<ControlMessage>::dial(request.to.clone(), migration, request.options.stall).map_err(unreachable)?;
-    let options = SourceOptions { peer: request.to.to_string(), ..request.options };
+    let link = TcpSource::<ControlMessage>::dial(request.to.clone(), migration, options.stall).map_err(unreachable)?;
     let kind = options.strategy.to_string();
-    let begun = Begun { migration, entry, machine, link, log, options, kind, show_progress: request.show_progress };
+    let host = request.to.host().to_owned();
+    let foresight = Some(foresight);
+    let show_progress = request.show_progress;
+    let begun = Begun { migration, entry, machine, link, log, options, kind, host, foresight, traffic, show_progress };
     Ok(drive(begun, &registry, &cancel, "migrate", |source| source.run()))
 }
 
@@ -201,7 +267,9 @@ pub fn recover(request: RecoverRequest, cancel: CancelFlag) -> Result<MigrationR
     let link = TcpSource::<ControlMessage>::dial(to.clone(), migration, request.options.stall).map_err(unreachable)?;
     let options = SourceOptions { peer: to.to_string(), ..request.options };
     let kind = "recovery".to_owned();
-    let begun = Begun { migration, entry, machine, link, log, options, kind, show_progress: request.show_progress };
+    let (host, show_progress) = (to.host().to_owned(), request.show_progress);
+    let (foresight, traffic) = (None, Traffic::toward(&to));
+    let begun = Begun { migration, entry, machine, link, log, options, kind, host, foresight, traffic, show_progress };
     Ok(drive(begun, &registry, &cancel, "recover", |source| source.recover()))
 }
 
@@ -213,7 +281,19 @@ fn drive(
     what: &'static str,
     go: impl FnOnce(Source<'_>) -> MigrationReport,
 ) -> MigrationReport {
-    let Begun { migration, entry, mut machine, mut link, log, options, kind, show_progress } = begun;
+    let Begun {
+        migration,
+        entry,
+        mut machine,
+        mut link,
+        log,
+        options,
+        kind,
+        host,
+        foresight,
+        mut traffic,
+        show_progress,
+    } = begun;
     let shape = machine.shape().clone();
     let region = machine.region();
     let pace = Pace::new(options.bandwidth);
@@ -226,6 +306,7 @@ fn drive(
         memory_bytes: shape.memory_bytes,
         downtime: options.downtime,
         fixed_cost: options.fixed_cost,
+        chosen: foresight.as_ref().and_then(|foresight| foresight.chosen().cloned()),
     };
     let progress = Arc::new(Progress::new(plan, pace.clone(), show_progress));
     let steered = Steered {
@@ -239,7 +320,14 @@ fn drive(
     let served = steering::serve(&socket, steered).inspect_err(|error| {
         tracing::warn!("{}: {error}: this migration can only be steered by signals", socket.display());
     });
-    let report = go(Source {
+    if let Some(traffic) = &mut traffic {
+        traffic.begin();
+    }
+    let mut observers: Vec<&dyn Observer> = vec![progress.as_ref(), &log];
+    if let Some(foresight) = &foresight {
+        observers.insert(0, foresight);
+    }
+    let mut report = go(Source {
         id: migration,
         options: &options,
         shape: &shape,
@@ -247,10 +335,15 @@ fn drive(
         machine: &mut machine,
         link: &mut link,
         clock: &MonotonicClock,
-        observer: &Both { events: &log, progress: &progress },
+        observer: &All(&observers),
         cancel: cancel.clone(),
         pace,
     });
+    report.link = traffic.map(|traffic| traffic.report(report.wire_bytes));
+    if let Some(foresight) = &foresight {
+        foresight.complete(&mut report);
+        keep(&entry.state_dir, &report, &host, &options);
+    }
     progress.end(report.clone());
     drop(served);
     // A machine that was killed could not take itself out of the run folder.

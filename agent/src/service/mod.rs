@@ -1,7 +1,7 @@
 //! The service floor and composition root: joins policy and mechanism.
 //!
 //! - [`machine`] hosts one VM: the ownership gate, the session for a manager, the control sockets.
-//! - [`migration`] is the manager at a source, [`receive`] the one at a target; [`progress`] knows how far a migration is, and [`steering`] lets others see and steer it; [`reports`] reads what it said at its end.
+//! - [`migration`] is the manager at a source, [`receive`] the one at a target; [`progress`] knows how far a migration is, and [`steering`] lets others see and steer it; [`foresight`] says what is to be expected of it; [`reports`] reads what it said at its end.
 //! - [`registry`] knows which VMs this host runs.
 //! - [`config`] reads the configuration file.
 //! - [`balloon`] answers for a guest's memory.
@@ -25,6 +25,7 @@ pub mod doctor;
 pub mod events;
 pub mod exits;
 pub mod fleet;
+pub mod foresight;
 pub mod gate;
 pub mod guest_names;
 pub mod interrupt;
@@ -51,4 +52,5 @@ pub mod sources;
 pub mod steering;
 pub mod stun;
 mod throttling;
+mod traffic;
 pub mod watch;

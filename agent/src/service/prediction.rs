@@ -1,14 +1,20 @@
 //! What moving a VM would take, before anything is moved: joins its profile, what its memory holds, and the model of each way.
 
+use std::path::Path;
+use std::time::Duration;
+
 use serde::Serialize;
 
 use super::interrupt::Interrupt;
 use super::inventory::Host;
 use super::observe::Observed;
 use super::profile::{self, ProfileError, ProfileRequest, Profiler, Progress};
+use crate::migrate::SourceOptions;
 use crate::model::schema::Schema;
-use crate::model::{PAGE_SIZE, PageCount, UniqueRate};
+use crate::model::{BytesPerSecond, CostFrom, MigrationRecord, PAGE_SIZE, PageCount, UniqueRate};
+use crate::predict::experience::{FixedCost, PlanErrors, errors, fixed_cost};
 use crate::predict::{Choice, Memory, Mover, Prediction, choose, predict};
+use crate::store::{History, HistoryLog};
 use crate::track::{Regime, Terms, TermsError};
 
 /// What is to be expected.
@@ -30,6 +36,10 @@ pub struct PredictionReport {
     pub downtime_ns: u64,
     /// What a switch costs in any case, CPU and device state included.
     pub fixed_cost_ns: u64,
+    /// Where that was taken from.
+    pub fixed_cost_from: CostFrom,
+    /// From how many migrations.
+    pub fixed_cost_migrations: u32,
     /// The link's round trip.
     pub rtt_ns: u64,
     /// Guest memory.
@@ -74,16 +84,65 @@ pub enum PredictionError {
     Terms(#[from] TermsError),
 }
 
+/// Under which conditions a VM would be moved.
+#[derive(Clone, Debug)]
+pub struct PredictTerms {
+    /// Goodput of the link.
+    pub bandwidth: BytesPerSecond,
+    /// The downtime that is allowed.
+    pub downtime: Duration,
+    /// What a switch costs besides the last pages; by earlier migrations without.
+    pub fixed_cost: Option<Duration>,
+    /// The link's round trip.
+    pub rtt: Duration,
+    /// The host that it would be moved to, as it would be dialled.
+    pub peer: Option<String>,
+}
+
+impl PredictTerms {
+    fn fixed_cost(&self, state_dir: &Path) -> FixedCost {
+        if let Some(given) = self.fixed_cost {
+            return FixedCost::unmeasured(given, CostFrom::Given);
+        }
+        let records = HistoryLog::new(state_dir).read().records;
+        fixed_cost(&records, self.peer.as_deref(), SourceOptions::default().fixed_cost)
+    }
+}
+
+/// How far predictions of earlier migrations were off.
+#[derive(Clone, Debug, Serialize)]
+pub struct PredictHistory {
+    /// By way of moving.
+    pub errors: Vec<PlanErrors>,
+    /// The migrations, the oldest first.
+    pub migrations: Vec<MigrationRecord>,
+    /// Lines of the log that cannot be read.
+    pub damaged_lines: u32,
+}
+
+impl Schema for PredictHistory {
+    const SCHEMA: &'static str = "dunlin.predict-history/v1";
+}
+
+/// What the log in a state folder says of predictions.
+pub fn history(state_dir: &Path) -> PredictHistory {
+    let History { records, damaged_lines } = HistoryLog::new(state_dir).read();
+    PredictHistory { errors: errors(&records), migrations: records, damaged_lines }
+}
+
 /// Takes the VM's profile and predicts.
 ///
 /// # Errors
 /// No profile, or terms under which nothing could be moved.
 pub fn prediction(
     request: &ProfileRequest,
-    terms: &Terms,
+    wanted: &PredictTerms,
     interrupt: &Interrupt,
     progress: Progress<'_>,
 ) -> Result<PredictionReport, PredictionError> {
+    let fixed = wanted.fixed_cost(&request.state_dir);
+    let PredictTerms { bandwidth, downtime, rtt, .. } = *wanted;
+    let terms = &Terms { bandwidth, downtime, switch_cost: fixed.cost, rtt };
     let memory_time = terms.memory_time()?;
     let found = profile::find(request).map_err(ProfileError::from)?;
     let mover = match (found.host, found.vmm.as_str()) {
@@ -133,6 +192,8 @@ pub fn prediction(
         bandwidth_bytes_per_second: terms.bandwidth.0,
         downtime_ns: terms.downtime.as_nanos() as u64,
         fixed_cost_ns: terms.switch_cost.as_nanos() as u64,
+        fixed_cost_from: fixed.from,
+        fixed_cost_migrations: fixed.migrations,
         rtt_ns: terms.rtt.as_nanos() as u64,
         memory_bytes: taken.memory_bytes,
         filled_bytes: bytes(memory.filled),
@@ -172,6 +233,8 @@ pub(crate) fn sample() -> PredictionReport {
         bandwidth_bytes_per_second: 0,
         downtime_ns: 0,
         fixed_cost_ns: 0,
+        fixed_cost_from: CostFrom::Default,
+        fixed_cost_migrations: 0,
         rtt_ns: 0,
         memory_bytes: 0,
         filled_bytes: 0,
@@ -186,4 +249,22 @@ pub(crate) fn sample() -> PredictionReport {
         strategies: vec![Way { prediction, commands: vec![String::new()] }],
         chosen: Some(Choice { plan: Plan::PreCopy, meets_downtime: true, reason: String::new() }),
     }
+}
+
+/// A history with every member, for the documentation's test.
+#[cfg(test)]
+pub(crate) fn history_sample() -> PredictHistory {
+    let some = Some(1.);
+    let errors = PlanErrors {
+        plan: String::new(),
+        migrations: 1,
+        total_median_percent: some,
+        total_worst_percent: some,
+        blackout_median_percent: some,
+        blackout_worst_percent: some,
+        blackout_median_ns: Some(1),
+        blackout_worst_ns: Some(1),
+    };
+    let record = serde_json::from_str(crate::store::history::SAMPLE);
+    PredictHistory { errors: vec![errors], migrations: record.into_iter().collect(), damaged_lines: 0 }
 }

@@ -10,11 +10,12 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::sync::watch;
 
-use super::events::EventLog;
 use crate::migrate::{Eta, Going, Observer, Pace, eta};
 use crate::model::id::VmName;
 use crate::model::units::display_duration;
-use crate::model::{BytesPerSecond, MigrationId, MigrationReport, MigrationStatus, PageCount, RoundReport, Step, VmId};
+use crate::model::{
+    BytesPerSecond, Chosen, MigrationId, MigrationReport, MigrationStatus, PageCount, RoundReport, Step, VmId,
+};
 
 /// The goodput is that of so much time.
 const GOODPUT_TIME: Duration = Duration::from_secs(2);
@@ -42,6 +43,8 @@ pub struct Plan {
     pub downtime: Duration,
     /// What switching over takes besides the last pages.
     pub fixed_cost: Duration,
+    /// Which strategy was taken by itself, and why.
+    pub chosen: Option<Chosen>,
 }
 
 /// A migration under way.
@@ -160,6 +163,7 @@ impl Progress {
             pid: std::process::id(),
             target: self.plan.target.clone(),
             strategy: self.plan.strategy.clone(),
+            chosen: self.plan.chosen.clone(),
             since_unix_ms: self.since_unix_ms,
             elapsed_ns: self.began.elapsed().as_nanos() as u64,
             step: state.step,
@@ -297,28 +301,20 @@ impl Observer for Progress {
     }
 }
 
-/// Tells both an event log and a progress.
-pub struct Both<'a> {
-    /// The log; may hold a manager at a step, so it is told last.
-    pub events: &'a EventLog,
-    /// The progress.
-    pub progress: &'a Progress,
-}
+/// Tells several, in their order. An event log may hold a manager at a step: it is told last.
+pub struct All<'a>(pub &'a [&'a dyn Observer]);
 
-impl Observer for Both<'_> {
+impl Observer for All<'_> {
     fn step(&self, step: Step, detail: &str) {
-        self.progress.step(step, detail);
-        self.events.step(step, detail);
+        self.0.iter().for_each(|observer| observer.step(step, detail));
     }
 
     fn round(&self, round: &RoundReport) {
-        self.progress.round(round);
-        self.events.round(round);
+        self.0.iter().for_each(|observer| observer.round(round));
     }
 
     fn progress(&self, round: u32, sent_pages: u64, due_pages: u64) {
-        self.progress.progress(round, sent_pages, due_pages);
-        self.events.progress(round, sent_pages, due_pages);
+        self.0.iter().for_each(|observer| observer.progress(round, sent_pages, due_pages));
     }
 }
 
@@ -338,6 +334,7 @@ pub(super) mod tests {
             memory_bytes: 64 << 20,
             downtime: Duration::from_millis(30),
             fixed_cost: Duration::from_millis(3),
+            chosen: None,
         };
         Progress::new(plan, Pace::new(limit), false)
     }

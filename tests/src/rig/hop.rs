@@ -33,6 +33,8 @@ const SLICE: Duration = Duration::from_millis(50);
 pub struct HopOptions {
     /// The strategy.
     pub strategy: Strategy,
+    /// Whether `dunlin migrate` chooses the strategy itself.
+    pub auto: bool,
     /// Whether all memory is compared at both ends during the blackout.
     pub verify: bool,
     /// Further options of `dunlin migrate`.
@@ -180,7 +182,7 @@ impl Rig {
     /// # Errors
     /// The manager cannot be started.
     pub fn start_migration(&self, to: &str, options: &HopOptions) -> Result<OwnProcess> {
-        let strategy = options.strategy.to_string();
+        let strategy = if options.auto { "auto".to_owned() } else { options.strategy.to_string() };
         let mut command = self.dunlin_here(&["migrate", VM_NAME, "--to", to, "--json", "--strategy", &strategy]);
         if options.verify {
             command.arg("--verify");

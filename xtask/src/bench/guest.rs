@@ -28,6 +28,8 @@ pub(super) type Rate = &'static str;
 pub(super) struct Load {
     /// Its vCPUs.
     pub(super) cpus: u32,
+    /// Its RAM.
+    pub(super) memory_mib: u64,
     /// Its command line.
     pub(super) cmdline: String,
 }
@@ -39,7 +41,13 @@ impl Load {
             "dunlin.cpus={CPUS} dunlin.heartbeat=1ms dunlin.wl0=ws:64K,rate:0 \
              dunlin.wl1=ws:{WORKING_SET_MIB}M,rate:{rate},fill:random"
         );
-        Self { cpus: CPUS, cmdline }
+        Self { cpus: CPUS, memory_mib: MEMORY_MIB, cmdline }
+    }
+
+    /// The same with so much RAM, whose guest says ten times a second what it has written.
+    pub(super) fn telling_often(rate: Rate, memory_mib: u64) -> Self {
+        let Self { cpus, cmdline, .. } = Self::beating(rate);
+        Self { cpus, memory_mib, cmdline: format!("{cmdline} dunlin.stat=100ms") }
     }
 
     /// One of a single vCPU that writes at `rate` in the order of `pattern`, and tells its own truth of windows of `window_ms`. It writes
@@ -49,7 +57,7 @@ impl Load {
             "dunlin.cpus=1 dunlin.heartbeat=0 dunlin.stat=0 dunlin.slice=200us dunlin.window={window_ms}ms \
              dunlin.wl0=ws:{WORKING_SET_MIB}M,rate:{rate},pattern:{pattern},fill:random"
         );
-        Self { cpus: 1, cmdline }
+        Self { cpus: 1, memory_mib: MEMORY_MIB, cmdline }
     }
 }
 
@@ -84,15 +92,28 @@ struct Stat {
     pages_written: u64,
 }
 
-/// Pages written per second, between the first and the last STAT line within `bytes`.
-pub(super) fn pages_per_second(bytes: &[u8]) -> Option<f64> {
+fn stats(bytes: &[u8]) -> Vec<Stat> {
     let uptime = field(bytes, "STAT ", "uptime_ns=");
     let written = field(bytes, "STAT ", "pages_written=");
-    let stats = uptime.iter().zip(&written).map(|(&uptime_ns, &pages_written)| Stat { uptime_ns, pages_written });
-    let stats: Vec<Stat> = stats.collect();
-    let (first, last) = (stats.first()?, stats.last()?);
+    uptime.iter().zip(&written).map(|(&uptime_ns, &pages_written)| Stat { uptime_ns, pages_written }).collect()
+}
+
+fn rate(first: &Stat, last: &Stat) -> Option<f64> {
     let elapsed_ns = last.uptime_ns.checked_sub(first.uptime_ns).filter(|&ns| ns > 0)?;
-    Some((last.pages_written - first.pages_written) as f64 * 1e9 / elapsed_ns as f64)
+    Some(last.pages_written.checked_sub(first.pages_written)? as f64 * 1e9 / elapsed_ns as f64)
+}
+
+/// Pages written per second, between the first and the last STAT line within `bytes`.
+pub(super) fn pages_per_second(bytes: &[u8]) -> Option<f64> {
+    let stats = stats(bytes);
+    rate(stats.first()?, stats.last()?)
+}
+
+/// Pages written per second over a span of a console that reaches from the last STAT line before `from` to the first one behind `to`.
+pub(super) fn pages_per_second_around(bytes: &[u8], from: usize, to: usize) -> Option<f64> {
+    let before = stats(bytes.get(..from)?);
+    let behind = stats(bytes).into_iter().nth(stats(bytes.get(..to)?).len());
+    rate(before.last()?, &behind?)
 }
 
 /// How many page mismatches the guest has found.
@@ -125,6 +146,9 @@ mod tests {
                      HB 1 2\nSTAT uptime_ns=3000000000 pages_written=25 page_mismatches=0\nSTAT uptime_ns=4000000000 pages_wr";
         assert_eq!(field(text, "READY ", "tsc_hz="), [2000]);
         assert_eq!(pages_per_second(text), Some(10.0));
+        let first = text.windows(3).position(|part| part == b"HB ").unwrap();
+        assert_eq!(pages_per_second_around(text, first, first + 1), Some(10.0));
+        assert_eq!(pages_per_second_around(text, first, text.len()), None, "nothing was said since");
         assert_eq!(mismatches(text), Some(0));
     }
 }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-use super::guest::Rate;
+use super::guest::{Load, Rate};
 use super::measure::{Aim, Row, Samples};
 use super::ours::{Migration, Options, Places, Vm};
 use super::qemu::{self, Mode, Qemu};
@@ -189,7 +189,8 @@ impl Bench<'_> {
             }
             let mut theirs = Vec::new();
             for (mode, side) in &mut peers {
-                let migration = self.qemu.migrate(*mode, case.rate, case.limit, self.effort.cap, SETTLE)?;
+                let migration =
+                    self.qemu.migrate(*mode, &Load::beating(case.rate), case.limit, self.effort.cap, SETTLE)?;
                 side.qemu(migration.as_ref(), bytes);
                 theirs.push(match migration {
                     Some(migration) => format!("{} {:.0} ms", mode.name(), migration.total_ms),

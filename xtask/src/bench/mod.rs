@@ -10,6 +10,7 @@ mod migrate;
 mod ours;
 mod qemu;
 mod raw_tcp;
+mod strategies;
 mod stun;
 mod tracking;
 
@@ -49,6 +50,7 @@ Examples:
   cargo xtask bench migrate --quick
   cargo xtask bench migrate --case idle --case unthrottled --runs 9 --json
   cargo xtask bench stun --case ring
+  cargo xtask bench strategies --only 50k --only 1gbit --runs 3
   cargo xtask bench tracking --quick
   cargo xtask bench tracking --case random-50k --case events")]
 pub(crate) struct Arguments {
@@ -75,8 +77,8 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "FILE")]
     dunlin: Option<PathBuf>,
 
-    /// Only this case; may be given several times.
-    #[arg(long = "case", value_name = "NAME")]
+    /// Only this case; may be given several times. Of `strategies`: a rate, a link, a strategy or a peer; those not named of a kind are all run.
+    #[arg(long = "case", visible_alias = "only", value_name = "NAME")]
     cases: Vec<String>,
 }
 
@@ -87,6 +89,8 @@ enum Name {
     Migrate,
     /// A writer that would keep a migration from ending is slowed: what that costs it, and a bystander, beside QEMU's ways of throttling.
     Stun,
+    /// Each strategy with writers of each rate on a link of 1 Gbit/s and one without a limit, beside QEMU's own ways.
+    Strategies,
     /// How exact the figures of a VM's writing are, and what they cost, beside QEMU's and the guest's own truth.
     Tracking,
 }
@@ -97,6 +101,7 @@ impl Name {
         match (self, quick) {
             (Self::Migrate | Self::Stun, false) => RUNS,
             (Self::Migrate | Self::Stun, true) => QUICK_RUNS,
+            (Self::Strategies, _) => 1,
             (Self::Tracking, false) => TRACKING_RUNS,
             (Self::Tracking, true) => QUICK_TRACKING_RUNS,
         }
@@ -138,6 +143,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let free_memory = fresh::note()?;
     let (rows, definitions) = match arguments.name {
         Name::Migrate => (migrate::run(&places, &effort)?, migrate::DEFINITIONS),
+        Name::Strategies => (strategies::run(&places, &effort)?, strategies::DEFINITIONS),
         Name::Stun => (stun::run(&places, &effort)?, stun::DEFINITIONS),
         Name::Tracking => (tracking::run(&places, &effort)?, tracking::DEFINITIONS),
     };

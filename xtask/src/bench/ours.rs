@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
 use super::fresh;
-use super::guest::{self, Console, HEARTBEAT_MS, Load, MEMORY_MIB, Rate};
+use super::guest::{self, Console, HEARTBEAT_MS, Load, Rate};
 use super::heartbeat::{Gaps, gaps, steps_ms};
 use crate::interrupt;
 use crate::process::OwnChild;
@@ -23,6 +23,8 @@ const ORDER_LIMIT: Duration = Duration::from_secs(10);
 /// How long the guest beats on at the target before it is stopped.
 const AFTER: Duration = Duration::from_millis(200);
 const PAGE_BYTES: u64 = 4096;
+/// The log of the source's migrations.
+const HISTORY: &str = "source/migrations.jsonl";
 
 /// Programs and folders that every run uses.
 #[derive(Clone, Debug)]
@@ -46,6 +48,10 @@ pub(super) struct Options {
     pub(super) stun: bool,
     /// The blackout to stay below; what `dunlin` does by itself without.
     pub(super) downtime_ms: Option<u64>,
+    /// How memory moves; what `dunlin` does by itself without.
+    pub(super) strategy: Option<&'static str>,
+    /// Whether how the VM writes is measured first, for a prediction in the report.
+    pub(super) predict: bool,
 }
 
 /// The part of the migration report (`docs/json.md`) that is used here.
@@ -58,8 +64,33 @@ pub(super) struct Report {
     wire_bytes: u64,
     total_ns: u64,
     blackout_ns: u64,
-    rtt_ns: u64,
+    pub(super) rtt_ns: u64,
     stun: Option<Stun>,
+    pub(super) post_copy: Option<PostCopy>,
+    pub(super) prediction: Option<Prediction>,
+}
+
+/// What followed the VM.
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct PostCopy {
+    sent_pages: u64,
+    zero_pages: u64,
+    pub(super) waits: Waits,
+}
+
+/// How long it waited for pages that it touched.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub(super) struct Waits {
+    pub(super) count: u64,
+    pub(super) p50_ns: u64,
+    pub(super) p99_ns: u64,
+}
+
+/// What had been expected.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub(super) struct Prediction {
+    pub(super) total_ns: Option<u64>,
+    pub(super) blackout_ns: Option<u64>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -85,9 +116,34 @@ struct Round {
 }
 
 impl Report {
-    /// Bytes of the pages that the first round found to hold more than zeros.
+    /// Bytes of the pages that the first round, or where there is none what followed the VM, found to hold more than zeros.
     pub(super) fn nonzero_bytes(&self) -> u64 {
-        self.rounds.first().map_or(0, |round| (round.pages - round.zero_pages) * PAGE_BYTES)
+        let first = self.rounds.first().map(|round| (round.pages - round.zero_pages) * PAGE_BYTES);
+        first.unwrap_or_else(|| self.followed_bytes())
+    }
+
+    /// Bytes of the pages with content that followed the VM.
+    pub(super) fn followed_bytes(&self) -> u64 {
+        self.post_copy.as_ref().map_or(0, |owed| (owed.sent_pages - owed.zero_pages) * PAGE_BYTES)
+    }
+
+    /// Pages with content that were sent beyond the first time.
+    pub(super) fn pages_sent_again(&self) -> u64 {
+        let rounds: u64 = self.rounds.iter().map(|round| round.pages - round.zero_pages).sum();
+        (rounds + self.followed_bytes() / PAGE_BYTES).saturating_sub(self.nonzero_bytes() / PAGE_BYTES)
+    }
+
+    /// What had been expected and is known of how it came.
+    pub(super) fn total_off_percent(&self) -> Option<f64> {
+        let expected = self.prediction?.total_ns?;
+        Some((expected as f64 / self.total_ns as f64 - 1.0).abs() * 100.0)
+    }
+
+    /// How far the blackout was off, in times the larger of a fifth of it and 5 ms.
+    pub(super) fn blackout_off(&self) -> Option<f64> {
+        let expected = self.prediction?.blackout_ns?;
+        let allowed = (self.blackout_ns as f64 * 0.2).max(5e6);
+        Some(expected.abs_diff(self.blackout_ns) as f64 / allowed)
     }
 
     /// From the offer to `running`, reservation counted.
@@ -134,6 +190,8 @@ pub(super) struct Migration {
     pub(super) gaps: Gaps,
     /// Pages that the guest wrote per second while the migration ran; none if it was too short to say.
     pub(super) pages_per_second: Option<f64>,
+    /// The same from before it began until behind its end, at both hosts; none where the guest did not say.
+    pub(super) pages_per_second_throughout: Option<f64>,
     /// Between the guest's heartbeats while the migration ran, in milliseconds.
     pub(super) steps_ms: Vec<f64>,
 }
@@ -158,12 +216,18 @@ impl<'a> Vm<'a> {
     /// Boots a VM with a guest under `load`, and waits until it is.
     pub(super) fn boot(places: &'a Places, load: &Load, dirty_log: &str) -> Result<Self> {
         let folder = fresh(&places.scratch.join("ours"))?;
+        // What is kept of earlier migrations: predictions come of it.
+        let kept = fs::read(places.state.join("ours").join(HISTORY));
         let state = fresh(&places.state.join("ours"))?;
+        if let Ok(kept) = kept {
+            fs::create_dir_all(state.join("source"))?;
+            fs::write(state.join(HISTORY), kept)?;
+        }
         let console = Console(folder.join("source.log"));
         let mut command = Command::new(&places.dunlin);
         command
             .args(["vm", "run", "--name", NAME, "--dirty-log", dirty_log])
-            .args(["--memory", &format!("{MEMORY_MIB}MiB"), "--cpus", &load.cpus.to_string()])
+            .args(["--memory", &format!("{}MiB", load.memory_mib), "--cpus", &load.cpus.to_string()])
             .args(["--cmdline", &load.cmdline])
             .arg("--kernel")
             .arg(&places.kernel);
@@ -221,6 +285,13 @@ impl<'a> Vm<'a> {
         if let Some(limit) = options.limit {
             command.args(["--bandwidth", &format!("{}bit", limit * 8)]);
         }
+        if let Some(strategy) = options.strategy {
+            command.args(["--strategy", strategy]);
+        }
+        let events = self.folder.join("events.json");
+        if options.predict {
+            command.args(["--predict", "--events"]).arg(&events);
+        }
         if options.stun {
             command.args(["--on-stuck", "stun"]);
         }
@@ -229,10 +300,18 @@ impl<'a> Vm<'a> {
         }
         command.arg("--run-dir").arg(self.folder.join("source"));
         command.stdout(File::create(&report_path).context("a file for the report")?);
-        let began = self.console.len();
+        let mut began = self.console.len();
         let mut migrate = OwnChild::start(&mut command, &self.folder.join("migrate.err"))?;
+        if options.predict {
+            // Before that nothing moves.
+            interrupt::wait_for(ORDER_LIMIT, "the migration's begin", || {
+                Ok(fs::metadata(&events).is_ok_and(|file| file.len() > 0).then_some(()))
+            })?;
+            began = self.console.len();
+        }
         migrate.finish(MIGRATION_LIMIT)?;
         let during = self.console.bytes();
+        let ended = during.len() + target_console.len();
         let report: Report =
             serde_json::from_slice(&fs::read(&report_path)?).context("the report of `dunlin migrate --json`")?;
         if report.ending != "moved" {
@@ -250,7 +329,14 @@ impl<'a> Vm<'a> {
         let gaps = gaps(&self.console.bytes(), &target, began, self.tsc_hz, HEARTBEAT_MS)
             .context("no heartbeats around the switch")?;
         let steps_ms = steps_ms(&during, began, self.tsc_hz);
-        Ok(Migration { report, gaps, pages_per_second: guest::pages_per_second(&during[began..]), steps_ms })
+        let both = [self.console.bytes(), target].concat();
+        Ok(Migration {
+            report,
+            gaps,
+            pages_per_second: guest::pages_per_second(&during[began..]),
+            pages_per_second_throughout: guest::pages_per_second_around(&both, began, ended),
+            steps_ms,
+        })
     }
 
     fn stop_at_target(&self) -> Result<()> {

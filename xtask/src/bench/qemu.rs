@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use super::fresh;
-use super::guest::{self, Console, HEARTBEAT_MS, Load, MEMORY_MIB, Rate};
+use super::guest::{self, Console, HEARTBEAT_MS, Load};
 use super::heartbeat::{Gaps, gaps, steps_ms};
 use crate::interrupt;
 use crate::process::OwnChild;
@@ -38,6 +38,8 @@ pub(super) enum Mode {
     MultifdShared,
     /// One stream; all vCPUs are throttled until the rounds shrink.
     AutoConverge,
+    /// The VM moves at once, its memory follows.
+    PostCopy,
     /// One stream; each vCPU may dirty a quarter of the link, as `set-vcpu-dirty-limit` sees to it.
     DirtyLimit,
 }
@@ -50,6 +52,7 @@ impl Mode {
             Self::Multifd => "qemu-multifd",
             Self::MultifdShared => "qemu-multifd-memfd",
             Self::AutoConverge => "qemu-auto-converge",
+            Self::PostCopy => "qemu-post-copy",
             Self::DirtyLimit => "qemu-dirty-limit",
         }
     }
@@ -59,6 +62,7 @@ impl Mode {
             Self::PreCopy | Self::DirtyLimit => None,
             Self::Multifd | Self::MultifdShared => Some("multifd"),
             Self::AutoConverge => Some("auto-converge"),
+            Self::PostCopy => Some("postcopy-ram"),
         }
     }
 }
@@ -76,6 +80,8 @@ pub(super) struct Migration {
     pub(super) gaps: Gaps,
     /// Pages that the guest wrote per second while the migration ran.
     pub(super) pages_per_second: Option<f64>,
+    /// The same from before it began until behind its end, at both hosts; none where the guest did not say.
+    pub(super) pages_per_second_throughout: Option<f64>,
     /// Between the guest's heartbeats while the migration ran, in milliseconds.
     pub(super) steps_ms: Vec<f64>,
 }
@@ -120,23 +126,22 @@ impl Qemu {
         text.lines().next().unwrap_or_default().to_owned()
     }
 
-    /// Boots the guest writing at `rate` and moves it. None if it did not converge within `cap`.
+    /// Boots the guest and moves it. None if it did not converge within `cap`.
     pub(super) fn migrate(
         &self,
         mode: Mode,
-        rate: Rate,
+        load: &Load,
         limit: Option<u64>,
         cap: Duration,
         settle: Duration,
     ) -> Result<Option<Migration>> {
         self.clear()?;
-        let load = Load::beating(rate);
         // The limit is kept where a dirty ring is full.
         let accelerator = if mode == Mode::DirtyLimit { "kvm,dirty-ring-size=4096" } else { "kvm" };
         let boot = Boot { accelerator, shared: mode == Mode::MultifdShared, incoming: false };
-        let mut source = self.start("source", &load, boot)?;
+        let mut source = self.start("source", load, boot)?;
         let tsc_hz = source.console.wait_ready(&mut source.process)?;
-        let mut target = self.start("target", &load, Boot { incoming: true, ..boot })?;
+        let mut target = self.start("target", load, Boot { incoming: true, ..boot })?;
         if let Some(capability) = mode.capability() {
             let capabilities = json!({ "capabilities": [{ "capability": capability, "state": true }] });
             source.qmp.order("migrate-set-capabilities", capabilities.clone())?;
@@ -144,7 +149,12 @@ impl Qemu {
         }
         source.qmp.order(
             "migrate-set-parameters",
-            json!({ "max-bandwidth": limit.unwrap_or(UNLIMITED), "downtime-limit": DOWNTIME_LIMIT_MS }),
+            // What follows the VM has a limit of its own.
+            json!({
+                "max-bandwidth": limit.unwrap_or(UNLIMITED),
+                "max-postcopy-bandwidth": limit.unwrap_or(UNLIMITED),
+                "downtime-limit": DOWNTIME_LIMIT_MS,
+            }),
         )?;
         target.qmp.order("migrate-incoming", json!({ "uri": "tcp:127.0.0.1:0" }))?;
         let port = port(&target.qmp.order("query-migrate", json!({}))?).context("QEMU does not say its port")?;
@@ -157,15 +167,20 @@ impl Qemu {
         }
         let began = source.console.len();
         source.qmp.order("migrate", json!({ "uri": format!("tcp:127.0.0.1:{port}") }))?;
+        if mode == Mode::PostCopy {
+            source.qmp.order("migrate-start-postcopy", json!({}))?;
+        }
         let Some(info) = finished(&mut source, &mut target, cap)? else {
             source.qmp.order("migrate_cancel", json!({}))?;
             return Ok(None);
         };
+        let ended = source.console.len() + target.console.len();
         interrupt::sleep(AFTER)?;
         drop(source.process);
         let before = source.console.bytes();
-        let gaps = gaps(&before, &target.console.bytes(), began, tsc_hz, HEARTBEAT_MS)
-            .context("no heartbeats around QEMU's switch")?;
+        let behind = target.console.bytes();
+        let both = [before.as_slice(), &behind].concat();
+        let gaps = gaps(&before, &behind, began, tsc_hz, HEARTBEAT_MS).context("no heartbeats around QEMU's switch")?;
         let number = |value: &Value, name: &str| value.get(name).and_then(Value::as_f64).unwrap_or(f64::NAN);
         Ok(Some(Migration {
             total_ms: number(&info, "total-time"),
@@ -173,6 +188,7 @@ impl Qemu {
             wire_bytes: info.get("ram").map_or(f64::NAN, |ram| number(ram, "transferred")),
             gaps,
             pages_per_second: guest::pages_per_second(&before[began..]),
+            pages_per_second_throughout: guest::pages_per_second_around(&both, began, ended),
             steps_ms: steps_ms(&before, began, tsc_hz),
         }))
     }
@@ -196,7 +212,7 @@ impl Qemu {
         command
             .args(["-accel", boot.accelerator, "-cpu", "host,-arch-capabilities"])
             .args(["-machine", "microvm,acpi=off,rtc=off,x-option-roms=off", "-bios", "qboot.rom"])
-            .args(["-m", &MEMORY_MIB.to_string(), "-smp", &load.cpus.to_string()])
+            .args(["-m", &load.memory_mib.to_string(), "-smp", &load.cpus.to_string()])
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
             .args(["-append", &load.cmdline])
             .arg("-kernel")
@@ -208,7 +224,7 @@ impl Qemu {
             .stdout(Stdio::null());
         if boot.shared {
             command.args(["-machine", "memory-backend=ram", "-object"]);
-            command.arg(format!("memory-backend-memfd,id=ram,size={MEMORY_MIB}M,share=on"));
+            command.arg(format!("memory-backend-memfd,id=ram,size={}M,share=on", load.memory_mib));
         }
         if boot.incoming {
             command.args(["-incoming", "defer"]);

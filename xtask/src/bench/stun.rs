@@ -152,7 +152,7 @@ pub(super) fn run(places: &Places, effort: &Effort) -> Result<Vec<Row>> {
             said.push(format!("{kind} {:.2} x, gap {:.1} ms", report.total_ms() / ideal_ms, migration.gaps.switch_ms));
         }
         for (mode, side) in PEERS.into_iter().zip(&mut theirs) {
-            let migration = qemu.migrate(mode, "max", Some(GBIT), effort.cap, SETTLE)?;
+            let migration = qemu.migrate(mode, &Load::beating("max"), Some(GBIT), effort.cap, SETTLE)?;
             let Some(migration) = migration else {
                 side.none();
                 said.push(format!("{} did not converge in {} s", mode.name(), effort.cap.as_secs()));
@@ -202,7 +202,7 @@ pub(super) fn run(places: &Places, effort: &Effort) -> Result<Vec<Row>> {
 }
 
 fn stunning() -> Options {
-    Options { limit: Some(GBIT), stun: true, downtime_ms: Some(DOWNTIME_MS) }
+    Options { limit: Some(GBIT), stun: true, downtime_ms: Some(DOWNTIME_MS), ..Options::default() }
 }
 
 /// The steps between the bystander's beats while the bytes of a migration are sent by others.

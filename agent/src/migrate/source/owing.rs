@@ -31,11 +31,7 @@ pub(super) enum Rest<'p> {
 
 impl Source<'_> {
     /// The VM moves before its memory has. Up to `released` everything can be undone.
-    pub(super) fn move_owing(&mut self, progress: &mut Progress) -> (Ending, String) {
-        let mut way = match self.until_rounds_end(progress) {
-            Ok(way) => way,
-            Err(error) => return self.roll_back(progress, &error),
-        };
+    pub(super) fn move_owing(&mut self, progress: &mut Progress, mut way: Way<'_>) -> (Ending, String) {
         if self.options.strategy == Strategy::DemandPaging {
             self.pace.wait_until_asked();
         }

@@ -35,6 +35,7 @@ use crate::probe::{KernelCounters, ProbeOptions};
 use crate::service::arm::ControlSocketArm;
 use crate::service::clock::MonotonicClock;
 use crate::service::doctor::{Finding, ResultKind, Tier};
+use crate::service::foresight::Foresee;
 use crate::service::migration::{MigrateRequest, migrate};
 use crate::service::receive::{ReceiveRequest, receive};
 use crate::service::registry::Registry;
@@ -422,6 +423,7 @@ fn migration(lab: &Lab<'_>, verify: bool) -> Result<Success, Obstacle> {
         vm: VmRef::Name(NAME.parse().map_err(|e| Obstacle::Failed(format!("a name: {e}")))?),
         to,
         options: SourceOptions { verify, stall: target.stall, doubt: target.stall, ..SourceOptions::default() },
+        foresee: Foresee::AsItGoes,
         never_stunned: Vec::new(),
         run_dir: guest.places.run_dir.clone(),
         insecure_plaintext: false,

@@ -188,7 +188,7 @@ fn play(arguments: &Arguments) -> Result<Report> {
 }
 
 fn moves(arguments: &Arguments, rig: &mut Rig, echo: &EchoClient, verify: bool) -> Result<Costs> {
-    let options = HopOptions { strategy: arguments.strategy, verify, more: Vec::new() };
+    let options = HopOptions { strategy: arguments.strategy, verify, ..HopOptions::default() };
     let mut costs = Costs::default();
     let (mut blackouts, mut guest_gaps, mut client_gaps) = (Vec::new(), Vec::new(), Vec::new());
     let (mut totals, mut relearned, mut largest_gaps) = (Vec::new(), Vec::new(), Vec::new());
