@@ -32,6 +32,7 @@ pub fn migration_html(report: &MigrationReport) -> String {
     }
     page += &migration_svg(report);
     rounds(&mut page, report);
+    reducers(&mut page, report);
     blackout(&mut page, report);
     writers(&mut page, report);
     members(&mut page, report);
@@ -56,6 +57,13 @@ fn rounds(page: &mut String, report: &MigrationReport) {
         ]
     });
     table(page, "Rounds", &headings, rows.collect());
+}
+
+fn reducers(page: &mut String, report: &MigrationReport) {
+    let rows = report.reducers.iter().map(|reducer| {
+        vec![reducer.name.clone(), reducer.pages.to_string(), display_bytes(reducer.saved_bytes), time(reducer.cpu_ns)]
+    });
+    table(page, "Reducers", &["", "pages", "saved", "CPU"], rows.collect());
 }
 
 fn blackout(page: &mut String, report: &MigrationReport) {

@@ -101,6 +101,8 @@ pub enum ControlMessage {
     Owing(#[serde(with = "serde_bytes")] Vec<u8>),
     /// Target → source, after `Running`: every page is there.
     Complete(WaitReport),
+    /// Source → target, before the first round, if pages may come packed: how, by the names of [`crate::model::Packing`].
+    Reducing(Vec<String>),
 }
 
 impl ControlMessage {
@@ -126,6 +128,7 @@ impl ControlMessage {
             Self::FaultsCaught => "faults-caught",
             Self::Owing(_) => "owing",
             Self::Complete(_) => "complete",
+            Self::Reducing(_) => "reducing",
         }
     }
 }
