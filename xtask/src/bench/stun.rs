@@ -202,7 +202,7 @@ pub(super) fn run(places: &Places, effort: &Effort) -> Result<Vec<Row>> {
 }
 
 fn stunning() -> Options {
-    Options { limit: Some(GBIT), stun: true, downtime_ms: Some(DOWNTIME_MS) }
+    Options { limit: Some(GBIT), stun: true, downtime_ms: Some(DOWNTIME_MS), ..Options::default() }
 }
 
 /// The steps between the bystander's beats while the bytes of a migration are sent by others.
