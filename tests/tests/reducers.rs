@@ -113,6 +113,18 @@ fn of_a_page_that_changed_little_only_that_travels() {
     }
 }
 
+/// Pages of zeros that are not marked are equal pages: one of them travels for each stream.
+#[test]
+fn equal_pages_travel_once() {
+    let spec = VmSpec { memory_bytes: 64 << 20, dirty_log: DirtyLogKind::Ring, ..VmSpec::default() };
+    let spec = VmSpec { guest: "dunlin.wl=ws:4M,rate:1000".to_owned(), ..spec };
+    for hop in there_and_back(&spec, &options(true, &["--zero-pages=false", "--dedup"])) {
+        let [dedup] = &hop.report.reducers[..] else { panic!("{:#?}", hop.report.reducers) };
+        assert!(dedup.pages > 10_000 && dedup.saved_bytes == dedup.pages * (4096 - 16), "{dedup:?}");
+        assert!(hop.report.wire_bytes < hop.report.memory_bytes / 2, "{:#?}", hop.report);
+    }
+}
+
 #[test]
 fn everything_together_with_the_bitmap_and_the_ring() {
     let all =
