@@ -21,13 +21,13 @@ use crate::link::wire::{
     self, BULK_HEADER_BYTES, BulkFrame, CONTROL_HEADER_BYTES, HELLO_BYTES, Hello, Purpose, decode_message,
 };
 use crate::migrate::target::check_offer;
-use crate::migrate::{Accept, ControlMessage, Handed, Offer, Strategy, TargetState};
+use crate::migrate::{self, Accept, Compress, ControlMessage, Handed, Offer, Strategy, TargetState};
 use crate::model::id::VmName;
 use crate::model::shape::MAX_MEMORY_BYTES;
 use crate::model::units::{parse_duration, parse_size_bytes};
 use crate::model::{
-    BlackoutLedger, BytesPerSecond, DirtyLogKind, DiskSpec, MacAddress, MachineShape, MigrationId, NetSpec, PageCount,
-    PageRun, RegionId, SerialSpec, Step, VmId, VmRef, WriteCurve, Writer,
+    BlackoutLedger, BytesPerSecond, DirtyLogKind, DiskSpec, MacAddress, MachineShape, MigrationId, NetSpec, Packing,
+    PageCount, PageRun, RegionId, SerialSpec, Step, VmId, VmRef, WriteCurve, Writer,
 };
 use crate::service::balloon::BalloonReport;
 use crate::service::config;
@@ -60,6 +60,7 @@ pub const TARGETS: &[Target] = &[
     target("hello", hello, || vec![Hello::new(Purpose::Bulk(3), MigrationId(Uuid::nil())).encode().to_vec()]),
     target("control_header", control_header, || vec![wire::encode_control(7, b"payload").to_vec()]),
     target("bulk_header", bulk_header, bulk_seeds),
+    target("packed_pages", migrate::fuzz_packed, migrate::packed_seeds),
     target("control_message", control_message, control_seeds),
     target("session", session, session_seeds),
     target("saved_machine", kvm::fuzz::saved_machine, kvm::fuzz::saved_machine_seeds),
@@ -140,6 +141,7 @@ fn bulk_header(input: &[u8]) {
 fn bulk_seeds() -> Vec<Vec<u8>> {
     let run = PageRun::new(4096, 512);
     let frames = [
+        BulkFrame::Packed(RegionId::RAM, PageRun::new(4096, 64), Packing::Zstd, 9000),
         BulkFrame::StartRound { round: 1, digested: false },
         BulkFrame::Pages(RegionId::RAM, run),
         BulkFrame::Zeros(RegionId::RAM, run),
@@ -188,6 +190,7 @@ fn control_seeds() -> Vec<Vec<u8>> {
         ControlMessage::Prepared(BlackoutLedger::default()),
         ControlMessage::Query(id),
         ControlMessage::State(TargetState::Owner),
+        ControlMessage::Reducing(vec!["lz4".to_owned(), "dedup".to_owned()]),
     ];
     messages.iter().map(|message| postcard::to_stdvec(message).unwrap_or_default()).collect()
 }
@@ -293,6 +296,7 @@ fn words(input: &[u8]) {
     says_what_it_read::<MacAddress>(text);
     says_what_it_read::<Address>(text);
     says_what_it_read::<Strategy>(text);
+    says_what_it_read::<Compress>(text);
     says_what_it_read::<Step>(text);
     let _ = text.parse::<NetSpec>();
     let _ = text.parse::<DiskSpec>();
@@ -316,6 +320,7 @@ fn word_seeds() -> Vec<Vec<u8>> {
         "02:00:00:00:00:01",
         "tcp://[fd00::7]:4460",
         "stop-and-copy",
+        "zstd:3",
         "state-moved",
         "tap=t0,mac=02:00:00:00:00:01,ip=10.0.0.2,ip=fd00::2",
         "path=/d.img,readonly",

@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::places::{Plaintext, RunDir};
+use super::reducers::ReducerArgs;
 use super::signals::cancel_on_signals;
 use super::watch::Watch;
 use crate::link::Address;
@@ -108,6 +109,9 @@ pub(super) struct MigrateArgs {
     #[arg(long, value_name = "ACTION")]
     on_stuck: Option<OnStuck>,
 
+    #[command(flatten)]
+    reducers: ReducerArgs,
+
     /// Hash all memory at both ends while the VM is paused, and compare. The blackout is then not worth quoting.
     #[arg(long)]
     verify: bool,
@@ -131,7 +135,7 @@ const WITHOUT_TARGET: [&str; 5] = ["status", "set", "finish", "cancel", "recover
 /// Options that begin nothing.
 const STEERING: [&str; 4] = ["status", "set", "finish", "cancel"];
 /// Options of a migration that is to begin.
-const BEGINNING: [&str; 14] = [
+const BEGINNING: [&str; 19] = [
     "to",
     "strategy",
     "predict",
@@ -141,6 +145,11 @@ const BEGINNING: [&str; 14] = [
     "max_rounds",
     "hybrid_rounds",
     "on_stuck",
+    "zero_pages",
+    "compress",
+    "delta",
+    "dedup",
+    "skip_hot",
     "verify",
     "doubt",
     "insecure_plaintext",
@@ -231,6 +240,7 @@ impl MigrateArgs {
             max_rounds: self.max_rounds.unwrap_or(configured.max_rounds),
             on_stuck: self.on_stuck.unwrap_or(configured.on_stuck),
             streams: self.streams.unwrap_or(configured.streams),
+            reducers: self.reducers.reducers(),
             verify: self.verify,
             stall: self.watch.stall.unwrap_or(configured.stall),
             doubt: self.doubt,
@@ -484,6 +494,15 @@ fn describe(report: &MigrationReport) -> String {
             display_bytes(round.wire_bytes),
             ns(round.duration_ns),
             round.dirtied_pages
+        );
+    }
+    for reducer in &report.reducers {
+        text += &format!(
+            "  {:<10} {:>9} pages, {} saved, {} of CPU\n",
+            reducer.name,
+            reducer.pages,
+            display_bytes(reducer.saved_bytes),
+            ns(reducer.cpu_ns)
         );
     }
     text += &format!(

@@ -13,6 +13,7 @@ mod places;
 mod predict;
 mod profiling;
 mod record;
+mod reducers;
 mod replay;
 mod report;
 mod resolve;

@@ -36,6 +36,7 @@ pub fn migration_html(report: &MigrationReport) -> String {
     page += &migration_svg(report);
     expected(&mut page, report);
     rounds(&mut page, report);
+    reducers(&mut page, report);
     blackout(&mut page, report);
     writers(&mut page, report);
     members(&mut page, report);
@@ -76,6 +77,13 @@ fn expected(page: &mut String, report: &MigrationReport) {
     ];
     let headings = ["", "expected", "taken", "off by"];
     table(page, &format!("Expected of {}, from {}", sentence_xml(&told.plan), word(&told.from)), &headings, rows);
+}
+
+fn reducers(page: &mut String, report: &MigrationReport) {
+    let rows = report.reducers.iter().map(|reducer| {
+        vec![reducer.name.clone(), reducer.pages.to_string(), display_bytes(reducer.saved_bytes), time(reducer.cpu_ns)]
+    });
+    table(page, "Reducers", &["", "pages", "saved", "CPU"], rows.collect());
 }
 
 fn blackout(page: &mut String, report: &MigrationReport) {

@@ -16,7 +16,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::wire::{self, BULK_HEADER_BYTES, BulkFrame, CONTROL_HEADER_BYTES, HELLO_BYTES, Hello, Purpose, WireError};
-use crate::model::{BytesPerSecond, MigrationId, PageRun, RegionId};
+use crate::model::{BytesPerSecond, MigrationId, Packing, PageRun, RegionId};
 use crate::port::{BulkItem, BulkReceiver, BulkSender, BytesView, ControlChannel, LinkError, SourceLink, TargetLink};
 
 /// How long dialling and greeting may take.
@@ -487,7 +487,11 @@ impl TcpBulkSender {
     fn flush_with(&mut self, bytes: BytesView<'_>) -> Result<(), LinkError> {
         // SAFETY: the view is valid for reads of its length for as long as it is borrowed. The guest may write it
         // meanwhile; the kernel copies whatever is there, and no Rust code reads it through this slice.
-        let bytes = unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast::<u8>(), bytes.len()) };
+        self.write_behind(unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast::<u8>(), bytes.len()) })
+    }
+
+    /// Writes what is gathered and then `bytes`, of which nothing but their address is looked at here.
+    fn write_behind(&mut self, bytes: &[u8]) -> Result<(), LinkError> {
         let mut slices = [IoSlice::new(&self.gathered), IoSlice::new(bytes)];
         let mut left = &mut slices[..];
         IoSlice::advance_slices(&mut left, 0);
@@ -504,6 +508,20 @@ impl TcpBulkSender {
         }
         self.gathered.clear();
         Ok(())
+    }
+
+    /// Sends a frame and the bytes that belong to it.
+    fn framed(&mut self, frame: BulkFrame, bytes: &[u8]) -> Result<u64, LinkError> {
+        let sent = self.header(frame) + bytes.len() as u64;
+        if bytes.len() > GATHER_RUN_BYTES {
+            self.write_behind(bytes)?;
+            return Ok(sent);
+        }
+        self.gathered.extend_from_slice(bytes);
+        if self.gathered.len() >= BUFFER_BYTES {
+            self.write_behind(&[])?;
+        }
+        Ok(sent)
     }
 }
 
@@ -535,12 +553,16 @@ impl BulkSender for TcpBulkSender {
         Ok(sent)
     }
 
+    fn copied(&mut self, region: RegionId, run: PageRun, bytes: &[u8]) -> Result<u64, LinkError> {
+        self.framed(BulkFrame::Pages(region, run), bytes)
+    }
+
+    fn packed(&mut self, region: RegionId, run: PageRun, packing: Packing, bytes: &[u8]) -> Result<u64, LinkError> {
+        self.framed(BulkFrame::Packed(region, run, packing, bytes.len() as u32), bytes)
+    }
+
     fn zeros(&mut self, region: RegionId, run: PageRun) -> Result<u64, LinkError> {
-        let sent = self.header(BulkFrame::Zeros(region, run));
-        if self.gathered.len() >= BUFFER_BYTES {
-            self.flush_with(&[])?;
-        }
-        Ok(sent)
+        self.framed(BulkFrame::Zeros(region, run), &[])
     }
 
     fn end_round(&mut self, round: u32) -> Result<u64, LinkError> {
@@ -642,6 +664,7 @@ impl BulkReceiver for TcpBulkReceiver {
             BulkFrame::Zeros(region, run) => BulkItem::Zeros(region, run),
             BulkFrame::EndRound(round) => BulkItem::EndRound(round),
             BulkFrame::Want(region, run) => BulkItem::Want(region, run),
+            BulkFrame::Packed(region, run, packing, bytes) => BulkItem::Packed(region, run, packing, bytes),
         })
     }
 
@@ -649,6 +672,10 @@ impl BulkReceiver for TcpBulkReceiver {
         // SAFETY: the view is valid for writes of its length (it is made of atomics) for as long as it is borrowed. The
         // VM does not run yet, or waits for these pages; a hostile peer could at most make two streams write the same plain bytes.
         let target = unsafe { std::slice::from_raw_parts_mut(target.as_ptr().cast::<u8>().cast_mut(), target.len()) };
+        self.read_packed(target, keep_waiting)
+    }
+
+    fn read_packed(&mut self, target: &mut [u8], keep_waiting: &mut dyn FnMut() -> bool) -> Result<(), LinkError> {
         let have = target.len().min(self.end - self.start);
         target[..have].copy_from_slice(&self.ahead[self.start..self.start + have]);
         self.start += have;

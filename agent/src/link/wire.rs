@@ -9,7 +9,7 @@ use uuid::Uuid;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::model::{MigrationId, PageRun, RegionId};
+use crate::model::{MigrationId, PAGE_SIZE, Packing, PageRun, RegionId};
 
 /// The newest version that this build speaks.
 pub const VERSION: u16 = 1;
@@ -19,6 +19,8 @@ pub const OLDEST_VERSION: u16 = 1;
 pub const MAX_CONTROL_BYTES: u32 = 64 << 20;
 /// The longest run of pages in one frame.
 pub const MAX_RUN_PAGES: u32 = 512;
+/// The longest run of packed pages in one frame: both ends keep room for it beside the memory itself.
+pub const MAX_PACKED_PAGES: u32 = 64;
 
 const MAGIC: [u8; 8] = *b"DUNLIN\r\n";
 const CONTROL_MAGIC: u32 = 0x4c54_4344;
@@ -131,10 +133,10 @@ struct RawBulk {
     kind: U16,
     sequence: U32,
     region: U16,
-    reserved: U16,
+    packing: U16,
     count: U32,
     first: U64,
-    reserved2: U32,
+    bytes: U32,
     crc: U32,
 }
 
@@ -263,6 +265,8 @@ pub enum BulkFrame {
     EndRound(u32),
     /// Pages that the other end is to send at once.
     Want(RegionId, PageRun),
+    /// So many bytes follow the header, into which the pages were packed.
+    Packed(RegionId, PageRun, Packing, u32),
 }
 
 /// The header of a page-stream frame.
@@ -273,16 +277,21 @@ pub fn encode_bulk(sequence: u32, frame: BulkFrame) -> [u8; BULK_HEADER_BYTES] {
         BulkFrame::Zeros(region, run) => (3, region.0, run.count, run.first.0),
         BulkFrame::EndRound(round) => (4, 0, round, 0),
         BulkFrame::Want(region, run) => (5, region.0, run.count, run.first.0),
+        BulkFrame::Packed(region, run, ..) => (6, region.0, run.count, run.first.0),
+    };
+    let (packing, bytes) = match frame {
+        BulkFrame::Packed(.., packing, bytes) => (packing.number(), bytes),
+        _ => (0, 0),
     };
     let mut raw = RawBulk {
         magic: U16::new(BULK_MAGIC),
         kind: U16::new(kind),
         sequence: sequence.into(),
         region: region.into(),
-        reserved: U16::ZERO,
+        packing: packing.into(),
         count: count.into(),
         first: first.into(),
-        reserved2: U32::ZERO,
+        bytes: bytes.into(),
         crc: U32::ZERO,
     };
     raw.crc = header_crc(raw.as_bytes());
@@ -294,7 +303,8 @@ pub fn encode_bulk(sequence: u32, frame: BulkFrame) -> [u8; BULK_HEADER_BYTES] {
 /// Reads a page-stream header. Whether a run lies inside its region is the receiver's business.
 ///
 /// # Errors
-/// A header that is damaged, out of order, unknown, or announces more than [`MAX_RUN_PAGES`] pages of data.
+/// A header that is damaged, out of order, unknown, or announces more than [`MAX_RUN_PAGES`] pages of data, [`MAX_PACKED_PAGES`] packed ones, or packed
+/// ones that are no shorter than the pages are.
 pub fn decode_bulk(bytes: &[u8; BULK_HEADER_BYTES], wanted: u32) -> Result<BulkFrame, WireError> {
     let raw = RawBulk::read_from_bytes(bytes).map_err(|_| WireError::Magic("page-stream header"))?;
     if raw.magic.get() != BULK_MAGIC {
@@ -317,6 +327,19 @@ pub fn decode_bulk(bytes: &[u8; BULK_HEADER_BYTES], wanted: u32) -> Result<BulkF
         3 => Ok(BulkFrame::Zeros(region, run)),
         4 => Ok(BulkFrame::EndRound(raw.count.get())),
         5 => Ok(BulkFrame::Want(region, run)),
+        6 => {
+            let bytes = raw.bytes.get();
+            let packing = Packing::from_number(raw.packing.get()).ok_or(WireError::Kind("packing"))?;
+            if run.count > MAX_PACKED_PAGES {
+                let (value, limit) = (u64::from(run.count), u64::from(MAX_PACKED_PAGES));
+                return Err(WireError::Limit { what: "run of packed pages", value, limit });
+            }
+            if u64::from(bytes) >= u64::from(run.count) * PAGE_SIZE as u64 {
+                let (value, limit) = (u64::from(bytes), u64::from(run.count) * PAGE_SIZE as u64);
+                return Err(WireError::Limit { what: "length of packed pages", value, limit });
+            }
+            Ok(BulkFrame::Packed(region, run, packing, bytes))
+        }
         _ => Err(WireError::Kind("page-stream frame")),
     }
 }
@@ -335,6 +358,13 @@ mod tests {
             run().prop_map(|(region, first, count)| BulkFrame::Zeros(RegionId(region), PageRun::new(first, count))),
             any::<u32>().prop_map(BulkFrame::EndRound),
             run().prop_map(|(region, first, count)| BulkFrame::Want(RegionId(region), PageRun::new(first, count))),
+            (any::<u16>(), any::<u64>(), 1..=MAX_PACKED_PAGES, prop::sample::select(&Packing::ALL[..]), 0..4096u32)
+                .prop_map(|(region, first, count, packing, bytes)| BulkFrame::Packed(
+                    RegionId(region),
+                    PageRun::new(first, count),
+                    packing,
+                    bytes
+                )),
         ]
     }
 
@@ -372,6 +402,10 @@ mod tests {
         assert_eq!(decode_bulk(&bytes, 4), Err(WireError::Sequence { got: 3, wanted: 4 }));
         let long = BulkFrame::Pages(RegionId::RAM, PageRun::new(0, MAX_RUN_PAGES + 1));
         assert!(matches!(decode_bulk(&encode_bulk(0, long), 0), Err(WireError::Limit { .. })));
+        for (count, bytes) in [(MAX_PACKED_PAGES + 1, 1), (1, PAGE_SIZE as u32), (2, u32::MAX), (0, 0)] {
+            let packed = BulkFrame::Packed(RegionId::RAM, PageRun::new(0, count), Packing::Lz4, bytes);
+            assert!(matches!(decode_bulk(&encode_bulk(0, packed), 0), Err(WireError::Limit { .. })), "{packed:?}");
+        }
         let mut header = encode_control(0, b"x");
         header[8..12].copy_from_slice(&u32::MAX.to_le_bytes());
         let crc = header_crc(&header);

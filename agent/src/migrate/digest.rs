@@ -1,7 +1,5 @@
 //! Hashes that prove that a page at the target is the page at the source.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use crate::model::PageRun;
@@ -28,17 +26,6 @@ pub(super) fn zero_digest(page: u64) -> u64 {
     xxh3_64(&page.to_le_bytes())
 }
 
-/// Whether a page holds only zeros. Stops at the first word that does not.
-pub fn zero_page(bytes: BytesView<'_>) -> bool {
-    // SAFETY: a page is page-aligned and a whole number of words long, and AtomicU64 has no invalid values; the view
-    // stays borrowed for as long as the words are.
-    let (head, words, tail) = unsafe { bytes.align_to::<AtomicU64>() };
-    let nonzero_byte = |byte: &std::sync::atomic::AtomicU8| byte.load(Ordering::Relaxed) != 0;
-    !head.iter().any(nonzero_byte)
-        && !tail.iter().any(nonzero_byte)
-        && words.chunks(8).all(|line| line.iter().fold(0, |sum, word| sum | word.load(Ordering::Relaxed)) == 0)
-}
-
 /// A hash of every 2 MiB of every region, in order: `--verify`.
 pub fn chunk_hashes(regions: &[&dyn Region]) -> Vec<u64> {
     let mut hashes = Vec::new();
@@ -61,14 +48,6 @@ mod tests {
 
     fn page(fill: impl Fn(usize) -> u8) -> Vec<AtomicU8> {
         (0..PAGE_SIZE).map(|index| AtomicU8::new(fill(index))).collect()
-    }
-
-    #[test]
-    fn one_byte_makes_a_page_nonzero_wherever_it_is() {
-        assert!(zero_page(&page(|_| 0)));
-        for place in [0, 1, 63, 64, 2048, PAGE_SIZE - 1] {
-            assert!(!zero_page(&page(|index| u8::from(index == place))), "byte {place} was overlooked");
-        }
     }
 
     #[test]

@@ -108,6 +108,8 @@ pub enum ControlMessage {
         /// Page streams that the source is going to open; the last is for requests.
         streams: u16,
     },
+    /// Source → target, before the first round, if pages may come packed: how, by the names of [`crate::model::Packing`].
+    Reducing(Vec<String>),
 }
 
 impl ControlMessage {
@@ -134,6 +136,7 @@ impl ControlMessage {
             Self::Owing(_) => "owing",
             Self::Complete(_) => "complete",
             Self::Recover { .. } => "recover",
+            Self::Reducing(_) => "reducing",
         }
     }
 }

@@ -7,14 +7,17 @@
 
 mod adapt;
 mod answer;
+mod bytes;
 mod converge;
 mod digest;
 mod eta;
 mod lap;
 mod marks;
 mod message;
+mod meter;
 mod observe;
 mod options;
+mod order;
 pub mod outcomes;
 mod owed;
 #[cfg(test)]
@@ -22,17 +25,23 @@ mod owed_testing;
 mod pacer;
 mod pieces;
 mod push;
+mod reduce;
 mod rounds;
 pub mod source;
 mod steward;
 pub mod target;
+mod zeros;
 
 pub use answer::{AnswerError, answer};
 pub use converge::{Convergence, Verdict};
-pub use digest::{chunk_hashes, page_digest, zero_page};
+pub use digest::{chunk_hashes, page_digest};
 pub use eta::{Eta, Going, eta};
 pub use message::{Accept, ControlMessage, Handed, Offer, TargetState};
 pub use observe::{CancelFlag, Observer, Quiet};
 pub use options::{OnStuck, SourceOptions, Strategy};
 pub use pacer::{Pace, Pacer};
+pub use reduce::{Compress, Reducers};
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) use reduce::{fuzz as fuzz_packed, fuzz_seeds as packed_seeds};
 pub use steward::LOOK_EVERY;
+pub use zeros::{BLOCK_PAGES, zero_bits};

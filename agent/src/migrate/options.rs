@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::reduce::Reducers;
 use crate::model::BytesPerSecond;
 use crate::stun::{STRETCH, StunPolicy};
 
@@ -132,6 +133,8 @@ pub struct SourceOptions {
     pub stun_stretch: f64,
     /// Parallel page streams, at least 1.
     pub streams: u16,
+    /// What is done so that fewer bytes travel.
+    pub reducers: Reducers,
     /// Hash all memory while the VM is paused, and compare.
     pub verify: bool,
     /// Nothing moving for this long counts as a stalled peer.
@@ -164,6 +167,7 @@ impl Default for SourceOptions {
             stun: StunPolicy::default(),
             stun_stretch: STRETCH,
             streams: 2,
+            reducers: Reducers::default(),
             verify: false,
             stall: Duration::from_secs(10),
             doubt: Duration::from_secs(20),

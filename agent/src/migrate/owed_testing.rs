@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use crate::model::{PAGE_SIZE, PageCount, PageRun, RegionId, RegionKind, RegionSpec};
+use crate::model::{PAGE_SIZE, Packing, PageCount, PageRun, RegionId, RegionKind, RegionSpec};
 use crate::port::{BulkItem, BulkReceiver, BulkSender, BytesView, Clock, FaultError, Faults, LinkError, Region};
 
 /// A clock that stands.
@@ -83,6 +83,16 @@ impl BulkSender for Recorder {
         Ok(run.byte_len() as u64)
     }
 
+    fn copied(&mut self, _: RegionId, run: PageRun, _: &[u8]) -> Result<u64, LinkError> {
+        self.sent.push(run);
+        Ok(run.byte_len() as u64)
+    }
+
+    fn packed(&mut self, _: RegionId, run: PageRun, _: Packing, bytes: &[u8]) -> Result<u64, LinkError> {
+        self.sent.push(run);
+        Ok(bytes.len() as u64)
+    }
+
     fn zeros(&mut self, _: RegionId, run: PageRun) -> Result<u64, LinkError> {
         self.sent.push(run);
         Ok(0)
@@ -137,6 +147,11 @@ impl BulkReceiver for Script {
         for byte in target {
             byte.store(self.value, Ordering::Relaxed);
         }
+        Ok(())
+    }
+
+    fn read_packed(&mut self, target: &mut [u8], _: &mut dyn FnMut() -> bool) -> Result<(), LinkError> {
+        target.fill(self.value);
         Ok(())
     }
 

@@ -63,7 +63,7 @@ impl Pace {
         self.0.only_asked.load(Ordering::Relaxed)
     }
 
-    /// Contents of pages and of the boot image that were handed to the streams, in bytes. Headers, and marks of zero pages, are not
+    /// Contents of pages, packed or not, and of the boot image that were handed to the streams, in bytes. Headers, and marks of zero pages, are not
     /// among them.
     pub fn sent_bytes(&self) -> u64 {
         self.0.sent_bytes.load(Ordering::Relaxed)
@@ -121,6 +121,11 @@ impl<'a> Pacer<'a> {
 
     /// Books `bytes` and waits until the limit allows them.
     pub fn pay(&self, bytes: u64) {
+        self.pay_packed(bytes, bytes);
+    }
+
+    /// The same for `content` bytes that were packed into `bytes`.
+    pub fn pay_packed(&self, bytes: u64, content: u64) {
         let mut own = self.book(bytes);
         while own.limit.is_some() {
             let now = self.clock.now();
@@ -131,7 +136,7 @@ impl<'a> Pacer<'a> {
             }
             self.clock.sleep(wait);
         }
-        self.pace.0.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.pace.0.sent_bytes.fetch_add(content, Ordering::Relaxed);
     }
 
     fn book(&self, bytes: u64) -> Paid {

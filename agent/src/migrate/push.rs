@@ -12,6 +12,7 @@ use super::owed::check_run;
 use super::pacer::{Pacer, kernel_pace};
 use super::pieces::{Holes, pieces};
 use super::source::SourceError;
+use super::zeros::zero_bits;
 use crate::model::{PAGE_SIZE, PageBitmap, PageRun, PostCopyReport};
 use crate::port::{BulkItem, BulkReceiver, BulkSender, Clock, LinkError, Region};
 
@@ -196,6 +197,7 @@ impl<'a> Push<'a> {
             run,
             Holes::Asked,
             || run.count,
+            zero_bits,
             |part, is_zero| -> Result<(), LinkError> {
                 let bytes = if is_zero {
                     self.zero.fetch_add(part.count.into(), Ordering::Relaxed);

@@ -8,11 +8,15 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use super::digest::{page_digest, zero_digest};
+use super::meter::Meter;
 use super::observe::{CancelFlag, Observer};
+use super::order::Order;
 use super::pacer::{Pacer, kernel_pace};
 use super::pieces::{Holes, pieces};
+use super::reduce::{Outlet, Reducing};
 use super::source::SourceError;
 use super::steward::{LOOK_EVERY, Sent};
+use super::zeros::zero_bits;
 use crate::model::{BytesPerSecond, PAGE_SIZE, PageBitmap, PageRun};
 use crate::port::{Bell, BulkSender, Clock, Job, Machine, Region};
 
@@ -34,6 +38,8 @@ pub(super) struct Tally {
     pub(super) zero_pages: u64,
     pub(super) wire_bytes: u64,
     pub(super) digest: u64,
+    /// CPU time that looking for zeros took.
+    pub(super) scanned: Duration,
     /// When the last of it had been written to its stream, by the clock.
     pub(super) sent_at: Duration,
 }
@@ -50,6 +56,7 @@ impl Tally {
         self.zero_pages += other.zero_pages;
         self.wire_bytes += other.wire_bytes;
         self.digest = self.digest.wrapping_add(other.digest);
+        self.scanned += other.scanned;
         self.sent_at = self.sent_at.max(other.sent_at);
     }
 }
@@ -61,6 +68,10 @@ pub(super) struct Round<'a> {
     pub(super) last: bool,
     pub(super) region: &'a dyn Region,
     pub(super) due: &'a PageBitmap,
+    /// The order in which it goes.
+    pub(super) order: &'a Order,
+    /// Whether pages of zeros go as a mark.
+    pub(super) marks_zeros: bool,
     pub(super) pacer: &'a Pacer<'a>,
     pub(super) clock: &'a dyn Clock,
     pub(super) observer: &'a dyn Observer,
@@ -70,6 +81,9 @@ pub(super) struct Round<'a> {
     /// What of it has been sent.
     pub(super) sent: &'a Sent,
 }
+
+/// The page streams, and what each does so that fewer bytes travel.
+pub(super) type Lanes<'a> = (&'a mut [Box<dyn BulkSender>], &'a mut [Reducing]);
 
 /// What looks at the writers while a round is sent.
 type Look<'a> = &'a mut (dyn FnMut() + Send);
@@ -96,33 +110,29 @@ fn next_window_pages(pages: u64, took: Duration) -> u64 {
 
 impl Round<'_> {
     /// Sends the round over all streams: the last on the calling thread, each other on a thread of its own.
-    pub(super) fn send(
-        &self,
-        machine: &Mutex<&mut dyn Machine>,
-        streams: &mut [Box<dyn BulkSender>],
-    ) -> Result<Tally, SourceError> {
-        self.send_beside(machine, streams, None, None)
+    pub(super) fn send(&self, machine: &Mutex<&mut dyn Machine>, lanes: Lanes<'_>) -> Result<Tally, SourceError> {
+        self.send_beside(machine, lanes, None, None)
     }
 
     /// The same; `look` is called every [`LOOK_EVERY`] until the last page is sent.
     pub(super) fn send_watched(
         &self,
         machine: &Mutex<&mut dyn Machine>,
-        streams: &mut [Box<dyn BulkSender>],
+        lanes: Lanes<'_>,
         look: Look<'_>,
     ) -> Result<Tally, SourceError> {
-        self.send_beside(machine, streams, None, Some(look))
+        self.send_beside(machine, lanes, None, Some(look))
     }
 
     /// Sends the last round, and saves the paused machine's state beside it.
     pub(super) fn send_and_save(
         &self,
         machine: &Mutex<&mut dyn Machine>,
-        streams: &mut [Box<dyn BulkSender>],
+        lanes: Lanes<'_>,
     ) -> Result<(Tally, Saved), SourceError> {
         let mut saved = None;
         let save = || saved = Some(self.save(machine));
-        let tally = self.send_beside(machine, streams, Some(Box::new(save)), None)?;
+        let tally = self.send_beside(machine, lanes, Some(Box::new(save)), None)?;
         Ok((tally, saved.ok_or(SourceError::Cancelled)??))
     }
 
@@ -136,15 +146,15 @@ impl Round<'_> {
     fn send_beside(
         &self,
         machine: &Mutex<&mut dyn Machine>,
-        streams: &mut [Box<dyn BulkSender>],
+        (streams, reducing): Lanes<'_>,
         lead: Option<Job<'_>>,
         look: Option<Look<'_>>,
     ) -> Result<Tally, SourceError> {
         let (sending, ended) = (AtomicUsize::new(streams.len()), Bell::default());
         let next_window = AtomicU64::new(0);
         let sent = AtomicU64::new(0);
-        let send = |stream: &mut Box<dyn BulkSender>| {
-            let share = self.send_share(&next_window, &sent, machine, stream.as_mut());
+        let send = |stream: &mut Box<dyn BulkSender>, reducing: &mut Reducing| {
+            let share = self.send_share(&next_window, &sent, machine, (stream.as_mut(), reducing));
             if share.is_err() {
                 // The round has failed: the others need not send what is left of it.
                 next_window.store(self.due.len().0, Ordering::Relaxed);
@@ -168,9 +178,9 @@ impl Round<'_> {
                     }
                 }));
             }
-            for (stream, share) in streams.iter_mut().zip(&mut shares) {
+            for ((stream, reducing), share) in streams.iter_mut().zip(reducing).zip(&mut shares) {
                 jobs.push(Box::new(move || {
-                    *share = send(stream);
+                    *share = send(stream, reducing);
                     sending.fetch_sub(1, Ordering::Release);
                     ended.ring();
                 }));
@@ -196,12 +206,14 @@ impl Round<'_> {
         next_window: &AtomicU64,
         sent: &AtomicU64,
         machine: &Mutex<&mut dyn Machine>,
-        stream: &mut dyn BulkSender,
+        (stream, reducing): (&mut dyn BulkSender, &mut Reducing),
     ) -> Result<Tally, SourceError> {
         let due_pages = self.due.count().0;
         let all_pages = self.due.len().0;
         let (mut pages, mut paced) = (FIRST_WINDOW_PAGES, None);
         let mut tally = Tally { wire_bytes: stream.start_round(self.number, self.last)?, ..Tally::default() };
+        let mut scan = Meter::default();
+        reducing.begin_round(self.number, self.due);
         loop {
             let first = next_window.fetch_add(pages, Ordering::Relaxed);
             if self.cancel.is_set() {
@@ -210,34 +222,49 @@ impl Round<'_> {
             if first >= all_pages {
                 break;
             }
-            let window = PageRun::new(first, pages.min(all_pages - first) as u32);
-            if self.due.runs_within(first, window.end(), u32::MAX).next().is_none() {
-                continue;
-            }
             let limit = self.pacer.limit();
             if paced != Some(limit) {
                 paced = Some(limit);
                 stream.pace(kernel_pace(limit, self.streams));
             }
-            if !self.last {
-                let mut machine = machine.lock().unwrap_or_else(PoisonError::into_inner);
-                machine.protect(self.region.spec().id, window)?;
-            }
             let (before, began) = (tally.pages, self.clock.now());
-            self.send_window(window, stream, &mut tally)?;
+            for window in self.order.pages(first, pages) {
+                if self.due.runs_within(window.first.0, window.end(), u32::MAX).next().is_none() {
+                    continue;
+                }
+                if !self.last {
+                    let mut machine = machine.lock().unwrap_or_else(PoisonError::into_inner);
+                    machine.protect(self.region.spec().id, window)?;
+                }
+                self.send_window(window, (stream, reducing), &mut scan, &mut tally)?;
+            }
+            if tally.pages == before {
+                continue;
+            }
             let sent = sent.fetch_add(tally.pages - before, Ordering::Relaxed);
             pages = next_window_pages(pages, self.clock.now().saturating_sub(began));
             self.observer.progress(self.number, sent, due_pages);
         }
+        tally.scanned = scan.total();
         tally.wire_bytes += stream.end_round(self.number)?;
         tally.sent_at = self.clock.now();
         Ok(tally)
     }
 
     /// Sends what is due of one window.
-    fn send_window(&self, window: PageRun, stream: &mut dyn BulkSender, tally: &mut Tally) -> Result<(), SourceError> {
+    fn send_window(
+        &self,
+        window: PageRun,
+        (stream, reducing): (&mut dyn BulkSender, &mut Reducing),
+        scan: &mut Meter,
+        tally: &mut Tally,
+    ) -> Result<(), SourceError> {
         // From the second round on what is due was written: only the first one meets holes worth asking for.
-        let holes = if self.number > 1 { Holes::Ignored } else { Holes::Asked };
+        let holes = match (self.marks_zeros, self.number) {
+            (false, _) => Holes::Filled,
+            (true, 1) => Holes::Asked,
+            (true, _) => Holes::Ignored,
+        };
         for run in self.due.runs_within(window.first.0, window.end(), u32::MAX) {
             tally.pages += u64::from(run.count);
             pieces(
@@ -245,7 +272,8 @@ impl Round<'_> {
                 run,
                 holes,
                 || self.longest_run(),
-                |piece, is_zero| self.send_piece(piece, is_zero, stream, tally),
+                |bytes| scan.time(self.clock, (bytes.len() / PAGE_SIZE) as u64, || zero_bits(bytes)),
+                |piece, is_zero| self.send_piece(piece, is_zero, (stream, reducing), tally),
             )?;
         }
         Ok(())
@@ -255,15 +283,16 @@ impl Round<'_> {
         &self,
         run: PageRun,
         is_zero: bool,
-        stream: &mut dyn BulkSender,
+        (stream, reducing): (&mut dyn BulkSender, &mut Reducing),
         tally: &mut Tally,
     ) -> Result<(), SourceError> {
         if self.cancel.is_set() {
             return Err(SourceError::Cancelled);
         }
-        let (id, count) = (self.region.spec().id, u64::from(run.count));
+        let count = u64::from(run.count);
         if is_zero {
-            tally.wire_bytes += stream.zeros(id, run)?;
+            tally.wire_bytes += stream.zeros(self.region.spec().id, run)?;
+            reducing.zeros(run);
             tally.zero_pages += count;
             self.sent.add(count, count);
             if self.last {
@@ -271,12 +300,11 @@ impl Round<'_> {
             }
             return Ok(());
         }
-        let bytes = self.region.bytes(run);
-        self.pacer.pay(run.byte_len() as u64);
-        tally.wire_bytes += stream.pages(id, run, bytes)?;
+        let outlet = Outlet { region: self.region, pacer: self.pacer, clock: self.clock };
+        tally.wire_bytes += reducing.send(run, stream, &outlet)?;
         self.sent.add(count, 0);
         if self.last {
-            for (page, bytes) in run.indices().zip(bytes.chunks(PAGE_SIZE)) {
+            for (page, bytes) in run.indices().zip(self.region.bytes(run).chunks(PAGE_SIZE)) {
                 tally.digest = tally.digest.wrapping_add(page_digest(page, bytes));
             }
         }

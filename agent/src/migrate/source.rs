@@ -16,7 +16,9 @@ use super::lap::Lap;
 use super::message::{ControlMessage, Handed, Offer, TargetState};
 use super::observe::{CancelFlag, Observer};
 use super::options::{OnStuck, SourceOptions, Strategy};
+use super::order::Order;
 use super::pacer::{Pace, Pacer};
+use super::reduce::{Reducing, SentPages, Spared};
 use super::rounds::{Round, Saved, Tally, longest_run};
 use super::steward::{Sent, Steward};
 use crate::model::{
@@ -106,6 +108,8 @@ struct Progress {
     image_bytes: u64,
     rtt: Duration,
     goodput: BytesPerSecond,
+    /// Bytes of pages for each byte on the wire, at least 1.
+    stretch: f64,
     gave_up: String,
     paused_at: Option<Duration>,
     ledger: BlackoutLedger,
@@ -117,6 +121,8 @@ struct Progress {
     ended_at: Option<Duration>,
     /// What was owed.
     post_copy: Option<PostCopyReport>,
+    /// What the reducers have spared.
+    spared: Spared,
     /// Whether the target may have journaled `prepared`.
     handed: bool,
     /// Whether the VM moves before what is due of its memory.
@@ -135,6 +141,7 @@ impl Progress {
             image_bytes: 0,
             rtt: Duration::ZERO,
             goodput: BytesPerSecond(0),
+            stretch: 1.0,
             gave_up: String::new(),
             paused_at: None,
             ledger: BlackoutLedger::default(),
@@ -143,6 +150,7 @@ impl Progress {
             steward: None,
             ended_at: None,
             post_copy: None,
+            spared: Spared::default(),
             handed: false,
             owing: false,
             adaptive: None,
@@ -151,7 +159,10 @@ impl Progress {
 
     fn book(&mut self, tally: &Tally, duration: Duration, paused: bool, limit: Option<BytesPerSecond>) {
         if self.goodput == BytesPerSecond(0) || tally.wire_bytes >= ENOUGH_BYTES {
-            self.goodput = BytesPerSecond::over(tally.wire_bytes, duration);
+            // What is left to send is counted in whole pages, so this is, too: packed, more of them go than the wire carries.
+            let content = PageCount(tally.pages - tally.zero_pages).bytes().max(tally.wire_bytes);
+            self.goodput = BytesPerSecond::over(content, duration);
+            self.stretch = content as f64 / tally.wire_bytes.max(1) as f64;
         }
         self.rounds.push(RoundReport {
             round: self.rounds.len() as u32 + 1,
@@ -170,8 +181,12 @@ impl Progress {
 struct Way<'w> {
     control: Arc<dyn ControlChannel<ControlMessage>>,
     streams: Vec<Box<dyn BulkSender>>,
+    /// One for each stream.
+    reducing: Vec<Reducing>,
     pacer: Pacer<'w>,
     due: PageBitmap,
+    /// What was due in the round before, if that was written during the one before it.
+    due_before: Option<PageBitmap>,
 }
 
 impl Source<'_> {
@@ -216,6 +231,7 @@ impl Source<'_> {
                 + progress.post_copy.as_ref().map_or(0, |owed| owed.wire_bytes)
                 + progress.state_bytes
                 + progress.image_bytes,
+            reducers: progress.spared.report(&self.options.reducers),
             rounds: progress.rounds,
             state_bytes: progress.state_bytes,
             image_bytes: progress.image_bytes,
@@ -262,7 +278,13 @@ impl Source<'_> {
         let control = self.link.control();
         let streams = self.reserve(progress, control.as_ref())?;
         let pacer = Pacer::new(self.clock, self.pace.clone());
-        let mut way = Way { control, streams, pacer, due: PageBitmap::full(self.region.spec().pages) };
+        let reducers = &self.options.reducers;
+        // More than the VM has is not needed.
+        let room = reducers.delta_bytes.min(self.region.spec().pages.bytes());
+        let sent_pages = (room > 0).then(|| Arc::new(SentPages::new(room)));
+        let reducing = streams.iter().map(|_| Reducing::new(reducers, streams.len(), sent_pages.clone())).collect();
+        let due = PageBitmap::full(self.region.spec().pages);
+        let mut way = Way { control, streams, reducing, pacer, due, due_before: None };
         self.send_boot_image(progress, &way)?;
         match self.options.strategy {
             Strategy::PreCopy => {
@@ -302,6 +324,12 @@ impl Source<'_> {
         let mut streams = Vec::new();
         for index in 0..self.streams() {
             streams.push(self.link.open_bulk(self.id, index)?);
+        }
+        let packings = self.options.reducers.packings();
+        if !packings.is_empty() {
+            // It has read this, or refused, when it answers the first ping.
+            let names = packings.iter().map(|packing| packing.name().to_owned()).collect();
+            control.send(&ControlMessage::Reducing(names))?;
         }
         let mut rtt = Duration::MAX;
         for number in 0..PINGS {
@@ -357,14 +385,15 @@ impl Source<'_> {
         let mut convergence = Convergence::new(self.options.downtime, self.options.fixed_cost, self.options.max_rounds);
         loop {
             let (left, took) = self.one_round(progress, way)?;
+            let stretched = |bytes: BytesPerSecond| BytesPerSecond((bytes.0 as f64 * progress.stretch) as u64);
             let goodput = match &mut progress.adaptive {
                 Some(adaptive) => {
                     let carried = progress.rounds.last().filter(|round| round.wire_bytes >= ENOUGH_BYTES);
                     let carried = carried.map(|round| BytesPerSecond::over(round.wire_bytes, took));
-                    adaptive.follow(left, took, carried, &self.pace)
+                    stretched(adaptive.follow(left, took, carried, &self.pace))
                 }
                 // The round may have been faster than what is allowed by now.
-                None => self.pace.limit().map_or(progress.goodput, |limit| limit.min(progress.goodput)),
+                None => self.pace.limit().map_or(progress.goodput, |limit| stretched(limit).min(progress.goodput)),
             };
             match convergence.judge(left, took, goodput, progress.rtt) {
                 Verdict::Another => {}
@@ -393,9 +422,16 @@ impl Source<'_> {
     /// Sends what is due, and finds out what is due then: how many pages, and how long the round took.
     fn one_round(&mut self, progress: &mut Progress, way: &mut Way<'_>) -> Result<(PageCount, Duration), SourceError> {
         self.pass(progress, Step::Round, &format!("{} pages due", way.due.count().0));
-        self.send_round(progress, way)?;
+        let skips_hot = self.options.reducers.skip_hot;
+        let hot = way.due_before.take().map(|before| way.due.both(&before));
+        self.send_round(progress, way, hot.as_ref())?;
+        // In the first round all was due, written or not.
+        way.due_before = (skips_hot && progress.rounds.len() > 1).then(|| way.due.clone());
         way.due.clear();
         let left = self.machine.harvest(&mut way.due)?;
+        if let Some(hot) = hot {
+            progress.spared.skip_hot(hot.count(), hot.both(&way.due).count());
+        }
         let mut took = Duration::ZERO;
         if let Some(round) = progress.rounds.last_mut() {
             round.dirtied_pages = left.0;
@@ -410,7 +446,7 @@ impl Source<'_> {
         &self,
         number: usize,
         pacer: &'r Pacer<'r>,
-        due: &'r PageBitmap,
+        (due, order): (&'r PageBitmap, &'r Order),
         cancel: &'r CancelFlag,
         sent: &'r Sent,
     ) -> Round<'r>
@@ -422,6 +458,8 @@ impl Source<'_> {
             last: false,
             region: self.region,
             due,
+            order,
+            marks_zeros: self.options.reducers.zero_pages,
             pacer,
             clock: self.clock,
             observer: self.observer,
@@ -432,21 +470,28 @@ impl Source<'_> {
     }
 
     /// Sends one round while the VM runs, and waits for the target's word that it arrived.
-    fn send_round(&mut self, progress: &mut Progress, way: &mut Way<'_>) -> Result<(), SourceError> {
+    fn send_round(
+        &mut self,
+        progress: &mut Progress,
+        way: &mut Way<'_>,
+        hot: Option<&PageBitmap>,
+    ) -> Result<(), SourceError> {
         let started = self.clock.now();
         let cancel = self.cancel.clone();
         let so_far = Sent::default();
-        let round = self.round(progress.rounds.len() + 1, &way.pacer, &way.due, &cancel, &so_far);
+        let order = hot.map_or_else(|| Order::plain(way.due.len()), |hot| Order::hot_last(&way.due, hot));
+        let round = self.round(progress.rounds.len() + 1, &way.pacer, (&way.due, &order), &cancel, &so_far);
+        let lanes = (&mut way.streams[..], &mut way.reducing[..]);
         let number = round.number;
         let (clock, due) = (self.clock, way.due.count());
         let machine: Mutex<&mut dyn Machine> = Mutex::new(&mut *self.machine);
         let sent = match &mut progress.steward {
-            None => round.send(&machine, &mut way.streams),
+            None => round.send(&machine, lanes),
             Some(steward) => {
                 steward.begin_round(&machine, due, clock.now())?;
                 // A machine that is gone is noticed by the streams.
                 let mut look = || drop(steward.look(&machine, &so_far, clock.now()));
-                round.send_watched(&machine, &mut way.streams, &mut look)
+                round.send_watched(&machine, lanes, &mut look)
             }
         };
         let tally = sent.map_err(|error| peers_reason(way.control.as_ref(), error))?;
@@ -455,6 +500,7 @@ impl Source<'_> {
             other => return Err(unexpected(&other, "round-received")),
         }
         progress.book(&tally, self.clock.now().saturating_sub(started), false, self.pace.limit());
+        progress.spared.count(&tally, &way.reducing);
         Ok(())
     }
 
@@ -464,19 +510,22 @@ impl Source<'_> {
         // The last round is never cancelled half-way: it is short, and undone as a whole if need be.
         let cancel = CancelFlag::default();
         let so_far = Sent::default();
-        let round = self.round(progress.rounds.len() + 1, &way.pacer, &way.due, &cancel, &so_far);
+        let order = Order::plain(way.due.len());
+        let round = self.round(progress.rounds.len() + 1, &way.pacer, (&way.due, &order), &cancel, &so_far);
         let round = Round { last: true, ..round };
+        let lanes = (&mut way.streams[..], &mut way.reducing[..]);
         // The clock and the counters are saved first: only a short round may lie between them and the state's restoring.
         let short = progress.goodput != BytesPerSecond(0)
             && progress.goodput.time_for(way.due.count().bytes()) <= SHORT_LAST_ROUND;
         let machine: Mutex<&mut dyn Machine> = Mutex::new(&mut *self.machine);
         let sent = if short {
-            round.send_and_save(&machine, &mut way.streams)
+            round.send_and_save(&machine, lanes)
         } else {
-            round.send(&machine, &mut way.streams).and_then(|tally| Ok((tally, round.save(&machine)?)))
+            round.send(&machine, lanes).and_then(|tally| Ok((tally, round.save(&machine)?)))
         };
         let (tally, saved) = sent.map_err(|error| peers_reason(way.control.as_ref(), error))?;
         progress.book(&tally, tally.sent_at.saturating_sub(started), true, self.pace.limit());
+        progress.spared.count(&tally, &way.reducing);
         Ok((tally, saved))
     }
 

@@ -16,8 +16,10 @@ use super::marks::Marks;
 use super::message::{Accept, ControlMessage, Handed, Offer, TargetState};
 use super::observe::{CancelFlag, Observer};
 use super::owed::{Owed, check_run, owed_pages};
+use super::reduce::{Unpacker, known_packings};
 use crate::model::{
-    BlackoutLedger, BlackoutPhase, MAX_BOOT_IMAGE_BYTES, MigrationId, Owner, PAGE_SIZE, PageBitmap, PageRun, Step, VmId,
+    BlackoutLedger, BlackoutPhase, MAX_BOOT_IMAGE_BYTES, MigrationId, Owner, PAGE_SIZE, Packing, PageBitmap, PageRun,
+    Step, VmId,
 };
 use crate::port::{
     Bell, BulkItem, BulkReceiver, BulkSender, Clock, ControlChannel, Fate, Faults, Job, LinkError, Machine,
@@ -331,6 +333,9 @@ impl Target<'_> {
                 Some(ControlMessage::Handed(_)) if image.as_ref().is_some_and(|image| !image.is_empty()) => {
                     return Err(LinkError::Protocol("a boot image without an end".to_owned()).into());
                 }
+                Some(ControlMessage::Reducing(names)) if inflow.packings.get().is_none() => {
+                    let _ = inflow.packings.set(known_packings(&names).map_err(TargetError::Refused)?);
+                }
                 Some(ControlMessage::PostCopy) if inflow.faults.get().is_none() && requests.is_some() => {
                     inflow.touch();
                     let _ = inflow.faults.set(machine.catch_faults()?);
@@ -524,6 +529,8 @@ struct Inflow<'a> {
     /// 2 MiB blocks whose memory has been taken.
     taken: Vec<AtomicBool>,
     digest: AtomicU64,
+    /// What pages may come packed as.
+    packings: OnceLock<Vec<Packing>>,
     /// Nanoseconds of the clock when anything last moved.
     moved_at: AtomicU64,
     stopped: AtomicBool,
@@ -564,6 +571,7 @@ impl<'a> Inflow<'a> {
             written: Marks::none(pages),
             taken: (0..pages.div_ceil(512)).map(|_| AtomicBool::new(false)).collect(),
             digest: AtomicU64::new(0),
+            packings: OnceLock::new(),
             moved_at: AtomicU64::new(0),
             stopped: AtomicBool::new(false),
             state: Mutex::default(),
@@ -698,6 +706,7 @@ impl<'a> Inflow<'a> {
         let mut inside = None;
         let mut digest = 0u64;
         let mut owed: Option<&Arc<Owed<'_>>> = None;
+        let mut unpacker = Unpacker::default();
         loop {
             let item = receiver.next(&mut keep_waiting)?;
             self.touch();
@@ -722,15 +731,15 @@ impl<'a> Inflow<'a> {
                 (BulkItem::Pages(region, run), Some(digested)) => {
                     check_run(self.region, region, run)?;
                     self.take_memory(run);
-                    let bytes = self.region.bytes(run);
-                    receiver.read_into(bytes, &mut keep_waiting)?;
-                    self.touch();
-                    self.mark_written(run);
-                    if digested {
-                        for (page, bytes) in run.indices().zip(bytes.chunks(PAGE_SIZE)) {
-                            digest = digest.wrapping_add(page_digest(page, bytes));
-                        }
-                    }
+                    receiver.read_into(self.region.bytes(run), &mut keep_waiting)?;
+                    digest = self.arrived(run, digested, digest);
+                }
+                (BulkItem::Packed(region, run, packing, bytes), Some(digested)) if owed.is_none() => {
+                    check_run(self.region, region, run)?;
+                    let announced = self.packings.get().map_or(&[][..], Vec::as_slice);
+                    let packed = (packing, run, bytes);
+                    unpacker.take(packed, announced, self.region, receiver, &mut keep_waiting)?;
+                    digest = self.arrived(run, digested, digest);
                 }
                 (BulkItem::Zeros(region, run), Some(digested)) => {
                     check_run(self.region, region, run)?;
@@ -750,6 +759,14 @@ impl<'a> Inflow<'a> {
                 (item, _) => return Err(LinkError::Protocol(format!("{item:?} out of order in round {round}")).into()),
             }
         }
+    }
+
+    /// Notes that these pages are here; the digest with them.
+    fn arrived(&self, run: PageRun, digested: bool, digest: u64) -> u64 {
+        self.touch();
+        self.mark_written(run);
+        let pages = run.indices().zip(self.region.bytes(run).chunks(PAGE_SIZE)).filter(|_| digested);
+        pages.fold(digest, |sum, (page, bytes)| sum.wrapping_add(page_digest(page, bytes)))
     }
 
     /// Takes the memory of whole 2 MiB blocks in one go before their first bytes arrive.

@@ -86,6 +86,13 @@ impl PageBitmap {
         self.trim();
     }
 
+    /// The pages that are in `other`, too, which is over the same region.
+    #[must_use]
+    pub fn both(&self, other: &Self) -> Self {
+        let words = self.words.iter().zip(&other.words).map(|(mine, theirs)| mine & theirs).collect();
+        Self { words, len: self.len }
+    }
+
     /// The words, 64 pages each, lowest page in the lowest bit (the layout of `KVM_GET_DIRTY_LOG`).
     pub fn words(&self) -> &[u64] {
         &self.words

@@ -98,6 +98,19 @@ pub struct LinkReport {
     pub other_before_bytes_per_second: Option<u64>,
 }
 
+/// What a reducer spared the streams in the rounds of a migration.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReducerReport {
+    /// `zero-pages`, `lz4`, `zstd`, `delta`, `dedup` or `skip-hot`.
+    pub name: String,
+    /// Pages that went its way.
+    pub pages: u64,
+    /// What these pages have in bytes, less what was sent for them, headers not counted.
+    pub saved_bytes: u64,
+    /// CPU time of the streams' threads at the source that it took, also for pages that it could do nothing for.
+    pub cpu_ns: u64,
+}
+
 /// The report of one migration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MigrationReport {
@@ -123,6 +136,9 @@ pub struct MigrationReport {
     pub streams: u32,
     /// The rounds.
     pub rounds: Vec<RoundReport>,
+    /// What the reducers that were asked for spared the rounds.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub reducers: Vec<ReducerReport>,
     /// Sum of the rounds' bytes, the boot image and the state.
     pub wire_bytes: u64,
     /// CPU and device state.

@@ -53,6 +53,11 @@ pub trait Clock: Send + Sync {
     /// Waits. Only for pacing and repeated announcements, never in place of an event.
     fn sleep(&self, duration: Duration);
 
+    /// CPU time that the calling thread has spent. Where nobody counts it, [`Clock::now`]: then all the time that passes counts.
+    fn thread_cpu(&self) -> Duration {
+        self.now()
+    }
+
     /// Waits until `bell` has been rung more often than `seen`, at most `timeout`.
     fn wait(&self, bell: &Bell, seen: u64, timeout: Duration) {
         bell.wait(seen, timeout);

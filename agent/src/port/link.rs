@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::region::BytesView;
-use crate::model::{BytesPerSecond, MigrationId, PageRun, RegionId};
+use crate::model::{BytesPerSecond, MigrationId, Packing, PageRun, RegionId};
 
 /// The link failed or the peer broke the protocol.
 #[derive(Debug, thiserror::Error)]
@@ -79,6 +79,12 @@ pub trait BulkSender: Send {
     /// Sends the pages of `run`, read from `bytes`. Returns the bytes put on the wire.
     fn pages(&mut self, region: RegionId, run: PageRun, bytes: BytesView<'_>) -> Result<u64, LinkError>;
 
+    /// Sends the pages of `run` from a copy of them. Returns the bytes put on the wire.
+    fn copied(&mut self, region: RegionId, run: PageRun, bytes: &[u8]) -> Result<u64, LinkError>;
+
+    /// Sends what the pages of `run` were packed into, which is shorter than they are. Returns the bytes put on the wire.
+    fn packed(&mut self, region: RegionId, run: PageRun, packing: Packing, bytes: &[u8]) -> Result<u64, LinkError>;
+
     /// Says that the pages of `run` are zero. Returns the bytes put on the wire.
     fn zeros(&mut self, region: RegionId, run: PageRun) -> Result<u64, LinkError>;
 
@@ -117,6 +123,9 @@ pub enum BulkItem {
     EndRound(u32),
     /// The other end wants these pages. The run is the peer's word: check it.
     Want(RegionId, PageRun),
+    /// Pages follow that were packed into so many bytes, fewer than the pages have; they must be taken with [`BulkReceiver::read_packed`] before the
+    /// next item. The run is the peer's word: check it.
+    Packed(RegionId, PageRun, Packing, u32),
 }
 
 /// The receiving end of one page stream. Whenever nothing arrives for a quarter second, `keep_waiting` is asked; its
@@ -127,6 +136,9 @@ pub trait BulkReceiver: Send {
 
     /// Takes the bytes of the run announced last, straight into `target`.
     fn read_into(&mut self, target: BytesView<'_>, keep_waiting: &mut dyn FnMut() -> bool) -> Result<(), LinkError>;
+
+    /// Takes the bytes of the packed run announced last; `target` has as many.
+    fn read_packed(&mut self, target: &mut [u8], keep_waiting: &mut dyn FnMut() -> bool) -> Result<(), LinkError>;
 
     /// The way back on this stream; once.
     fn back(&mut self) -> Result<Box<dyn BulkSender>, LinkError>;

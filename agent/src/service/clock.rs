@@ -4,7 +4,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::port::Clock;
-use crate::time::monotonic_now;
+use crate::time::{monotonic_now, thread_cpu_time};
 
 /// `CLOCK_MONOTONIC`, which all processes of a host share: times of several processes can be laid side by side.
 #[derive(Clone, Copy, Debug, Default)]
@@ -17,5 +17,9 @@ impl Clock for MonotonicClock {
 
     fn sleep(&self, duration: Duration) {
         thread::sleep(duration);
+    }
+
+    fn thread_cpu(&self) -> Duration {
+        thread_cpu_time()
     }
 }

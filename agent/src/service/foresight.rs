@@ -12,7 +12,7 @@ use super::config::TrackConfig;
 use super::guest_names::GuestFiles;
 use super::interrupt::Interrupt;
 use super::profile::{Allowed, How, ProfileError, ProfileRequest, profile};
-use crate::migrate::{Observer, OnStuck, SourceOptions, Strategy, zero_page};
+use crate::migrate::{Observer, OnStuck, SourceOptions, Strategy, zero_bits};
 use crate::model::{
     BytesPerSecond, Chosen, CurvePoint, Foretold, ForetoldFrom, MigrationRecord, MigrationReport, PageCount, PageRun,
     RoundReport, Step, VmRef, WriteCurve,
@@ -145,7 +145,7 @@ fn filled(region: &dyn Region) -> Memory {
     }
     let holds = |page: u64| {
         let run = PageRun::new(page, 1);
-        !region.data_within(run).is_empty() && !zero_page(region.bytes(run))
+        !region.data_within(run).is_empty() && zero_bits(region.bytes(run)) == 0
     };
     let found = (0..looked).filter(|index| holds(index * pages.0 / looked)).count();
     let share = found as f64 / looked as f64;

@@ -78,7 +78,12 @@ pub fn parse(bytes: &[u8]) -> Result<MigrationReport, ReportError> {
     }
     let report: MigrationReport = serde_json::from_slice(bytes).map_err(form)?;
     let vcpus = report.stun.as_ref().map_or(0, |stun| stun.vcpus.len());
-    let lists = [("rounds", report.rounds.len()), ("phases", report.blackout.phases.len()), ("vCPUs", vcpus)];
+    let lists = [
+        ("rounds", report.rounds.len()),
+        ("reducers", report.reducers.len()),
+        ("phases", report.blackout.phases.len()),
+        ("vCPUs", vcpus),
+    ];
     match lists.into_iter().find(|(_, count)| *count > MOST_ELEMENTS) {
         Some((what, count)) => Err(ReportError::TooMany { what, count }),
         None => Ok(report),

@@ -10,7 +10,7 @@ use super::network::{DialId, Found, Payload, PipeId, Purpose};
 use super::scheduler::{Scheduler, Wait};
 use super::world::World;
 use crate::migrate::ControlMessage;
-use crate::model::{MigrationId, PageRun, RegionId};
+use crate::model::{MigrationId, Packing, PageRun, RegionId};
 use crate::port::{BulkItem, BulkReceiver, BulkSender, BytesView, ControlChannel, LinkError, SourceLink, TargetLink};
 
 /// How long dialling and greeting may take: as over TCP.
@@ -288,6 +288,18 @@ impl SimBulkSender {
     fn header(&self, item: BulkItem) -> Result<u64, LinkError> {
         self.write(HEADER_BYTES, |_| Payload::Item(item))
     }
+
+    /// Sends page data, a bit of which may be flipped on its way.
+    fn data(&self, copy: impl FnOnce() -> Vec<u8>, bytes: usize) -> Result<u64, LinkError> {
+        self.write(bytes as u64, |world| {
+            let mut copy = copy();
+            if std::mem::take(&mut world.network.flip_next) {
+                let bit = world.rng.below(copy.len() as u64 * 8);
+                copy[(bit / 8) as usize] ^= 1 << (bit % 8);
+            }
+            Payload::Bytes(copy)
+        })
+    }
 }
 
 impl BulkSender for SimBulkSender {
@@ -299,16 +311,18 @@ impl BulkSender for SimBulkSender {
         let mut sent = self.header(BulkItem::Pages(region, run))?;
         // Memory is read in two goes, so that the guest may write in between.
         for half in bytes.chunks(bytes.len() / 2) {
-            sent += self.write(half.len() as u64, |world| {
-                let mut copy: Vec<u8> = half.iter().map(|byte| byte.load(Ordering::Relaxed)).collect();
-                if std::mem::take(&mut world.network.flip_next) {
-                    let bit = world.rng.below(copy.len() as u64 * 8);
-                    copy[(bit / 8) as usize] ^= 1 << (bit % 8);
-                }
-                Payload::Bytes(copy)
-            })?;
+            sent += self.data(|| half.iter().map(|byte| byte.load(Ordering::Relaxed)).collect(), half.len())?;
         }
         Ok(sent)
+    }
+
+    fn copied(&mut self, region: RegionId, run: PageRun, bytes: &[u8]) -> Result<u64, LinkError> {
+        Ok(self.header(BulkItem::Pages(region, run))? + self.data(|| bytes.to_vec(), bytes.len())?)
+    }
+
+    fn packed(&mut self, region: RegionId, run: PageRun, packing: Packing, bytes: &[u8]) -> Result<u64, LinkError> {
+        let header = self.header(BulkItem::Packed(region, run, packing, bytes.len() as u32))?;
+        Ok(header + self.data(|| bytes.to_vec(), bytes.len())?)
     }
 
     fn zeros(&mut self, region: RegionId, run: PageRun) -> Result<u64, LinkError> {
@@ -365,6 +379,19 @@ impl SimBulkReceiver {
     }
 }
 
+impl SimBulkReceiver {
+    /// The next byte of page data.
+    fn next_byte(&mut self, keep_waiting: &mut dyn FnMut() -> bool) -> Result<u8, LinkError> {
+        while self.have.is_empty() {
+            match self.read(keep_waiting)? {
+                Payload::Bytes(bytes) => self.have.extend(bytes),
+                _ => return Err(LinkError::Protocol("a header inside page data".to_owned())),
+            }
+        }
+        Ok(self.have.pop_front().unwrap_or_default())
+    }
+}
+
 impl BulkReceiver for SimBulkReceiver {
     fn next(&mut self, keep_waiting: &mut dyn FnMut() -> bool) -> Result<BulkItem, LinkError> {
         match self.read(keep_waiting)? {
@@ -375,13 +402,14 @@ impl BulkReceiver for SimBulkReceiver {
 
     fn read_into(&mut self, target: BytesView<'_>, keep_waiting: &mut dyn FnMut() -> bool) -> Result<(), LinkError> {
         for byte in target {
-            while self.have.is_empty() {
-                match self.read(keep_waiting)? {
-                    Payload::Bytes(bytes) => self.have.extend(bytes),
-                    _ => return Err(LinkError::Protocol("a header inside page data".to_owned())),
-                }
-            }
-            byte.store(self.have.pop_front().unwrap_or_default(), Ordering::Relaxed);
+            byte.store(self.next_byte(keep_waiting)?, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn read_packed(&mut self, target: &mut [u8], keep_waiting: &mut dyn FnMut() -> bool) -> Result<(), LinkError> {
+        for byte in target {
+            *byte = self.next_byte(keep_waiting)?;
         }
         Ok(())
     }

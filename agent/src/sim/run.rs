@@ -130,6 +130,7 @@ fn source_main(sim: &Arc<Scheduler>, scenario: &Scenario, is_first: bool) -> Opt
         downtime: scenario.downtime,
         fixed_cost: Duration::from_millis(1),
         streams: scenario.streams,
+        reducers: scenario.reducers,
         verify: scenario.verify,
         stall: scenario.stall,
         peer: "simulated".to_owned(),

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::rng::Rng;
 use crate::migrate::outcomes::Failure;
-use crate::migrate::{OnStuck, Strategy};
+use crate::migrate::{Compress, OnStuck, Reducers, Strategy};
 use crate::model::{BytesPerSecond, Step};
 
 /// One of the two hosts.
@@ -139,6 +139,8 @@ pub struct Scenario {
     pub on_stuck: OnStuck,
     /// Page streams.
     pub streams: u16,
+    /// What is done so that fewer bytes travel.
+    pub reducers: Reducers,
     /// Hash all memory. Slow here as it is outside.
     pub verify: bool,
     /// The operator's bandwidth limit.
@@ -170,6 +172,7 @@ impl Scenario {
             strategy: Strategy::PreCopy,
             on_stuck: OnStuck::Stop,
             streams: 2,
+            reducers: Reducers::default(),
             verify: false,
             bandwidth_limit: None,
             downtime: Duration::from_millis(4),
@@ -188,7 +191,7 @@ impl Scenario {
         }
     }
 
-    /// Everything that a seed can choose: strategy, streams, writer rate and spread, link, limits.
+    /// Everything that a seed can choose: strategy, streams, writer rate and spread, link, limits, reducers.
     pub fn random(seed: u64) -> Self {
         let mut rng = Rng(seed ^ 0x5ce0);
         let mut scenario = Self::new(seed);
@@ -206,6 +209,14 @@ impl Scenario {
             scenario.bandwidth_limit = Some(BytesPerSecond((2 << 20) << rng.below(6)));
         }
         scenario.on_stuck = [OnStuck::Stop, OnStuck::Stun][rng.below(2) as usize];
+        scenario.reducers = Reducers {
+            // A marked page costs nothing here, a sent one much.
+            zero_pages: true,
+            compress: [Compress::None, Compress::None, Compress::Lz4, Compress::Auto][rng.below(4) as usize],
+            delta_bytes: [0, 64 << 10, 64 << 20][rng.below(3) as usize],
+            dedup: rng.one_in(2),
+            skip_hot: rng.one_in(2),
+        };
         scenario
     }
 

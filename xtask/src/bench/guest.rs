@@ -35,11 +35,10 @@ pub(super) struct Load {
 }
 
 impl Load {
-    /// One that beats, and writes at `rate`.
-    pub(super) fn beating(rate: Rate) -> Self {
+    /// One that beats, and whose working set of `mebibytes` is filled and written as `workload` says.
+    pub(super) fn filled(mebibytes: u64, workload: &str) -> Self {
         let cmdline = format!(
-            "dunlin.cpus={CPUS} dunlin.heartbeat=1ms dunlin.wl0=ws:64K,rate:0 \
-             dunlin.wl1=ws:{WORKING_SET_MIB}M,rate:{rate},fill:random"
+            "dunlin.cpus={CPUS} dunlin.heartbeat=1ms dunlin.wl0=ws:64K,rate:0 dunlin.wl1=ws:{mebibytes}M,{workload}"
         );
         Self { cpus: CPUS, memory_mib: MEMORY_MIB, cmdline }
     }
@@ -48,6 +47,11 @@ impl Load {
     pub(super) fn telling_often(rate: Rate, memory_mib: u64) -> Self {
         let Self { cpus, cmdline, .. } = Self::beating(rate);
         Self { cpus, memory_mib, cmdline: format!("{cmdline} dunlin.stat=100ms") }
+    }
+
+    /// One that beats, and writes at `rate`.
+    pub(super) fn beating(rate: Rate) -> Self {
+        Self::filled(WORKING_SET_MIB, &format!("rate:{rate},fill:random"))
     }
 
     /// One of a single vCPU that writes at `rate` in the order of `pattern`, and tells its own truth of windows of `window_ms`. It writes

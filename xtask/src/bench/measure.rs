@@ -121,6 +121,11 @@ impl Row {
         self
     }
 
+    /// Whether it has no aim, or keeps it.
+    pub(super) fn is_kept(&self) -> bool {
+        self.ok != Some(false)
+    }
+
     fn judge(&mut self, aim: &Aim) {
         let limit = match aim {
             Aim::None => return,

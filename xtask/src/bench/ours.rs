@@ -52,6 +52,8 @@ pub(super) struct Options {
     pub(super) strategy: Option<&'static str>,
     /// Whether how the VM writes is measured first, for a prediction in the report.
     pub(super) predict: bool,
+    /// What else is asked for.
+    pub(super) more: &'static [&'static str],
 }
 
 /// The part of the migration report (`docs/json.md`) that is used here.
@@ -65,6 +67,8 @@ pub(super) struct Report {
     total_ns: u64,
     blackout_ns: u64,
     pub(super) rtt_ns: u64,
+    #[serde(default)]
+    reducers: Vec<Reducer>,
     stun: Option<Stun>,
     pub(super) post_copy: Option<PostCopy>,
     pub(super) prediction: Option<Prediction>,
@@ -91,6 +95,11 @@ pub(super) struct Waits {
 pub(super) struct Prediction {
     pub(super) total_ns: Option<u64>,
     pub(super) blackout_ns: Option<u64>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct Reducer {
+    cpu_ns: u64,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -149,6 +158,16 @@ impl Report {
     /// From the offer to `running`, reservation counted.
     pub(super) fn total_ms(&self) -> f64 {
         self.total_ns as f64 / 1e6
+    }
+
+    /// Bytes on the wire, in MiB.
+    pub(super) fn wire_mib(&self) -> f64 {
+        self.wire_bytes as f64 / f64::from(1 << 20)
+    }
+
+    /// CPU time of all reducers together.
+    pub(super) fn reducers_cpu_ms(&self) -> f64 {
+        self.reducers.iter().map(|reducer| reducer.cpu_ns).sum::<u64>() as f64 / 1e6
     }
 
     /// By the source's clock.
@@ -298,6 +317,7 @@ impl<'a> Vm<'a> {
         if let Some(downtime) = options.downtime_ms {
             command.args(["--downtime", &format!("{downtime}ms")]);
         }
+        command.args(options.more);
         command.arg("--run-dir").arg(self.folder.join("source"));
         command.stdout(File::create(&report_path).context("a file for the report")?);
         let mut began = self.console.len();
