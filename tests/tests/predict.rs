@@ -123,7 +123,19 @@ fn predict_and_have_qemu_move(workload: &str) -> (Value, Option<Value>) {
     let mut vm = MovingVm::boot(&Pair { memory_mib: 128, workload, accelerator: "kvm" }).unwrap();
     let pid = format!("pid:{}", vm.source.pid());
     let state = vm.folder().join("state");
-    let words = ["predict", &pid, "--json", "--bandwidth", "20MiB/s", "--downtime", "300ms", "--rtt", "300us"];
+    let words = [
+        "predict",
+        &pid,
+        "--json",
+        "--bandwidth",
+        "20MiB/s",
+        "--link",
+        "10Gbit",
+        "--downtime",
+        "300ms",
+        "--rtt",
+        "300us",
+    ];
     let mut command = dunlin();
     command.args(words).args(["--allow-read-memory", "--allow-soft-dirty", "--state-dir"]).arg(state);
     let output = command.output().unwrap();

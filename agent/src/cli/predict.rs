@@ -41,6 +41,10 @@ pub(super) struct PredictArgs {
     #[arg(long, value_name = "RATE", required_unless_present = "history", conflicts_with = "history")]
     bandwidth: Option<BytesPerSecond>,
 
+    /// What the link carries, where --bandwidth is a limit below it: QEMU does not limit what it sends of the paused VM.
+    #[arg(long, value_name = "RATE", conflicts_with = "history")]
+    link: Option<BytesPerSecond>,
+
     /// Show how far predictions of migrations that this host has done were off.
     #[arg(long)]
     history: bool,
@@ -69,7 +73,7 @@ pub(super) struct PredictArgs {
 impl PredictArgs {
     /// Runs the command.
     pub(super) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
-        let Self { vm, profiling, bandwidth, history, to, downtime, fixed_cost, rtt, all } = self;
+        let Self { vm, profiling, bandwidth, link, history, to, downtime, fixed_cost, rtt, all } = self;
         let (Some(vm), Some(bandwidth), false) = (vm, bandwidth, history) else {
             let found = prediction::history(&profiling.state_dir(config));
             if json {
@@ -88,6 +92,7 @@ impl PredictArgs {
         };
         let terms = PredictTerms {
             bandwidth,
+            link,
             downtime: downtime.unwrap_or(config.migrate.downtime),
             fixed_cost,
             rtt,

@@ -695,7 +695,29 @@ impl BulkReceiver for TcpBulkReceiver {
 
 #[cfg(test)]
 mod tests {
-    use super::Address;
+    use super::*;
+
+    #[test]
+    fn the_kernel_is_told_the_pace_and_that_there_is_none() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let mut sender = TcpBulkSender::new(stream, TICK);
+        for limit in [Some(BytesPerSecond(12_345_678)), None] {
+            sender.pace(limit);
+            let (mut rate, mut length) = (0u64, size_of::<u64>() as libc::socklen_t);
+            // SAFETY: the option gives a u64 into the place of one, and the descriptor is open.
+            let answer = unsafe {
+                libc::getsockopt(
+                    sender.stream.as_raw_fd(),
+                    libc::SOL_SOCKET,
+                    libc::SO_MAX_PACING_RATE,
+                    (&raw mut rate).cast(),
+                    &raw mut length,
+                )
+            };
+            assert_eq!((answer, rate), (0, limit.map_or(u64::MAX, |limit| limit.0)));
+        }
+    }
 
     #[test]
     fn an_address_reads_as_it_is_printed() {

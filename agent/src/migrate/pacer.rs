@@ -97,10 +97,10 @@ impl Paid {
     }
 }
 
-/// What the kernel is asked to hold one of `streams` streams to: its share and a quarter more, so that the limit is kept here, where streams share it as they need it, and
-/// the kernel only spreads what is handed to it at once.
+/// What the kernel is asked to hold one of `streams` streams to: twice its share. The limit is kept here, where streams share it as they need it and make up for what they were held
+/// up; the kernel only spreads what is handed to it at once.
 pub(super) fn kernel_pace(limit: Option<BytesPerSecond>, streams: u16) -> Option<BytesPerSecond> {
-    limit.map(|limit| BytesPerSecond((limit.0 / u64::from(streams.max(1))).saturating_mul(5) / 4))
+    limit.map(|limit| BytesPerSecond((limit.0 / u64::from(streams.max(1))).saturating_mul(2)))
 }
 
 impl<'a> Pacer<'a> {
@@ -117,6 +117,11 @@ impl<'a> Pacer<'a> {
     /// The limit at present.
     pub fn limit(&self) -> Option<BytesPerSecond> {
         self.pace.limit()
+    }
+
+    /// Waits until the limit allows what was booked so far: whoever sends now keeps nobody from what it sends.
+    pub fn await_turn(&self) {
+        self.pay(0);
     }
 
     /// Books `bytes` and waits until the limit allows them.

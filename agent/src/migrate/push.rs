@@ -181,6 +181,7 @@ impl<'a> Push<'a> {
         while self.pacer.waits_until_asked() && !self.is_over() && self.left() > 0 {
             self.clock.sleep(LOOK_EVERY);
         }
+        self.pacer.await_turn();
         self.unsent().take_next(self.run_pages())
     }
 
@@ -190,7 +191,7 @@ impl<'a> Push<'a> {
     }
 
     /// Sends a run that was taken.
-    fn send(&self, run: PageRun, stream: &mut dyn BulkSender, is_urgent: bool) -> Result<(), LinkError> {
+    fn send(&self, run: PageRun, stream: &mut dyn BulkSender) -> Result<(), LinkError> {
         let id = self.region.spec().id;
         pieces(
             self.region,
@@ -203,12 +204,8 @@ impl<'a> Push<'a> {
                     self.zero.fetch_add(part.count.into(), Ordering::Relaxed);
                     stream.zeros(id, part)?
                 } else {
-                    // What the guest waits for does not wait for its turn; the push waits for it.
-                    if is_urgent {
-                        self.pacer.ahead(part.byte_len() as u64);
-                    } else {
-                        self.pacer.pay(part.byte_len() as u64);
-                    }
+                    // What was taken is sent at once: the guest may be waiting for it. The push waits for its turn before it takes anything.
+                    self.pacer.ahead(part.byte_len() as u64);
                     stream.pages(id, part, self.region.bytes(part))?
                 };
                 self.bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -233,7 +230,7 @@ impl<'a> Push<'a> {
                     paced = Some(limit);
                     stream.pace(kernel_pace(limit, 1));
                 }
-                self.send(run, stream, false)?;
+                self.send(run, stream)?;
                 stream.flush()?;
             }
             stream.end_round(self.round)?;
@@ -266,7 +263,7 @@ impl<'a> Push<'a> {
                 let asked = self.unsent().take_asked(run);
                 for page in asked {
                     self.asked.fetch_add(1, Ordering::Relaxed);
-                    self.send(page, stream, true)?;
+                    self.send(page, stream)?;
                 }
                 stream.flush()?;
             }

@@ -7,6 +7,9 @@ use serde::Serialize;
 use super::{Plan, Prediction};
 use crate::model::units::display_duration;
 
+/// What is said of a way by which the VM can be lost.
+const RISK: &str = "; until all of its memory has followed it, a lost host is a lost VM";
+
 /// What was chosen.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Choice {
@@ -29,7 +32,7 @@ pub fn choose(predictions: &[Prediction], downtime: Duration) -> Option<Choice> 
                 .iter()
                 .filter(|prediction| prediction.is_available && prediction.plan.can_lose_the_vm() == risky)
         };
-        let warning = if risky { "; until all of its memory has followed it, a lost host is a lost VM" } else { "" };
+        let warning = if risky { RISK } else { "" };
         if let Some(sure) = available().find(|prediction| {
             let all = [&prediction.expected, &prediction.best, &prediction.worst];
             all.iter().all(|course| course.within(downtime))
@@ -48,8 +51,10 @@ pub fn choose(predictions: &[Prediction], downtime: Duration) -> Option<Choice> 
     let available = predictions.iter().filter(|prediction| prediction.is_available);
     let shortest = available.min_by_key(|prediction| prediction.expected.blackout_ns.unwrap_or(u64::MAX))?;
     let stands = time(shortest.expected.blackout_ns);
-    let reason =
-        format!("no way keeps to the {limit} allowed; under this one it stands for the shortest time, {stands}");
+    let warning = if shortest.plan.can_lose_the_vm() { RISK } else { "" };
+    let reason = format!(
+        "no way keeps to the {limit} allowed; under this one it stands for the shortest time, {stands}{warning}"
+    );
     Some(Choice { plan: shortest.plan, meets_downtime: shortest.meets_downtime, reason })
 }
 

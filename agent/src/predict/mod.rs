@@ -114,6 +114,8 @@ struct Case<'a> {
     filled: f64,
     /// Pages per second.
     bandwidth: f64,
+    /// The same for what QEMU sends of a paused VM, which it does not limit.
+    unlimited: f64,
     terms: &'a Terms,
 }
 
@@ -148,6 +150,8 @@ fn wire_bytes(pages: f64) -> u64 {
 /// What is to be expected of each way of moving that `mover` has, and of those that only a formula knows yet, if the VM goes on writing like
 /// `curve`. A curve that ends before the first round does is drawn on by a fit of two classes, as [`crate::track::forecast`] does.
 ///
+/// `link` is what the link itself carries, where the terms' bandwidth is a limit below it.
+///
 /// # Errors
 /// Under these terms no VM could be moved.
 pub fn predict(
@@ -155,8 +159,10 @@ pub fn predict(
     memory: &Memory,
     mover: Mover,
     terms: &Terms,
+    link: Option<BytesPerSecond>,
 ) -> Result<Vec<Prediction>, TermsError> {
     terms.memory_time()?;
+    let unlimited = link.map_or(terms.bandwidth, |link| link.max(terms.bandwidth)).0 as f64 / PAGE_SIZE as f64;
     let bandwidth = terms.pages_per_second().0;
     let first = memory.filled_high.max(memory.pages.0 as f64) / (bandwidth * (1.0 - GOODPUT_BAND));
     let first = Duration::from_secs_f64(first.min(86_400.0));
@@ -165,6 +171,7 @@ pub fn predict(
         writing: Writing::new(&curve, edge, memory.pages),
         filled,
         bandwidth: bandwidth * part,
+        unlimited: unlimited * part,
         terms,
     };
     let expected = case(Edge::Middle, memory.filled, 1.0);

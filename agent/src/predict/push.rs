@@ -80,7 +80,7 @@ pub(super) fn pre_copy(case: &Case<'_>, on_stuck: OnStuck) -> Course {
     }
 }
 
-/// QEMU's pre-copy: it stops the VM once what is left is at most bandwidth × downtime limit (nothing is taken off for the switch), and never gives up. With
+/// QEMU's pre-copy: it stops the VM once what is left is at most bandwidth × downtime limit (nothing is taken off for the switch), never gives up, and sends what is left without its limit (`migration/migration.c`, migration_completion_precopy). With
 /// `auto_converge` it slows all vCPUs when a round dirties more than half of what it sends, for the second time each: to 20 % first, then by 10 %
 /// more, up to 99 %; it looks once a second at most (`migration/ram.c`, migration_trigger_throttle). Where it looks in the midst of a round, the round is taken as a whole
 /// here.
@@ -115,7 +115,7 @@ pub(super) fn qemu(case: &Case<'_>, auto_converge: bool) -> Course {
             }
         }
     };
-    let blackout = case.time(left) + case.fixed();
+    let blackout = left / case.unlimited + case.fixed();
     Course {
         total_ns: ends.then(|| nanos(total + blackout)),
         blackout_ns: ends.then(|| nanos(blackout)),

@@ -36,7 +36,7 @@ fn fixed(pages: f64) -> WriteCurve {
 }
 
 fn of(curve: &WriteCurve, mover: Mover, terms: &Terms, plan: Plan) -> Prediction {
-    let all = predict(curve, &memory(), mover, terms).unwrap();
+    let all = predict(curve, &memory(), mover, terms, None).unwrap();
     all.into_iter().find(|prediction| prediction.plan == plan).unwrap()
 }
 
@@ -68,6 +68,23 @@ fn an_even_writer_makes_a_geometric_series_under_qemu() {
     assert_eq!(found.rounds, rounds as u32);
     close(seconds(found.total_ns), (1.0 - part.powi(rounds + 1)) / (1.0 - part) + 0.003);
     close(seconds(found.blackout_ns), part.powi(rounds) + 0.003);
+}
+
+/// QEMU sends what is left of the paused VM as fast as the link goes; rounds keep to the limit.
+#[test]
+fn qemu_limits_no_last_pages() {
+    let limited = terms(0.1, 30);
+    let of = |link| {
+        let all = predict(&even(2000.0), &memory(), Mover::Qemu, &limited, link).unwrap();
+        all.into_iter().find(|prediction| prediction.plan == Plan::QemuPreCopy).unwrap().expected
+    };
+    let (alone, beside) = (of(None), of(Some(BytesPerSecond(LINK as u64))));
+    let last = seconds(alone.blackout_ns) - 0.003;
+    assert!(last > 0.001, "{alone:?}");
+    close(seconds(beside.blackout_ns), last / 10.0 + 0.003);
+    close(seconds(alone.total_ns) - seconds(beside.total_ns), last * 0.9);
+    assert_eq!((alone.rounds, alone.wire_bytes), (beside.rounds, beside.wire_bytes));
+    assert_eq!(of(Some(BytesPerSecond(1))), alone, "a link carries what its limit lets through");
 }
 
 /// Dunlin protects each page when it is sent: of what is written in the first round half comes behind it; later what was not sent counts whole.
@@ -130,6 +147,8 @@ fn writers_are_held_only_as_far_as_that_is_needed() {
     let held = of(&unthrottled, Mover::Dunlin, &terms(1.0, 30), Plan::PreCopyStun);
     assert!(held.meets_downtime && held.expected.converges, "{held:?}");
     assert!(held.expected.guest_slowdown > 0.3, "{held:?}");
+    // A last short round meets writers asleep.
+    assert!(seconds(held.expected.blackout_ns) < 0.005, "{held:?}");
     assert!(seconds(held.expected.total_ns) < 1.5, "{held:?}");
     let idle = of(&even(100.0), Mover::Dunlin, &terms(1.0, 30), Plan::PreCopyStun);
     assert_eq!(idle.expected, of(&even(100.0), Mover::Dunlin, &terms(1.0, 30), Plan::PreCopy).expected);
@@ -148,7 +167,7 @@ fn auto_converge_ends_what_pre_copy_alone_does_not_and_slows_everybody() {
 #[test]
 fn the_simplest_way_that_is_sure_to_fit_is_chosen() {
     let chosen = |curve: &WriteCurve, mover, terms: &Terms| {
-        choose(&predict(curve, &memory(), mover, terms).unwrap(), terms.downtime)
+        choose(&predict(curve, &memory(), mover, terms, None).unwrap(), terms.downtime)
     };
     let plan = |curve: &WriteCurve, mover, terms: &Terms| chosen(curve, mover, terms).unwrap().plan;
     assert_eq!(plan(&even(1.0), Mover::Dunlin, &terms(1.0, 1200)), Plan::StopAndCopy);
@@ -186,8 +205,14 @@ fn commands_are_what_an_operator_types() {
 
 #[test]
 fn terms_that_no_vm_meets_are_refused() {
-    assert!(matches!(predict(&even(1.0), &memory(), Mover::Dunlin, &terms(0.0, 30)), Err(TermsError::NoBandwidth)));
-    assert!(matches!(predict(&even(1.0), &memory(), Mover::Dunlin, &terms(1.0, 2)), Err(TermsError::NoBudget { .. })));
+    assert!(matches!(
+        predict(&even(1.0), &memory(), Mover::Dunlin, &terms(0.0, 30), None),
+        Err(TermsError::NoBandwidth)
+    ));
+    assert!(matches!(
+        predict(&even(1.0), &memory(), Mover::Dunlin, &terms(1.0, 2), None),
+        Err(TermsError::NoBudget { .. })
+    ));
 }
 
 proptest! {
@@ -207,7 +232,7 @@ proptest! {
         let [less, more] = [part, part * more].map(|part| of(&curve, Mover::Qemu, &terms(part, 30), Plan::QemuPreCopy).expected);
         prop_assert!(more.converges || !less.converges, "{less:?} {more:?}");
         for mover in [Mover::Dunlin, Mover::Qemu] {
-            for found in predict(&curve, &memory(), mover, &terms(part, 30)).unwrap() {
+            for found in predict(&curve, &memory(), mover, &terms(part, 30), None).unwrap() {
                 for course in [&found.best, &found.expected, &found.worst] {
                     prop_assert!((0.0..=1.0).contains(&course.guest_slowdown), "{found:?}");
                     prop_assert!(course.wire_bytes >= (PAGES - 1) * 4096, "{found:?}");

@@ -240,7 +240,7 @@ impl Foresight {
             (None, Some(goodput)) => (goodput, "what earlier migrations to that host carried"),
             (None, None) => (USUAL_LINK, "nothing is known of the link, so 1 Gbit/s is taken"),
         };
-        let found = predict(curve, &filled(region), Mover::Dunlin, &first.terms(bandwidth));
+        let found = predict(curve, &filled(region), Mover::Dunlin, &first.terms(bandwidth), None);
         let chosen = found.ok().and_then(|mut predictions| {
             for prediction in &mut predictions {
                 prediction.is_available &= match prediction.plan {
@@ -298,7 +298,7 @@ impl Foresight {
     }
 
     fn tell(&self, from: ForetoldFrom, curve: &WriteCurve, memory: &Memory, bandwidth: BytesPerSecond) {
-        let Ok(predictions) = predict(curve, memory, Mover::Dunlin, &self.terms(bandwidth)) else { return };
+        let Ok(predictions) = predict(curve, memory, Mover::Dunlin, &self.terms(bandwidth), None) else { return };
         let Some(found) = predictions.iter().find(|prediction| Some(prediction.plan) == self.plan) else { return };
         let course = found.expected;
         let told = Foretold {

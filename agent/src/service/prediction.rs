@@ -32,6 +32,9 @@ pub struct PredictionReport {
     pub notes: Vec<String>,
     /// Goodput of the link, in bytes per second.
     pub bandwidth_bytes_per_second: u64,
+    /// What the link itself carries, where that is a limit below it; absent where it was not said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub link_bytes_per_second: Option<u64>,
     /// The downtime that is allowed.
     pub downtime_ns: u64,
     /// What a switch costs in any case, CPU and device state included.
@@ -87,8 +90,10 @@ pub enum PredictionError {
 /// Under which conditions a VM would be moved.
 #[derive(Clone, Debug)]
 pub struct PredictTerms {
-    /// Goodput of the link.
+    /// Goodput of the link, or a limit below it.
     pub bandwidth: BytesPerSecond,
+    /// Goodput of the link, where the bandwidth is such a limit.
+    pub link: Option<BytesPerSecond>,
     /// The downtime that is allowed.
     pub downtime: Duration,
     /// What a switch costs besides the last pages; by earlier migrations without.
@@ -171,7 +176,7 @@ pub fn prediction(
             Memory { pages, filled, filled_low, filled_high }
         },
     );
-    let predictions = predict(&taken.curve, &memory, mover, terms)?;
+    let predictions = predict(&taken.curve, &memory, mover, terms, wanted.link)?;
     let chosen = choose(&predictions, terms.downtime);
     let ways = predictions.into_iter().map(|prediction| Way {
         commands: if prediction.is_available {
@@ -190,6 +195,7 @@ pub fn prediction(
         is_lower_bound: taken.is_lower_bound,
         notes,
         bandwidth_bytes_per_second: terms.bandwidth.0,
+        link_bytes_per_second: wanted.link.map(|link| link.0),
         downtime_ns: terms.downtime.as_nanos() as u64,
         fixed_cost_ns: terms.switch_cost.as_nanos() as u64,
         fixed_cost_from: fixed.from,
@@ -231,6 +237,7 @@ pub(crate) fn sample() -> PredictionReport {
         is_lower_bound: false,
         notes: vec![String::new()],
         bandwidth_bytes_per_second: 0,
+        link_bytes_per_second: Some(0),
         downtime_ns: 0,
         fixed_cost_ns: 0,
         fixed_cost_from: CostFrom::Default,

@@ -57,8 +57,8 @@ struct Way {
     survives: &'static str,
 }
 
-const ANY_BEFORE: &str = "any one, until the switch";
-const NONE_MEANWHILE: &str = "before the switch any one; then none until the last page has come";
+const ANY_BEFORE: &str = "the target, the link and either manager; not the source, until the switch";
+const NONE_MEANWHILE: &str = "until the switch likewise; then, until the last page has come, neither host";
 
 const WAYS: [Way; 5] = [
     Way {
@@ -344,7 +344,7 @@ pub(super) fn run(places: &Places, effort: &Effort) -> Result<Vec<Row>> {
     }
     if !book.is_empty() {
         eprintln!(
-            "\nThe book's table, {} pages/s at {}:\n| strategy | total (times the ideal) | blackout | pages sent again | writes lost | survives the loss of a host, a manager or the link |\n|---|---|---|---|---|---|\n{}",
+            "\nThe book's table, {} pages/s at {}:\n| strategy | total (times the ideal) | blackout | pages sent again | writes lost | what may be lost meanwhile without the VM |\n|---|---|---|---|---|---|\n{}",
             BOOKS.0,
             BOOKS.1,
             book.join("\n")
