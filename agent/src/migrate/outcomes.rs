@@ -222,7 +222,7 @@ pub const OWING_OUTCOMES: &[Outcome] = &[
     row(
         TargetMachineDies,
         Owned,
-        &[FAILED, LOST],
+        &[FAILED, LOST, MOVED_THEN_CRASHED],
         false,
         "If the guest had not run there yet it runs at the source again; else a VM crash at the target.",
     ),

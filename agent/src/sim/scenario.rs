@@ -208,7 +208,7 @@ impl Scenario {
         if rng.one_in(4) {
             scenario.bandwidth_limit = Some(BytesPerSecond((2 << 20) << rng.below(6)));
         }
-        scenario.on_stuck = [OnStuck::Stop, OnStuck::Stun][rng.below(2) as usize];
+        scenario.on_stuck = [OnStuck::Stop, OnStuck::Stun, OnStuck::PostCopy][rng.below(3) as usize];
         scenario.reducers = Reducers {
             // A marked page costs nothing here, a sent one much.
             zero_pages: true,
@@ -218,6 +218,11 @@ impl Scenario {
             skip_hot: rng.one_in(2),
         };
         scenario
+    }
+
+    /// Whether the VM may run at the target before its memory is there.
+    pub fn may_run_owing(&self) -> bool {
+        self.strategy.runs_owing() || (self.strategy == Strategy::PreCopy && self.on_stuck == OnStuck::PostCopy)
     }
 
     /// The same with one fault.

@@ -669,6 +669,7 @@ impl World {
             let _ = self.append(Side::Target, JournalRecord::NeverOwner);
         }
         let owes = self.vm(Side::Target).is_some_and(|vm| vm.missing.is_some());
+        let released = self.has(Side::Source, &JournalRecord::Released { peer: String::new() });
         match (source_gate, target_gate) {
             // The VM was let go before its memory was there: the link is seen to, and managers take the places of those that are gone.
             (Some(Gate::Released), Some(Gate::Prepared | Gate::Owner)) if owes => {
@@ -684,8 +685,10 @@ impl World {
                 self.stale_prepared = true;
                 self.resolve(Side::Target, Owner::There);
             }
-            (Some(Gate::Released) | None, Some(Gate::Prepared)) => {
-                self.resolve(Side::Target, Owner::Here);
+            (source, Some(Gate::Prepared)) => {
+                // A source that died without a word of `released` in its journal may have run on: what waits is stale.
+                let is_last = source == Some(Gate::Released) || released;
+                self.resolve(Side::Target, if is_last { Owner::Here } else { Owner::There });
             }
             (Some(Gate::Released), None) => {
                 if self.host(Side::Target).journal.last() == Some(&JournalRecord::Owner) {
