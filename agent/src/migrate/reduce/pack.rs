@@ -19,6 +19,8 @@ use crate::port::{BulkSender, Clock, LinkError, Region};
 
 /// Pages that are copied, and compressed, in one go: 128 KiB.
 const PIECE_PAGES: u32 = 32;
+/// Pages that go as they are in one go, before it is asked again whether to compress: as many as the target takes memory for at once.
+const PLAIN_PAGES: u32 = 256;
 
 /// What a stream's pages come from, and what they wait for.
 pub(in crate::migrate) struct Outlet<'a> {
@@ -120,17 +122,20 @@ impl Reducing {
         let mut copy = std::mem::take(&mut self.copy);
         copy.resize(PIECE_PAGES as usize * PAGE_SIZE, 0);
         let (mut wire, mut first) = (0, run.first.0);
+        // Where nobody else looks at pages, those that are not compressed need no copy.
+        let builds_on_sent = self.sent.is_some() || self.dictionary.is_some();
         while first < run.end() {
-            let piece = PageRun::new(first, PIECE_PAGES.min((run.end() - first) as u32));
-            first = piece.end();
-            // Where nobody else looks at pages, those that are not compressed need no copy.
-            let builds_on_sent = self.sent.is_some() || self.dictionary.is_some();
+            let left = (run.end() - first) as u32;
             let way = if builds_on_sent { None } else { self.worth.choose() };
             if !builds_on_sent && way.is_none() {
-                let view = outlet.region.bytes(piece);
-                wire += put(&mut self.worth, (view.len(), piece), outlet, |id| stream.pages(id, piece, view))?;
+                let plain = PageRun::new(first, PLAIN_PAGES.min(left));
+                let view = outlet.region.bytes(plain);
+                wire += put(&mut self.worth, (view.len(), plain), outlet, |id| stream.pages(id, plain, view))?;
+                first = plain.end();
                 continue;
             }
+            let piece = PageRun::new(first, PIECE_PAGES.min(left));
+            first = piece.end();
             let bytes = &mut copy[..piece.byte_len()];
             // No reducer does without the copy: its time is counted to the first of them.
             let read = || copy_out(outlet.region.bytes(piece), bytes);
