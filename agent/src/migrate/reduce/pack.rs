@@ -19,6 +19,8 @@ use crate::port::{BulkSender, Clock, LinkError, Region};
 
 /// Pages that are copied, and compressed, in one go: 128 KiB.
 const PIECE_PAGES: u32 = 32;
+/// Pages that go as they are in one go, before it is asked again whether to compress: as many as the target takes memory for at once.
+const PLAIN_PAGES: u32 = 256;
 
 /// What a stream's pages come from, and what they wait for.
 pub(in crate::migrate) struct Outlet<'a> {
@@ -120,14 +122,30 @@ impl Reducing {
         let mut copy = std::mem::take(&mut self.copy);
         copy.resize(PIECE_PAGES as usize * PAGE_SIZE, 0);
         let (mut wire, mut first) = (0, run.first.0);
+        // Where nobody else looks at pages, those that are not compressed need no copy.
+        let builds_on_sent = self.sent.is_some() || self.dictionary.is_some();
         while first < run.end() {
-            let piece = PageRun::new(first, PIECE_PAGES.min((run.end() - first) as u32));
+            let left = (run.end() - first) as u32;
+            let way = if builds_on_sent { None } else { self.worth.choose() };
+            if !builds_on_sent && way.is_none() {
+                let plain = PageRun::new(first, PLAIN_PAGES.min(left));
+                let view = outlet.region.bytes(plain);
+                wire += put(&mut self.worth, (view.len(), plain), outlet, |id| stream.pages(id, plain, view))?;
+                first = plain.end();
+                continue;
+            }
+            let piece = PageRun::new(first, PIECE_PAGES.min(left));
+            first = piece.end();
             let bytes = &mut copy[..piece.byte_len()];
             // No reducer does without the copy: its time is counted to the first of them.
             let read = || copy_out(outlet.region.bytes(piece), bytes);
             self.gains.time(first_kind, outlet.clock, piece.count.into(), read);
-            wire += self.send_piece(piece, &copy[..piece.byte_len()], stream, outlet)?;
-            first = piece.end();
+            let bytes = &copy[..piece.byte_len()];
+            wire += if builds_on_sent {
+                self.send_piece(piece, bytes, stream, outlet)?
+            } else {
+                self.send_whole(piece, bytes, way, (stream, outlet))?
+            };
         }
         self.copy = copy;
         Ok(wire)
@@ -154,7 +172,10 @@ impl Reducing {
                     self.gains.note(*packing, run.count.into(), bytes.len());
                     put(&mut self.worth, (bytes.len(), run), outlet, |id| stream.packed(id, run, *packing, bytes))?
                 }
-                (None, _) => self.send_whole(run, pages, stream, outlet)?,
+                (None, _) => {
+                    let way = self.worth.choose();
+                    self.send_whole(run, pages, way, (&mut *stream, outlet))?
+                }
             };
             at += alike.len();
         }
@@ -195,16 +216,16 @@ impl Reducing {
         forms
     }
 
-    /// Sends pages as they are, or compressed.
+    /// Sends pages compressed in this way, or as they are.
     fn send_whole(
         &mut self,
         run: PageRun,
         pages: &[u8],
-        stream: &mut dyn BulkSender,
-        outlet: &Outlet<'_>,
+        way: Option<usize>,
+        (stream, outlet): (&mut dyn BulkSender, &Outlet<'_>),
     ) -> Result<u64, LinkError> {
         let count = u64::from(run.count);
-        if let Some(way) = self.worth.choose()
+        if let Some(way) = way
             && let Some(compressor) = self.compressors.get_mut(way)
         {
             let packing = compressor.packing();
