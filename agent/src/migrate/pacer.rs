@@ -9,6 +9,8 @@ use crate::port::Clock;
 
 /// How much may be sent at once after an idle moment: 20 ms worth.
 const BURST: Duration = Duration::from_millis(20);
+/// The same while the VM runs at the target and is owed pages: its faults take the processors from the push again and again, and what the limit allowed meanwhile is still to be had.
+const DEEP_BURST: Duration = Duration::from_millis(100);
 /// What waiting is bounded by, so that sums of times stay times.
 const LONGEST: Duration = Duration::from_hours(1 << 20);
 /// Whoever waits looks this often whether the limit is another.
@@ -74,6 +76,7 @@ impl Pace {
 pub struct Pacer<'a> {
     clock: &'a dyn Clock,
     pace: Pace,
+    burst: Duration,
     paid: Mutex<Paid>,
 }
 
@@ -106,7 +109,12 @@ pub(super) fn kernel_pace(limit: Option<BytesPerSecond>, streams: u16) -> Option
 impl<'a> Pacer<'a> {
     /// A pacer for `pace`.
     pub fn new(clock: &'a dyn Clock, pace: Pace) -> Self {
-        Self { clock, pace, paid: Mutex::default() }
+        Self { clock, pace, burst: BURST, paid: Mutex::default() }
+    }
+
+    /// A pacer for pages that are owed to a VM that runs.
+    pub fn for_push(clock: &'a dyn Clock, pace: Pace) -> Self {
+        Self { burst: DEEP_BURST, ..Self::new(clock, pace) }
     }
 
     /// Whether pages that are owed wait until they are asked for.
@@ -152,7 +160,7 @@ impl<'a> Pacer<'a> {
         let now = self.clock.now();
         let mut paid = self.paid.lock().unwrap_or_else(PoisonError::into_inner);
         *paid = paid.at_limit(Some(limit), now);
-        paid.until = (paid.until.max(now.saturating_sub(BURST)) + limit.time_for(bytes)).min(now + LONGEST);
+        paid.until = (paid.until.max(now.saturating_sub(self.burst)) + limit.time_for(bytes)).min(now + LONGEST);
         *paid
     }
 
@@ -189,6 +197,24 @@ mod tests {
         let elapsed = clock.now() - Duration::from_secs(100);
         let least = Duration::from_secs(5) - BURST;
         assert!(elapsed >= least && elapsed < Duration::from_millis(5_010), "5 MB at 1 MB/s took {elapsed:?}");
+    }
+
+    #[test]
+    fn what_a_push_was_kept_from_sending_it_sends_later() {
+        let clock = Stepped(Mutex::new(Duration::from_secs(100)));
+        let pace = || Pace::new(Some(BytesPerSecond(1_000_000)));
+        for (pacer, sent_at_once) in [(Pacer::new(&clock, pace()), 20_000), (Pacer::for_push(&clock, pace()), 100_000)]
+        {
+            pacer.pay(1);
+            clock.sleep(Duration::from_secs(1));
+            let now = clock.now();
+            pacer.ahead(sent_at_once);
+            pacer.await_turn();
+            assert_eq!(clock.now(), now);
+            pacer.ahead(1_000);
+            pacer.await_turn();
+            assert!(clock.now() >= now + Duration::from_micros(999), "{:?}", clock.now() - now);
+        }
     }
 
     #[test]

@@ -41,7 +41,8 @@ impl Source<'_> {
         };
         let round = progress.rounds.len() as u32 + 1;
         let run = longest_run(self.options.bandwidth, self.options.streams);
-        let push = Push::new(self.region, &way.pacer, self.clock, self.observer, (round, run), &way.due);
+        let pacer = Pacer::for_push(self.clock, self.pace.clone());
+        let push = Push::new(self.region, &pacer, self.clock, self.observer, (round, run), &way.due);
         push.put_first(&essential);
         let control = Arc::clone(&way.control);
         self.beside_push(&push, &mut way.streams, requests, |source| {
@@ -123,7 +124,7 @@ impl Source<'_> {
         let result = match rest {
             Rest::None => return Ok(()),
             Rest::AskTarget => {
-                let pacer = Pacer::new(self.clock, self.pace.clone());
+                let pacer = Pacer::for_push(self.clock, self.pace.clone());
                 self.dial_and_send(progress, &pacer, None)
             }
             Rest::Pushed(push) => match self.await_complete(push) {
