@@ -192,6 +192,14 @@ impl TestHost {
         self.start("recover", &[&["migrate", VM, "--json", "--recover"], options].concat(), false)
     }
 
+    /// Has a migration by demand-paging send everything; its exit code.
+    ///
+    /// # Errors
+    /// It cannot be started, or hangs.
+    pub fn finish_migration(&self) -> Result<i32> {
+        Ok(self.ask(&["migrate", VM, "--finish", "--json"], false)?.0)
+    }
+
     /// A short command, run to its end: exit code, and what it said.
     fn ask(&self, words: &[&str], state: bool) -> Result<(i32, Output)> {
         let Running { mut process, output } = self.start("ask", words, state)?;

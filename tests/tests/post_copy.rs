@@ -7,6 +7,7 @@ use std::time::Duration;
 use dunlin::migrate::Strategy;
 use dunlin::model::{DirtyLogKind, PostCopyReport};
 use dunlin_tests::client::EchoClient;
+use dunlin_tests::hosted::TestHost;
 use dunlin_tests::rig::Side;
 use dunlin_tests::wait::wait_for;
 use dunlin_tests::{Hop, HopOptions, Rig, VmSpec, dunlin, guest};
@@ -121,6 +122,33 @@ fn pre_copy_that_ends_owes_nothing() {
     let output = refused.output().unwrap();
     assert_eq!(output.status.code(), Some(2), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(rig.stop().unwrap().success());
+}
+
+/// What it does not touch stays where it was until somebody asks for the end.
+#[test]
+fn demand_paging_brings_what_is_touched_and_the_rest_when_it_is_finished() {
+    let (source, target) = (TestHost::new().unwrap(), TestHost::new().unwrap());
+    let _vm = source.boot_with("96MiB", "dunlin.wl=ws:16M,rate:2000", &[]).unwrap();
+    let receiver = target.receive(&[]).unwrap();
+    let mut migrate = source.migrate(&receiver.address, &["--strategy", "demand-paging"]).unwrap();
+    let owed = |host: &TestHost| host.info().and_then(|info| info.owed_pages);
+    wait_for("the VM to run there", LIMIT, || owed(&target)).unwrap();
+    // It works there, with what it has.
+    for _ in 0..3 {
+        target.serial().await_beat().unwrap();
+    }
+    let still = owed(&target).unwrap();
+    println!("shows {still} pages of 24576 are still owed");
+    assert!(still > 12_000 && still < 24_576, "{still}");
+    assert_eq!(source.finish_migration().unwrap(), 0);
+    assert_eq!(migrate.exit_code(LIMIT).unwrap(), Some(0), "{}", migrate.output.text());
+    let report = migrate.report().unwrap();
+    let moved = report.post_copy.as_ref().unwrap();
+    println!("shows {} of {} pages were asked for, {:?}", moved.asked_pages, moved.owed_pages, moved.waits);
+    assert_eq!((report.strategy.as_str(), moved.sent_pages, moved.owed_pages), ("demand-paging", 24_576, 24_576));
+    assert!(moved.asked_pages > 0 && moved.waits.histogram.iter().map(|bucket| bucket.count).sum::<u64>() > 0);
+    assert_eq!(owed(&target), None);
+    target.serial().check_guest().unwrap();
 }
 
 /// Whoever moved it on would read zeros where pages are missing.

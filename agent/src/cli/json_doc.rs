@@ -13,7 +13,7 @@ use crate::model::{
     AddressSpace, AnnounceReport, AnnounceRound, BlackoutLedger, BlackoutPhase, BytesPerSecond, Chosen, CurvePoint,
     Ending, Gfn, Gpa, GuestProcess, GuestWrite, Gva, LinkReport, MemoryRange, MigrationId, MigrationRecord,
     MigrationReport, MigrationStatus, Owner, PageCount, PostCopyReport, ReducerReport, RegionHeat, RoundReport, Stage,
-    Station, Step, StunReport, VcpuStun, VmId, WriteCurve, Writer,
+    Station, Step, StunReport, VcpuStun, VmId, WaitBucket, WaitReport, WriteCurve, Writer,
 };
 use crate::port::Protected;
 use crate::service::balloon::{BalloonReport, HintReport};
@@ -62,7 +62,10 @@ fn migration() -> Value {
         blackout,
         rtt_ns: 0,
         verified_pages: 0,
-        post_copy: Some(PostCopyReport::default()),
+        post_copy: Some(PostCopyReport {
+            waits: WaitReport { histogram: vec![WaitBucket::default()], ..WaitReport::default() },
+            ..PostCopyReport::default()
+        }),
         stun: Some(stun_report()),
         link: Some(LinkReport {
             interface: String::new(),

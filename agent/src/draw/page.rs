@@ -8,9 +8,9 @@ use serde_json::Value;
 
 use super::label::{clean_xml, sentence_xml};
 use super::migration::{migration_svg, pages, rate, summary, time, title, word};
-use crate::model::MigrationReport;
 use crate::model::schema::Schema;
 use crate::model::units::display_bytes;
+use crate::model::{MigrationReport, WaitBucket};
 
 const STYLE: &str = "\
 body{font:14px/1.5 system-ui,sans-serif;color:#24292f;background:#fff;max-width:1000px;margin:24px auto;padding:0 16px}h1{font-size:22px}h2{font-size:17px;margin-top:32px}\
@@ -38,6 +38,7 @@ pub fn migration_html(report: &MigrationReport) -> String {
     rounds(&mut page, report);
     reducers(&mut page, report);
     blackout(&mut page, report);
+    waits(&mut page, report);
     writers(&mut page, report);
     members(&mut page, report);
     page + "</body>\n</html>\n"
@@ -94,6 +95,19 @@ fn blackout(page: &mut String, report: &MigrationReport) {
         .enumerate()
         .map(|(index, entry)| vec![(index + 1).to_string(), word(&entry.phase), time(entry.duration_ns)]);
     table(page, "Blackout", &["", "phase", "time"], rows.collect());
+}
+
+/// How long the guest waited for pages that it was owed.
+fn waits(page: &mut String, report: &MigrationReport) {
+    let Some(owed) = &report.post_copy else { return };
+    let all = owed.waits.count.max(1) as f64;
+    let row = |bucket: &WaitBucket| {
+        vec![time(bucket.up_to_ns), bucket.count.to_string(), format!("{:.1} %", bucket.count as f64 * 100.0 / all)]
+    };
+    let came = owed.sent_pages.max(1) as f64;
+    let asked = owed.asked_pages as f64 * 100.0 / came;
+    let heading = format!("Waits for pages: {:.1} % of {} came because they were asked for", asked, owed.sent_pages);
+    table(page, &heading, &["up to", "waits", ""], owed.waits.histogram.iter().map(row).collect());
 }
 
 fn writers(page: &mut String, report: &MigrationReport) {

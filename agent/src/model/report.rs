@@ -33,7 +33,7 @@ pub struct RoundReport {
 }
 
 /// How long something was waited for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WaitReport {
     /// How often.
     pub count: u64,
@@ -45,6 +45,18 @@ pub struct WaitReport {
     pub max_ns: u64,
     /// All together.
     pub sum_ns: u64,
+    /// How many were how long, from the shortest to the longest, each time twice as long as the one before.
+    #[serde(default)]
+    pub histogram: Vec<WaitBucket>,
+}
+
+/// Waits of about the same length.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WaitBucket {
+    /// They were no longer than this, and longer than half of it.
+    pub up_to_ns: u64,
+    /// How many.
+    pub count: u64,
 }
 
 impl WaitReport {
@@ -56,7 +68,25 @@ impl WaitReport {
             took_ns.get(index).copied().unwrap_or_default()
         };
         let (p50_ns, p99_ns, max_ns) = (at(50), at(99), at(100));
-        Self { count: took_ns.len() as u64, p50_ns, p99_ns, max_ns, sum_ns: took_ns.iter().sum() }
+        let histogram = Self::histogram(took_ns);
+        Self { count: took_ns.len() as u64, p50_ns, p99_ns, max_ns, sum_ns: took_ns.iter().sum(), histogram }
+    }
+
+    /// In powers of two of a microsecond; what is shorter counts as one.
+    fn histogram(sorted_ns: &[u64]) -> Vec<WaitBucket> {
+        let up_to =
+            |ns: u64| ns.div_ceil(1000).max(1).checked_next_power_of_two().unwrap_or(1 << 63).saturating_mul(1000);
+        let mut buckets: Vec<WaitBucket> = Vec::new();
+        for &ns in sorted_ns {
+            while buckets.last().is_none_or(|last| last.up_to_ns < up_to(ns)) {
+                let up_to_ns = buckets.last().map_or_else(|| up_to(ns), |last| last.up_to_ns.saturating_mul(2));
+                buckets.push(WaitBucket { up_to_ns, count: 0 });
+            }
+            if let Some(last) = buckets.last_mut() {
+                last.count += 1;
+            }
+        }
+        buckets
     }
 }
 
@@ -192,5 +222,22 @@ impl MigrationReport {
         let last: u64 = self.rounds.iter().filter(|round| round.paused).map(|round| round.wire_bytes).sum();
         let moving = if goodput > 0.0 { (last as f64 / goodput) as u64 } else { 0 };
         self.blackout_ns.saturating_sub(moving).saturating_sub(self.rtt_ns)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_are_counted_by_their_length() {
+        let mut took = vec![900_000, 1, 1_000, 3_000, 2_001, 4_000];
+        let waits = WaitReport::of(&mut took);
+        assert_eq!((waits.count, waits.p50_ns, waits.max_ns, waits.sum_ns), (6, 2_001, 900_000, 910_002));
+        let buckets: Vec<_> = waits.histogram.iter().map(|bucket| (bucket.up_to_ns, bucket.count)).collect();
+        assert_eq!(buckets[..3], [(1_000, 2), (2_000, 0), (4_000, 3)]);
+        assert_eq!((buckets.len(), buckets[10]), (11, (1_024_000, 1)));
+        assert_eq!(WaitReport::of(&mut []), WaitReport::default());
+        assert_eq!(WaitReport::of(&mut [u64::MAX]).histogram.len(), 1);
     }
 }

@@ -58,7 +58,8 @@ struct Way {
 }
 
 const ANY_BEFORE: &str = "the target, the link and either manager; not the source, until the switch";
-const NONE_MEANWHILE: &str = "until the switch likewise; then, until the last page has come, neither host";
+const NONE_MEANWHILE: &str =
+    "until the switch likewise; then the link and either manager, but neither host until the last page has come";
 
 const WAYS: [Way; 5] = [
     Way {

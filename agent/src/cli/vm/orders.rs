@@ -175,6 +175,9 @@ impl InfoArgs {
         if let Some(migration) = info.migration_id {
             say!("migration    {migration}");
         }
+        if let Some(owed) = info.owed_pages {
+            say!("owed         {owed} pages of its memory are still at its former host");
+        }
         for line in info.throttle.iter().flat_map(throttle_lines) {
             say!("{line}");
         }
