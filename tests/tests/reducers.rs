@@ -28,6 +28,9 @@ fn options(verify: bool, more: &[&str]) -> HopOptions {
 /// Moves there and back; returns both moves.
 fn there_and_back(spec: &VmSpec, options: &HopOptions) -> [Hop; 2] {
     let mut rig = Rig::boot(spec).unwrap();
+    // A guest whose first frames have come and gone.
+    let counters = rig.counters().unwrap();
+    assert_eq!(guest::errors(&counters), Vec::<String>::new(), "before it moves: {counters:#}");
     let hops = [Side::B, Side::A].map(|side| {
         let hop = rig.hop(options).unwrap();
         println!("shows {}", serde_json::to_string(&hop.report).unwrap());
