@@ -276,20 +276,7 @@ impl MigrateArgs {
             show_progress: !json,
             hold: self.watch.hold_at,
         };
-        match migrate(request, cancel) {
-            Ok(report) => {
-                print_report(&report, json)?;
-                Ok(report.ending.exit_code())
-            }
-            Err(error) => {
-                complain!("dunlin: refused: {error}; the VM was not touched");
-                Ok(match error {
-                    BeginError::Events { .. } => exit::ERROR,
-                    BeginError::Interrupted => exit::CANCELLED,
-                    _ => exit::REFUSED,
-                })
-            }
-        }
+        tell(migrate(request, cancel), json, "the VM was not touched")
     }
 }
 
@@ -315,19 +302,7 @@ impl MigrateArgs {
             show_progress: !json,
             hold: self.watch.hold_at,
         };
-        match recover(request, cancel) {
-            Ok(report) => {
-                print_report(&report, json)?;
-                Ok(report.ending.exit_code())
-            }
-            Err(error) => {
-                complain!("dunlin: refused: {error}; everything is as it was");
-                Ok(match error {
-                    BeginError::Events { .. } => exit::ERROR,
-                    _ => exit::REFUSED,
-                })
-            }
-        }
+        tell(recover(request, cancel), json, "everything is as it was")
     }
 
     /// Shows or changes a migration that another process does.
@@ -383,6 +358,24 @@ impl MigrateArgs {
                 complain!("dunlin: {error}");
                 Ok(if matches!(error, SteerError::Exchange(_)) { exit::ERROR } else { exit::REFUSED })
             }
+        }
+    }
+}
+
+/// Prints how it ended, or why it did not begin and what is true then; the exit code.
+fn tell(done: Result<MigrationReport, BeginError>, json: bool, otherwise: &str) -> anyhow::Result<u8> {
+    match done {
+        Ok(report) => {
+            print_report(&report, json)?;
+            Ok(report.ending.exit_code())
+        }
+        Err(error) => {
+            complain!("dunlin: refused: {error}; {otherwise}");
+            Ok(match error {
+                BeginError::Events { .. } => exit::ERROR,
+                BeginError::Interrupted => exit::CANCELLED,
+                _ => exit::REFUSED,
+            })
         }
     }
 }

@@ -17,7 +17,9 @@ use serde::de::DeserializeOwned;
 
 use super::wire::{self, BULK_HEADER_BYTES, BulkFrame, CONTROL_HEADER_BYTES, HELLO_BYTES, Hello, Purpose, WireError};
 use crate::model::{BytesPerSecond, MigrationId, Packing, PageRun, RegionId};
-use crate::port::{BulkItem, BulkReceiver, BulkSender, BytesView, ControlChannel, LinkError, SourceLink, TargetLink};
+use crate::port::{
+    BulkItem, BulkReceiver, BulkSender, BytesView, ControlChannel, LinkError, SourceLink, TargetLink, Unconnected,
+};
 
 /// How long dialling and greeting may take.
 const GREETING_LIMIT: Duration = Duration::from_secs(5);
@@ -369,19 +371,6 @@ pub struct TcpTarget<'a, M> {
     stall: Duration,
     /// `None` until somebody has dialled.
     control: Option<Arc<TcpControl<M>>>,
-}
-
-/// The control channel of a link that nobody has dialled yet.
-struct Unconnected;
-
-impl<M> ControlChannel<M> for Unconnected {
-    fn send(&self, _: &M) -> Result<(), LinkError> {
-        Err(io_error("sending a message")(io::ErrorKind::NotConnected.into()))
-    }
-
-    fn recv(&self, _: Duration) -> Result<Option<M>, LinkError> {
-        Err(io_error("receiving a message")(io::ErrorKind::NotConnected.into()))
-    }
 }
 
 impl<'a, M: Serialize + DeserializeOwned + 'static> TcpTarget<'a, M> {

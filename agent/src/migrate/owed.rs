@@ -4,6 +4,7 @@
 //! guest has written. Faults of the VM become requests, once a page; pages that were sent before (in rounds, or as zeros) are mapped at once.
 
 use std::collections::BTreeSet;
+use std::collections::btree_map::Entry;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -55,9 +56,9 @@ impl<'a> Owed<'a> {
         owed: &PageBitmap,
         requests: Box<dyn BulkSender>,
     ) -> Self {
-        let pages = region.spec().pages.0;
-        for (index, (here, owed)) in faults.here().iter().zip(owed.words()).enumerate() {
-            here.store(!owed & word_of(index, pages), Ordering::Release);
+        let all = PageBitmap::full(region.spec().pages);
+        for (here, (all, owed)) in faults.here().iter().zip(all.words().iter().zip(owed.words())) {
+            here.store(all & !owed, Ordering::Release);
         }
         let new = Self::left_by_another(region, faults, clock);
         *unpoisoned(&new.requests) = Some(requests);
@@ -92,11 +93,9 @@ impl<'a> Owed<'a> {
 
     /// The pages that are still owed.
     pub(super) fn missing(&self) -> PageBitmap {
-        let pages = self.region.spec().pages;
-        let mut missing = PageBitmap::new(pages);
-        let words = missing.words().len();
-        for (index, here) in self.faults.here().iter().take(words).enumerate() {
-            missing.or_word(index, !here.load(Ordering::Acquire) & word_of(index, pages.0));
+        let mut missing = PageBitmap::new(self.region.spec().pages);
+        for (index, here) in self.faults.here().iter().enumerate() {
+            missing.or_word(index, !here.load(Ordering::Acquire));
         }
         missing
     }
@@ -299,11 +298,12 @@ impl<'a> Owed<'a> {
                     continue;
                 }
                 let now = self.clock.now();
-                let is_first = {
-                    let mut asked = unpoisoned(&self.asked);
-                    let is_first = !asked.since.contains_key(&page);
-                    asked.since.entry(page).or_insert(now);
-                    is_first
+                let is_first = match unpoisoned(&self.asked).since.entry(page) {
+                    Entry::Vacant(place) => {
+                        place.insert(now);
+                        true
+                    }
+                    Entry::Occupied(_) => false,
                 };
                 // It may have come between the look and the note.
                 if self.present().is_set(page) {
@@ -355,12 +355,6 @@ impl<'a> Owed<'a> {
         let mut took = std::mem::take(&mut unpoisoned(&self.asked).took_ns);
         WaitReport::of(&mut took)
     }
-}
-
-/// The bits of a word of marks that are pages, if there are so many pages.
-fn word_of(index: usize, pages: u64) -> u64 {
-    let left = pages.saturating_sub(index as u64 * 64);
-    if left < 64 { !(u64::MAX << left) } else { u64::MAX }
 }
 
 fn unpoisoned<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -76,12 +76,12 @@ impl Unsent {
 
 /// Pages that are owed to a VM at its target.
 pub(super) struct Push<'a> {
-    pub(super) region: &'a dyn Region,
-    pub(super) pacer: &'a Pacer<'a>,
-    pub(super) clock: &'a dyn Clock,
-    pub(super) observer: &'a dyn Observer,
+    region: &'a dyn Region,
+    pacer: &'a Pacer<'a>,
+    clock: &'a dyn Clock,
+    observer: &'a dyn Observer,
     /// The owed phase's number on the streams.
-    pub(super) round: u32,
+    round: u32,
     longest_run: u32,
     began: Duration,
     unsent: Mutex<Unsent>,

@@ -302,6 +302,10 @@ impl Source<'_> {
         Ok(way)
     }
 
+    fn open_streams(&mut self, count: u16) -> Result<Vec<Box<dyn BulkSender>>, LinkError> {
+        (0..count).map(|index| self.link.open_bulk(self.id, index)).collect()
+    }
+
     fn reserve(
         &mut self,
         progress: &mut Progress,
@@ -321,10 +325,7 @@ impl Source<'_> {
             ControlMessage::Refuse(reason) => return Err(SourceError::Refused(reason)),
             other => return Err(unexpected(&other, "accept")),
         };
-        let mut streams = Vec::new();
-        for index in 0..self.streams() {
-            streams.push(self.link.open_bulk(self.id, index)?);
-        }
+        let streams = self.open_streams(self.streams())?;
         let packings = self.options.reducers.packings();
         if !packings.is_empty() {
             // It has read this, or refused, when it answers the first ping.

@@ -225,10 +225,6 @@ impl Target<'_> {
         // Needed only if pages will be asked for.
         let requests = receivers.last_mut().and_then(|last| last.back().ok());
         let mut received = None;
-        let take = |mut receiver: Box<dyn BulkReceiver>| {
-            let inflow = &inflow;
-            Box::new(move || inflow.take_stream(receiver.as_mut())) as Job<'_>
-        };
         let lead = || {
             let handed = self.receive(offer.migration_id, control.as_ref(), (&inflow, requests), machine);
             received = Some(handed.and_then(|(handed, at)| match inflow.owed.get() {
@@ -239,7 +235,7 @@ impl Target<'_> {
             }));
             inflow.stop();
         };
-        clock.run_beside(receivers.into_iter().map(take).collect(), Box::new(lead));
+        clock.run_beside(inflow.streams(receivers), Box::new(lead));
         let Some((handed, arrived_at)) = received.unwrap_or(Err(TargetError::Cancelled))? else { return Ok(0) };
         self.pass(offer.migration_id, Step::StateMoved, "");
         let digest = inflow.digest();
@@ -653,6 +649,13 @@ impl<'a> Inflow<'a> {
             Err(LinkError::Protocol(format!("the state follows round {round}, but round {complete} is the last"))
                 .into())
         }
+    }
+
+    /// What receives each of these streams.
+    fn streams<'j>(&'j self, receivers: Vec<Box<dyn BulkReceiver>>) -> Vec<Job<'j>> {
+        let take =
+            |mut receiver: Box<dyn BulkReceiver>| Box::new(move || self.take_stream(receiver.as_mut())) as Job<'j>;
+        receivers.into_iter().map(take).collect()
     }
 
     /// Receives one stream to the end of its last round, on a thread of its own.

@@ -42,6 +42,20 @@ pub trait ControlChannel<M>: Send + Sync {
     fn recv(&self, timeout: Duration) -> Result<Option<M>, LinkError>;
 }
 
+/// The control channel of a target's link that nobody has dialled yet.
+#[derive(Clone, Copy, Debug)]
+pub struct Unconnected;
+
+impl<M> ControlChannel<M> for Unconnected {
+    fn send(&self, _: &M) -> Result<(), LinkError> {
+        Err(LinkError::Io { doing: "sending a message", source: io::ErrorKind::NotConnected.into() })
+    }
+
+    fn recv(&self, _: Duration) -> Result<Option<M>, LinkError> {
+        Err(LinkError::Io { doing: "receiving a message", source: io::ErrorKind::NotConnected.into() })
+    }
+}
+
 /// The source's end of a link that has been dialled.
 pub trait SourceLink<M>: Send {
     /// The control channel.

@@ -23,7 +23,7 @@ pub use faults::{FaultError, Faults};
 pub use frame::FramePort;
 pub use guest_memory::{GuestMemory, GuestMemoryError};
 pub use journal::{Journal, JournalError, JournalRecord};
-pub use link::{BulkItem, BulkReceiver, BulkSender, ControlChannel, LinkError, SourceLink, TargetLink};
+pub use link::{BulkItem, BulkReceiver, BulkSender, ControlChannel, LinkError, SourceLink, TargetLink, Unconnected};
 pub use machine::{DirtyLog, Fate, FaultSource, Gate, Machine, MachineError, MachineState, PauseTiming, Vcpus};
 pub use region::{BytesView, Region};
 pub use throttle::{THROTTLE_LEASE, Throttle};

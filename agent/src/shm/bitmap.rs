@@ -1,4 +1,4 @@
-//! The dirty bitmap that a machine shares with its migration manager.
+//! A bitmap that a machine shares with its migration manager: of dirty pages, or of pages that are here.
 //!
 //! The machine ORs bits in (harvested from KVM, or set by its devices as they write guest memory); the manager takes
 //! them out. Both sides use atomic read-modify-write, so no bit is lost between them.
@@ -21,8 +21,12 @@ pub struct SharedBitmap {
 impl SharedBitmap {
     /// A new, empty bitmap over `pages`.
     pub fn new(pages: PageCount) -> io::Result<Self> {
-        let file = memory_file("dunlin-dirty", Self::file_bytes(pages) as u64)?;
-        Self::open(file, pages)
+        Self::named("dunlin-dirty", pages)
+    }
+
+    /// The same, its file of another name.
+    pub(super) fn named(name: &str, pages: PageCount) -> io::Result<Self> {
+        Self::open(memory_file(name, Self::file_bytes(pages) as u64)?, pages)
     }
 
     /// The bitmap in `file`, which another process made over the same number of pages.
@@ -45,7 +49,8 @@ impl SharedBitmap {
         self.file.as_fd()
     }
 
-    fn words(&self) -> &[AtomicU64] {
+    /// The words, 64 pages each, the lowest page in the lowest bit.
+    pub(super) fn words(&self) -> &[AtomicU64] {
         &self.mapping.words()[..self.pages.0.div_ceil(64) as usize]
     }
 

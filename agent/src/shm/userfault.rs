@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::memfd::{Mapping, memory_file};
-use crate::model::{PAGE_SIZE, PageRun};
+use super::bitmap::SharedBitmap;
+use crate::model::{PAGE_SIZE, PageCount, PageRun};
 use crate::port::{FaultError, Faults};
 
 const API: u64 = 0xaa;
@@ -86,15 +86,13 @@ pub struct MappedAt {
 pub struct UserFaults {
     fd: OwnedFd,
     mapped: Vec<MappedAt>,
-    /// One bit a page, and the file that it is in.
-    here: Mapping,
-    here_file: OwnedFd,
+    /// Which pages are here.
+    here: SharedBitmap,
 }
 
-/// Bytes for one bit of each page up to the last that is mapped.
-fn mark_bytes(mapped: &[MappedAt]) -> usize {
-    let pages = mapped.iter().map(|part| part.first_page + part.pages).max().unwrap_or(0);
-    (pages.div_ceil(64) as usize * 8).next_multiple_of(PAGE_SIZE).max(PAGE_SIZE)
+/// The pages up to the last that is mapped.
+fn pages_of(mapped: &[MappedAt]) -> PageCount {
+    PageCount(mapped.iter().map(|part| part.first_page + part.pages).max().unwrap_or(0))
 }
 
 impl UserFaults {
@@ -110,8 +108,8 @@ impl UserFaults {
         }
         // SAFETY: just made, and owned by nobody else.
         let fd = unsafe { OwnedFd::from_raw_fd(number as i32) };
-        let here = memory_file("dunlin-here", mark_bytes(&mapped) as u64)?;
-        let faults = Self::adopt(fd, here, mapped)?;
+        let here = SharedBitmap::named("dunlin-here", pages_of(&mapped))?;
+        let faults = Self { fd, mapped, here };
         let features = FEATURE_MISSING_SHMEM | FEATURE_MINOR_SHMEM;
         faults.ask(UFFDIO_API, &mut ApiArgument { api: API, features, ioctls: 0 })?;
         for part in &faults.mapped {
@@ -127,13 +125,13 @@ impl UserFaults {
     /// # Errors
     /// A file that is too short for the marks.
     pub fn adopt(fd: OwnedFd, here_file: OwnedFd, mapped: Vec<MappedAt>) -> io::Result<Self> {
-        let here = Mapping::of(&here_file, mark_bytes(&mapped))?;
-        Ok(Self { fd, mapped, here, here_file })
+        let here = SharedBitmap::open(here_file, pages_of(&mapped))?;
+        Ok(Self { fd, mapped, here })
     }
 
     /// The descriptors, for handing over: of faults, and of marks.
     pub fn fds(&self) -> [BorrowedFd<'_>; 2] {
-        [self.fd.as_fd(), self.here_file.as_fd()]
+        [self.fd.as_fd(), self.here.as_fd()]
     }
 
     /// Where.

@@ -11,7 +11,9 @@ use super::scheduler::{Scheduler, Wait};
 use super::world::World;
 use crate::migrate::ControlMessage;
 use crate::model::{MigrationId, Packing, PageRun, RegionId};
-use crate::port::{BulkItem, BulkReceiver, BulkSender, BytesView, ControlChannel, LinkError, SourceLink, TargetLink};
+use crate::port::{
+    BulkItem, BulkReceiver, BulkSender, BytesView, ControlChannel, LinkError, SourceLink, TargetLink, Unconnected,
+};
 
 /// How long dialling and greeting may take: as over TCP.
 const GREETING_LIMIT: Duration = Duration::from_secs(5);
@@ -177,19 +179,6 @@ pub(super) struct SimTargetLink {
     sim: Arc<Scheduler>,
     stall: Duration,
     control: Option<Arc<SimControl>>,
-}
-
-/// Of a link that nobody has dialled yet.
-struct Unconnected;
-
-impl ControlChannel<ControlMessage> for Unconnected {
-    fn send(&self, _: &ControlMessage) -> Result<(), LinkError> {
-        Err(broken("sending a message", io::ErrorKind::NotConnected))
-    }
-
-    fn recv(&self, _: Duration) -> Result<Option<ControlMessage>, LinkError> {
-        Err(broken("receiving a message", io::ErrorKind::NotConnected))
-    }
 }
 
 impl SimTargetLink {

@@ -125,7 +125,7 @@ impl Source<'_> {
             Rest::None => return Ok(()),
             Rest::AskTarget => {
                 let pacer = Pacer::for_push(self.clock, self.pace.clone());
-                self.dial_and_send(progress, &pacer, None)
+                self.dial_and_send(progress, &pacer, false)
             }
             Rest::Pushed(push) => match self.await_complete(push) {
                 Ok(waits) => {
@@ -135,7 +135,14 @@ impl Source<'_> {
                 Err(error) => {
                     push.stop();
                     note(progress, push.report(), WaitReport::default());
-                    self.dial_and_send(progress, push.pacer(), Some(error))
+                    if matches!(error, SourceError::PeerCancelled(_)) {
+                        Err(error)
+                    } else {
+                        let what = format!("contact is lost while pages are owed: {error}");
+                        tracing::warn!(vm = %self.shape.name, migration = %self.id, "{what}");
+                        self.observer.step(Step::Running, &format!("{what}; dialling"));
+                        self.dial_and_send(progress, push.pacer(), true)
+                    }
                 }
             },
         };
@@ -152,35 +159,24 @@ impl Source<'_> {
         &mut self,
         progress: &mut Progress,
         pacer: &Pacer<'_>,
-        lost: Option<SourceError>,
+        mut redial: bool,
     ) -> Result<(), SourceError> {
-        if matches!(lost, Some(SourceError::PeerCancelled(_))) {
-            return lost.map_or(Ok(()), Err);
-        }
-        if let Some(error) = &lost {
-            tracing::warn!(vm = %self.shape.name, migration = %self.id, "contact is lost while pages are owed: {error}");
-            self.observer.step(Step::Running, &format!("contact is lost while pages are owed: {error}; dialling"));
-        }
+        let sent_so_far = |progress: &Progress| progress.post_copy.as_ref().map_or(0, |report| report.sent_pages);
         let mut until = self.clock.now() + self.options.doubt;
-        let mut lost = lost;
         loop {
-            let sent = progress.post_copy.as_ref().map_or(0, |report| report.sent_pages);
-            match self.go_on(progress, pacer, lost.is_some()) {
-                Ok(()) => return Ok(()),
-                Err(error @ (SourceError::Refused(_) | SourceError::PeerCancelled(_) | SourceError::Machine(_))) => {
-                    return Err(error);
-                }
-                Err(error) => {
-                    tracing::debug!(migration = %self.id, "not gone on: {error}");
-                    lost = Some(error);
-                }
+            let sent = sent_so_far(progress);
+            let Err(error) = self.go_on(progress, pacer, redial) else { return Ok(()) };
+            if matches!(error, SourceError::Refused(_) | SourceError::PeerCancelled(_) | SourceError::Machine(_)) {
+                return Err(error);
             }
+            tracing::debug!(migration = %self.id, "not gone on: {error}");
+            redial = true;
             let now = self.clock.now();
-            if progress.post_copy.as_ref().map_or(0, |report| report.sent_pages) > sent {
+            if sent_so_far(progress) > sent {
                 until = now + self.options.doubt;
             }
             if now >= until {
-                return lost.map_or(Ok(()), Err);
+                return Err(error);
             }
             self.clock.sleep(TICK);
         }
@@ -209,10 +205,7 @@ impl Source<'_> {
                 other => return Err(unexpected(&other, "owing")),
             }
         };
-        let mut streams = Vec::new();
-        for index in 0..count {
-            streams.push(self.link.open_bulk(self.id, index)?);
-        }
+        let mut streams = self.open_streams(count)?;
         let requests = answers(&mut streams)?;
         if let Some(report) = &mut progress.post_copy {
             report.recoveries += 1;

@@ -150,17 +150,13 @@ impl Target<'_> {
         let requests = receivers.last_mut().ok_or_else(none)?.back()?;
         let control = self.link.control();
         let inflow = Inflow::of_owed(owed, control.as_ref(), self.clock, self.stall, receivers.len());
-        let take = |mut receiver: Box<dyn BulkReceiver>| {
-            let inflow = &inflow;
-            Box::new(move || inflow.take_stream(receiver.as_mut())) as Job<'_>
-        };
         let (clock, mut ended) = (self.clock, Ok(()));
         let lead = || {
             let found = owed.find_way(requests).map_err(TargetError::from);
             ended = found.and_then(|()| self.await_the_rest(id, &inflow, owed, machine));
             inflow.stop();
         };
-        clock.run_beside(receivers.into_iter().map(take).collect(), Box::new(lead));
+        clock.run_beside(inflow.streams(receivers), Box::new(lead));
         ended
     }
 
@@ -192,6 +188,7 @@ impl Target<'_> {
         }
     }
 
+    /// The same; nobody is told of a machine that dies.
     fn watch_the_rest(
         &mut self,
         id: MigrationId,
