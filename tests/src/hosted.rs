@@ -200,6 +200,14 @@ impl TestHost {
         Ok(self.ask(&["migrate", VM, "--finish", "--json"], false)?.0)
     }
 
+    /// Cancels the migration; its exit code.
+    ///
+    /// # Errors
+    /// It cannot be started, or hangs.
+    pub fn cancel_migration(&self) -> Result<i32> {
+        Ok(self.ask(&["migrate", VM, "--cancel", "--json"], false)?.0)
+    }
+
     /// A short command, run to its end: exit code, and what it said.
     fn ask(&self, words: &[&str], state: bool) -> Result<(i32, Output)> {
         let Running { mut process, output } = self.start("ask", words, state)?;

@@ -244,7 +244,9 @@ impl Scene {
         Ok(match (state(&source), state(&target)) {
             (Some(RunState::Running), Some(RunState::Running)) => bail!("I1: it runs on both hosts"),
             (Some(RunState::Running), None) => found(Whereabouts::RunsAtSource, false),
-            (Some(RunState::Running), Some(RunState::Prepared)) => found(Whereabouts::RunsAtSource, true),
+            (Some(RunState::Running), Some(RunState::Prepared | RunState::Borrowed)) => {
+                found(Whereabouts::RunsAtSource, true)
+            }
             (None | Some(RunState::Released), Some(RunState::Running)) => found(Whereabouts::RunsAtTarget, false),
             (Some(RunState::Released), None | Some(RunState::Prepared)) | (None, Some(RunState::Prepared)) => {
                 found(Whereabouts::Waits, false)

@@ -11,7 +11,7 @@ use crate::kvm::virtio::GuestStats;
 use crate::model::schema::Schema;
 use crate::model::{
     AddressSpace, AnnounceReport, AnnounceRound, BlackoutLedger, BlackoutPhase, BytesPerSecond, Chosen, CurvePoint,
-    Ending, Gfn, Gpa, GuestProcess, GuestWrite, Gva, LinkReport, MemoryRange, MigrationId, MigrationRecord,
+    Ending, Gfn, Gpa, GuestProcess, GuestWrite, Gva, LinkReport, LoanReport, MemoryRange, MigrationId, MigrationRecord,
     MigrationReport, MigrationStatus, Owner, PageCount, PostCopyReport, ReducerReport, RegionHeat, RoundReport, Stage,
     Station, Step, StunReport, VcpuStun, VmId, WaitBucket, WaitReport, WriteCurve, Writer,
 };
@@ -66,6 +66,7 @@ fn migration() -> Value {
             waits: WaitReport { histogram: vec![WaitBucket::default()], ..WaitReport::default() },
             ..PostCopyReport::default()
         }),
+        loan: Some(LoanReport { taken_back_increment: Some(0), ..LoanReport::default() }),
         stun: Some(stun_report()),
         link: Some(LinkReport {
             interface: String::new(),

@@ -10,7 +10,7 @@ use super::reducers::ReducerArgs;
 use super::signals::cancel_on_signals;
 use super::watch::Watch;
 use crate::link::Address;
-use crate::migrate::{OnStuck, SourceOptions, Strategy};
+use crate::migrate::{OnStuck, Safety, SourceOptions, Strategy};
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
 use crate::model::units::{ParseQuantityError, display_bytes, display_duration, parse_duration};
@@ -36,6 +36,7 @@ Examples:
   dunlin migrate web1 --to tcp://127.0.0.1:4460 --bandwidth 1Gbit --downtime 50ms --json
   dunlin migrate web1 --to tcp://127.0.0.1:4460 --on-stuck stun
   dunlin migrate uuid:6ba7b810-9dad-41d1-80b4-00c04fd430c8 --to tcp://[fd00::7]:4460 --strategy stop-and-copy --verify
+  dunlin migrate web1 --to tcp://127.0.0.1:4460 --strategy post-copy --safe-post-copy
   dunlin migrate web1 --status
   dunlin migrate web1 --set bandwidth=200Mbit
   dunlin migrate web1 --cancel
@@ -55,7 +56,7 @@ pub(super) struct MigrateArgs {
 
     /// Go on with a migration that was left in doubt here: its manager died, or could not reach the target any more. Pages that the VM is owed are sent; without --to to where it
     /// was released to.
-    #[arg(long, conflicts_with_all = ["strategy", "predict", "downtime", "max_rounds", "hybrid_rounds", "on_stuck", "verify"], conflicts_with_all = STEERING)]
+    #[arg(long, conflicts_with_all = ["strategy", "predict", "downtime", "max_rounds", "hybrid_rounds", "on_stuck", "verify", "safe_post_copy"], conflicts_with_all = STEERING)]
     recover: bool,
 
     /// Show how far the migration of the VM is.
@@ -109,6 +110,19 @@ pub(super) struct MigrateArgs {
     #[arg(long, value_name = "ACTION")]
     on_stuck: Option<OnStuck>,
 
+    /// While the VM runs at the target and is owed pages, have it send back what it does, so that it can go on here if the target, its manager or the link is lost: at most the last increment is lost
+    /// then, and nobody has seen anything of that. What the VM sends and writes to disks waits until it is safe. For demand-paging, post-copy, hybrid and --on-stuck post-copy.
+    #[arg(long)]
+    safe_post_copy: bool,
+
+    /// With --safe-post-copy: for how long the VM is lent at a time, 500ms to 60s. So long after contact is lost it goes on here.
+    #[arg(long, value_name = "TIME", default_value = "3s", value_parser = parse_duration, requires = "safe_post_copy")]
+    lease: Duration,
+
+    /// With --safe-post-copy: how often the target sends what the VM has done, at most, 5ms to 10s. What the VM sends waits about so long.
+    #[arg(long, value_name = "TIME", default_value = "100ms", value_parser = parse_duration, requires = "safe_post_copy")]
+    increment_every: Duration,
+
     #[command(flatten)]
     reducers: ReducerArgs,
 
@@ -135,7 +149,7 @@ const WITHOUT_TARGET: [&str; 5] = ["status", "set", "finish", "cancel", "recover
 /// Options that begin nothing.
 const STEERING: [&str; 4] = ["status", "set", "finish", "cancel"];
 /// Options of a migration that is to begin.
-const BEGINNING: [&str; 19] = [
+const BEGINNING: [&str; 22] = [
     "to",
     "strategy",
     "predict",
@@ -145,6 +159,9 @@ const BEGINNING: [&str; 19] = [
     "max_rounds",
     "hybrid_rounds",
     "on_stuck",
+    "safe_post_copy",
+    "lease",
+    "increment_every",
     "zero_pages",
     "compress",
     "delta",
@@ -239,6 +256,7 @@ impl MigrateArgs {
             hybrid_rounds: self.hybrid_rounds,
             max_rounds: self.max_rounds.unwrap_or(configured.max_rounds),
             on_stuck: self.on_stuck.unwrap_or(configured.on_stuck),
+            safety: self.safe_post_copy.then_some(Safety { lease: self.lease, every: self.increment_every }),
             streams: self.streams.unwrap_or(configured.streams),
             reducers: self.reducers.reducers(),
             verify: self.verify,
@@ -247,6 +265,10 @@ impl MigrateArgs {
             stun: config.stun.policy(),
             ..SourceOptions::default()
         };
+        if let Some(problem) = options.safety.and_then(|safety| unsafe_because(&options, safety)) {
+            complain!("dunlin: {problem}");
+            return Ok(exit::USAGE);
+        }
         if options.may_run_owing() {
             let how = match options.strategy {
                 Strategy::PreCopy => "--on-stuck post-copy".to_owned(),
@@ -258,7 +280,7 @@ impl MigrateArgs {
                 );
                 return Ok(exit::USAGE);
             }
-            if !json {
+            if !json && options.safety.is_none() {
                 complain!(
                     "by {how} the VM runs there before its memory has moved: if either host is lost before all has, so is the VM; without the link it waits"
                 );
@@ -278,6 +300,27 @@ impl MigrateArgs {
         };
         tell(migrate(request, cancel), json, "the VM was not touched")
     }
+}
+
+/// Why a VM cannot be kept safe as asked.
+fn unsafe_because(options: &SourceOptions, safety: Safety) -> Option<String> {
+    let outside = |range: &std::ops::RangeInclusive<Duration>| {
+        format!("between {} and {}", display_duration(*range.start()), display_duration(*range.end()))
+    };
+    if !options.may_run_owing() {
+        return Some(
+            "--safe-post-copy is for a VM that runs there before its memory has moved: add --strategy post-copy, hybrid or demand-paging, or --on-stuck post-copy"
+                .to_owned(),
+        );
+    }
+    if !Safety::LEASES.contains(&safety.lease) {
+        return Some(format!("--lease {} is not {}", display_duration(safety.lease), outside(&Safety::LEASES)));
+    }
+    if !Safety::INTERVALS.contains(&safety.every) {
+        let every = display_duration(safety.every);
+        return Some(format!("--increment-every {every} is not {}", outside(&Safety::INTERVALS)));
+    }
+    None
 }
 
 impl MigrateArgs {
@@ -540,6 +583,19 @@ fn describe(report: &MigrationReport) -> String {
             ns(waits.p99_ns),
             ns(waits.max_ns),
             ns(waits.sum_ns)
+        );
+    }
+    if let Some(loan) = &report.loan {
+        text += &format!(
+            "  on loan    for {}: {} increments, {} pages, {} sent back; the guest stood {} for them, {} at most\n  held       what it sent and wrote until an increment was safe: {} in the median, {} at most\n",
+            ns(loan.lasted_ns),
+            loan.increments,
+            loan.pages,
+            display_bytes(loan.wire_bytes),
+            ns(loan.stood_ns),
+            ns(loan.longest_stand_ns),
+            ns(loan.safe_p50_ns),
+            ns(loan.safe_max_ns),
         );
     }
     for vcpu in report.stun.iter().flat_map(|stun| &stun.vcpus) {

@@ -109,6 +109,38 @@ pub trait Device: MmioDevice + Any {
     /// Back to the state after power-on, of a device that stands (the guest asked for a reset of the machine).
     fn reset(&self) -> Result<(), DeviceError>;
 
+    /// Begins nothing any more, and does not wait for what is under way: [`Device::pause`] follows.
+    fn order_pause(&self) {}
+
+    /// What the guest sends and writes is held in the machine from now on, at most so many bytes of it, as that of increment 1.
+    fn hold_output(&self, bytes: usize) {
+        let _ = bytes;
+    }
+
+    /// What it sends and writes from now on is that of increment `number`. Of a device that stands.
+    fn begin_increment(&self, number: u32) {
+        let _ = number;
+    }
+
+    /// What is that of increments up to `number` goes out.
+    fn let_out(&self, number: u32) {
+        let _ = number;
+    }
+
+    /// All that is held goes out, and nothing is held any more.
+    fn end_holding(&self) {}
+
+    /// What is held of a device that stands, and must not be lost with it: a part of its state. Empty if there is nothing.
+    fn held(&self) -> Result<Vec<u8>, DeviceError> {
+        Ok(Vec::new())
+    }
+
+    /// Takes what [`Device::held`] gave, of a device that stands; it goes out when that goes on. The bytes are a peer's word: check them.
+    fn take_held(&self, held: &[u8]) -> Result<(), DeviceError> {
+        let _ = held;
+        Ok(())
+    }
+
     /// Sends a frame into the network as if the guest had sent it, also while the device stands (announcements). Only
     /// network devices can.
     fn send_frame(&self, frame: &[u8]) -> io::Result<()> {

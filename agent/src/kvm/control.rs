@@ -165,6 +165,17 @@ impl RunControl {
         true
     }
 
+    /// Orders all vCPUs to stand, and does not wait for them: [`RunControl::stand`] follows.
+    pub(crate) fn order_stand(&self) {
+        let mut state = self.lock();
+        if state.order == Order::Run {
+            state.order = Order::Stand;
+        }
+        drop(state);
+        self.ordered.notify_all();
+        self.kick_all();
+    }
+
     /// Orders all vCPUs to stand and returns when they do.
     pub(crate) fn stand(&self) {
         let mut state = self.lock();

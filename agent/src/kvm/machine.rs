@@ -53,6 +53,8 @@ const VM_TAG: &str = "vm";
 const SERIAL_TAG: &str = "serial0";
 /// The newest version of the serial port's section; devices version their own payload and have this one too.
 const DEVICE_VERSION: u32 = 1;
+/// What all devices of a VM on loan may hold: it travels in the state.
+const HELD_BYTES: usize = 24 << 20;
 
 /// A machine could not be made, or could not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -594,6 +596,10 @@ impl Machine {
         }
         for device in self.devices() {
             writer.section(&device.name(), DEVICE_VERSION, &device.save()?);
+            let held = device.held()?;
+            if !held.is_empty() {
+                writer.section(&held_tag(&device.name()), DEVICE_VERSION, &held);
+            }
         }
         Ok(writer.finish())
     }
@@ -625,6 +631,22 @@ impl Machine {
         if *phase != Phase::Fresh {
             return Err(HostedError::Phase("has run: a state can only be restored before"));
         }
+        self.restore_in(state, false)
+    }
+
+    /// Puts a state into a machine that stands, in the place of its own: one that it has come to elsewhere. All of it is checked before any of it is used.
+    ///
+    /// # Errors
+    /// A machine that runs; a state that does not fit it.
+    pub fn go_on_from(&self, state: &[u8]) -> Result<(), HostedError> {
+        let phase = self.phase();
+        if *phase == Phase::Running {
+            return Err(HostedError::Phase("runs: pause it before another state is put in place"));
+        }
+        self.restore_in(state, true)
+    }
+
+    fn restore_in(&self, state: &[u8], is_used: bool) -> Result<(), HostedError> {
         let mut sections = Sections::parse(state, container::MAX_STATE_BYTES)?;
         let vm = VmState::from_bytes(sections.take(VM_TAG, VM_VERSION)?)?;
         let vcpus = self
@@ -637,9 +659,19 @@ impl Machine {
         let devices = self
             .devices()
             .iter()
-            .map(|device| Ok((device, sections.take(&device.name(), DEVICE_VERSION)?)))
+            .map(|device| {
+                let held = sections.take_if_there(&held_tag(&device.name()), DEVICE_VERSION)?;
+                Ok((device, sections.take(&device.name(), DEVICE_VERSION)?, held))
+            })
             .collect::<Result<Vec<_>, StateError>>()?;
         sections.finish()?;
+        if is_used {
+            self.serial.reset();
+            self.stun_port.reset();
+            for device in self.devices() {
+                device.reset()?;
+            }
+        }
 
         let fds = self.fds();
         let now = Now::read(&fds[0], self.support.counter())?;
@@ -652,11 +684,54 @@ impl Machine {
         if let Some(state) = stun_port {
             self.stun_port.restore(state)?;
         }
-        for (device, state) in devices {
+        for (device, state, held) in devices {
             device.restore(state)?;
+            device.take_held(held.unwrap_or_default())?;
         }
         Ok(())
     }
+
+    /// Stops all vCPUs, and keeps devices from beginning anything, before it waits for any of them: one may be waiting itself, for memory that does not come. Idempotent.
+    ///
+    /// # Errors
+    /// As for [`Machine::pause`].
+    pub fn stand_now(&self) -> Result<(), HostedError> {
+        self.around.control.order_stand();
+        self.devices().iter().for_each(|device| device.order_pause());
+        self.pause().map(drop)
+    }
+
+    /// What the guest sends and writes to disks stays in the machine from now on, as that of increment 1.
+    pub fn hold_output(&self) {
+        let share = HELD_BYTES / self.devices().len().max(1);
+        self.devices().iter().for_each(|device| device.hold_output(share));
+    }
+
+    /// What it sends and writes from now on is that of increment `number`.
+    ///
+    /// # Errors
+    /// A machine that runs.
+    pub fn begin_increment(&self, number: u32) -> Result<(), HostedError> {
+        if *self.phase() == Phase::Running {
+            return Err(HostedError::Phase("runs: pause it before an increment ends"));
+        }
+        self.devices().iter().for_each(|device| device.begin_increment(number));
+        Ok(())
+    }
+
+    /// What is that of increments up to `number` goes out.
+    pub fn let_out(&self, number: u32) {
+        self.devices().iter().for_each(|device| device.let_out(number));
+    }
+
+    /// All that is held goes out, and nothing is held any more.
+    pub fn end_holding(&self) {
+        self.devices().iter().for_each(|device| device.end_holding());
+    }
+}
+
+fn held_tag(device: &str) -> String {
+    format!("{device}.held")
 }
 
 impl Drop for Machine {

@@ -27,6 +27,7 @@ impl TargetState {
             JournalRecord::NeverOwner => Some(Self::NeverOwner),
             JournalRecord::Offered
             | JournalRecord::Reserved
+            | JournalRecord::Lent { .. }
             | JournalRecord::Released { .. }
             | JournalRecord::Discarded
             | JournalRecord::Aborted => None,

@@ -21,6 +21,11 @@ pub fn page_digest(page: u64, bytes: BytesView<'_>) -> u64 {
     xxh3_64_with_seed(settled(bytes), page)
 }
 
+/// The same of a copy of it.
+pub(super) fn copy_digest(page: u64, copy: &[u8]) -> u64 {
+    xxh3_64_with_seed(copy, page)
+}
+
 /// The digest of a page that travels as a mark: its place alone. Both ends know that its content is zero.
 pub(super) fn zero_digest(page: u64) -> u64 {
     xxh3_64(&page.to_le_bytes())

@@ -43,6 +43,24 @@ pub struct Handed {
     pub chunk_hashes: Vec<u64>,
 }
 
+/// The end of an increment: with its pages, which came before on the first page stream's way back, the VM as it was then.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Increment {
+    /// Counted from 1; later ones have higher numbers, and pages of those before them that are not known to be safe.
+    pub number: u32,
+    /// CPU and device state.
+    #[serde(with = "serde_bytes")]
+    pub state: Vec<u8>,
+    /// Its pages.
+    pub pages: u64,
+    /// [`crate::migrate::page_digest`] summed over them.
+    pub digest: u64,
+    /// How long the VM stood for it.
+    pub stood_ns: u64,
+    /// How long it took until the target knew the one before to be safe; 0 if none was.
+    pub safe_ns: u64,
+}
+
 /// What a target knows of a migration, asked for after contact was lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum TargetState {
@@ -110,6 +128,23 @@ pub enum ControlMessage {
     },
     /// Source → target, before the first round, if pages may come packed: how, by the names of [`crate::model::Packing`].
     Reducing(Vec<String>),
+    /// Source → target, in place of `PostCopy`: the VM is to run on loan before all of its memory is there.
+    SafePostCopy {
+        /// For how long the VM is lent at a time.
+        lease_ms: u64,
+        /// How often an increment is to come, at most.
+        every_ms: u64,
+    },
+    /// Source → target, in place of `Commit`: `lent` is journaled; run it on loan.
+    Lend,
+    /// Target → source: lend it for longer.
+    Renew(u32),
+    /// Source → target: it is; counted from when the `Renew` of that number was sent.
+    Granted(u32),
+    /// Target → source: an increment is complete.
+    Increment(Box<Increment>),
+    /// Source → target: it goes on from this increment if it must.
+    Safe(u32),
 }
 
 impl ControlMessage {
@@ -137,6 +172,12 @@ impl ControlMessage {
             Self::Complete(_) => "complete",
             Self::Recover { .. } => "recover",
             Self::Reducing(_) => "reducing",
+            Self::SafePostCopy { .. } => "safe-post-copy",
+            Self::Lend => "lend",
+            Self::Renew(_) => "renew",
+            Self::Granted(_) => "granted",
+            Self::Increment(_) => "increment",
+            Self::Safe(_) => "safe",
         }
     }
 }

@@ -108,6 +108,28 @@ impl FromStr for OnStuck {
     }
 }
 
+/// How a VM is kept safe that runs at its target before its memory is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Safety {
+    /// For how long the VM is lent at a time: so long after contact was lost it goes on at the source.
+    pub lease: Duration,
+    /// How often the target sends an increment, at most: what is lost with it.
+    pub every: Duration,
+}
+
+impl Safety {
+    /// Leases and intervals between these make sense.
+    pub const LEASES: std::ops::RangeInclusive<Duration> = Duration::from_millis(500)..=Duration::from_secs(60);
+    /// Between these.
+    pub const INTERVALS: std::ops::RangeInclusive<Duration> = Duration::from_millis(5)..=Duration::from_secs(10);
+}
+
+impl Default for Safety {
+    fn default() -> Self {
+        Self { lease: Duration::from_secs(3), every: Duration::from_millis(100) }
+    }
+}
+
 /// The options of one migration, as its source follows them.
 #[derive(Clone, Debug)]
 pub struct SourceOptions {
@@ -127,6 +149,8 @@ pub struct SourceOptions {
     pub hybrid_rounds: u32,
     /// What to do when pre-copy does not end by itself.
     pub on_stuck: OnStuck,
+    /// The VM runs at the target on loan while it is owed pages, and can go on here until all is there.
+    pub safety: Option<Safety>,
     /// How the writers may be slowed, if they may.
     pub stun: StunPolicy,
     /// By when slowed writers must let pre-copy end, in times that sending all memory once takes; above 1.
@@ -164,6 +188,7 @@ impl Default for SourceOptions {
             max_rounds: 30,
             hybrid_rounds: 1,
             on_stuck: OnStuck::Stop,
+            safety: None,
             stun: StunPolicy::default(),
             stun_stretch: STRETCH,
             streams: 2,

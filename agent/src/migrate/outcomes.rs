@@ -42,6 +42,8 @@ pub enum Window {
     BeforePrepared,
     /// The target is `prepared`, the source has not journaled `released`.
     Prepared,
+    /// The source has journaled `lent`, and not `released`: the VM runs at the target on loan, or is about to.
+    Lent,
     /// The source has journaled `released`, the target has not journaled `owner`.
     Released,
     /// The target has journaled `owner`; the source does not know yet.
@@ -120,7 +122,7 @@ use Failure::{
     Cancelled, LinkCut, LinkCutHeals, LinkStallHeals, LinkStalls, SourceDiskFull, SourceMachineDies, SourceManagerDies,
     TargetDiskFull, TargetMachineDies, TargetManagerDies,
 };
-use Window::{BeforePrepared, Done, Owing, Owned, Prepared, Released};
+use Window::{BeforePrepared, Done, Lent, Owing, Owned, Prepared, Released};
 
 /// The table. Every pair of failure and window has exactly one row.
 pub const OUTCOMES: &[Outcome] = &[
@@ -242,6 +244,60 @@ pub const OWING_OUTCOMES: &[Outcome] = &[
     row(LinkStalls, Done, &[MOVED, UNHEARD], false, FREE_SOURCE),
 ];
 
+const GOES_ON_HERE: &str = "The VM runs at the source, from the last increment; what it did since nobody has seen.";
+const GOES_ON_HERE_COPY: &str = "The VM runs at the source, from the last increment. A copy that waits at the target must not run: `dunlin resolve N --owner there` on the target lets it go.";
+const LEND_ON: &str = "The VM stands where its loan ended. `dunlin migrate N --recover` goes on with the loan, or takes the VM back if the target cannot be reached.";
+
+/// Under `--safe-post-copy`: the rows of the window that only such a migration has. What strikes before it ends as in [`OUTCOMES`], what strikes behind it too: from `released` on all is there.
+pub const LENT_OUTCOMES: &[Outcome] = &[
+    row(SourceManagerDies, Lent, &[UNMANAGED_WAITS], false, LEND_ON),
+    row(
+        SourceMachineDies,
+        Lent,
+        &[MOVED],
+        false,
+        "Nothing: the loan becomes a gift, and what is owed follows from the source's manager.",
+    ),
+    row(TargetManagerDies, Lent, &[FAILED], true, GOES_ON_HERE_COPY),
+    row(TargetMachineDies, Lent, &[FAILED], false, GOES_ON_HERE),
+    row(LinkCut, Lent, &[FAILED], true, GOES_ON_HERE_COPY),
+    row(
+        LinkCutHeals,
+        Lent,
+        &[MOVED, FAILED],
+        false,
+        "Nothing: the loan goes on over another connection, or the VM runs at the source again.",
+    ),
+    row(LinkStalls, Lent, &[FAILED], true, GOES_ON_HERE_COPY),
+    row(
+        LinkStallHeals,
+        Lent,
+        &[MOVED, FAILED],
+        false,
+        "Nothing: the loan goes on, or the VM runs at the source again.",
+    ),
+    row(
+        SourceDiskFull,
+        Lent,
+        &[WAITS],
+        false,
+        "The VM stands where its loan ended: make room at the source, then `dunlin migrate N --recover`.",
+    ),
+    row(
+        TargetDiskFull,
+        Lent,
+        &[WAITS],
+        false,
+        "The target can neither take nor give back the VM: make room there, then `dunlin resolve N --owner here` on it.",
+    ),
+    row(Cancelled, Lent, &[CANCELLED, FAILED, MOVED], false, GOES_ON_HERE),
+];
+
+/// The row for a failure that strikes in a window of a migration by `--safe-post-copy`.
+pub fn outcome_lent(failure: Failure, when: Window) -> Option<&'static Outcome> {
+    LENT_OUTCOMES.iter().find(|row| row.failure == failure && row.when == when).or_else(|| outcome(failure, when))
+}
+
 /// The row for a failure that strikes in a window of a migration whose VM runs before its memory is there.
 pub fn outcome_owing(failure: Failure, when: Window) -> Option<&'static Outcome> {
     OWING_OUTCOMES.iter().find(|row| row.failure == failure && row.when == when).or_else(|| outcome(failure, when))
@@ -275,6 +331,7 @@ impl fmt::Display for Window {
         f.write_str(match self {
             Self::BeforePrepared => "before `prepared`",
             Self::Prepared => "from `prepared` on",
+            Self::Lent => "from `lent` on",
             Self::Released => "from `released` on",
             Self::Owned => "from `owner` on",
             Self::Owing => "after `running`, owing pages",

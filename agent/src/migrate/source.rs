@@ -3,6 +3,7 @@
 //! Contract: up to `released` every failure and every cancel leaves the VM running here at full speed, log off, and the
 //! target told. From `released` on the VM never runs here again unless the target is known never to have owned it.
 
+mod lending;
 mod owing;
 
 use std::sync::{Arc, Mutex};
@@ -22,8 +23,8 @@ use super::reduce::{Reducing, SentPages, Spared};
 use super::rounds::{Round, Saved, Tally, longest_run};
 use super::steward::{Sent, Steward};
 use crate::model::{
-    BlackoutLedger, BlackoutPhase, BytesPerSecond, Ending, MachineShape, MigrationId, MigrationReport, PAGE_SIZE,
-    PageBitmap, PageCount, PostCopyReport, RoundReport, Step,
+    BlackoutLedger, BlackoutPhase, BytesPerSecond, Ending, LoanReport, MachineShape, MigrationId, MigrationReport,
+    PAGE_SIZE, PageBitmap, PageCount, PostCopyReport, RoundReport, Step,
 };
 use crate::port::{BulkSender, Clock, ControlChannel, Fate, LinkError, Machine, MachineError, Region, SourceLink};
 use crate::stun::Budget;
@@ -121,6 +122,10 @@ struct Progress {
     ended_at: Option<Duration>,
     /// What was owed.
     post_copy: Option<PostCopyReport>,
+    /// What keeping the VM safe meanwhile took.
+    loan: Option<LoanReport>,
+    /// The VM has run at the target: the blackout is over.
+    ran: bool,
     /// What the reducers have spared.
     spared: Spared,
     /// Whether the target may have journaled `prepared`.
@@ -150,6 +155,8 @@ impl Progress {
             steward: None,
             ended_at: None,
             post_copy: None,
+            loan: None,
+            ran: false,
             spared: Spared::default(),
             handed: false,
             owing: false,
@@ -242,6 +249,7 @@ impl Source<'_> {
             rtt_ns: progress.rtt.as_nanos() as u64,
             verified_pages: progress.verified_pages,
             post_copy: progress.post_copy,
+            loan: progress.loan,
             stun: progress.steward.map(|steward| steward.report()),
             link: None,
             chosen: None,
@@ -604,14 +612,23 @@ impl Source<'_> {
 
     /// Stages 4 and 5. Only the journaling of `released` can still be refused.
     fn hand_over(&mut self, progress: &mut Progress, mut target: BlackoutLedger, rest: Rest<'_>) -> (Ending, String) {
-        if self.cancel.is_set() {
+        if self.cancel.is_set() && !progress.ran {
             return self.roll_back(progress, &SourceError::Cancelled);
         }
         let asked = self.clock.now();
         if let Err(error) = self.machine.release(self.id, &self.options.peer) {
+            if progress.ran {
+                let advice = format!(
+                    "the target has all of the VM, but `released` could not be journaled here: {error}. The VM stands at both hosts when the loan has ended: make room, then                      `dunlin migrate {} --recover`",
+                    self.shape.name
+                );
+                return (Ending::InDoubt, advice);
+            }
             return self.roll_back(progress, &error.into());
         }
-        progress.ledger.add(BlackoutPhase::JournalReleased, self.clock.now().saturating_sub(asked));
+        if !progress.ran {
+            progress.ledger.add(BlackoutPhase::JournalReleased, self.clock.now().saturating_sub(asked));
+        }
         self.pass(progress, Step::Released, "");
         let mut lost = self.link.control().send(&ControlMessage::Commit).err().map(SourceError::from);
         let deadline = self.clock.now() + self.options.stall;
@@ -622,6 +639,8 @@ impl Source<'_> {
                     return self.moved(progress, &target, rest);
                 }
                 Ok(ControlMessage::State(TargetState::NeverOwner)) => return self.take_back(progress),
+                // It was lent to the target until now.
+                Ok(ControlMessage::Renew(_) | ControlMessage::Increment(_) | ControlMessage::Pong(_)) => {}
                 Ok(other) => lost = Some(unexpected(&other, "running")),
                 Err(error) => lost = Some(error),
             }
@@ -685,11 +704,18 @@ impl Source<'_> {
         }
     }
 
+    /// The VM runs at the target: the blackout has ended, if it has not before.
+    fn note_running(&mut self, progress: &mut Progress, target: &BlackoutLedger) {
+        if !progress.ran {
+            let now = self.clock.now();
+            (progress.ran, progress.ended_at) = (true, Some(now));
+            progress.blackout = now.saturating_sub(progress.paused_at.unwrap_or(now));
+            progress.ledger.close(target, progress.blackout.as_nanos() as u64);
+        }
+    }
+
     fn moved(&mut self, progress: &mut Progress, target: &BlackoutLedger, rest: Rest<'_>) -> (Ending, String) {
-        let now = self.clock.now();
-        progress.ended_at = Some(now);
-        progress.blackout = now.saturating_sub(progress.paused_at.unwrap_or(now));
-        progress.ledger.close(target, progress.blackout.as_nanos() as u64);
+        self.note_running(progress, target);
         self.pass(progress, Step::Running, "");
         if let Err(error) = self.send_the_rest(progress, rest) {
             if let SourceError::PeerCancelled(reason) = &error {
@@ -718,16 +744,7 @@ impl Source<'_> {
 
     /// The target has journaled `never-owner`: the VM is the source's again.
     fn take_back(&mut self, progress: &mut Progress) -> (Ending, String) {
-        let resumed = self.machine.reclaim(self.id).and_then(|()| {
-            if let Err(error) = self.machine.stop_log() {
-                tracing::warn!(migration = %self.id, "the dirty log could not be switched off: {error}");
-            }
-            // The target may have announced the VM before it lost it.
-            if let Err(error) = self.machine.announce() {
-                tracing::warn!(migration = %self.id, "the announcement of the old place failed: {error}");
-            }
-            self.machine.resume()
-        });
+        let resumed = self.machine.reclaim(self.id).and_then(|()| self.run_here_again());
         progress.blackout = self.clock.now().saturating_sub(progress.paused_at.unwrap_or_default());
         let reason = "the target lost the VM after it was released and journaled that it never owned it";
         match resumed {
@@ -741,6 +758,18 @@ impl Source<'_> {
                 (Ending::InDoubt, format!("{reason}; it could not be resumed here: {error}; {advice}"))
             }
         }
+    }
+
+    /// The VM is this host's again: says so to the network, and runs it.
+    fn run_here_again(&mut self) -> Result<(), MachineError> {
+        if let Err(error) = self.machine.stop_log() {
+            tracing::warn!(migration = %self.id, "the dirty log could not be switched off: {error}");
+        }
+        // The target may have announced the VM.
+        if let Err(error) = self.machine.announce() {
+            tracing::warn!(migration = %self.id, "the announcement of the old place failed: {error}");
+        }
+        self.machine.resume()
     }
 
     /// Undoes everything before `released`.
@@ -815,7 +844,7 @@ impl Source<'_> {
         }
         let until = self.clock.now() + self.options.doubt;
         loop {
-            if told && self.has_let_go() {
+            if told && self.has_let_go(self.clock.now() + LETTING_GO_LIMIT) {
                 return true;
             }
             if self.clock.now() >= until {
@@ -829,8 +858,7 @@ impl Source<'_> {
     }
 
     /// Waits for the target's word that it can never run the VM.
-    fn has_let_go(&mut self) -> bool {
-        let deadline = self.clock.now() + LETTING_GO_LIMIT;
+    fn has_let_go(&mut self, deadline: Duration) -> bool {
         loop {
             match self.expect_quietly(deadline) {
                 Ok(ControlMessage::State(TargetState::NeverOwner) | ControlMessage::Cancel(_)) => return true,

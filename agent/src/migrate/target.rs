@@ -3,23 +3,26 @@
 //! Contract: before `prepared` every failure leaves nothing here. From `prepared` on the VM is neither run nor dropped
 //! without the source's word, its known rollback, or an operator's decision.
 
+mod borrowing;
 mod owing;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
+use self::borrowing::Borrowing;
 pub use self::owing::Orphan;
 use super::digest::{chunk_hashes, page_digest, zero_digest};
 use super::lap::Lap;
 use super::marks::Marks;
 use super::message::{Accept, ControlMessage, Handed, Offer, TargetState};
 use super::observe::{CancelFlag, Observer};
+use super::options::Safety;
 use super::owed::{Owed, check_run, owed_pages};
 use super::reduce::{Unpacker, known_packings};
 use crate::model::{
     BlackoutLedger, BlackoutPhase, MAX_BOOT_IMAGE_BYTES, MigrationId, Owner, PAGE_SIZE, Packing, PageBitmap, PageRun,
-    Step, VmId,
+    Step, VmId, WaitReport,
 };
 use crate::port::{
     Bell, BulkItem, BulkReceiver, BulkSender, Clock, ControlChannel, Fate, Faults, Job, LinkError, Machine,
@@ -109,6 +112,23 @@ pub trait Host: Send {
     fn reserve(&mut self, offer: &Offer) -> Result<Reservation, String>;
 }
 
+/// Whether a prepared VM can run on loan.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum MayBeLent {
+    No,
+    Yes,
+    /// It has, and all of it is here.
+    Was,
+}
+
+/// What a source has decided.
+enum Verdict {
+    /// The VM is the target's.
+    Ours,
+    /// It may run here on loan, in answer to what was sent at this time.
+    Lent(Duration),
+}
+
 /// A VM that has arrived and runs.
 pub struct Arrived {
     /// The migration.
@@ -180,7 +200,7 @@ impl Target<'_> {
             }
         };
         if !owes {
-            self.until_it_runs(offer.migration_id, machine.as_mut(), &mut ledger)?;
+            self.until_it_runs(offer.migration_id, machine.as_mut(), &mut ledger, &mut None)?;
         }
         Ok(Arrived { migration_id: offer.migration_id, vm_id: offer.shape.vm_id, machine, ledger, verified_pages })
     }
@@ -190,17 +210,34 @@ impl Target<'_> {
         self.observer.step(step, detail);
     }
 
-    /// From `prepared` until the guest runs.
+    /// From `prepared` until the guest runs and is ours, or runs on loan. `borrowing` is what is ready for that; it is used up when the VM is ours.
     fn until_it_runs(
         &mut self,
         id: MigrationId,
         machine: &mut dyn Machine,
         ledger: &mut BlackoutLedger,
+        borrowing: &mut Option<Borrowing>,
     ) -> Result<(), TargetError> {
         loop {
-            self.await_verdict(id, machine)?;
-            if self.activate(id, machine, ledger)? {
-                return Ok(());
+            let loan = match borrowing {
+                None => MayBeLent::No,
+                Some(borrowing) if borrowing.is_whole => MayBeLent::Was,
+                Some(_) => MayBeLent::Yes,
+            };
+            match self.await_verdict(id, machine, loan)? {
+                Verdict::Ours => {
+                    if self.activate(id, machine, ledger)? {
+                        *borrowing = None;
+                        return Ok(());
+                    }
+                }
+                Verdict::Lent(asked_at) => {
+                    if let Some(borrowing) = borrowing
+                        && self.run_on_loan(id, machine, borrowing, ledger, asked_at)?
+                    {
+                        return Ok(());
+                    }
+                }
             }
         }
     }
@@ -224,13 +261,17 @@ impl Target<'_> {
         let clock = self.clock;
         // Needed only if pages will be asked for.
         let requests = receivers.last_mut().and_then(|last| last.back().ok());
-        let mut received = None;
+        // Only if the VM is lent.
+        let back = (receivers.len() > 1).then(|| receivers[0].back().ok()).flatten();
+        let (mut received, mut borrowing) = (None, None);
         let lead = || {
-            let handed = self.receive(offer.migration_id, control.as_ref(), (&inflow, requests), machine);
+            let ways = Ways { requests, back, borrowing: &mut borrowing };
+            let handed = self.receive(offer.migration_id, control.as_ref(), (&inflow, ways), machine);
             received = Some(handed.and_then(|(handed, at)| match inflow.owed.get() {
                 None => Ok(Some((handed, at))),
                 Some(owed) => {
-                    self.run_owing(offer, (&inflow, owed), machine, (&handed, at), ledger, owes).map(|()| None)
+                    let loan = borrowing.take();
+                    self.run_owing(offer, (&inflow, owed), machine, (&handed, at), (ledger, loan), owes).map(|()| None)
                 }
             }));
             inflow.stop();
@@ -282,13 +323,14 @@ impl Target<'_> {
         &mut self,
         id: MigrationId,
         control: &dyn ControlChannel<ControlMessage>,
-        (inflow, requests): (&Inflow<'a>, Option<Box<dyn BulkSender>>),
+        (inflow, ways): (&Inflow<'a>, Ways<'_>),
         machine: &mut dyn Machine,
     ) -> Result<(Box<Handed>, Duration), TargetError>
     where
         Self: 'a,
     {
-        let (mut requests, mut owing) = (requests, None::<PageBitmap>);
+        let Ways { mut requests, mut back, borrowing } = ways;
+        let mut owing = None::<PageBitmap>;
         // Nobody boots from more than fits into the VM.
         let room = MAX_BOOT_IMAGE_BYTES.min(inflow.region.spec().pages.bytes() as usize);
         let mut image = Some(Vec::new());
@@ -337,6 +379,17 @@ impl Target<'_> {
                     let _ = inflow.faults.set(machine.catch_faults()?);
                     control.send(&ControlMessage::FaultsCaught)?;
                 }
+                Some(ControlMessage::SafePostCopy { lease_ms, every_ms })
+                    if inflow.faults.get().is_none() && requests.is_some() =>
+                {
+                    inflow.touch();
+                    let safety = check_safety(lease_ms, every_ms).map_err(LinkError::Protocol)?;
+                    let no_way = || LinkError::Protocol("no stream for increments".to_owned());
+                    let back = back.take().ok_or_else(no_way)?;
+                    let _ = inflow.faults.set(machine.catch_faults()?);
+                    *borrowing = Some(Borrowing::prepare(safety, machine, inflow.region, back)?);
+                    control.send(&ControlMessage::FaultsCaught)?;
+                }
                 Some(ControlMessage::Owing(words)) if inflow.faults.get().is_some() => {
                     inflow.touch();
                     owing = Some(owed_pages(&words, inflow.region.spec().pages)?);
@@ -361,14 +414,21 @@ impl Target<'_> {
         }
     }
 
-    /// Holds the prepared VM until it is known whose it is.
-    fn await_verdict(&mut self, id: MigrationId, machine: &mut dyn Machine) -> Result<(), TargetError> {
+    /// Holds the prepared VM until it is known whose it is, or until it is lent.
+    fn await_verdict(
+        &mut self,
+        id: MigrationId,
+        machine: &mut dyn Machine,
+        loan: MayBeLent,
+    ) -> Result<Verdict, TargetError> {
         let mut reachable = true;
         let mut heard_at = self.clock.now();
+        // When the source was last told that the VM is ready.
+        let mut told_at = self.clock.now();
         loop {
             match machine.fate() {
                 Fate::Waiting => {}
-                Fate::Resolved(Owner::Here) => return Ok(()),
+                Fate::Resolved(Owner::Here) => return Ok(Verdict::Ours),
                 Fate::Resolved(_) => return Err(TargetError::ResolvedAway),
                 Fate::Dead => {
                     machine.never_owner(id)?;
@@ -386,8 +446,19 @@ impl Target<'_> {
                 heard_at = self.clock.now();
             }
             match message {
-                Ok(Some(ControlMessage::Commit)) => return Ok(()),
+                Ok(Some(ControlMessage::Commit)) => return Ok(Verdict::Ours),
+                Ok(Some(ControlMessage::Lend)) if loan == MayBeLent::Yes => return Ok(Verdict::Lent(told_at)),
+                // It has not heard that the VM runs, or that all is here.
+                Ok(Some(ControlMessage::Lend)) if loan == MayBeLent::Was => {
+                    let running = ControlMessage::Running(BlackoutLedger::default());
+                    reachable = self.link.control().send(&running).is_ok();
+                }
+                Ok(Some(ControlMessage::Recover { migration, .. })) if loan == MayBeLent::Was && migration == id => {
+                    let complete = ControlMessage::Complete(WaitReport::default());
+                    reachable = self.link.control().send(&complete).is_ok();
+                }
                 Ok(Some(ControlMessage::Query(asked))) if asked == id => {
+                    told_at = self.clock.now();
                     reachable = self.link.control().send(&ControlMessage::State(TargetState::Prepared)).is_ok();
                 }
                 Ok(Some(ControlMessage::Cancel(reason))) => match machine.discard(id) {
@@ -435,6 +506,18 @@ impl Target<'_> {
         }
         ledger.add(BlackoutPhase::JournalOwner, lap.next());
         self.pass(id, Step::Owned, "");
+        self.announce_and_run(id, machine, ledger, Step::Running)
+    }
+
+    /// The first announcement, then the guest. `false` as [`Target::activate`] says it.
+    fn announce_and_run(
+        &mut self,
+        id: MigrationId,
+        machine: &mut dyn Machine,
+        ledger: &mut BlackoutLedger,
+        step: Step,
+    ) -> Result<bool, TargetError> {
+        let mut lap = Lap::since(self.clock, self.clock.now());
         match machine.announce() {
             Ok(frames) => self.pass(id, Step::Announced, &format!("{frames} frames")),
             Err(error) => tracing::warn!(migration = %id, "the first announcement failed: {error}"),
@@ -451,7 +534,7 @@ impl Target<'_> {
         if let Err(error) = self.link.control().send(&ControlMessage::Running(ledger.clone())) {
             tracing::warn!(migration = %id, "`running` could not be sent: {error}");
         }
-        self.pass(id, Step::Running, "");
+        self.pass(id, step, "");
         Ok(true)
     }
 
@@ -483,6 +566,23 @@ impl Target<'_> {
 
 fn unexpected(message: &ControlMessage, wanted: &'static str) -> TargetError {
     TargetError::Unexpected { got: message.name(), wanted }
+}
+
+/// Ways back to a source whose VM runs before its memory is here.
+struct Ways<'w> {
+    requests: Option<Box<dyn BulkSender>>,
+    back: Option<Box<dyn BulkSender>>,
+    /// What is ready for a loan, once the source has asked for one.
+    borrowing: &'w mut Option<Borrowing>,
+}
+
+/// How a source wants a VM kept safe, if it can be.
+fn check_safety(lease_ms: u64, every_ms: u64) -> Result<Safety, String> {
+    let (lease, every) = (Duration::from_millis(lease_ms), Duration::from_millis(every_ms));
+    if !Safety::LEASES.contains(&lease) || !Safety::INTERVALS.contains(&every) {
+        return Err(format!("a loan of {lease:?} with an increment every {every:?}"));
+    }
+    Ok(Safety { lease, every })
 }
 
 /// Checks what an offer says of itself, before anything is allocated for it.

@@ -114,6 +114,35 @@ pub struct PostCopyReport {
     pub waits: WaitReport,
 }
 
+/// What it took that the VM could go on at the source while it ran at the target: `--safe-post-copy`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct LoanReport {
+    /// For how long the source lent it at a time.
+    pub lease_ns: u64,
+    /// How often the target was to send an increment, at most.
+    pub every_ns: u64,
+    /// Increments that the source has taken in.
+    pub increments: u64,
+    /// Pages in them.
+    pub pages: u64,
+    /// Bytes that the target sent for them, their states counted.
+    pub wire_bytes: u64,
+    /// How long the guest stood for them in all, by the target's clock.
+    pub stood_ns: u64,
+    /// The longest of these times.
+    pub longest_stand_ns: u64,
+    /// From the end of an increment until the target knew that it was safe: so long, and the increment before it, what the guest sent and wrote was held. The median, rounded up to a power of two of a
+    /// microsecond.
+    pub safe_p50_ns: u64,
+    /// The longest of these times.
+    pub safe_max_ns: u64,
+    /// From the loan until the last page was at the target, or until the source took the VM back.
+    pub lasted_ns: u64,
+    /// If the source took the VM back: the increment that it went on from; 0 is the VM as it was paused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub taken_back_increment: Option<u64>,
+}
+
 /// What else went over the interface that a migration went over.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LinkReport {
@@ -191,6 +220,9 @@ pub struct MigrationReport {
     /// What was owed when the VM began to run at the target; absent where nothing was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub post_copy: Option<PostCopyReport>,
+    /// What keeping the VM safe meanwhile took; absent where that was not asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loan: Option<LoanReport>,
     /// What was done to writers; absent where that was not asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stun: Option<StunReport>,

@@ -88,6 +88,8 @@ steps! {
     StateMoved = "state-moved" in StopAndCopy;
     /// The target holds a complete VM and has journaled it.
     Prepared = "prepared" in Commitment;
+    /// The source has journaled that the VM is on loan (source), or it runs on loan (target): `--safe-post-copy`.
+    Lent = "lent" in Commitment;
     /// The source has journaled that it never resumes by itself.
     Released = "released" in Commitment;
     /// The target has journaled that it owns the VM.

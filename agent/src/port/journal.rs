@@ -16,6 +16,13 @@ pub enum JournalRecord {
     Reserved,
     /// Target: it holds a complete VM and may complete the migration on the source's `commit`.
     Prepared,
+    /// Source: the VM runs at the target on loan. It resumes here only when the target certainly runs it no more, or by an operator's word. Names the peer that has it.
+    Lent {
+        /// The target's address, for reconnecting.
+        peer: String,
+        /// So long after it was last prolonged the loan has certainly ended.
+        lease_ms: u64,
+    },
     /// Source: from here it never resumes by itself. Names the peer that may own the VM.
     Released {
         /// The target's address, for reconnecting.
@@ -27,17 +34,23 @@ pub enum JournalRecord {
     NeverOwner,
     /// Source: the VM runs at the target and everything here is gone.
     Discarded,
-    /// Source: the attempt ended before `released`; the VM runs here.
+    /// Source: the attempt ended before `lent` or `released`; the VM runs here.
     Aborted,
 }
 
 impl JournalRecord {
+    /// Whether the VM may run at another host, if this is the last of a migration.
+    pub const fn leaves_doubt(&self) -> bool {
+        matches!(self, Self::Lent { .. } | Self::Released { .. } | Self::Prepared)
+    }
+
     /// Its word, as in the journal.
     pub const fn name(&self) -> &'static str {
         match self {
             Self::Offered => "offered",
             Self::Reserved => "reserved",
             Self::Prepared => "prepared",
+            Self::Lent { .. } => "lent",
             Self::Released { .. } => "released",
             Self::Owner => "owner",
             Self::NeverOwner => "never-owner",

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::faults::Faults;
+use super::region::Region;
 use super::throttle::Throttle;
 use crate::model::{MigrationId, Owner, PageBitmap, PageCount, PageRun, RegionId};
 
@@ -161,7 +162,37 @@ pub trait FaultSource: Send {
     }
 }
 
-/// All of a machine that a manager needs.
-pub trait Machine: Vcpus + DirtyLog + MachineState + Gate + Throttle + FaultSource {}
+/// A machine whose VM is on loan: it runs at the target for as long as the source lets it, and the source keeps what it takes to go on by itself.
+///
+/// What the VM does in one stretch between two increments is that of the later one. At the target it leaves the machine only when the source can go on from behind it: so whatever happens to
+/// the target, nobody has seen anything of what is lost.
+pub trait Loan: Send {
+    /// Source: journals `lent` with fsync. From its return the machine runs only after [`Loan::take_back`].
+    fn lend(&mut self, migration: MigrationId, peer: &str, lease: Duration) -> Result<(), MachineError>;
 
-impl<T: Vcpus + DirtyLog + MachineState + Gate + Throttle + FaultSource> Machine for T {}
+    /// Source: memory as large as RAM, in which the pages of an increment are gathered.
+    fn staging(&mut self) -> Result<Arc<dyn Region>, MachineError>;
+
+    /// Source: the VM is from now on what it was at an increment: `pages` of the staging memory go into RAM, and `state` is kept. Done as one, whatever becomes of the manager.
+    fn advance(&mut self, pages: &PageBitmap, state: &[u8]) -> Result<(), MachineError>;
+
+    /// Source, when the target certainly runs the VM no more: journals `owner`, puts the state of the last increment in place, and opens the gate.
+    fn take_back(&mut self, migration: MigrationId) -> Result<(), MachineError>;
+
+    /// Target, before the VM runs: what it sends and writes to disks is held from now on, as the first increment's.
+    fn hold_output(&mut self) -> Result<(), MachineError>;
+
+    /// Target, prepared: the VM may run until `until` by the host's monotonic clock. Then the machine stands by itself, whatever becomes of the manager; later it goes on if it is asked to again.
+    fn run_until(&mut self, until: Duration) -> Result<(), MachineError>;
+
+    /// Target, paused: what the VM sends and writes from now on is that of increment `number`.
+    fn begin_increment(&mut self, number: u32) -> Result<(), MachineError>;
+
+    /// Target: what is that of increments up to `number` goes out.
+    fn let_out(&mut self, number: u32) -> Result<(), MachineError>;
+}
+
+/// All of a machine that a manager needs.
+pub trait Machine: Vcpus + DirtyLog + MachineState + Gate + Throttle + FaultSource + Loan {}
+
+impl<T: Vcpus + DirtyLog + MachineState + Gate + Throttle + FaultSource + Loan> Machine for T {}

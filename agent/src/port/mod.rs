@@ -24,6 +24,6 @@ pub use frame::FramePort;
 pub use guest_memory::{GuestMemory, GuestMemoryError};
 pub use journal::{Journal, JournalError, JournalRecord};
 pub use link::{BulkItem, BulkReceiver, BulkSender, ControlChannel, LinkError, SourceLink, TargetLink, Unconnected};
-pub use machine::{DirtyLog, Fate, FaultSource, Gate, Machine, MachineError, MachineState, PauseTiming, Vcpus};
+pub use machine::{DirtyLog, Fate, FaultSource, Gate, Loan, Machine, MachineError, MachineState, PauseTiming, Vcpus};
 pub use region::{BytesView, Region};
 pub use throttle::{THROTTLE_LEASE, Throttle};

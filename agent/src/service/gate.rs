@@ -16,6 +16,10 @@ pub enum GateState {
     Receiving,
     /// A target that holds a complete VM and waits for the source's word.
     Prepared,
+    /// A target that runs the VM on loan: until the lease is over, and behind that not before it is prolonged.
+    Borrowed,
+    /// A source that has lent the VM to its target, and can take it back.
+    Lent,
     /// A source that has let go and waits to hear that the target runs.
     Released,
     /// Never again: the VM is elsewhere.
@@ -57,12 +61,14 @@ pub struct OwnershipGate {
     journal: Box<dyn Journal>,
     /// Target: `prepared` is journaled, though the VM is not complete yet.
     foreseen: bool,
+    /// Target: the loan has ended, or has not begun.
+    lease_over: bool,
 }
 
 impl OwnershipGate {
     /// The gate of a machine that was booted here.
     pub fn open(vm: VmId, journal: Box<dyn Journal>) -> Self {
-        Self { vm, state: GateState::Open, migration: None, journal, foreseen: false }
+        Self { vm, state: GateState::Open, migration: None, journal, foreseen: false, lease_over: true }
     }
 
     /// The gate of a machine that waits for a VM.
@@ -71,7 +77,14 @@ impl OwnershipGate {
     /// A journal that cannot be written.
     pub fn receiving(vm: VmId, migration: MigrationId, mut journal: Box<dyn Journal>) -> Result<Self, GateError> {
         journal.append(migration, vm, JournalRecord::Reserved)?;
-        Ok(Self { vm, state: GateState::Receiving, migration: Some(migration), journal, foreseen: false })
+        Ok(Self {
+            vm,
+            state: GateState::Receiving,
+            migration: Some(migration),
+            journal,
+            foreseen: false,
+            lease_over: true,
+        })
     }
 
     /// The state.
@@ -86,7 +99,7 @@ impl OwnershipGate {
 
     /// Whether vCPUs may run.
     pub fn may_run(&self) -> bool {
-        self.state == GateState::Open
+        self.state == GateState::Open || (self.state == GateState::Borrowed && !self.lease_over)
     }
 
     fn pass(
@@ -134,15 +147,35 @@ impl OwnershipGate {
         }
     }
 
+    /// Source: the VM is to run at the target on loan.
+    pub fn lend(&mut self, peer: String, lease_ms: u64) -> Result<(), GateError> {
+        self.pass("lend", &[GateState::Open], GateState::Lent, Some(JournalRecord::Lent { peer, lease_ms }))
+    }
+
     /// Source: the point of no return.
     pub fn release(&mut self, peer: String) -> Result<(), GateError> {
         let record = JournalRecord::Released { peer };
-        self.pass("release", &[GateState::Open], GateState::Released, Some(record))
+        self.pass("release", &[GateState::Open, GateState::Lent], GateState::Released, Some(record))
     }
 
-    /// Source: the target is known never to have owned the VM.
+    /// Source: the target is known never to have owned the VM; or what was lent to it has ended.
     pub fn reclaim(&mut self) -> Result<(), GateError> {
-        self.pass("take back", &[GateState::Released], GateState::Open, Some(JournalRecord::Owner))
+        let from = [GateState::Released, GateState::Lent];
+        self.pass("take back", &from, GateState::Open, Some(JournalRecord::Owner))
+    }
+
+    /// Target: the VM may run here until [`OwnershipGate::lease_over`]. The journal goes on saying `prepared`: after a crash of this host it must not run here.
+    pub fn borrow(&mut self) -> Result<(), GateError> {
+        self.pass("run on loan", &[GateState::Prepared, GateState::Borrowed], GateState::Borrowed, None)?;
+        self.lease_over = false;
+        Ok(())
+    }
+
+    /// Target: the lease is over. Whether the VM ran by it.
+    pub fn lease_over(&mut self) -> bool {
+        let was_lent = self.state == GateState::Borrowed && !self.lease_over;
+        self.lease_over = true;
+        was_lent
     }
 
     /// Target: the source is about to pause the VM, so `prepared` is journaled: nobody waits for the disk while the VM stands.
@@ -168,16 +201,18 @@ impl OwnershipGate {
             // An operator was faster: `dunlin resolve --owner here`.
             return Ok(());
         }
-        self.pass("take ownership", &[GateState::Prepared], GateState::Open, Some(JournalRecord::Owner))
+        let from = [GateState::Prepared, GateState::Borrowed];
+        self.pass("take ownership", &from, GateState::Open, Some(JournalRecord::Owner))
     }
 
     /// Either side: the VM is elsewhere.
     pub fn discard(&mut self) -> Result<(), GateError> {
         let record = match self.state {
-            GateState::Released => JournalRecord::Discarded,
+            GateState::Released | GateState::Lent => JournalRecord::Discarded,
             _ => JournalRecord::NeverOwner,
         };
-        let from = [GateState::Released, GateState::Receiving, GateState::Prepared];
+        let from =
+            [GateState::Released, GateState::Lent, GateState::Receiving, GateState::Prepared, GateState::Borrowed];
         self.pass("discard", &from, GateState::Closed, Some(record))
     }
 
@@ -185,10 +220,12 @@ impl OwnershipGate {
     pub fn resolve(&mut self, owner: Owner) -> Result<(), GateError> {
         match owner {
             Owner::Here => {
-                let from = [GateState::Released, GateState::Prepared];
+                let from = [GateState::Released, GateState::Lent, GateState::Prepared, GateState::Borrowed];
                 self.pass("resolve --owner here", &from, GateState::Open, Some(JournalRecord::Owner))
             }
-            Owner::There if matches!(self.state, GateState::Released | GateState::Prepared) => self.discard(),
+            Owner::There if !matches!(self.state, GateState::Open | GateState::Receiving | GateState::Closed) => {
+                self.discard()
+            }
             _ => Err(GateError::State { order: "resolve --owner there", state: self.state }),
         }
     }
@@ -197,7 +234,7 @@ impl OwnershipGate {
     pub fn on_session_lost(&self) -> OnLoss {
         match self.state {
             GateState::Open => OnLoss::Run,
-            GateState::Prepared | GateState::Released => OnLoss::Stand,
+            GateState::Prepared | GateState::Borrowed | GateState::Lent | GateState::Released => OnLoss::Stand,
             GateState::Receiving | GateState::Closed => OnLoss::Exit,
         }
     }
@@ -264,6 +301,40 @@ mod tests {
         assert_eq!(journal.last(id).unwrap(), Some(JournalRecord::Prepared));
         gate.note_loss();
         assert_eq!(journal.last(id).unwrap(), Some(JournalRecord::NeverOwner));
+    }
+
+    #[test]
+    fn a_vm_on_loan_runs_until_the_lease_is_over_and_is_nobodys_in_the_journal() {
+        let (_folder, journal) = journal();
+        let id = MigrationId::random();
+        let mut gate = OwnershipGate::receiving(VmId::random(), id, Box::new(journal.clone())).unwrap();
+        assert!(gate.borrow().is_err() && !gate.lease_over());
+        gate.prepared().unwrap();
+        gate.borrow().unwrap();
+        assert_eq!((gate.may_run(), gate.on_session_lost()), (true, OnLoss::Stand));
+        assert!(gate.lease_over() && !gate.may_run() && !gate.lease_over());
+        gate.borrow().unwrap();
+        assert!(gate.may_run());
+        assert_eq!(journal.last(id).unwrap(), Some(JournalRecord::Prepared));
+        gate.take_ownership().unwrap();
+        assert!(gate.may_run() && !gate.lease_over() && gate.may_run());
+    }
+
+    #[test]
+    fn what_was_lent_can_be_taken_back_until_it_is_released() {
+        let (_folder, journal) = journal();
+        let (taken, given) = (MigrationId::random(), MigrationId::random());
+        let mut gate = OwnershipGate::open(VmId::random(), Box::new(journal.clone()));
+        gate.attach(taken).unwrap();
+        gate.lend("tcp://192.0.2.1:1".to_owned(), 3000).unwrap();
+        assert_eq!((gate.may_run(), gate.on_session_lost()), (false, OnLoss::Stand));
+        gate.reclaim().unwrap();
+        assert!(gate.may_run());
+        gate.attach(given).unwrap();
+        gate.lend(String::new(), 3000).unwrap();
+        gate.release(String::new()).unwrap();
+        assert_eq!((gate.state(), gate.may_run()), (GateState::Released, false));
+        assert_eq!(journal.last(taken).unwrap(), Some(JournalRecord::Owner));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -15,6 +15,7 @@ use super::audit::{self, Action};
 use super::clock::MonotonicClock;
 use super::gate::{GateError, GateState, OnLoss, OwnershipGate};
 use super::lease::Lease;
+use super::loan::Loan;
 use super::registry::{MachineEntry, Registry, RegistryError, boot_id, start_time_ticks};
 use super::seat::{Seat, Turn};
 use super::session::{Creation, Reply, Request, SESSION_VERSION, SessionError, SessionSocket};
@@ -34,7 +35,7 @@ use crate::model::{
     Station, ThrottleView, VcpuLimit, VmId, VmWrites, chain,
 };
 use crate::net::tap::Tap;
-use crate::port::{Clock, Faults as _, JournalError, JournalRecord, Protected, THROTTLE_LEASE};
+use crate::port::{Clock, Faults as _, JournalError, Protected, THROTTLE_LEASE};
 use crate::shm::{MappedAt, UserFaults};
 use crate::store::FileJournal;
 
@@ -117,6 +118,10 @@ pub enum RunState {
     Receiving,
     /// A target that waits for the source's word.
     Prepared,
+    /// A target that runs the VM on loan, or stands because the loan is over.
+    Borrowed,
+    /// A source that has lent the VM to its target.
+    Lent,
     /// A source that has let go.
     Released,
     /// It has ended.
@@ -184,8 +189,10 @@ pub struct Places {
 
 /// One hosted VM.
 pub struct Host {
-    machine: Arc<Machine>,
-    gate: Mutex<OwnershipGate>,
+    pub(super) machine: Arc<Machine>,
+    pub(super) gate: Mutex<OwnershipGate>,
+    /// Itself, for threads that outlive a call.
+    pub(super) me: Weak<Self>,
     /// Whose turn it is: a migration's, or an order's.
     seat: Seat,
     announcer: Announcer,
@@ -197,6 +204,8 @@ pub struct Host {
     faults: Mutex<Option<UserFaults>>,
     /// Who fills the pages that it is owed while it runs: one at a time.
     filler: Seat,
+    /// A VM on loan.
+    pub(super) loan: Loan,
     /// What is told of that, and of a migration that does it.
     throttling: Throttling,
     registry: Registry,
@@ -208,7 +217,7 @@ fn refuse(socket: &mut SessionSocket, reason: String) {
     let _ = socket.send(&Reply::Failed(reason), &[]);
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -247,12 +256,8 @@ fn devices(parts: &Parts, memory: &Memory) -> Result<Vec<Arc<dyn Device>>, Devic
 /// Refuses to boot a VM that another host may own.
 fn check_undoubted(journal: &FileJournal, vm_id: VmId) -> Result<(), HostError> {
     for (migration, vm, record) in journal.all()? {
-        if vm == vm_id && matches!(record, JournalRecord::Released { .. } | JournalRecord::Prepared) {
-            let record = match record {
-                JournalRecord::Prepared => "prepared".to_owned(),
-                _ => "released".to_owned(),
-            };
-            return Err(HostError::InDoubt { vm_id, migration, record });
+        if vm == vm_id && record.leaves_doubt() {
+            return Err(HostError::InDoubt { vm_id, migration, record: record.name().to_owned() });
         }
     }
     Ok(())
@@ -329,9 +334,10 @@ impl Host {
             cpus: shape.cpus,
             state_dir: places.state_dir.clone(),
         })?;
-        Ok(Arc::new(Self {
+        Ok(Arc::new_cyclic(|me| Self {
             machine,
             gate: Mutex::new(gate),
+            me: me.clone(),
             seat: Seat::default(),
             announcer,
             paused_by_operator: AtomicBool::new(false),
@@ -339,6 +345,7 @@ impl Host {
             throttler: Mutex::default(),
             faults: Mutex::default(),
             filler: Seat::default(),
+            loan: Loan::default(),
             throttling: Throttling::default(),
             registry,
             state_dir: places.state_dir.clone(),
@@ -387,6 +394,8 @@ impl Host {
             GateState::Open => RunState::Paused,
             GateState::Receiving => RunState::Receiving,
             GateState::Prepared => RunState::Prepared,
+            GateState::Borrowed => RunState::Borrowed,
+            GateState::Lent => RunState::Lent,
             GateState::Released => RunState::Released,
             GateState::Closed => RunState::Ended,
         };
@@ -537,8 +546,12 @@ impl Host {
     pub fn resolve(&self, who: &str, owner: Owner) -> Result<(), String> {
         let what = if owner == Owner::Here { "resolve --owner here" } else { "resolve --owner there" };
         self.act(who, what, || {
+            if owner == Owner::Here {
+                self.go_on_from_increment()?;
+            }
             lock(&self.gate).resolve(owner).map_err(|error| chain(&error))?;
             if owner == Owner::Here {
+                self.end_loan();
                 self.run_again();
             } else {
                 self.machine.stop();
@@ -752,7 +765,7 @@ impl Host {
         let owes = lock(&self.faults).is_some();
         let turn = match state {
             Some(GateState::Open) if owes => self.filler.take(ARRIVAL_LIMIT),
-            Some(GateState::Prepared | GateState::Released) => self.turn(),
+            Some(GateState::Prepared | GateState::Borrowed | GateState::Lent | GateState::Released) => self.turn(),
             _ => {
                 let reason =
                     format!("there is nothing of migration {migration} here that another manager could take over");
@@ -769,7 +782,8 @@ impl Host {
         if state == Some(GateState::Open) {
             return self.serve_running(&mut socket);
         }
-        if let Some(lost) = self.serve(&mut socket, state == Some(GateState::Prepared)) {
+        let arrives = matches!(state, Some(GateState::Prepared | GateState::Borrowed));
+        if let Some(lost) = self.serve(&mut socket, arrives) {
             return self.session_lost(&lost);
         }
         drop(turn);
@@ -796,6 +810,7 @@ impl Host {
     fn reply(&self, socket: &mut SessionSocket, reply: &Reply) -> Result<(), SessionError> {
         match (reply, &*lock(&self.faults)) {
             (Reply::Faults(_), Some(faults)) => socket.send(reply, &faults.fds()),
+            (Reply::Staging, _) => self.loan.with_staging(|file| socket.send(reply, &[file])).unwrap_or(Ok(())),
             _ => socket.send(reply, &[]),
         }
     }
@@ -840,7 +855,7 @@ impl Host {
             if let Err(error) = sent {
                 return Some(error);
             }
-            if until_it_runs && runs && done {
+            if until_it_runs && runs && done && lock(&self.gate).state() == GateState::Open {
                 return None;
             }
         }
@@ -925,12 +940,47 @@ impl Host {
                 }
                 done(lock(&self.gate).release(peer))
             }
-            Request::Reclaim => done(lock(&self.gate).reclaim()),
+            Request::Reclaim | Request::TakeBack => {
+                self.go_on_from_increment()?;
+                let taken = done(lock(&self.gate).reclaim());
+                if taken.is_ok() {
+                    self.end_loan();
+                }
+                taken
+            }
+            Request::Lend { peer, lease_ms } => {
+                if machine.is_running() {
+                    return Err("the VM runs: pause it first".to_owned());
+                }
+                done(lock(&self.gate).lend(peer, lease_ms))
+            }
+            Request::Staging => self.make_staging().map(|()| Reply::Staging),
+            Request::Advance { pages, state } => self.advance(&pages, state).map(|()| Reply::Done),
+            Request::HoldOutput => {
+                self.hold_output();
+                Ok(Reply::Done)
+            }
+            Request::RunUntil(until_ns) => self.run_until(Duration::from_nanos(until_ns)).map(|()| Reply::Done),
+            Request::BeginIncrement(number) => {
+                machine.begin_increment(number).map(|()| Reply::Done).map_err(|error| chain(&error))
+            }
+            Request::LetOut(number) => {
+                machine.let_out(number);
+                Ok(Reply::Done)
+            }
             Request::ForeseePrepared => done(lock(&self.gate).foresee_prepared()),
             Request::Prepared => done(lock(&self.gate).prepared()),
             Request::TakeOwnership => {
                 let mut gate = lock(&self.gate);
-                if gate.may_run() { Ok(Reply::OwnedAlready) } else { done(gate.take_ownership()) }
+                if gate.state() == GateState::Open {
+                    return Ok(Reply::OwnedAlready);
+                }
+                let taken = done(gate.take_ownership());
+                drop(gate);
+                if taken.is_ok() && self.loan.holds() {
+                    self.end_loan();
+                }
+                taken
             }
             // A VM that has gone on from here must not be announced here.
             Request::Announce if !lock(&self.gate).may_run() => Err("the VM is not here".to_owned()),
@@ -938,6 +988,7 @@ impl Host {
             Request::Discard => {
                 // It runs elsewhere by now: here is time to write down how it was slowed.
                 self.end_throttling();
+                self.stand_for_good();
                 done(lock(&self.gate).discard())
             }
             Request::Throttle(limits) => {

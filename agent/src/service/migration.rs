@@ -3,7 +3,7 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::audit::{self, Action};
 use super::clock::MonotonicClock;
@@ -244,11 +244,14 @@ pub fn recover(request: RecoverRequest, cancel: CancelFlag) -> Result<MigrationR
     let registry = Registry::new(&request.run_dir);
     let entry = registry.find(&request.vm)?;
     let journal = FileJournal::open(&entry.state_dir)?;
-    let released = journal.all()?.into_iter().find_map(|(migration, vm, record)| match record {
-        JournalRecord::Released { peer } if vm == entry.vm_id => Some((migration, peer)),
+    let left = journal.all()?.into_iter().find_map(|(migration, vm, record)| match record {
+        JournalRecord::Released { peer } if vm == entry.vm_id => Some((migration, peer, None)),
+        JournalRecord::Lent { peer, lease_ms } if vm == entry.vm_id => {
+            Some((migration, peer, Some(Duration::from_millis(lease_ms))))
+        }
         _ => None,
     });
-    let Some((migration, peer)) = released else {
+    let Some((migration, peer, lease)) = left else {
         let reason = format!("no migration of `{}` is in doubt here; `dunlin vm info {0}` tells its state", entry.name);
         return Err(BeginError::NotInDoubt(reason));
     };
@@ -270,7 +273,10 @@ pub fn recover(request: RecoverRequest, cancel: CancelFlag) -> Result<MigrationR
     let (host, show_progress) = (to.host().to_owned(), request.show_progress);
     let (foresight, traffic) = (None, Traffic::toward(&to));
     let begun = Begun { migration, entry, machine, link, log, options, kind, host, foresight, traffic, show_progress };
-    Ok(drive(begun, &registry, &cancel, "recover", |source| source.recover()))
+    Ok(drive(begun, &registry, &cancel, "recover", |source| match lease {
+        Some(lease) => source.recover_loan(lease),
+        None => source.recover(),
+    }))
 }
 
 /// Lets the source's end do its work, seen and steered from outside.

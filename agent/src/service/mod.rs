@@ -32,6 +32,7 @@ pub mod interrupt;
 mod intervals;
 pub mod inventory;
 pub mod lease;
+mod loan;
 pub mod machine;
 pub mod migration;
 pub mod observe;

@@ -16,7 +16,7 @@ pub fn resolve_without_machine(state_dir: &Path, vm: VmId, owner: Owner) -> Resu
     let mut journal = FileJournal::open(state_dir)?;
     let mut decided = 0;
     for (migration, of, last) in journal.all()? {
-        if of != vm || !matches!(last, JournalRecord::Released { .. } | JournalRecord::Prepared) {
+        if of != vm || !last.leaves_doubt() {
             continue;
         }
         let record = match (owner, &last) {

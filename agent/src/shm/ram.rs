@@ -52,6 +52,32 @@ impl RamRegion {
     }
 }
 
+impl RamRegion {
+    /// Takes the pages of `run` from `other`, which is as large.
+    ///
+    /// # Panics
+    /// If `run` does not fit into both.
+    pub fn copy_from(&self, other: &Self, run: PageRun) {
+        for data in other.data_within(run) {
+            let (from, to) = (other.bytes(data), self.bytes(data));
+            // SAFETY: both views are valid for the same length, are made of atomics, and belong to two mappings, so they do not overlap. Whoever else writes one of them meanwhile writes
+            // plain bytes, of which the old or the new value is taken.
+            unsafe {
+                std::ptr::copy_nonoverlapping(
+                    from.as_ptr().cast::<u8>(),
+                    to.as_ptr().cast::<u8>().cast_mut(),
+                    from.len(),
+                );
+            }
+        }
+    }
+
+    /// The file.
+    pub fn file(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
 impl Region for RamRegion {
     fn spec(&self) -> &RegionSpec {
         &self.spec
@@ -117,6 +143,19 @@ mod tests {
     use super::*;
     use crate::model::{PageCount, RegionId, RegionKind};
     use crate::shm::memory_file;
+
+    #[test]
+    fn pages_are_taken_from_another_region() {
+        let spec = RegionSpec { id: RegionId::RAM, kind: RegionKind::Ram, pages: PageCount(4) };
+        let [one, other] = [1, 2].map(|value| {
+            let ram = RamRegion::new(spec.clone(), memory_file("ram", 4 * 4096).unwrap()).unwrap();
+            ram.bytes(PageRun::new(0, 4)).iter().for_each(|byte| byte.store(value, Ordering::Relaxed));
+            ram
+        });
+        one.copy_from(&other, PageRun::new(1, 2));
+        let values = [0, 1, 2, 3].map(|page| one.bytes(PageRun::new(page, 1))[4095].load(Ordering::Relaxed));
+        assert_eq!(values, [1, 2, 2, 1]);
+    }
 
     #[test]
     fn zeroed_pages_read_as_zero_and_their_neighbours_stay() {

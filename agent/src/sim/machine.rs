@@ -11,8 +11,8 @@ use super::scheduler::Scheduler;
 use super::world::{AppendError, Cpu, Gate, Vm, World};
 use crate::model::{MigrationId, Owner, PageBitmap, PageCount, PageRun, RegionId, VcpuLimit, VmId, VmWrites};
 use crate::port::{
-    DirtyLog, Fate, FaultSource, Faults, Gate as GatePort, Journal, JournalError, JournalRecord, MachineError,
-    MachineState, PauseTiming, Throttle, Vcpus,
+    DirtyLog, Fate, FaultSource, Faults, Gate as GatePort, Journal, JournalError, JournalRecord, Loan, MachineError,
+    MachineState, PauseTiming, Region, Throttle, Vcpus,
 };
 
 /// One order over the session socket.
@@ -89,8 +89,12 @@ impl Vcpus for SimMachine {
 
     fn resume(&mut self) -> Result<(), MachineError> {
         self.order("resume", ORDER, |world, side| {
+            let now_ns = world.now_ns;
             match world.vm(side).map(|vm| vm.gate) {
                 Some(Gate::Open | Gate::Owner) => world.start_running(side),
+                Some(Gate::Borrowed) if world.vm(side).is_some_and(|vm| vm.lent_until_ns > now_ns) => {
+                    world.start_running(side);
+                }
                 gate => return Err(refused("resume", &format!("the gate is shut: {gate:?}"))),
             }
             Ok(())
@@ -163,9 +167,13 @@ impl Throttle for SimMachine {
 
 impl MachineState for SimMachine {
     fn save_state(&mut self) -> Result<Vec<u8>, MachineError> {
-        self.on_vm("save state", |vm| match vm.cpu {
-            Some(cpu) if !vm.running => Ok(cpu.encode()),
-            _ => Err(refused("save state", "the VM runs")),
+        self.order("save state", ORDER, |world, side| {
+            let state = match world.vm(side).map(|vm| (vm.cpu, vm.running)) {
+                Some((Some(cpu), false)) => cpu.encode(),
+                _ => return Err(refused("save state", "the VM runs")),
+            };
+            world.note_cut(side);
+            Ok(state)
         })
     }
 
@@ -184,6 +192,68 @@ impl MachineState for SimMachine {
         let cost = self.sim.with(|world| world.scenario.image_cost);
         self.order("set boot image", cost, |world, side| {
             world.vm(side).ok_or_else(|| gone("set boot image"))?.boot_image = Some(image.to_vec());
+            Ok(())
+        })
+    }
+}
+
+impl Loan for SimMachine {
+    fn lend(&mut self, _migration: MigrationId, peer: &str, lease: Duration) -> Result<(), MachineError> {
+        let record = JournalRecord::Lent { peer: peer.to_owned(), lease_ms: lease.as_millis() as u64 };
+        self.order("lend", FSYNC, |world, side| {
+            world.append(side, record).map_err(not_journaled("journal `lent`"))?;
+            world.vm(side).ok_or_else(|| gone("lend"))?.gate = Gate::Lent;
+            Ok(())
+        })
+    }
+
+    fn staging(&mut self) -> Result<Arc<dyn Region>, MachineError> {
+        self.order("staging", ORDER, |world, side| Ok(Arc::clone(&world.host(side).staging) as Arc<dyn Region>))
+    }
+
+    fn advance(&mut self, pages: &PageBitmap, state: &[u8]) -> Result<(), MachineError> {
+        self.order("advance", ORDER, |world, _| {
+            let cpu = Cpu::decode(state).ok_or_else(|| refused("advance", "the state is damaged"))?;
+            world.advance_loan(pages, cpu);
+            Ok(())
+        })
+    }
+
+    fn take_back(&mut self, _migration: MigrationId) -> Result<(), MachineError> {
+        self.order("take back", FSYNC, |world, side| {
+            if world.vm(side).is_none_or(|vm| vm.gate != Gate::Lent) {
+                return Err(refused("take back", "it is not lent"));
+            }
+            world.append(side, JournalRecord::Owner).map_err(not_journaled("take back"))?;
+            world.vm(side).ok_or_else(|| gone("take back"))?.gate = Gate::Open;
+            world.go_back();
+            Ok(())
+        })
+    }
+
+    fn hold_output(&mut self) -> Result<(), MachineError> {
+        self.begin_increment(1)
+    }
+
+    fn run_until(&mut self, until: Duration) -> Result<(), MachineError> {
+        self.order("run until", ORDER, |world, side| match world.vm(side).map(|vm| vm.gate) {
+            Some(Gate::Prepared | Gate::Borrowed) => {
+                world.lend_until(side, until.as_nanos() as u64).ok_or_else(|| refused("run until", "that is over"))
+            }
+            gate => Err(refused("run until", &format!("the gate is {gate:?}"))),
+        })
+    }
+
+    fn begin_increment(&mut self, number: u32) -> Result<(), MachineError> {
+        self.on_vm("begin increment", |vm| {
+            vm.increment = number;
+            Ok(())
+        })
+    }
+
+    fn let_out(&mut self, number: u32) -> Result<(), MachineError> {
+        self.order("let out", ORDER, |world, _| {
+            world.let_out(number);
             Ok(())
         })
     }
@@ -210,6 +280,7 @@ impl GatePort for SimMachine {
         self.order("reclaim", FSYNC, |world, side| {
             world.append(side, JournalRecord::Owner).map_err(not_journaled("reclaim"))?;
             world.vm(side).ok_or_else(|| gone("reclaim"))?.gate = Gate::Open;
+            world.go_back();
             Ok(())
         })
     }
@@ -235,11 +306,14 @@ impl GatePort for SimMachine {
     fn take_ownership(&mut self, _migration: MigrationId) -> Result<(), MachineError> {
         self.order("take ownership", FSYNC, |world, side| {
             let vm = world.vm(side).ok_or_else(|| gone("take ownership"))?;
-            if vm.gate != Gate::Prepared {
+            if !matches!(vm.gate, Gate::Prepared | Gate::Borrowed) {
                 return Err(refused("take ownership", "it is not prepared"));
             }
             world.append(side, JournalRecord::Owner).map_err(not_journaled("journal `owner`"))?;
-            world.vm(side).ok_or_else(|| gone("take ownership"))?.gate = Gate::Owner;
+            let vm = world.vm(side).ok_or_else(|| gone("take ownership"))?;
+            vm.log.stop();
+            vm.gate = Gate::Owner;
+            vm.has_run |= vm.running;
             Ok(())
         })
     }
@@ -269,7 +343,7 @@ impl GatePort for SimMachine {
     fn discard(&mut self, _migration: MigrationId) -> Result<(), MachineError> {
         self.order("discard", FSYNC, |world, side| {
             let record = match world.vm(side).map(|vm| vm.gate) {
-                Some(Gate::Reserved | Gate::Prepared) => JournalRecord::NeverOwner,
+                Some(Gate::Reserved | Gate::Prepared | Gate::Borrowed) => JournalRecord::NeverOwner,
                 Some(Gate::Released) => JournalRecord::Discarded,
                 gate => return Err(refused("discard", &format!("the VM is its own: {gate:?}"))),
             };

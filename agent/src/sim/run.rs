@@ -126,6 +126,7 @@ fn source_main(sim: &Arc<Scheduler>, scenario: &Scenario, is_first: bool) -> Opt
     let options = SourceOptions {
         strategy: scenario.strategy,
         on_stuck: scenario.on_stuck,
+        safety: scenario.safety,
         bandwidth: scenario.bandwidth_limit,
         downtime: scenario.downtime,
         fixed_cost: Duration::from_millis(1),
@@ -151,7 +152,15 @@ fn source_main(sim: &Arc<Scheduler>, scenario: &Scenario, is_first: bool) -> Opt
         cancel: sim.with(|world| world.cancelled[Side::Source.index()].clone()),
         pace: if is_first { sim.with(|world| world.pace.clone()) } else { Pace::new(options.bandwidth) },
     };
-    Some(if is_first { source.run() } else { source.recover() })
+    let lent = sim.with(|world| match world.host(Side::Source).journal.last() {
+        Some(JournalRecord::Lent { lease_ms, .. }) => Some(Duration::from_millis(*lease_ms)),
+        _ => None,
+    });
+    Some(match lent {
+        _ if is_first => source.run(),
+        Some(lease) => source.recover_loan(lease),
+        None => source.recover(),
+    })
 }
 
 fn first_message(control: &dyn ControlChannel<ControlMessage>) -> Result<ControlMessage, LinkError> {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::rng::Rng;
 use crate::migrate::outcomes::Failure;
-use crate::migrate::{Compress, OnStuck, Reducers, Strategy};
+use crate::migrate::{Compress, OnStuck, Reducers, Safety, Strategy};
 use crate::model::{BytesPerSecond, Step};
 
 /// One of the two hosts.
@@ -102,6 +102,8 @@ pub enum Sabotage {
     ResumesAfterReleased,
     /// It goes on to log after its manager has gone.
     KeepsLogging,
+    /// It runs on when its lease is over.
+    OutrunsLease,
     /// With its manager goes what makes it wait for missing pages: they read as zeros.
     ClosesFaults,
 }
@@ -137,6 +139,8 @@ pub struct Scenario {
     pub strategy: Strategy,
     /// What is done when pre-copy does not end.
     pub on_stuck: OnStuck,
+    /// The VM is kept safe while it is owed pages.
+    pub safety: Option<Safety>,
     /// Page streams.
     pub streams: u16,
     /// What is done so that fewer bytes travel.
@@ -171,6 +175,7 @@ impl Scenario {
             seed,
             strategy: Strategy::PreCopy,
             on_stuck: OnStuck::Stop,
+            safety: None,
             streams: 2,
             reducers: Reducers::default(),
             verify: false,

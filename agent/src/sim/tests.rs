@@ -4,8 +4,10 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::*;
-use crate::migrate::outcomes::{Failure, OUTCOMES, OWING_OUTCOMES, Whereabouts, Window, outcome, outcome_owing};
-use crate::migrate::{Compress, OnStuck, Reducers, Strategy};
+use crate::migrate::outcomes::{
+    Failure, LENT_OUTCOMES, OUTCOMES, OWING_OUTCOMES, Whereabouts, Window, outcome, outcome_lent, outcome_owing,
+};
+use crate::migrate::{Compress, OnStuck, Reducers, Safety, Strategy};
 use crate::model::{BytesPerSecond, Ending, Step};
 
 fn scale() -> u64 {
@@ -57,7 +59,11 @@ fn assert_in_table(run: &Run, scenario: &Scenario) -> Option<(Failure, Window)> 
     assert_unbroken(run, scenario);
     let &[(fault, window)] = &run.struck[..] else { return None };
     let failure = fault.failure()?;
-    let row = if scenario.may_run_owing() { outcome_owing } else { outcome };
+    let row = match scenario.safety {
+        _ if !scenario.may_run_owing() => outcome,
+        Some(_) => outcome_lent,
+        None => outcome_owing,
+    };
     let row = row(failure, window).expect("the table is complete");
     let end = (run.ending(), run.found);
     let told = format!("{scenario:?}\n{run:#?}\n{}", run.trace);
@@ -314,6 +320,91 @@ fn a_machine_that_does_not_wait_for_missing_pages_is_found_out() {
         scenario.strategy = Strategy::DemandPaging;
         scenario.sabotage = Some(Sabotage::ClosesFaults);
         simulate(&scenario).violations.iter().any(|violation| violation.contains("I3"))
+    };
+    let found = (0..20).filter(found).count();
+    assert!(found >= 10, "only {found} of 20 were found out");
+}
+
+/// Leases and increments of a simulation.
+const SAFETY: Safety = Safety { lease: Duration::from_millis(800), every: Duration::from_millis(15) };
+
+/// A VM on loan: a slow link, so that it is owed pages for some time.
+fn on_loan(seed: u64, strategy: Strategy) -> Scenario {
+    let mut scenario = Scenario::new(seed);
+    (scenario.strategy, scenario.safety) = (strategy, Some(SAFETY));
+    scenario.guest.working_set = 600;
+    scenario.guest.hot_set = 100;
+    scenario.guest.busy = Duration::from_secs(60);
+    scenario.guest.writes_per_second = 3000;
+    scenario.network.bandwidth = BytesPerSecond(8 << 20);
+    scenario
+}
+
+#[test]
+fn a_vm_on_loan_arrives_and_has_sent_increments_back() {
+    let mut increments = 0;
+    for seed in 0..12 * scale() {
+        let scenario = on_loan(seed, OWING[seed as usize % 3]);
+        let run = simulate(&scenario);
+        assert_unbroken(&run, &scenario);
+        assert_eq!((run.ending(), run.left), (Some(Ending::Moved), Whereabouts::RunsAtTarget), "{seed}: {run:#?}");
+        let report = run.report.unwrap();
+        let loan = report.loan.unwrap();
+        assert_eq!(loan.taken_back_increment, None);
+        increments += loan.increments;
+    }
+    assert!(increments > 60, "{increments}");
+}
+
+#[test]
+fn faults_at_every_step_of_a_loan_end_as_the_table_says() {
+    let mut reached = BTreeSet::new();
+    let lent = [Side::Source, Side::Target].map(|side| (side, Step::Lent));
+    for (side, step) in all_steps().into_iter().chain(lent) {
+        for (index, fault) in all_faults().into_iter().enumerate() {
+            for seed in 0..scale() {
+                let seed = seed * 1000 + step as u64 * 20 + side as u64;
+                let mut scenario =
+                    on_loan(seed, OWING[(index + step as usize) % 3]).with(Trigger::Step(side, step), fault);
+                scenario.streams = 1 + (seed % 3) as u16;
+                reached.extend(assert_in_table(&simulate(&scenario), &scenario));
+            }
+        }
+    }
+    for row in LENT_OUTCOMES {
+        assert!(reached.contains(&(row.failure, row.when)), "{}, {}: no run came here", row.failure, row.when);
+    }
+}
+
+/// Whatever strikes a loan, and whenever. What is taken back has had increments, mostly.
+#[test]
+fn faults_at_any_time_of_a_loan_end_as_the_table_says() {
+    let (mut taken_back, mut advanced) = (0, 0);
+    for seed in 0..150 * scale() {
+        let mut rng = rng::Rng(seed ^ 0x1ea5e);
+        let mut scenario = on_loan(seed, OWING[rng.below(3) as usize]);
+        scenario.guest.writes_per_second = [0, 300, 3_000, 20_000][rng.below(4) as usize];
+        scenario.streams = 1 + rng.below(3) as u16;
+        let operations = simulate(&scenario).operations;
+        let fault = all_faults()[rng.below(20) as usize];
+        let scenario = scenario.with(Trigger::Operation(1 + rng.below(operations)), fault);
+        let run = simulate(&scenario);
+        assert_in_table(&run, &scenario);
+        let loan = run.report.as_ref().and_then(|report| report.loan.as_ref());
+        let increment = loan.and_then(|loan| loan.taken_back_increment);
+        taken_back += u64::from(increment.is_some());
+        advanced += u64::from(increment.is_some_and(|increment| increment > 0));
+    }
+    assert!(taken_back > 20 && advanced > 15, "{taken_back} were taken back, {advanced} from an increment");
+}
+
+#[test]
+fn a_machine_that_outruns_its_lease_is_found_out() {
+    let found = |seed: &u64| {
+        let mut scenario = on_loan(*seed, Strategy::DemandPaging)
+            .with(Trigger::Step(Side::Source, Step::Lent), Fault::Cut { heals_after: None });
+        scenario.sabotage = Some(Sabotage::OutrunsLease);
+        simulate(&scenario).violations.iter().any(|violation| violation.contains("I1"))
     };
     let found = (0..20).filter(found).count();
     assert!(found >= 10, "only {found} of 20 were found out");

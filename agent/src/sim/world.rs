@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::faults::Missing;
@@ -16,7 +17,7 @@ use super::scheduler::Process;
 use crate::migrate::outcomes::{Whereabouts, Window};
 use crate::model::bucket::Bucket;
 use crate::model::{Owner, PageCount, PageRun, Step, VcpuLimit, VcpuWrites, VmWrites};
-use crate::port::{FaultError, JournalRecord, THROTTLE_LEASE};
+use crate::port::{FaultError, JournalRecord, Region as _, THROTTLE_LEASE};
 
 /// How long the operator waits, after the source's manager has ended, before looking at both hosts.
 const OPERATOR_AFTER: Duration = Duration::from_secs(35);
@@ -72,6 +73,10 @@ pub(super) enum Gate {
     Reserved,
     /// Target: `prepared` is journaled.
     Prepared,
+    /// Target: the VM runs on loan.
+    Borrowed,
+    /// Source: `lent` is journaled.
+    Lent,
     /// Target: `owner` is journaled.
     Owner,
 }
@@ -92,8 +97,15 @@ pub(super) struct Vm {
     pub(super) session: bool,
     /// It waits where it touches a page that nobody has mapped for it.
     pub(super) missing: Option<Missing>,
-    /// It has run the guest at some time.
-    has_run: bool,
+    /// Target: until when the VM is lent, and the increment that it is at.
+    pub(super) lent_until_ns: u64,
+    pub(super) increment: u32,
+    /// Target: it stands because the lease was over.
+    pub(super) stands_by_lease: bool,
+    /// Source: the state of the last increment.
+    pub(super) kept: Option<Cpu>,
+    /// It has run the guest at some time, as its own.
+    pub(super) has_run: bool,
     /// What its vCPU may write, and until when that holds.
     limit: Option<(Bucket, u64)>,
     writes: VcpuWrites,
@@ -117,9 +129,18 @@ pub(super) struct Host {
     pub(super) generation: u8,
     pub(super) vm: Option<Vm>,
     pub(super) region: Arc<SimRegion>,
+    /// Where increments are gathered.
+    pub(super) staging: Arc<SimRegion>,
     pub(super) journal: Vec<JournalRecord>,
     disk_full: bool,
     die_after_append: bool,
+}
+
+/// The guest as it was at the end of an increment.
+struct Cut {
+    number: u32,
+    cpu: Cpu,
+    stamps: Vec<u64>,
 }
 
 /// Why a record is not written, or its writer not heard of again.
@@ -132,6 +153,8 @@ pub(super) enum AppendError {
 
 enum Event {
     SessionLost(Side),
+    /// A lease may be over.
+    LeaseOver(Side),
     /// Whoever waits until pages are asked for is told to finish.
     Finish,
     Heal,
@@ -146,6 +169,11 @@ pub(super) struct World {
     pub(super) network: Network,
     pub(super) hosts: [Host; 2],
     guest: Guest,
+    /// The guest when it was paused for its move, and at the end of each increment.
+    cuts: Vec<Cut>,
+    /// The increment that the source goes on from if it must, and the last whose output has left the target.
+    safe: u32,
+    out: u32,
     events: Vec<(u64, Event)>,
     steps: Vec<(Side, Step)>,
     /// Cancel flags to set; the managers' own are joined to them by the runner.
@@ -174,6 +202,7 @@ impl World {
             generation: 0,
             vm: (gate == Gate::Open).then(|| Vm::new(pages, gate)),
             region: Arc::new(SimRegion::new(pages)),
+            staging: Arc::new(SimRegion::new(pages)),
             journal: Vec::new(),
             disk_full: false,
             die_after_append: false,
@@ -185,6 +214,9 @@ impl World {
             scenario: scenario.clone(),
             hosts: [host(Gate::Open), host(Gate::Reserved)],
             guest,
+            cuts: Vec::new(),
+            safe: 0,
+            out: 0,
             events: Vec::new(),
             steps: Vec::new(),
             cancelled: Default::default(),
@@ -332,6 +364,7 @@ impl World {
         self.advance(at);
         match event {
             Event::SessionLost(side) => self.session_lost(side),
+            Event::LeaseOver(side) => self.lease_over(side),
             Event::Finish => self.pace.finish(),
             Event::Heal => self.network.heal(self.now_ns),
             Event::Operator => self.operator(),
@@ -437,7 +470,85 @@ impl World {
                 self.kill_machine(side);
                 let _ = self.append(side, JournalRecord::NeverOwner);
             }
-            Gate::Released | Gate::Prepared => {}
+            Gate::Released | Gate::Prepared | Gate::Lent | Gate::Borrowed => {}
+        }
+    }
+
+    // ---- loans ----
+
+    /// The VM at the target may run until then.
+    pub(super) fn lend_until(&mut self, side: Side, until_ns: u64) -> Option<()> {
+        let now_ns = self.now_ns;
+        let vm = self.vm(side).filter(|_| until_ns > now_ns)?;
+        (vm.gate, vm.lent_until_ns) = (Gate::Borrowed, until_ns);
+        let goes_on = std::mem::take(&mut vm.stands_by_lease);
+        self.events.push((until_ns, Event::LeaseOver(side)));
+        if goes_on {
+            self.start_running(side);
+        }
+        Some(())
+    }
+
+    fn lease_over(&mut self, side: Side) {
+        let (now_ns, sabotage) = (self.now_ns, self.scenario.sabotage);
+        if let Some(vm) = self.vm(side)
+            && vm.gate == Gate::Borrowed
+            && vm.lent_until_ns <= now_ns
+            && sabotage != Some(Sabotage::OutrunsLease)
+        {
+            vm.stands_by_lease |= vm.running;
+            vm.running = false;
+        }
+    }
+
+    /// The guest as it is now can be gone back to.
+    pub(super) fn note_cut(&mut self, side: Side) {
+        let number = self.vm(side).map_or(0, |vm| vm.increment);
+        self.cuts.push(Cut { number, cpu: self.guest.cpu, stamps: self.guest.stamps.clone() });
+    }
+
+    /// The source goes on from this state if it must.
+    pub(super) fn advance_loan(&mut self, pages: &crate::model::PageBitmap, cpu: Cpu) {
+        let host = &self.hosts[Side::Source.index()];
+        for run in pages.runs(1) {
+            if host.staging.is_touched(run.first.0) {
+                for (to, from) in host.region.bytes(run).iter().zip(host.staging.bytes(run)) {
+                    to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
+                }
+            } else {
+                host.region.zero(run);
+            }
+        }
+        if let Some(vm) = self.vm(Side::Source) {
+            vm.kept = Some(cpu);
+        }
+        match self.cuts.iter().rev().find(|cut| cut.cpu == cpu).map(|cut| cut.number) {
+            Some(number) => self.safe = number,
+            None => self.violation("I3: the source takes in an increment that never was".to_owned()),
+        }
+    }
+
+    /// What the VM did up to an increment is seen outside of the target.
+    pub(super) fn let_out(&mut self, number: u32) {
+        self.out = self.out.max(number);
+        if number > self.safe {
+            let safe = self.safe;
+            self.violation(format!("I2: increment {number} is let out, and the source has taken in {safe}"));
+        }
+    }
+
+    /// The guest is what it was at the last increment that the source has.
+    pub(super) fn go_back(&mut self) {
+        let Some(vm) = self.vm(Side::Source) else { return };
+        let kept = vm.kept.or(vm.cpu);
+        vm.cpu = kept;
+        let Some(cut) = self.cuts.iter().rev().find(|cut| Some(cut.cpu) == kept) else {
+            return self.violation("I3: the source goes back to what never was".to_owned());
+        };
+        (self.guest.cpu, self.guest.stamps) = (cut.cpu, cut.stamps.clone());
+        if self.out > cut.number {
+            let (out, number) = (self.out, cut.number);
+            self.violation(format!("I2: the VM goes back to increment {number}, and {out} has been seen"));
         }
     }
 
@@ -495,7 +606,7 @@ impl World {
 
     /// I3, of a page that the machine may touch from now on. One that does not own the VM is looked at when it begins to run.
     fn check_mapped(&mut self, side: Side, page: u64) {
-        if self.vm(side).is_none_or(|vm| vm.gate != Gate::Owner) {
+        if self.vm(side).is_none_or(|vm| !matches!(vm.gate, Gate::Owner | Gate::Borrowed)) {
             return;
         }
         let guest = &self.guest;
@@ -521,11 +632,11 @@ impl World {
         }
         if let Some(vm) = self.vm(side) {
             vm.running = true;
-            vm.has_run = true;
+            vm.has_run |= vm.gate != Gate::Borrowed;
         }
     }
 
-    /// Whether the machine there has ever run the guest.
+    /// Whether the machine there has ever run the guest as its own.
     pub(super) fn has_run(&self, side: Side) -> bool {
         self.hosts[side.index()].vm.as_ref().is_some_and(|vm| vm.has_run)
     }
@@ -567,7 +678,7 @@ impl World {
     pub(super) fn step(&mut self, side: Side, step: Step) {
         if !self.steps.contains(&(side, step)) {
             self.steps.push((side, step));
-            if (side, step) == (Side::Source, Step::Running) {
+            if side == Side::Source && matches!(step, Step::Running | Step::Lent) {
                 self.after(FINISH_AFTER, Event::Finish);
             }
             self.strike(|trigger| *trigger == Trigger::Step(side, step));
@@ -613,8 +724,11 @@ impl World {
             _ => self.hosts[Side::Target.index()].vm.as_ref().is_some_and(|vm| vm.gate == Gate::Prepared),
         };
         let released = self.has(Side::Source, &JournalRecord::Released { peer: String::new() });
+        let lent = self.has(Side::Source, &JournalRecord::Lent { peer: String::new(), lease_ms: 0 });
         let owes = self.hosts[Side::Target.index()].vm.as_ref().is_some_and(|vm| vm.missing.is_some());
-        if self.steps.contains(&(Side::Source, Step::Running)) {
+        if lent && !released {
+            Window::Lent
+        } else if self.steps.contains(&(Side::Source, Step::Running)) {
             if owes { Window::Owing } else { Window::Done }
         } else if self.has(Side::Target, &JournalRecord::Owner) {
             Window::Owned
@@ -646,7 +760,8 @@ impl World {
         }
         let owned = self.hosts[1].journal.last() == Some(&JournalRecord::Owner);
         let at_source = self.vm(Side::Source).is_some();
-        let at_target = self.vm(Side::Target).is_some_and(|vm| matches!(vm.gate, Gate::Prepared | Gate::Owner));
+        let at_target =
+            self.vm(Side::Target).is_some_and(|vm| matches!(vm.gate, Gate::Prepared | Gate::Borrowed | Gate::Owner));
         let complete_at_target = at_target && !pages_are_lost;
         if complete_at_target || (at_source && !owned) { Whereabouts::Waits } else { Whereabouts::Crashed }
     }
@@ -671,6 +786,12 @@ impl World {
         let owes = self.vm(Side::Target).is_some_and(|vm| vm.missing.is_some());
         let released = self.has(Side::Source, &JournalRecord::Released { peer: String::new() });
         match (source_gate, target_gate) {
+            // It is on loan, and nobody lends it any more: whoever takes that manager's place goes on with it, or takes it back.
+            (Some(Gate::Lent), _) => {
+                self.network.heal(self.now_ns);
+                self.replace_manager(Side::Target);
+                self.replace_manager(Side::Source);
+            }
             // The VM was let go before its memory was there: the link is seen to, and managers take the places of those that are gone.
             (Some(Gate::Released), Some(Gate::Prepared | Gate::Owner)) if owes => {
                 self.network.heal(self.now_ns);
@@ -681,11 +802,11 @@ impl World {
             (None, Some(Gate::Owner)) if owes => self.replace_manager(Side::Target),
             (None, Some(Gate::Prepared)) if owes => self.resolve(Side::Target, Owner::There),
             // The VM never left: a target that still holds a copy is told to let go.
-            (Some(Gate::Open), Some(Gate::Prepared)) => {
+            (Some(Gate::Open), Some(Gate::Prepared | Gate::Borrowed)) => {
                 self.stale_prepared = true;
                 self.resolve(Side::Target, Owner::There);
             }
-            (source, Some(Gate::Prepared)) => {
+            (source, Some(Gate::Prepared | Gate::Borrowed)) => {
                 // A source that died without a word of `released` in its journal may have run on: what waits is stale.
                 let is_last = source == Some(Gate::Released) || released;
                 self.resolve(Side::Target, if is_last { Owner::Here } else { Owner::There });
@@ -714,6 +835,7 @@ impl World {
                 let _ = self.append(side, JournalRecord::Owner);
                 if let Some(vm) = self.vm(side) {
                     vm.gate = Gate::Owner;
+                    vm.log.stop();
                 }
                 self.start_running(side);
             }
@@ -780,6 +902,10 @@ impl Vm {
             resolved: None,
             session: true,
             missing: None,
+            lent_until_ns: 0,
+            increment: 0,
+            stands_by_lease: false,
+            kept: None,
             has_run: false,
             limit: None,
             writes: VcpuWrites::default(),

@@ -18,7 +18,7 @@ use crate::port::{Journal, JournalError, JournalRecord};
 
 /// The longest line that is read: records are a few hundred bytes.
 const MAX_LINE_BYTES: usize = 64 << 10;
-/// Room for the records of one migration: each side writes at most four of about 300 bytes.
+/// Room for the records of one migration: each side writes at most five of about 300 bytes.
 const ROOM_BYTES: usize = 4096;
 
 /// The journals in one state folder.
@@ -130,7 +130,7 @@ impl FileJournal {
             let old = fs::metadata(&path)
                 .and_then(|meta| meta.modified())
                 .is_ok_and(|at| at.elapsed().is_ok_and(|a| a > age));
-            if old && !matches!(last, JournalRecord::Released { .. } | JournalRecord::Prepared) {
+            if old && !last.leaves_doubt() {
                 fs::remove_file(&path).map_err(|error| io_failed(&path, "removing", error))?;
             }
         }

@@ -14,6 +14,7 @@ use serde::Serialize;
 use super::device::VirtioDevice;
 use super::mmio::{Backend, Pass, Served};
 use super::queue::{Chain, Popped, RingFault, mark_written};
+use crate::block::held::HeldWrites;
 use crate::block::raw::{RawDisk, SECTOR_BYTES};
 use crate::kvm::bus::DeviceError;
 use crate::kvm::memory::GuestRam;
@@ -86,6 +87,8 @@ pub struct BlkBackend {
     disk: RawDisk,
     id: [u8; ID_BYTES],
     counters: Arc<Counters>,
+    /// Writes of a VM on loan.
+    held: HeldWrites,
 }
 
 impl VirtioBlk {
@@ -129,6 +132,8 @@ enum Outcome {
     Done(u8, usize),
     /// Not at all: the worker is wanted elsewhere.
     GivenUp,
+    /// Not before what is held has gone out.
+    Waits,
 }
 
 /// A request that failed, with the status for it.
@@ -147,7 +152,7 @@ impl BlkBackend {
         for (to, from) in id.iter_mut().zip(format!("dunlin-disk{index}").bytes()) {
             *to = from;
         }
-        Self { disk, id, counters: Arc::default() }
+        Self { disk, id, counters: Arc::default(), held: HeldWrites::default() }
     }
 
     /// Does one request. The driver's cut of header, data and status into descriptors is not looked at.
@@ -173,6 +178,8 @@ impl BlkBackend {
         match kind {
             TYPE_IN => self.read(chain, sector, pass),
             TYPE_OUT => self.write(chain, sector, pass),
+            // What was written before it must be durable at its end.
+            TYPE_FLUSH if !self.held.is_empty() => Ok(Outcome::Waits),
             TYPE_FLUSH => {
                 self.disk.flush()?;
                 count(&self.counters.flushes, 1);
@@ -213,6 +220,9 @@ impl BlkBackend {
             }
             done += got;
         }
+        for (held, bytes) in self.held.within(sector, len as u64 / SECTOR_BYTES) {
+            chain.writable.write(((held - sector) * SECTOR_BYTES) as usize, bytes);
+        }
         count(&self.counters.reads, 1);
         count(&self.counters.read_bytes, len as u64);
         Ok(Outcome::Done(STATUS_OK, len))
@@ -221,6 +231,9 @@ impl BlkBackend {
     fn write(&mut self, chain: &Chain<'_>, sector: u64, pass: &Pass<'_>) -> Result<Outcome, Failure> {
         let len = chain.readable.len() - HEADER_BYTES;
         let offset = self.place(sector, len)?;
+        if self.held.holds() {
+            return self.hold(chain, sector, len);
+        }
         let mut done = 0;
         while done < len {
             if (pass.hold)() {
@@ -239,6 +252,57 @@ impl BlkBackend {
         count(&self.counters.writes, 1);
         count(&self.counters.written_bytes, len as u64);
         Ok(Outcome::Done(STATUS_OK, 0))
+    }
+}
+
+impl BlkBackend {
+    /// Takes a write, and keeps it from the disk.
+    fn hold(&mut self, chain: &Chain<'_>, sector: u64, len: usize) -> Result<Outcome, Failure> {
+        if self.disk.readonly() {
+            return Err(Failure(STATUS_IOERR, "the disk is read-only".to_owned()));
+        }
+        let sectors = len / SECTOR_BYTES as usize;
+        // One that is longer than all that may be held goes alone.
+        if !self.held.has_room(sectors) && !self.held.is_empty() {
+            return Ok(Outcome::Waits);
+        }
+        for index in 0..sectors {
+            let mut bytes = [0; SECTOR_BYTES as usize];
+            chain.readable.read(HEADER_BYTES + index * SECTOR_BYTES as usize, &mut bytes);
+            self.held.write(sector + index as u64, bytes);
+        }
+        count(&self.counters.writes, 1);
+        count(&self.counters.written_bytes, len as u64);
+        Ok(Outcome::Done(STATUS_OK, 0))
+    }
+
+    /// Writes what was held and may go, and makes it durable: only then is it held no more. False if it was given up.
+    fn write_held(&mut self, pass: &Pass<'_>) -> bool {
+        let mut from = 0;
+        while let Some((first, bytes)) = self.held.next_free(from, PIECE_BYTES / SECTOR_BYTES as usize) {
+            if (pass.hold)() {
+                return false;
+            }
+            let mut done = 0;
+            while done < bytes.len() {
+                match self.disk.write(&Source::default().host(&bytes[done..]), first * SECTOR_BYTES + done as u64) {
+                    Ok(taken) if taken > 0 => done += taken,
+                    other => {
+                        let error = other.err().unwrap_or_else(|| io::ErrorKind::WriteZero.into());
+                        pass.complaints.warn(&format_args!("a write that was held failed: {error}"));
+                        self.disk.owe(&error);
+                        break;
+                    }
+                }
+            }
+            from = first + bytes.len() as u64 / SECTOR_BYTES;
+        }
+        if from > 0 {
+            // Its error is told at the guest's next flush.
+            let _ = self.disk.flush_for_handover();
+            self.held.remove_free();
+        }
+        true
     }
 }
 
@@ -267,6 +331,9 @@ impl Backend for BlkBackend {
 
     /// One request: the interrupt for it does not wait for the next.
     fn serve(&mut self, pass: &mut Pass<'_>) -> Result<Served, RingFault> {
+        if !self.write_held(pass) {
+            return Ok(Served { more: true, ..Served::default() });
+        }
         let Some(mut ring) = pass.rings[0].take() else { return Ok(Served::default()) };
         let result = self.serve_one(&mut ring, pass);
         pass.rings[0] = Some(ring);
@@ -281,6 +348,30 @@ impl Backend for BlkBackend {
         // Durable before it is anyone else's: another host reads it from the storage they share.
         self.disk.flush_for_handover()?;
         self.disk.unlock()
+    }
+
+    fn hold_output(&mut self, bytes: usize) {
+        self.held.hold(bytes);
+    }
+
+    fn begin_increment(&mut self, number: u32) {
+        self.held.begin(number);
+    }
+
+    fn let_out(&mut self, number: u32) {
+        self.held.let_out(number);
+    }
+
+    fn end_holding(&mut self) {
+        self.held.end();
+    }
+
+    fn held(&self) -> Vec<u8> {
+        self.held.encode()
+    }
+
+    fn take_held(&mut self, held: &[u8]) -> bool {
+        held.is_empty() || (!self.disk.readonly() && self.held.decode(held, self.disk.sectors()))
     }
 
     fn explain_config(&self, saved: &[u8]) -> String {
@@ -308,6 +399,10 @@ impl BlkBackend {
             }
             Popped::Chain(chain) => match self.perform(&chain, pass) {
                 Outcome::GivenUp => ring.put_back(),
+                Outcome::Waits => {
+                    ring.put_back();
+                    return Ok(false);
+                }
                 Outcome::Done(status, data) => {
                     let last = chain.writable.len() - 1;
                     chain.writable.write(last, &[status]);

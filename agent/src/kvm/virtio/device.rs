@@ -52,6 +52,14 @@ impl<B: Backend> VirtioDevice<B> {
         &self.transport
     }
 
+    /// Makes the worker look at its queues.
+    pub(super) fn look_again(&self) {
+        if let Some(any) = self.transport.notifications().first() {
+            // It fails only when the counter is full, and then the worker is woken anyway.
+            let _ = any.write(1);
+        }
+    }
+
     fn io_error(&self, action: &'static str) -> impl FnOnce(io::Error) -> DeviceError {
         move |source| DeviceError::Io { device: self.name(), action, source }
     }
@@ -112,6 +120,42 @@ impl<B: Backend> Device for VirtioDevice<B> {
         self.must_stand("resetting")?;
         self.transport.reset();
         Ok(())
+    }
+
+    fn order_pause(&self) {
+        self.worker.order_pause();
+    }
+
+    fn hold_output(&self, bytes: usize) {
+        self.transport.with_backend(|backend| backend.hold_output(bytes));
+    }
+
+    fn begin_increment(&self, number: u32) {
+        self.transport.with_backend(|backend| backend.begin_increment(number));
+    }
+
+    fn let_out(&self, number: u32) {
+        self.transport.with_backend(|backend| backend.let_out(number));
+        self.look_again();
+    }
+
+    fn end_holding(&self) {
+        self.transport.with_backend(Backend::end_holding);
+        self.look_again();
+    }
+
+    fn held(&self) -> Result<Vec<u8>, DeviceError> {
+        self.must_stand("saving")?;
+        Ok(self.transport.with_backend(|backend| backend.held()))
+    }
+
+    fn take_held(&self, held: &[u8]) -> Result<(), DeviceError> {
+        self.must_stand("restoring")?;
+        if self.transport.with_backend(|backend| backend.take_held(held)) {
+            return Ok(());
+        }
+        let problem = format!("{} bytes of held output are none", held.len());
+        Err(DeviceError::State { device: self.name(), problem })
     }
 
     fn send_frame(&self, frame: &[u8]) -> io::Result<()> {

@@ -199,6 +199,28 @@ pub trait Backend: Send + 'static {
         Ok(())
     }
 
+    /// What leaves the machine for the guest is held from now on, at most so many bytes: as that of increment 1.
+    fn hold_output(&mut self, _bytes: usize) {}
+
+    /// What leaves from now on is that of increment `number`.
+    fn begin_increment(&mut self, _number: u32) {}
+
+    /// What is that of increments up to `number` goes out, soon.
+    fn let_out(&mut self, _number: u32) {}
+
+    /// Nothing is held any more.
+    fn end_holding(&mut self) {}
+
+    /// What is held and must not be lost: with [`Backend::save`]d state whoever takes it goes on with both. Empty if there is nothing.
+    fn held(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    /// Takes what [`Backend::held`] gave: it goes out when the device goes on. The bytes are a peer's word; `false` if they are none.
+    fn take_held(&mut self, held: &[u8]) -> bool {
+        held.is_empty()
+    }
+
     /// Sends a frame as if the guest had.
     ///
     /// # Errors

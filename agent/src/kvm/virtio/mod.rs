@@ -22,6 +22,7 @@ mod blk;
 mod device;
 mod driver;
 pub mod fuzz;
+mod held;
 mod interrupt;
 mod mmio;
 mod net;

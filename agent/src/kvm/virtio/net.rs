@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use serde::Serialize;
 
 use super::device::VirtioDevice;
+use super::held::HeldFrames;
 use super::mmio::{Backend, Pass, Served};
 use super::queue::{Buffers, Popped, RingFault, mark_written};
 use super::warn::Complaints;
@@ -91,6 +92,8 @@ pub struct NetBackend {
     spill: Vec<u8>,
     /// The tap cannot be used any more.
     lost: bool,
+    /// Frames of a VM on loan.
+    held: HeldFrames,
 }
 
 impl VirtioNet {
@@ -146,11 +149,22 @@ enum Moved {
 
 impl NetBackend {
     pub(super) fn new(wire: OwnedFd, mac: MacAddress) -> Self {
-        Self { wire, mac, counters: Arc::default(), spill: vec![0; MAX_FRAME_BYTES], lost: false }
+        Self {
+            wire,
+            mac,
+            counters: Arc::default(),
+            spill: vec![0; MAX_FRAME_BYTES],
+            lost: false,
+            held: HeldFrames::default(),
+        }
     }
 
     /// Guest to network, until the ring is empty, the tap is full, or the pass is over. Sets what to come back for.
     fn transmit(&mut self, pass: &mut Pass<'_>, served: &mut Served) -> Result<(), RingFault> {
+        if !self.send_held(pass) {
+            served.writable = true;
+            return Ok(());
+        }
         let Some(ring) = &mut pass.rings[TRANSMIT] else { return Ok(()) };
         for _ in 0..FRAMES_PER_PASS {
             // From the moment a pause is wanted no frame of the guest leaves.
@@ -170,7 +184,12 @@ impl NetBackend {
                     ring.complete(pass.ram, head, 0)?;
                 }
                 Popped::Chain(chain) => {
-                    match self.send(&chain.readable) {
+                    match self.send_or_hold(&chain.readable) {
+                        // Whoever lets out what is held has this looked at again.
+                        Ok(Moved::Later) if self.held.holds() => {
+                            ring.put_back();
+                            return Ok(());
+                        }
                         Ok(Moved::Later) => {
                             ring.put_back();
                             served.writable = true;
@@ -193,10 +212,35 @@ impl NetBackend {
         Ok(())
     }
 
-    fn send(&self, chain: &Buffers<'_>) -> io::Result<Moved> {
+    /// Sends frames that were held and may go. False if the tap takes no more at the moment.
+    fn send_held(&mut self, pass: &Pass<'_>) -> bool {
+        while let Some(frame) = self.held.next_free() {
+            if (pass.hold)() {
+                return true;
+            }
+            match Source::default().host(&TRANSMIT_HEADER).host(frame).write(&self.wire) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
+                Err(error) => pass.complaints.warn(&format_args!("dropped a frame of the guest: {error}")),
+                Ok(_) => {}
+            }
+            self.held.pop();
+        }
+        true
+    }
+
+    fn send_or_hold(&mut self, chain: &Buffers<'_>) -> io::Result<Moved> {
         let bytes = chain.len().saturating_sub(HEADER_BYTES);
         if !(MIN_FRAME_BYTES..=MAX_FRAME_BYTES).contains(&bytes) {
             return Err(io::Error::new(io::ErrorKind::InvalidData, format!("it has {bytes} bytes")));
+        }
+        if self.held.holds() {
+            if !self.held.has_room(bytes) {
+                return Ok(Moved::Later);
+            }
+            let mut frame = vec![0; bytes];
+            chain.read(HEADER_BYTES, &mut frame);
+            self.held.push(frame);
+            return Ok(Moved::Yes(0));
         }
         // The guest's own header asks for offloads that it was not offered, or for nothing: ours asks for nothing.
         let frame = chain.part(HEADER_BYTES, bytes);
@@ -301,6 +345,22 @@ impl Backend for NetBackend {
         self.transmit(pass, &mut served)?;
         self.receive(pass, &mut served)?;
         Ok(served)
+    }
+
+    fn hold_output(&mut self, bytes: usize) {
+        self.held.hold(bytes);
+    }
+
+    fn begin_increment(&mut self, number: u32) {
+        self.held.begin(number);
+    }
+
+    fn let_out(&mut self, number: u32) {
+        self.held.let_out(number);
+    }
+
+    fn end_holding(&mut self) {
+        self.held.end();
     }
 
     fn send_frame(&mut self, frame: &[u8]) -> io::Result<()> {

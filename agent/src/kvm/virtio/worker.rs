@@ -84,6 +84,11 @@ impl Worker {
         Ok(Self { control, thread: Some(thread) })
     }
 
+    /// No piece of work begins any more; one that is under way ends by itself.
+    pub(super) fn order_pause(&self) {
+        self.control.want(Wanted::Stand);
+    }
+
     /// Returns when no pass runs, and none begins until [`Worker::resume`].
     ///
     /// # Errors

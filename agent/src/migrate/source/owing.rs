@@ -5,18 +5,25 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::lending::{Lending, Lent};
 use super::{PAUSED_STALL, PINGS, Progress, Source, SourceError, TICK, Way, peers_reason, unexpected};
+use crate::migrate::increment::Gathering;
 use crate::migrate::message::{ControlMessage, Handed};
-use crate::migrate::options::Strategy;
+use crate::migrate::options::{Safety, Strategy};
 use crate::migrate::owed::{owed_pages, owed_words};
 use crate::migrate::pacer::Pacer;
 use crate::migrate::push::Push;
 use crate::migrate::rounds::longest_run;
-use crate::model::{BlackoutLedger, BlackoutPhase, Ending, MigrationReport, PostCopyReport, Step, WaitReport};
-use crate::port::{BulkReceiver, BulkSender, Job, LinkError};
+use crate::model::{
+    BlackoutLedger, BlackoutPhase, Ending, MigrationReport, PageBitmap, PostCopyReport, Step, WaitReport,
+};
+use crate::port::{BulkReceiver, BulkSender, Job, LinkError, Region};
 
 /// How often a target that is owed pages is asked whether it is there.
 const ASK_EVERY: Duration = Duration::from_millis(500);
+
+/// What comes over new streams counts as their first round.
+pub(super) const FIRST_ROUND: u32 = 1;
 
 /// What of the VM is still here when it runs at the target.
 #[derive(Clone, Copy)]
@@ -35,31 +42,62 @@ impl Source<'_> {
         if self.options.strategy == Strategy::DemandPaging {
             self.pace.wait_until_asked();
         }
-        let (requests, essential) = match self.hand_owing(progress, &mut way) {
+        let handed =
+            self.way_for_increments(&mut way).and_then(|safe| Ok((self.hand_owing(progress, &mut way)?, safe)));
+        let ((requests, essential), safe) = match handed {
             Ok(handed) => handed,
             Err(error) => return self.roll_back(progress, &error),
         };
-        let round = progress.rounds.len() as u32 + 1;
-        let run = longest_run(self.options.bandwidth, self.options.streams);
+        let round = progress.rounds.len() as u32;
         let pacer = Pacer::for_push(self.clock, self.pace.clone());
-        let push = Push::new(self.region, &pacer, self.clock, self.observer, (round, run), &way.due);
+        let push = self.push_of(round + 1, &pacer, &way.due);
         push.put_first(&essential);
         let control = Arc::clone(&way.control);
-        self.beside_push(&push, &mut way.streams, requests, |source| {
-            let patience = source.options.stall.min(PAUSED_STALL);
-            match source.await_prepared(progress, control.as_ref(), round - 1, patience) {
-                Ok(ledger) => source.hand_over(progress, ledger, Rest::Pushed(&push)),
-                Err(error) => source.roll_back(progress, &error),
+        let patience = self.options.stall.min(PAUSED_STALL);
+        let Some((safety, increments, staging)) = safe else {
+            return self.beside_push(&push, &mut way.streams, requests, None, |source| {
+                match source.await_prepared(progress, control.as_ref(), round, patience) {
+                    Ok(ledger) => source.hand_over(progress, ledger, Rest::Pushed(&push)),
+                    Err(error) => source.roll_back(progress, &error),
+                }
+            });
+        };
+        let gathering = Gathering::new(staging.as_ref());
+        let mut lending = Lending::new(safety, self.clock.now());
+        let back = Some((&gathering, increments));
+        let lent = self.beside_push(&push, &mut way.streams, requests, back, |source| {
+            match source.await_prepared(progress, control.as_ref(), round, patience) {
+                Ok(ledger) => source.lend(progress, ledger, (&push, &gathering), &mut lending),
+                Err(error) => Lent::Settled(source.roll_back(progress, &error)),
             }
-        })
+        });
+        self.follow_loan(progress, lent, &mut lending, &pacer)
     }
 
-    /// Does `work` while pages are pushed and requests answered; then nobody does any more.
-    fn beside_push<R: Send>(
+    /// Where increments come in, and where their pages are gathered, if the VM is to be kept safe.
+    fn way_for_increments(&mut self, way: &mut Way<'_>) -> Result<Option<SafeWay>, SourceError> {
+        match self.options.safety {
+            Some(safety) => Ok(Some((safety, increments(&mut way.streams)?, self.machine.staging()?))),
+            None => Ok(None),
+        }
+    }
+
+    /// What sends the pages that are `due` to a VM that runs, as the streams' round of that number.
+    pub(super) fn push_of<'p>(&self, round: u32, pacer: &'p Pacer<'p>, due: &PageBitmap) -> Push<'p>
+    where
+        Self: 'p,
+    {
+        let run = longest_run(self.pace.limit(), self.options.streams);
+        Push::new(self.region, pacer, self.clock, self.observer, (round, run), due)
+    }
+
+    /// Does `work` while pages are pushed, requests answered and increments gathered; then nobody does any more.
+    pub(super) fn beside_push<R: Send>(
         &mut self,
         push: &Push<'_>,
         streams: &mut [Box<dyn BulkSender>],
         mut requests: Box<dyn BulkReceiver>,
+        back: Option<(&Gathering<'_>, Box<dyn BulkReceiver>)>,
         work: impl FnOnce(&mut Self) -> R + Send,
     ) -> R {
         let mut jobs: Vec<Job<'_>> = Vec::new();
@@ -73,10 +111,18 @@ impl Source<'_> {
                 break;
             }
         }
+        let mut gathering = None;
+        if let Some((gathers, mut increments)) = back {
+            gathering = Some(gathers);
+            jobs.push(Box::new(move || gathers.gather(increments.as_mut())));
+        }
         let (clock, mut result) = (self.clock, None);
         let lead = || {
             result = Some(work(self));
             push.stop();
+            if let Some(gathering) = gathering {
+                gathering.stop();
+            }
         };
         clock.run_beside(jobs, Box::new(lead));
         match result {
@@ -96,7 +142,12 @@ impl Source<'_> {
         let tell = |message: &ControlMessage| {
             control.send(message).map_err(|error| peers_reason(control.as_ref(), error.into()))
         };
-        tell(&ControlMessage::PostCopy)?;
+        tell(&match self.options.safety {
+            None => ControlMessage::PostCopy,
+            Some(Safety { lease, every }) => {
+                ControlMessage::SafePostCopy { lease_ms: lease.as_millis() as u64, every_ms: every.as_millis() as u64 }
+            }
+        })?;
         match self.expect(way.control.as_ref(), self.options.stall, "the target's catching of faults")? {
             ControlMessage::FaultsCaught => {}
             other => return Err(unexpected(&other, "faults-caught")),
@@ -187,16 +238,34 @@ impl Source<'_> {
         if redial {
             self.link.redial()?;
         }
+        let deadline = self.clock.now() + self.options.stall;
+        let (due, mut streams) = match self.ask_what_is_owed(progress, deadline)? {
+            GoOn::With(due, streams) => (due, streams),
+            GoOn::Whole(waits) => {
+                note(progress, PostCopyReport::default(), waits);
+                return Ok(());
+            }
+        };
+        let requests = answers(&mut streams)?;
+        let push = self.push_of(FIRST_ROUND, pacer, &due);
+        let ended = self.beside_push(&push, &mut streams, requests, None, |source| source.await_complete(&push));
+        let waits = ended.as_ref().map_or_else(|_| WaitReport::default(), Clone::clone);
+        note(progress, push.report(), waits);
+        ended.map(drop)
+    }
+
+    /// Asks the target over a new connection what it is owed, and opens streams for that.
+    pub(super) fn ask_what_is_owed(
+        &mut self,
+        progress: &mut Progress,
+        deadline: Duration,
+    ) -> Result<GoOn, SourceError> {
         let control = self.link.control();
         let count = self.options.streams.max(2);
         control.send(&ControlMessage::Recover { migration: self.id, streams: count })?;
-        let deadline = self.clock.now() + self.options.stall;
         let due = loop {
             match self.expect_quietly(deadline)? {
-                ControlMessage::Complete(waits) => {
-                    note(progress, PostCopyReport::default(), waits);
-                    return Ok(());
-                }
+                ControlMessage::Complete(waits) => return Ok(GoOn::Whole(waits)),
                 ControlMessage::Owing(words) => break owed_pages(&words, self.region.spec().pages)?,
                 ControlMessage::Refuse(reason) => return Err(SourceError::Refused(reason)),
                 ControlMessage::Cancel(reason) => return Err(SourceError::PeerCancelled(reason)),
@@ -205,18 +274,12 @@ impl Source<'_> {
                 other => return Err(unexpected(&other, "owing")),
             }
         };
-        let mut streams = self.open_streams(count)?;
-        let requests = answers(&mut streams)?;
+        let streams = self.open_streams(count)?;
         if let Some(report) = &mut progress.post_copy {
             report.recoveries += 1;
         }
-        self.observer.step(Step::Running, &format!("going on with {} pages that are owed", due.count().0));
-        let run = longest_run(self.pace.limit(), self.options.streams);
-        let push = Push::new(self.region, pacer, self.clock, self.observer, (1, run), &due);
-        let ended = self.beside_push(&push, &mut streams, requests, |source| source.await_complete(&push));
-        let waits = ended.as_ref().map_or_else(|_| WaitReport::default(), Clone::clone);
-        note(progress, push.report(), waits);
-        ended.map(drop)
+        self.observer.step(progress.step, &format!("going on with {} pages that are owed", due.count().0));
+        Ok(GoOn::With(due, streams))
     }
 
     /// The VM runs at the target: waits until it has every page. How long its guest waited for them.
@@ -260,8 +323,27 @@ impl Source<'_> {
     }
 }
 
+/// How a VM is kept safe, where increments come in, and where their pages are gathered.
+type SafeWay = (Safety, Box<dyn BulkReceiver>, Arc<dyn Region>);
+
+/// What a target says that is asked what it is owed.
+pub(super) enum GoOn {
+    /// These pages; they go over these streams.
+    With(PageBitmap, Vec<Box<dyn BulkSender>>),
+    /// Nothing; its guest waited so long for what it was.
+    Whole(WaitReport),
+}
+
+/// What the first stream's other end sends back: increments.
+pub(super) fn increments(streams: &mut [Box<dyn BulkSender>]) -> Result<Box<dyn BulkReceiver>, LinkError> {
+    match streams {
+        [first, _, ..] => first.answers(),
+        _ => Err(LinkError::Protocol("no stream for increments".to_owned())),
+    }
+}
+
 /// What the last stream's other end sends back.
-fn answers(streams: &mut [Box<dyn BulkSender>]) -> Result<Box<dyn BulkReceiver>, LinkError> {
+pub(super) fn answers(streams: &mut [Box<dyn BulkSender>]) -> Result<Box<dyn BulkReceiver>, LinkError> {
     match streams.last_mut() {
         Some(last) => last.answers(),
         None => Err(LinkError::Protocol("no stream for requests".to_owned())),
@@ -269,7 +351,7 @@ fn answers(streams: &mut [Box<dyn BulkSender>]) -> Result<Box<dyn BulkReceiver>,
 }
 
 /// Adds what one connection carried.
-fn note(progress: &mut Progress, report: PostCopyReport, waits: WaitReport) {
+pub(super) fn note(progress: &mut Progress, report: PostCopyReport, waits: WaitReport) {
     match &mut progress.post_copy {
         None => progress.post_copy = Some(PostCopyReport { waits, ..report }),
         Some(so_far) => {

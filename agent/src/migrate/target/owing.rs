@@ -6,7 +6,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{ANNOUNCE_EVERY, Arrived, GREETING_LIMIT, Inflow, MAX_STREAMS, SILENCE, TICK, Target, TargetError};
+use super::{
+    ANNOUNCE_EVERY, Arrived, Borrowing, GREETING_LIMIT, Inflow, MAX_STREAMS, SILENCE, TICK, Target, TargetError,
+};
 use crate::migrate::message::{ControlMessage, Handed, Offer, TargetState};
 use crate::migrate::owed::{Owed, owed_words};
 use crate::model::{BlackoutLedger, BlackoutPhase, MigrationId, Owner, Step, VmId};
@@ -40,16 +42,16 @@ impl Target<'_> {
         let caught = machine.caught_faults()?;
         match caught {
             None if runs => {}
-            None => self.until_it_runs(migration_id, machine.as_mut(), &mut ledger)?,
+            None => self.until_it_runs(migration_id, machine.as_mut(), &mut ledger, &mut None)?,
             Some(faults) => {
                 let owed = Arc::new(Owed::left_by_another(region.as_ref(), faults, self.clock));
                 self.serve_beside(&owed, |target| {
                     if !runs {
-                        target.until_it_runs(migration_id, machine.as_mut(), &mut ledger)?;
+                        target.until_it_runs(migration_id, machine.as_mut(), &mut ledger, &mut None)?;
                     }
                     owed.runs();
                     let gone = LinkError::Protocol("its manager was replaced".to_owned());
-                    target.until_nothing_is_owed(migration_id, Err(gone.into()), &owed, machine.as_mut())
+                    target.until_nothing_is_owed(migration_id, Err(gone.into()), &owed, machine.as_mut(), &mut None)
                 })?;
             }
         }
@@ -63,7 +65,7 @@ impl Target<'_> {
         (inflow, owed): (&Inflow<'_>, &Arc<Owed<'_>>),
         machine: &mut dyn Machine,
         (handed, arrived_at): (&Handed, Duration),
-        ledger: &mut BlackoutLedger,
+        (ledger, mut loan): (&mut BlackoutLedger, Option<Borrowing>),
         owes: &mut bool,
     ) -> Result<(), TargetError> {
         self.pass(offer.migration_id, Step::StateMoved, "");
@@ -72,12 +74,12 @@ impl Target<'_> {
             ledger.add(BlackoutPhase::Restore, target.clock.now().saturating_sub(arrived_at));
             target.say_prepared(offer, machine, ledger)?;
             *owes = true;
-            target.until_it_runs(offer.migration_id, machine, ledger)?;
+            target.until_it_runs(offer.migration_id, machine, ledger, &mut loan)?;
             owed.runs();
             inflow.touch();
-            let ended = target.await_the_rest(offer.migration_id, inflow, owed, machine);
+            let ended = target.await_the_rest(offer.migration_id, inflow, owed, machine, &mut loan);
             inflow.end_streams();
-            target.until_nothing_is_owed(offer.migration_id, ended, owed, machine)
+            target.until_nothing_is_owed(offer.migration_id, ended, owed, machine, &mut loan)
         })
     }
 
@@ -109,19 +111,23 @@ impl Target<'_> {
         mut ended: Result<(), TargetError>,
         owed: &Arc<Owed<'_>>,
         machine: &mut dyn Machine,
+        loan: &mut Option<Borrowing>,
     ) -> Result<(), TargetError> {
         while let Err(error) = ended {
             let left = owed.left();
             if !matches!(error, TargetError::Link(_)) {
-                return Err(TargetError::Owing { left, reason: error.to_string() });
+                return Err(self.left_owing(id, left, error, machine, loan));
             }
             tracing::warn!(migration = %id, left, "contact with the source is lost while pages are owed: {error}; waiting for it");
             owed.lose_way();
-            let receivers = match self.await_source(id, owed, machine) {
+            if let Some(loan) = loan {
+                loan.lose_way();
+            }
+            let receivers = match self.await_source(id, owed, machine, loan) {
                 Ok(receivers) => receivers,
-                Err(error) => return Err(TargetError::Owing { left, reason: error.to_string() }),
+                Err(error) => return Err(self.left_owing(id, left, error, machine, loan)),
             };
-            ended = self.take_the_rest(id, receivers, owed, machine);
+            ended = self.take_the_rest(id, receivers, owed, machine, loan);
         }
         if let Err(error) = owed.end() {
             self.tell_of_death(machine, &error);
@@ -135,7 +141,36 @@ impl Target<'_> {
         if let Err(error) = self.link.control().send(&ControlMessage::Complete(waits)) {
             tracing::warn!(migration = %id, "`complete` could not be sent: {error}");
         }
-        Ok(())
+        // It is whole, and still the source's: that lets go of it now, or takes it back.
+        if let Some(loan) = loan {
+            loan.is_whole = true;
+        }
+        if loan.is_some() { self.until_it_runs(id, machine, &mut BlackoutLedger::default(), loan) } else { Ok(()) }
+    }
+
+    /// Pages are owed, and do not come any more. What that means.
+    fn left_owing(
+        &mut self,
+        id: MigrationId,
+        left: u64,
+        error: TargetError,
+        machine: &mut dyn Machine,
+        loan: &Option<Borrowing>,
+    ) -> TargetError {
+        if loan.is_none() {
+            return TargetError::Owing { left, reason: error.to_string() };
+        }
+        // It was only lent: one that has died never was ours.
+        if machine.fate() == Fate::Dead {
+            return match machine.never_owner(id) {
+                Ok(()) => {
+                    let _ = self.link.control().send(&ControlMessage::State(TargetState::NeverOwner));
+                    TargetError::LostPrepared
+                }
+                Err(unwritten) => unwritten.into(),
+            };
+        }
+        error
     }
 
     /// Receives over the streams of a source that has come back.
@@ -145,15 +180,19 @@ impl Target<'_> {
         mut receivers: Vec<Box<dyn BulkReceiver>>,
         owed: &Arc<Owed<'_>>,
         machine: &mut dyn Machine,
+        loan: &mut Option<Borrowing>,
     ) -> Result<(), TargetError> {
         let none = || LinkError::Protocol("no stream for requests".to_owned());
         let requests = receivers.last_mut().ok_or_else(none)?.back()?;
+        if let (Some(loan), [first, _, ..]) = (&mut *loan, &mut receivers[..]) {
+            loan.find_way(first.back()?, self.clock.now());
+        }
         let control = self.link.control();
         let inflow = Inflow::of_owed(owed, control.as_ref(), self.clock, self.stall, receivers.len());
         let (clock, mut ended) = (self.clock, Ok(()));
         let lead = || {
             let found = owed.find_way(requests).map_err(TargetError::from);
-            ended = found.and_then(|()| self.await_the_rest(id, &inflow, owed, machine));
+            ended = found.and_then(|()| self.await_the_rest(id, &inflow, owed, machine, loan));
             inflow.stop();
         };
         clock.run_beside(inflow.streams(receivers), Box::new(lead));
@@ -167,10 +206,12 @@ impl Target<'_> {
         inflow: &Inflow<'_>,
         owed: &Owed<'_>,
         machine: &mut dyn Machine,
+        loan: &mut Option<Borrowing>,
     ) -> Result<(), TargetError> {
-        let ended = self.watch_the_rest(id, inflow, owed, machine);
+        let ended = self.watch_the_rest(id, inflow, owed, machine, loan);
         if let Err(error) = &ended
             && !matches!(error, TargetError::Link(_))
+            && loan.is_none()
         {
             self.tell_of_death(machine, error);
         }
@@ -195,6 +236,7 @@ impl Target<'_> {
         inflow: &Inflow<'_>,
         owed: &Owed<'_>,
         machine: &mut dyn Machine,
+        loan: &mut Option<Borrowing>,
     ) -> Result<(), TargetError> {
         let mut announced = self.clock.now();
         loop {
@@ -208,9 +250,14 @@ impl Target<'_> {
             if owed.is_cut() {
                 return Err(LinkError::Protocol("requests for pages do not get out".to_owned()).into());
             }
-            check_alive(machine)?;
-            self.answer_source(inflow)?;
-            self.clock.wait(&owed.changed, seen, TICK);
+            let pause = if loan.is_some() {
+                self.keep_borrowing(id, machine, (owed.region(), inflow), loan)?
+            } else {
+                check_alive(machine)?;
+                self.answer_source(inflow)?;
+                TICK
+            };
+            self.clock.wait(&owed.changed, seen, pause.min(TICK));
         }
     }
 
@@ -242,12 +289,19 @@ impl Target<'_> {
         id: MigrationId,
         owed: &Owed<'_>,
         machine: &mut dyn Machine,
+        loan: &mut Option<Borrowing>,
     ) -> Result<Vec<Box<dyn BulkReceiver>>, TargetError> {
         let (mut reachable, mut heard_at, mut announced) = (true, self.clock.now(), self.clock.now());
         loop {
             self.announce_now_and_then(id, machine, &mut announced);
             owed.check()?;
-            check_alive(machine)?;
+            self.look_after(id, machine, loan)?;
+            if let Some(streams) = loan.as_mut().and_then(Borrowing::comes_back) {
+                match self.take_streams(id, streams, owed) {
+                    Ok(receivers) => return Ok(receivers),
+                    Err(_) => reachable = false,
+                }
+            }
             // The machine keeps everything: somebody else may take this place.
             if self.cancel.is_set() {
                 return Err(TargetError::Cancelled);
@@ -263,7 +317,7 @@ impl Target<'_> {
                 heard_at = self.clock.now();
             }
             match message {
-                Ok(Some(ControlMessage::Query(asked))) if asked == id => {
+                Ok(Some(ControlMessage::Query(asked))) if asked == id && loan.is_none() => {
                     reachable = control.send(&ControlMessage::State(TargetState::Owner)).is_ok();
                 }
                 Ok(Some(ControlMessage::Recover { migration, streams })) if migration == id => {
@@ -275,7 +329,13 @@ impl Target<'_> {
                         }
                     }
                 }
-                Ok(Some(other)) => tracing::warn!(migration = %id, got = other.name(), "ignored while pages are owed"),
+                Ok(Some(other)) => match loan {
+                    Some(borrowing) => match self.hear(id, other, machine, borrowing) {
+                        Err(TargetError::Link(_)) => reachable = false,
+                        heard => heard?,
+                    },
+                    None => tracing::warn!(migration = %id, got = other.name(), "ignored while pages are owed"),
+                },
                 // A connection may be dead without a sign of it: a source that dials anew takes its place.
                 Ok(None) if self.clock.now().saturating_sub(heard_at) >= SILENCE => {
                     if self.link.reaccept(Duration::ZERO) {
@@ -302,7 +362,7 @@ impl Target<'_> {
     }
 }
 
-fn check_alive(machine: &mut dyn Machine) -> Result<(), TargetError> {
+pub(super) fn check_alive(machine: &mut dyn Machine) -> Result<(), TargetError> {
     if machine.fate() == Fate::Dead {
         return Err(TargetError::LostOwned("its process ended while pages were still owed to it".to_owned()));
     }

@@ -15,8 +15,8 @@ use crate::model::{
     MachineShape, MigrationId, Owner, PageBitmap, PageCount, PageRun, RegionId, VcpuLimit, VmId, VmWrites,
 };
 use crate::port::{
-    DirtyLog, Fate, FaultSource, Faults, Gate, Journal, JournalRecord, MachineError, MachineState, PauseTiming,
-    Throttle, Vcpus,
+    DirtyLog, Fate, FaultSource, Faults, Gate, Journal, JournalRecord, Loan, MachineError, MachineState, PauseTiming,
+    Region, Throttle, Vcpus,
 };
 use crate::shm::{RamRegion, SharedBitmap, UserFaults};
 use crate::store::FileJournal;
@@ -41,6 +41,8 @@ pub struct RemoteMachine {
     asked_to_own: bool,
     /// The guest may have run since the VM is here.
     may_have_run: bool,
+    /// It was let run on loan.
+    runs_on_loan: bool,
 }
 
 impl RemoteMachine {
@@ -111,6 +113,7 @@ impl RemoteMachine {
             journal,
             asked_to_own: false,
             may_have_run: false,
+            runs_on_loan: false,
         })
     }
 
@@ -218,7 +221,8 @@ impl Vcpus for RemoteMachine {
     }
 
     fn resume(&mut self) -> Result<(), MachineError> {
-        self.may_have_run = true;
+        // On loan it runs as the source's.
+        self.may_have_run |= self.asked_to_own;
         self.order("resume", &Request::Resume)
     }
 }
@@ -300,6 +304,54 @@ impl Throttle for RemoteMachine {
     }
 }
 
+impl Loan for RemoteMachine {
+    fn lend(&mut self, _migration: MigrationId, peer: &str, lease: Duration) -> Result<(), MachineError> {
+        let request = Request::Lend { peer: peer.to_owned(), lease_ms: lease.as_millis() as u64 };
+        self.order("lend the VM", &request)
+    }
+
+    fn staging(&mut self) -> Result<Arc<dyn Region>, MachineError> {
+        const ACTION: &str = "make room for increments";
+        let fail = |error: &dyn std::fmt::Display| gone(ACTION, error.to_string());
+        self.socket.send(&Request::Staging, &[]).map_err(|error| fail(&error))?;
+        let (reply, fds) = self.socket.recv::<Reply>().map_err(|error| fail(&error))?;
+        match (reply, <[OwnedFd; 1]>::try_from(fds)) {
+            (Reply::Staging, Ok([file])) => {
+                let region = RamRegion::new(self.region.spec().clone(), file).map_err(|error| fail(&error))?;
+                Ok(Arc::new(region))
+            }
+            (Reply::Failed(reason), _) => Err(MachineError::Refused { action: ACTION, reason }),
+            (other, _) => Err(fail(&format!("unexpected answer {other:?}"))),
+        }
+    }
+
+    fn advance(&mut self, pages: &PageBitmap, state: &[u8]) -> Result<(), MachineError> {
+        let pages = pages.words().iter().flat_map(|word| word.to_le_bytes()).collect();
+        self.order("take an increment in", &Request::Advance { pages, state: state.to_vec() })
+    }
+
+    fn take_back(&mut self, _migration: MigrationId) -> Result<(), MachineError> {
+        self.order("take the VM back", &Request::TakeBack)
+    }
+
+    fn hold_output(&mut self) -> Result<(), MachineError> {
+        self.order("hold what the VM sends and writes", &Request::HoldOutput)
+    }
+
+    fn run_until(&mut self, until: Duration) -> Result<(), MachineError> {
+        self.runs_on_loan = true;
+        self.order("run the VM on loan", &Request::RunUntil(until.as_nanos() as u64))
+    }
+
+    fn begin_increment(&mut self, number: u32) -> Result<(), MachineError> {
+        self.order("end an increment", &Request::BeginIncrement(number))
+    }
+
+    fn let_out(&mut self, number: u32) -> Result<(), MachineError> {
+        self.order("let out what the VM sent and wrote", &Request::LetOut(number))
+    }
+}
+
 impl Gate for RemoteMachine {
     fn release(&mut self, migration: MigrationId, peer: &str) -> Result<(), MachineError> {
         debug_assert_eq!(migration, self.migration);
@@ -328,7 +380,11 @@ impl Gate for RemoteMachine {
         // Unless it says itself that this order opened its gate, an operator may have been faster, and the guest ran.
         self.may_have_run |= !matches!(answer, Ok(Reply::Done) | Err(MachineError::Refused { .. }));
         match answer? {
-            Reply::Done | Reply::OwnedAlready => Ok(()),
+            Reply::Done | Reply::OwnedAlready => {
+                // One that runs on loan goes on running.
+                self.may_have_run |= self.runs_on_loan;
+                Ok(())
+            }
             other => Err(gone(ACTION, format!("unexpected answer {other:?}"))),
         }
     }

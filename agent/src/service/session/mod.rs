@@ -81,6 +81,34 @@ pub enum Request {
     EssentialPages,
     /// [`crate::port::FaultSource::all_is_here`]
     AllIsHere,
+    /// [`crate::port::Loan::lend`]
+    Lend {
+        /// The target's address.
+        peer: String,
+        /// The lease.
+        lease_ms: u64,
+    },
+    /// [`crate::port::Loan::staging`]
+    Staging,
+    /// [`crate::port::Loan::advance`]
+    Advance {
+        /// One bit a page, in little-endian words.
+        #[serde(with = "serde_bytes")]
+        pages: Vec<u8>,
+        /// The state.
+        #[serde(with = "serde_bytes")]
+        state: Vec<u8>,
+    },
+    /// [`crate::port::Loan::take_back`]
+    TakeBack,
+    /// [`crate::port::Loan::hold_output`]
+    HoldOutput,
+    /// [`crate::port::Loan::run_until`], in nanoseconds of `CLOCK_MONOTONIC`.
+    RunUntil(u64),
+    /// [`crate::port::Loan::begin_increment`]
+    BeginIncrement(u32),
+    /// [`crate::port::Loan::let_out`]
+    LetOut(u32),
 }
 
 /// What a target's machine process is to become.
@@ -125,4 +153,6 @@ pub enum Reply {
     Writes(Box<VmWrites>),
     /// To `CatchFaults` and `CaughtFaults`: where RAM is mapped; the descriptors of faults and of the marks of what is here travel beside it.
     Faults(Vec<MappedAt>),
+    /// To `Staging`: its file travels beside it.
+    Staging,
 }

@@ -208,14 +208,6 @@ impl VirtioBalloon {
         }
     }
 
-    /// Makes the worker look at its queues.
-    fn look_again(&self) {
-        if let Some(any) = self.transport().notifications().first() {
-            // It fails only when the counter is full, and then the worker is woken anyway.
-            let _ = any.write(1);
-        }
-    }
-
     /// Whether pages that the guest gives up are only acknowledged and stay as they are. When this returns, no page is being
     /// given back.
     pub fn hold(&self, held: bool) {
