@@ -3,8 +3,8 @@
 //! Owns who may write which page. A page is claimed before its bytes arrive and mapped when they are complete, so that nothing that comes late or twice overwrites what the
 //! guest has written. Faults of the VM become requests, once a page; pages that were sent before (in rounds, or as zeros) are mapped at once.
 
-use std::collections::BTreeSet;
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -24,8 +24,7 @@ pub(super) struct Owed<'a> {
     region: &'a dyn Region,
     faults: Arc<dyn Faults>,
     clock: &'a dyn Clock,
-    /// Sends requests; nobody does while there is no way to the source, or while somebody else is at it.
-    requests: Mutex<Option<Box<dyn BulkSender>>>,
+    requests: Mutex<Requests>,
     /// On its way, or here.
     claimed: Marks,
     /// When a page was asked for, by when it came: what the guest waited.
@@ -39,6 +38,26 @@ pub(super) struct Owed<'a> {
     failure: Mutex<Option<TargetError>>,
     /// Rung when the last has come, when the guest runs, when requests do not get out, and when nobody serves it any more.
     pub(super) changed: Bell,
+}
+
+/// How requests get to the source.
+#[derive(Default)]
+struct Requests {
+    way: Way,
+    /// Which way it is: whoever comes back from one that was lost meanwhile lets it go.
+    number: u64,
+    /// Pages to be asked for by whoever has the stream.
+    due: VecDeque<u64>,
+}
+
+#[derive(Default)]
+enum Way {
+    /// There is none; what is asked for is asked for anew when there is.
+    #[default]
+    Lost,
+    Free(Box<dyn BulkSender>),
+    /// Somebody sends: what is sent must not wait under a lock.
+    Taken,
 }
 
 #[derive(Default)]
@@ -61,7 +80,7 @@ impl<'a> Owed<'a> {
             here.store(all & !owed, Ordering::Release);
         }
         let new = Self::left_by_another(region, faults, clock);
-        *unpoisoned(&new.requests) = Some(requests);
+        unpoisoned(&new.requests).way = Way::Free(requests);
         new
     }
 
@@ -107,7 +126,9 @@ impl<'a> Owed<'a> {
 
     /// There is no way to the source any more, and no stream fills pages: what had not come whole is nobody's again. Requests wait.
     pub(super) fn lose_way(&self) {
-        unpoisoned(&self.requests).take();
+        let mut requests = unpoisoned(&self.requests);
+        *requests = Requests { number: requests.number + 1, ..Requests::default() };
+        drop(requests);
         self.claimed.become_like(&self.present());
     }
 
@@ -121,7 +142,7 @@ impl<'a> Owed<'a> {
                 let fresh: Vec<u64> = asked.since.keys().copied().filter(|page| !told.contains(page)).collect();
                 if fresh.is_empty() {
                     // Whoever is asked for from now on finds it.
-                    *unpoisoned(&self.requests) = Some(requests);
+                    unpoisoned(&self.requests).way = Way::Free(requests);
                     return Ok(());
                 }
                 fresh
@@ -133,16 +154,44 @@ impl<'a> Owed<'a> {
         }
     }
 
-    /// Asks for a page. While there is no way the request waits with the others.
+    /// Asks for a page. While there is no way the request waits with the others; while another thread sends, that one sends it.
     fn ask(&self, page: u64) {
-        // Taken out meanwhile: what is sent must not wait under a lock.
-        let Some(mut stream) = unpoisoned(&self.requests).take() else { return };
-        match stream.want(self.region.spec().id, PageRun::new(page, 1)) {
-            Ok(_) => _ = unpoisoned(&self.requests).get_or_insert(stream),
-            Err(error) => {
+        let (mut stream, number) = {
+            let mut requests = unpoisoned(&self.requests);
+            match std::mem::take(&mut requests.way) {
+                Way::Lost => return,
+                Way::Taken => {
+                    requests.way = Way::Taken;
+                    requests.due.push_back(page);
+                    return;
+                }
+                Way::Free(stream) => {
+                    requests.way = Way::Taken;
+                    (stream, requests.number)
+                }
+            }
+        };
+        let mut next = page;
+        loop {
+            let sent = stream.want(self.region.spec().id, PageRun::new(next, 1));
+            let mut requests = unpoisoned(&self.requests);
+            if requests.number != number {
+                return;
+            }
+            if let Err(error) = sent {
                 tracing::debug!("requests do not get out: {error}");
+                requests.way = Way::Lost;
                 self.cut.store(true, Ordering::Release);
+                drop(requests);
                 self.changed.ring();
+                return;
+            }
+            match requests.due.pop_front() {
+                Some(page) => next = page,
+                None => {
+                    requests.way = Way::Free(stream);
+                    return;
+                }
             }
         }
     }
@@ -287,7 +336,7 @@ impl<'a> Owed<'a> {
         Ok(())
     }
 
-    /// Serves the VM's faults until nothing is owed any more.
+    /// Serves the VM's faults until nothing is owed any more; any number of threads may.
     pub(super) fn serve_faults(&self) -> Result<(), TargetError> {
         let mut pages = Vec::new();
         while !self.is_over() {
@@ -418,7 +467,7 @@ pub(super) fn check_run(region: &dyn Region, id: RegionId, run: PageRun) -> Resu
 mod tests {
     use super::*;
     use crate::migrate::owed_testing::{Caught, Memory, Recorder, Script, Still};
-    use crate::model::PageCount;
+    use crate::model::{Packing, PageCount};
 
     const PAGES: u64 = 200;
 
@@ -455,6 +504,111 @@ mod tests {
         assert_eq!((asked.wants(), faults.mapped()), (vec![3], vec![100]));
         owed.take_zeros(PageRun::new(3, 1)).unwrap();
         assert_eq!((owed.waits().count, faults.mapped()), (1, vec![3, 100]), "who waits for a zero gets it at once");
+    }
+
+    /// Sends nothing until it is let.
+    struct Held {
+        entered: std::sync::mpsc::Sender<()>,
+        go_on: std::sync::mpsc::Receiver<()>,
+        asked: Recorder,
+    }
+
+    impl BulkSender for Held {
+        fn start_round(&mut self, round: u32, digested: bool) -> Result<u64, LinkError> {
+            self.asked.start_round(round, digested)
+        }
+
+        fn pages(&mut self, id: RegionId, run: PageRun, bytes: BytesView<'_>) -> Result<u64, LinkError> {
+            self.asked.pages(id, run, bytes)
+        }
+
+        fn copied(&mut self, id: RegionId, run: PageRun, bytes: &[u8]) -> Result<u64, LinkError> {
+            self.asked.copied(id, run, bytes)
+        }
+
+        fn packed(&mut self, id: RegionId, run: PageRun, how: Packing, bytes: &[u8]) -> Result<u64, LinkError> {
+            self.asked.packed(id, run, how, bytes)
+        }
+
+        fn zeros(&mut self, id: RegionId, run: PageRun) -> Result<u64, LinkError> {
+            self.asked.zeros(id, run)
+        }
+
+        fn end_round(&mut self, round: u32) -> Result<u64, LinkError> {
+            self.asked.end_round(round)
+        }
+
+        fn want(&mut self, id: RegionId, run: PageRun) -> Result<u64, LinkError> {
+            self.entered.send(()).unwrap();
+            match self.go_on.recv() {
+                Ok(()) => self.asked.want(id, run),
+                Err(_) => Err(LinkError::Protocol("cut".to_owned())),
+            }
+        }
+
+        fn flush(&mut self) -> Result<(), LinkError> {
+            Ok(())
+        }
+
+        fn answers(&mut self) -> Result<Box<dyn BulkReceiver>, LinkError> {
+            self.asked.answers()
+        }
+    }
+
+    #[test]
+    fn who_finds_the_stream_taken_is_not_forgotten() {
+        let (memory, faults, clock) = (Memory::of(PAGES), Arc::new(Caught::of(PAGES)), Still);
+        let (asked, (entered, seen), (go, go_on)) =
+            (Recorder::default(), std::sync::mpsc::channel(), std::sync::mpsc::channel());
+        let held = Held { entered, go_on, asked: asked.clone() };
+        let owed = Owed::new(&memory, faults, &clock, &bits(&[3, 4, 5]), Box::new(held));
+        std::thread::scope(|scope| {
+            scope.spawn(|| owed.ask(3));
+            seen.recv().unwrap();
+            owed.ask(4);
+            owed.ask(5);
+            (0..3).for_each(|_| go.send(()).unwrap());
+        });
+        assert_eq!(asked.wants(), [3, 4, 5]);
+        assert!(matches!(unpoisoned(&owed.requests).way, Way::Free(_)));
+    }
+
+    #[test]
+    fn a_stream_that_was_lost_meanwhile_is_let_go() {
+        let (memory, faults, clock) = (Memory::of(PAGES), Arc::new(Caught::of(PAGES)), Still);
+        let (asked, (entered, seen), (go, go_on)) =
+            (Recorder::default(), std::sync::mpsc::channel(), std::sync::mpsc::channel::<()>());
+        let held = Held { entered, go_on, asked: Recorder::default() };
+        let owed = Owed::new(&memory, faults, &clock, &bits(&[3, 4]), Box::new(held));
+        std::thread::scope(|scope| {
+            scope.spawn(|| owed.ask(3));
+            seen.recv().unwrap();
+            owed.ask(4);
+            owed.lose_way();
+            owed.find_way(Box::new(asked.clone())).unwrap();
+            // Its error comes when there is another way already.
+            drop(go);
+        });
+        owed.ask(5);
+        assert_eq!((asked.wants(), owed.is_cut()), (vec![5], false));
+    }
+
+    #[test]
+    fn several_threads_ask_for_every_page_once() {
+        let (memory, faults, clock) = (Memory::of(PAGES), Arc::new(Caught::of(PAGES)), Still);
+        let (asked, all) = (Recorder::default(), (0..PAGES).collect::<Vec<_>>());
+        let owed = Owed::new(&memory, faults.clone(), &clock, &bits(&all), Box::new(asked.clone()));
+        std::thread::scope(|scope| {
+            let handlers: Vec<_> = (0..4).map(|_| scope.spawn(|| owed.serve_faults())).collect();
+            for &page in &all {
+                faults.happen(&[page, page]);
+            }
+            faults.then_stop();
+            assert!(handlers.into_iter().all(|handler| handler.join().unwrap().is_err()), "the machine has ended");
+        });
+        let mut wants = asked.wants();
+        wants.sort_unstable();
+        assert_eq!(wants, all);
     }
 
     #[test]

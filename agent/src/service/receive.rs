@@ -378,7 +378,7 @@ pub fn recover(
     let journal = FileJournal::open(&entry.state_dir)?;
     let machine = RemoteMachine::reattach(&registry.socket(&entry.name, "session"), migration_id, journal)?;
     let region = machine.region() as Arc<dyn Region>;
-    let orphan = Orphan { migration_id, vm_id: entry.vm_id, machine: Box::new(machine), region };
+    let orphan = Orphan { migration_id, vm_id: entry.vm_id, machine: Box::new(machine), region, cpus: info.cpus };
     let observer = EventLog::new(migration_id, "target", request.events.as_deref(), request.hold.clone())
         .map_err(ReceiveError::Events)?;
     let mut link = TcpTarget::<ControlMessage>::unconnected(listener, migration_id, request.stall);
