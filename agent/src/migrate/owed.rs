@@ -1,7 +1,8 @@
 //! The target's part of post-copy: a VM that runs while pages are still owed to it.
 //!
 //! Owns who may write which page. A page is claimed before its bytes arrive and mapped when they are complete, so that nothing that comes late or twice overwrites what the
-//! guest has written. Faults of the VM become requests, once a page; pages that were sent before (in rounds, or as zeros) are mapped at once.
+//! guest has written. Faults of the VM become requests, once a page; pages that were sent before (in rounds, or as zeros) are mapped at once. Where RAM is of huge pages all of that is
+//! as ever but for the mapping: the guest gets a block when its last page has come, and asks for all of it.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeSet, VecDeque};
@@ -16,7 +17,7 @@ use crate::port::{Bell, BulkReceiver, BulkSender, BytesView, Clock, FaultError, 
 
 /// How often whoever waits looks around.
 const TICK: Duration = Duration::from_millis(100);
-/// Pages mapped with one request ahead of the guest.
+/// Pages mapped with one request ahead of the guest: as many as the largest block has.
 const MAP_PAGES: u64 = 512;
 
 /// What the VM is owed.
@@ -105,6 +106,20 @@ impl<'a> Owed<'a> {
         new
     }
 
+    /// The pages that are mapped with this one.
+    fn block(&self, page: u64) -> PageRun {
+        let pages = self.faults.block_pages();
+        PageRun::new(page / pages * pages, pages as u32)
+    }
+
+    /// Whether all pages of a block are here.
+    fn is_here(&self, block: PageRun) -> bool {
+        match block.count {
+            1 => self.present().is_set(block.first.0),
+            _ => (block.first.0..block.end()).step_by(64).all(|page| self.present().word(page) == u64::MAX),
+        }
+    }
+
     /// Here, and fit to be mapped.
     fn present(&self) -> Marks<&[AtomicU64]> {
         Marks::within(self.faults.here())
@@ -148,13 +163,13 @@ impl<'a> Owed<'a> {
                 fresh
             };
             for page in fresh {
-                requests.want(self.region.spec().id, PageRun::new(page, 1))?;
+                requests.want(self.region.spec().id, self.block(page))?;
                 told.insert(page);
             }
         }
     }
 
-    /// Asks for a page. While there is no way the request waits with the others; while another thread sends, that one sends it.
+    /// Asks for a page's block. While there is no way the request waits with the others; while another thread sends, that one sends it.
     fn ask(&self, page: u64) {
         let (mut stream, number) = {
             let mut requests = unpoisoned(&self.requests);
@@ -173,7 +188,7 @@ impl<'a> Owed<'a> {
         };
         let mut next = page;
         loop {
-            let sent = stream.want(self.region.spec().id, PageRun::new(next, 1));
+            let sent = stream.want(self.region.spec().id, self.block(next));
             let mut requests = unpoisoned(&self.requests);
             if requests.number != number {
                 return;
@@ -273,7 +288,7 @@ impl<'a> Owed<'a> {
         }
         self.mark_present(run, &mine);
         for page in self.no_longer_asked(run) {
-            self.map(PageRun::new(page, 1))?;
+            self.map(self.block(page))?;
         }
         self.count(&mine);
         Ok(())
@@ -304,11 +319,12 @@ impl<'a> Owed<'a> {
         }
     }
 
-    /// Those pages of a run that the guest waited for; it does not any more.
+    /// Those blocks of a run, by their first pages, that the guest waited for and that are here: it does not any more.
     fn no_longer_asked(&self, run: PageRun) -> Vec<u64> {
         let mut asked = unpoisoned(&self.asked);
         let Waits { since, took_ns } = &mut *asked;
-        let pages: Vec<u64> = since.range(run.first.0..run.end()).map(|(&page, _)| page).collect();
+        let asked = since.range(self.block(run.first.0).first.0..run.end()).map(|(&page, _)| page);
+        let pages: Vec<u64> = asked.filter(|&page| self.is_here(self.block(page))).collect();
         let now = self.clock.now();
         for page in &pages {
             if let Some(when) = since.remove(page) {
@@ -320,6 +336,9 @@ impl<'a> Owed<'a> {
 
     /// Maps those pages of a run that are here.
     fn map(&self, run: PageRun) -> Result<(), TargetError> {
+        if self.faults.block_pages() > 1 {
+            return self.map_blocks(run);
+        }
         match self.faults.map(run) {
             Ok(()) => return Ok(()),
             Err(FaultError::NotThere) => {}
@@ -336,14 +355,36 @@ impl<'a> Owed<'a> {
         Ok(())
     }
 
+    /// Maps those blocks that a run touches and that are here.
+    fn map_blocks(&self, run: PageRun) -> Result<(), TargetError> {
+        let mut next = run.first.0;
+        while next < run.end() {
+            let block = self.block(next);
+            next = block.end();
+            if self.is_here(block) {
+                match self.faults.map(block) {
+                    Err(FaultError::NotThere) => {
+                        // Zeros that have no memory yet.
+                        self.region.prepare_for_write(block);
+                        self.faults.map(block).map_err(|error| gone(&error))?;
+                    }
+                    other => other.map_err(|error| gone(&error))?,
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Serves the VM's faults until nothing is owed any more; any number of threads may.
     pub(super) fn serve_faults(&self) -> Result<(), TargetError> {
         let mut pages = Vec::new();
         while !self.is_over() {
             self.faults.next(&mut pages, TICK).map_err(|error| gone(&error))?;
             for &page in &pages {
-                if self.present().is_set(page) {
-                    self.map(PageRun::new(page, 1))?;
+                let block = self.block(page);
+                let page = block.first.0;
+                if self.is_here(block) {
+                    self.map(block)?;
                     continue;
                 }
                 let now = self.clock.now();
@@ -355,8 +396,8 @@ impl<'a> Owed<'a> {
                     Entry::Occupied(_) => false,
                 };
                 // It may have come between the look and the note.
-                if self.present().is_set(page) {
-                    self.map(PageRun::new(page, 1))?;
+                if self.is_here(block) {
+                    self.map(block)?;
                     unpoisoned(&self.asked).since.remove(&page);
                 } else if is_first {
                     self.ask(page);
@@ -380,6 +421,13 @@ impl<'a> Owed<'a> {
                 break;
             }
             let window = PageRun::new(first, MAP_PAGES.min(pages - first) as u32);
+            if self.faults.block_pages() > 1 {
+                // It is one block.
+                if self.is_here(window) {
+                    self.map_if_in_memory(window)?;
+                }
+                continue;
+            }
             for data in self.region.data_within(window) {
                 let mut start = data.first.0;
                 while start < data.end() {
@@ -387,16 +435,20 @@ impl<'a> Owed<'a> {
                     let end =
                         (start..data.end()).find(|&page| self.present().is_set(page) != is_here).unwrap_or(data.end());
                     if is_here {
-                        match self.faults.map(PageRun::new(start, (end - start) as u32)) {
-                            Ok(()) | Err(FaultError::NotThere) => {}
-                            Err(error) => return Err(gone(&error)),
-                        }
+                        self.map_if_in_memory(PageRun::new(start, (end - start) as u32))?;
                     }
                     start = end;
                 }
             }
         }
         Ok(())
+    }
+
+    fn map_if_in_memory(&self, run: PageRun) -> Result<(), TargetError> {
+        match self.faults.map(run) {
+            Ok(()) | Err(FaultError::NotThere) => Ok(()),
+            Err(error) => Err(gone(&error)),
+        }
     }
 
     /// How long the VM waited for pages that it asked for.
@@ -609,6 +661,33 @@ mod tests {
         let mut wants = asked.wants();
         wants.sort_unstable();
         assert_eq!(wants, all);
+    }
+
+    #[test]
+    fn a_block_is_asked_for_whole_and_mapped_when_its_last_page_has_come() {
+        const BLOCK: u64 = 128;
+        let (memory, faults, clock) = (Memory::of(BLOCK * 3), Arc::new(Caught::in_blocks(BLOCK * 3, BLOCK)), Still);
+        let mut owing = PageBitmap::new(PageCount(BLOCK * 3));
+        for page in [3, 4, 63, 140] {
+            owing.insert(page);
+        }
+        let asked = Recorder::default();
+        let owed = Owed::new(&memory, faults.clone(), &clock, &owing, Box::new(asked.clone()));
+        faults.happen(&[5, 0, 2 * BLOCK + 2]);
+        faults.then_stop();
+        assert!(owed.serve_faults().is_err(), "the machine has ended");
+        assert_eq!(asked.wants(), (0..BLOCK).collect::<Vec<_>>());
+        let third: Vec<u64> = (2 * BLOCK..3 * BLOCK).collect();
+        assert_eq!(faults.mapped(), third, "what is here whole is mapped at once");
+        owed.take_pages(PageRun::new(63, 1), &mut Script::filled(7), &mut || true).unwrap();
+        owed.take_zeros(PageRun::new(3, 1)).unwrap();
+        assert_eq!((faults.mapped(), owed.waits().count), (third.clone(), 0), "one page of it is missing");
+        // What another stream brings twice overwrites nothing, and is not what is waited for.
+        owed.take_pages(PageRun::new(63, 1), &mut Script::filled(8), &mut || true).unwrap();
+        owed.take_pages(PageRun::new(4, 1), &mut Script::filled(9), &mut || true).unwrap();
+        let both: Vec<u64> = (0..BLOCK).chain(third).collect();
+        assert_eq!((faults.mapped(), owed.waits().count, owed.left()), (both, 1, 1));
+        assert_eq!([3, 4, 63].map(|page| memory.byte(page)), [0, 9, 7]);
     }
 
     #[test]

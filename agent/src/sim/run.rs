@@ -122,6 +122,7 @@ fn shape(scenario: &Scenario) -> MachineShape {
         disks: Vec::new(),
         rng: false,
         balloon: false,
+        hugepages: false,
     }
 }
 
