@@ -81,7 +81,10 @@ impl Target<'_> {
             owed.runs();
             inflow.touch();
             let ended = target.await_the_rest(offer.migration_id, inflow, owed, machine);
-            inflow.end_streams();
+            // Whoever is still read brings nothing that is not here; the source is told so before those readers have seen the end.
+            if ended.is_err() {
+                inflow.end_streams();
+            }
             target.until_nothing_is_owed(offer.migration_id, ended, owed, machine)
         })
     }
