@@ -175,6 +175,7 @@ fn shape() -> MachineShape {
         disks: "path=/d.img,readonly".parse().into_iter().collect(),
         rng: true,
         balloon: false,
+        hugepages: true,
     }
 }
 

@@ -12,6 +12,7 @@ pub mod disk;
 pub mod foreign;
 pub mod guest;
 pub mod hosted;
+pub mod hugepages;
 pub mod interrupt;
 pub mod linux;
 pub mod monitor;

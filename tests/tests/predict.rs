@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use dunlin::migrate::Strategy;
 use dunlin::model::{CostFrom, ForetoldFrom};
 use dunlin_tests::moving::{MovingVm, Pair};
 use dunlin_tests::{HopOptions, Rig, VmSpec, dunlin};
@@ -115,6 +116,36 @@ fn auto_takes_what_fits_and_the_next_migration_knows_more() {
     let words = ["predict", "wader", "--json", "--bandwidth", BANDWIDTH, "--downtime", DOWNTIME, "--run-dir", &there];
     let next = history(&words);
     assert_eq!((&next["fixed_cost_from"], &next["fixed_cost_ns"]), (&"other-peers".into(), &cost.into()), "{next:#}");
+    assert!(rig.stop().unwrap().success());
+}
+
+/// More rounds before the VM moves, and a limit that begins low: both are foretold, by the command and by the migration itself.
+#[test]
+fn rounds_of_hybrid_and_a_limit_that_follows_are_foretold() {
+    let guest = "dunlin.wl=ws:32M,rate:2000,pattern:random,fill:random".to_owned();
+    let mut rig = Rig::boot(&VmSpec { cpus: 1, guest, ..VmSpec::default() }).unwrap();
+    let asked = ["--bandwidth", "200Mbit..800Mbit", "--hybrid-rounds", "2", "--downtime", DOWNTIME];
+    let output = rig.dunlin_here(&[&["predict", "wader", "--json"], &asked[..]].concat()).output().unwrap();
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&report["least_bytes_per_second"], &report["hybrid_rounds"]), (&25_000_000.into(), &2.into()));
+    let hybrid = way(&report, "hybrid");
+    let command = hybrid["commands"][0].as_str().unwrap();
+    assert!(command.contains("--bandwidth 200Mbit..800Mbit ") && command.contains("--hybrid-rounds 2"), "{command}");
+    for strategy in [Strategy::Hybrid, Strategy::PreCopy] {
+        let mut more: Vec<String> = asked.iter().map(|&word| word.to_owned()).collect();
+        more.push("--predict".to_owned());
+        let hop = rig.hop(&HopOptions { strategy, more, ..HopOptions::default() }).unwrap();
+        let told = hop.report.prediction.as_ref().unwrap();
+        println!("shows {told:?} {} ms taken, {:?}", hop.report.total_ns / 1_000_000, hop.report.rounds);
+        assert_eq!((hop.exit_code, told.from), (Some(0), ForetoldFrom::Curve));
+        assert_eq!((&told.plan, told.bandwidth_bytes_per_second), (&strategy.to_string(), 100_000_000), "{told:?}");
+        if strategy == Strategy::Hybrid {
+            assert_eq!((told.rounds, hop.report.rounds.len()), (2, 2));
+            assert!(told.wire_error_percent.unwrap().abs() < 25.0, "{told:?}");
+        }
+        // Nearly all goes at the least, 40 ns a byte; at the most it would take 10.
+        assert!(told.total_ns.unwrap() > told.wire_bytes * 20, "{told:?}");
+    }
     assert!(rig.stop().unwrap().success());
 }
 

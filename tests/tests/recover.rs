@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use dunlin::migrate::outcomes::Whereabouts;
 use dunlin::service::machine::RunState;
 use dunlin_tests::hosted::{Running, TestHost, VM};
+use dunlin_tests::hugepages::SetAside;
 use dunlin_tests::proxy::{Cut, Proxy};
 use dunlin_tests::scene::{Found, Host, MIGRATION_LIMIT, Scene, run_cells};
 use dunlin_tests::wait::wait_for;
@@ -39,9 +40,9 @@ struct Cell {
 }
 
 /// A scene whose VM runs at the target and is owed pages; and what carries them.
-fn owing(strategy: &str, doubt: &str) -> Result<(Scene, Proxy)> {
+fn owing(strategy: &str, doubt: &str, machine: &[&str]) -> Result<(Scene, Proxy)> {
     let (source, target) = (TestHost::new()?, TestHost::new()?);
-    let vm = source.boot_with("96MiB", "dunlin.wl=ws:48M,rate:2000", &[])?;
+    let vm = source.boot_with("96MiB", "dunlin.wl=ws:48M,rate:2000", machine)?;
     let mut scene = Scene { source, target, vm, receiver: None, migrate: None };
     scene.listen(&["--stall", STALL])?;
     let proxy = Proxy::new(scene.receiver.as_ref().context("no receiver")?.socket_address())?;
@@ -143,9 +144,22 @@ fn a_vm_that_is_owed_pages_goes_on_when_contact_or_a_manager_is_lost() {
         let strategy = if index % 3 == 1 { "hybrid" } else { "post-copy" };
         Cell { strategy, trouble }
     });
-    run_cells(cells.collect(), |cell| {
+    run_all(cells.collect(), &[]);
+}
+
+/// Blocks of which a part has come are nobody's whole, whoever asks for the rest.
+#[test]
+fn so_does_one_on_huge_pages() {
+    let troubles = [CutHeals(Cut::Reset), TargetManagerDies, BothManagersDie];
+    let _pages = SetAside::pages(troubles.len() as u64 * 2 * 48 + 2).unwrap();
+    let cells = troubles.map(|trouble| Cell { strategy: "post-copy", trouble });
+    run_all(cells.to_vec(), &["--hugepages"]);
+}
+
+fn run_all(cells: Vec<Cell>, machine: &[&str]) {
+    run_cells(cells, |cell| {
         let doubt = if matches!(cell.trouble, CutForGood | TargetManagerDies) { "2s" } else { "30s" };
-        let (mut scene, proxy) = owing(cell.strategy, doubt)?;
+        let (mut scene, proxy) = owing(cell.strategy, doubt, machine)?;
         play(&mut scene, &proxy, cell).with_context(|| format!("{cell:?}\n{}", scene.story()))
     });
 }

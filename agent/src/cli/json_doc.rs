@@ -154,6 +154,7 @@ fn machines() -> [Value; 2] {
         disks: vec!["path=/d".parse().unwrap()],
         rng: false,
         balloon: true,
+        hugepages: true,
         uptime_ns: 0,
         owed_pages: Some(0),
         migration_id: Some(MigrationId::random()),

@@ -176,9 +176,9 @@ const BEGINNING: [&str; 22] = [
 
 /// A limit that stays, or one that rises.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct BandwidthArg {
-    least: BytesPerSecond,
-    most: Option<BytesPerSecond>,
+pub(super) struct BandwidthArg {
+    pub(super) least: BytesPerSecond,
+    pub(super) most: Option<BytesPerSecond>,
 }
 
 impl FromStr for BandwidthArg {

@@ -4,13 +4,14 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::migrate::BandwidthArg;
 use super::profiling::{ProfilingArgs, no_profile};
 use crate::link::Address;
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
 use crate::model::units::{display_bytes, display_duration, parse_duration};
 use crate::model::{BytesPerSecond, VmRef};
-use crate::predict::Course;
+use crate::predict::{Asked, Course};
 use crate::service::config::Config;
 use crate::service::interrupt::Interrupt;
 use crate::service::out::{complain, say};
@@ -37,13 +38,17 @@ pub(super) struct PredictArgs {
     #[command(flatten)]
     profiling: ProfilingArgs,
 
-    /// Goodput of the link that the VM would be moved over.
+    /// Goodput of the link that the VM would be moved over, or the limit that `dunlin migrate` will be given; MIN..MAX is one that begins at MIN and follows what the VM dirties.
     #[arg(long, value_name = "RATE", required_unless_present = "history", conflicts_with = "history")]
-    bandwidth: Option<BytesPerSecond>,
+    bandwidth: Option<BandwidthArg>,
 
     /// What the link carries, where --bandwidth is a limit below it: QEMU does not limit what it sends of the paused VM.
     #[arg(long, value_name = "RATE", conflicts_with = "history")]
     link: Option<BytesPerSecond>,
+
+    /// Rounds of `hybrid` before the VM moves, 1 to 30.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=30))]
+    hybrid_rounds: u32,
 
     /// Show how far predictions of migrations that this host has done were off.
     #[arg(long)]
@@ -73,7 +78,7 @@ pub(super) struct PredictArgs {
 impl PredictArgs {
     /// Runs the command.
     pub(super) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
-        let Self { vm, profiling, bandwidth, link, history, to, downtime, fixed_cost, rtt, all } = self;
+        let Self { vm, profiling, bandwidth, link, hybrid_rounds, history, to, downtime, fixed_cost, rtt, all } = self;
         let (Some(vm), Some(bandwidth), false) = (vm, bandwidth, history) else {
             let found = prediction::history(&profiling.state_dir(config));
             if json {
@@ -91,8 +96,8 @@ impl PredictArgs {
             }
         };
         let terms = PredictTerms {
-            bandwidth,
-            link,
+            bandwidth: bandwidth.most.unwrap_or(bandwidth.least),
+            asked: Asked { link, least: bandwidth.most.map(|_| bandwidth.least), hybrid_rounds },
             downtime: downtime.unwrap_or(config.migrate.downtime),
             fixed_cost,
             rtt,
@@ -160,10 +165,11 @@ fn text(report: &PredictionReport, all: bool) -> String {
     let vm = &report.vm;
     let _ = writeln!(
         out,
-        "{} (pid {}, run by {}) over {}/s within {}: {} of {} of memory are not zero ({} to {})",
+        "{} (pid {}, run by {}) over {}{}/s within {}: {} of {} of memory are not zero ({} to {})",
         vm.name,
         vm.pid,
         report.vmm,
+        report.least_bytes_per_second.map_or_else(String::new, |least| format!("{}/s to ", display_bytes(least))),
         display_bytes(report.bandwidth_bytes_per_second),
         time(report.downtime_ns),
         display_bytes(report.filled_bytes),

@@ -13,7 +13,8 @@ use crate::service::reports;
 
 /// Draw what `dunlin migrate --json` reported
 ///
-/// Its rounds (pages due, sent, zero and dirtied; rates), the writers that were slowed, and the blackout by phase. Nothing is drawn that the report does not say.
+/// Its rounds (pages due, sent, zero and dirtied; rates), what followed the VM and how long that waited for pages, the writers that were slowed, the blackout by phase, and what of it had
+/// been expected. Nothing is drawn that the report does not say.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:

@@ -148,6 +148,8 @@ pub struct BootConfig {
     pub rng: bool,
     /// Whether there is a balloon, for the shape.
     pub balloon: bool,
+    /// Whether guest RAM is of huge pages that the host has set aside.
+    pub hugepages: bool,
     /// The kernel, and the operator's part of the command line: the machine adds what the guest must know of it.
     pub image: BootImage,
 }
@@ -206,6 +208,7 @@ impl Machine {
             disks: config.disks,
             rng: config.rng,
             balloon: config.balloon,
+            hugepages: config.hugepages,
         };
         let machine = Self::build(shape, hosting, devices)?;
         let mut image = config.image;
@@ -242,7 +245,11 @@ impl Machine {
     /// Everything but a guest and threads. A shape without CPUID gets this host's.
     fn build(mut shape: MachineShape, hosting: &Hosting, devices: Box<DeviceMaker<'_>>) -> Result<Self, HostedError> {
         shape.check()?;
-        let memory = Memory::new(shape.memory_bytes, hosting.memory)?;
+        let memory = if shape.hugepages {
+            Memory::of_huge_pages(shape.memory_bytes)?
+        } else {
+            Memory::new(shape.memory_bytes, hosting.memory)?
+        };
         let vm = Vm::new(&memory, shape.dirty_log)?;
         check_cpus(&vm.kvm, shape.cpus)?;
         let vcpus = (0..shape.cpus)

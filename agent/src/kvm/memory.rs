@@ -16,6 +16,7 @@ use vm_memory::{
 };
 
 use crate::model::{PAGE_SIZE, PageCount, PageIndex, PageRun};
+use crate::shm::hugetlb::{self, HugePagesError};
 use crate::shm::{SharedBitmap, ram_file};
 
 /// Where the hole below 4 GiB starts: low RAM ends here, devices and interrupt controllers lie above.
@@ -32,6 +33,9 @@ pub enum MemoryError {
     /// The size is zero, not whole pages, or does not fit this host's address space.
     #[error("guest memory of {0} bytes is not a number of whole pages that this host can map")]
     Size(u64),
+    /// Huge pages cannot be had.
+    #[error(transparent)]
+    HugePages(#[from] HugePagesError),
     /// The kernel refused.
     #[error("guest memory: {action} failed")]
     Io {
@@ -125,6 +129,8 @@ pub struct Memory {
     dirty: Arc<SharedBitmap>,
     ranges: Vec<RamRange>,
     pages: PageCount,
+    /// Pages that mappings hold or lack together.
+    block_pages: u64,
 }
 
 impl Memory {
@@ -133,12 +139,25 @@ impl Memory {
     /// # Errors
     /// A size that is none, or what the kernel answered.
     pub fn new(bytes: u64, options: MemoryOptions) -> Result<Self, MemoryError> {
-        if bytes == 0 || !bytes.is_multiple_of(PAGE_SIZE as u64) || isize::try_from(bytes).is_err() {
-            return Err(MemoryError::Size(bytes));
-        }
+        check_size(bytes)?;
+        let file = ram_file(bytes).map_err(|source| MemoryError::Io { action: "memory file", source })?;
+        Self::of(file.into(), bytes, options, libc::MAP_NORESERVE)
+    }
+
+    /// Makes guest RAM of `bytes` of huge pages that the host has set aside, and reserves them: nobody else gets one as long as this lives.
+    ///
+    /// # Errors
+    /// A size that is none, too few pages, or what the kernel answered.
+    pub fn of_huge_pages(bytes: u64) -> Result<Self, MemoryError> {
+        check_size(bytes)?;
+        Self::of(hugetlb::huge_pages_file(bytes)?.into(), bytes, MemoryOptions { huge_pages: false }, 0)
+    }
+
+    fn of(file: File, bytes: u64, options: MemoryOptions, reserve: i32) -> Result<Self, MemoryError> {
         let failed = |action| move |source| MemoryError::Io { action, source };
         let pages = PageCount::covering(bytes);
-        let file: Arc<File> = Arc::new(ram_file(bytes).map_err(failed("memory file"))?.into());
+        let block_pages = hugetlb::block_pages(&file).map_err(failed("asking what its pages are"))?;
+        let file = Arc::new(file);
         let dirty = Arc::new(SharedBitmap::new(pages).map_err(failed("dirty bitmap"))?);
         let mut ranges = Vec::new();
         let mut regions = Vec::new();
@@ -148,7 +167,7 @@ impl Memory {
                 MmapRegionBuilder::new_with_bitmap(len as usize, DirtyMarks::new(dirty.clone(), first_page))
                     .with_file_offset(FileOffset::from_arc(file.clone(), offset))
                     .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                    .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+                    .with_mmap_flags(libc::MAP_SHARED | reserve)
                     .build()
                     .map_err(|e| failed("mapping")(io::Error::other(e)))?;
             if options.huge_pages {
@@ -167,7 +186,12 @@ impl Memory {
             regions.push(GuestRegionMmap::new(mapping, GuestAddress(guest_address)).ok_or(MemoryError::Size(bytes))?);
         }
         let ram = GuestRam::from_regions(regions).map_err(|e| failed("layout")(io::Error::other(e)))?;
-        Ok(Self { ram: Arc::new(ram), file, dirty, ranges, pages })
+        Ok(Self { ram: Arc::new(ram), file, dirty, ranges, pages, block_pages })
+    }
+
+    /// Pages that its mappings hold or lack together: 512 of RAM of huge pages, 1 of any other.
+    pub fn block_pages(&self) -> u64 {
+        self.block_pages
     }
 
     /// The RAM for devices: writes through it are marked.
@@ -201,7 +225,7 @@ impl Memory {
     }
 
     /// Gives the pages of a run back to the host: they read as zero from now on, and are marked, so that a migration under
-    /// way sends them as what they are now. Pages beyond RAM are left out.
+    /// way sends them as what they are now. Pages beyond RAM are left out; huge pages are zeroed and kept.
     pub fn give_back(&self, run: PageRun) -> Result<(), MemoryError> {
         let first = run.first.0.min(self.pages.0);
         let count = u64::from(run.count).min(self.pages.0 - first);
@@ -210,9 +234,14 @@ impl Memory {
 
     /// The marks come last: who takes one sees the page's zeros.
     fn punch(&self, first: u64, count: u64) -> Result<(), MemoryError> {
-        let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        rustix::fs::fallocate(&self.file, how, first * PAGE_SIZE as u64, count * PAGE_SIZE as u64)
-            .map_err(|e| MemoryError::Io { action: "giving pages back", source: e.into() })?;
+        let (offset, bytes) = (first * PAGE_SIZE as u64, count * PAGE_SIZE as u64);
+        let done = if self.block_pages > 1 {
+            hugetlb::zero(&self.file, offset, bytes)
+        } else {
+            let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            rustix::fs::fallocate(&self.file, how, offset, bytes).map_err(io::Error::from)
+        };
+        done.map_err(|source| MemoryError::Io { action: "giving pages back", source })?;
         self.dirty.set_run(first, count);
         Ok(())
     }
@@ -250,6 +279,11 @@ impl Memory {
         let start = region.file_offset().map_or(0, FileOffset::start);
         Some(PageIndex((start + inside.0) / PAGE_SIZE as u64))
     }
+}
+
+fn check_size(bytes: u64) -> Result<(), MemoryError> {
+    let fits = bytes > 0 && bytes.is_multiple_of(PAGE_SIZE as u64) && isize::try_from(bytes).is_ok();
+    if fits { Ok(()) } else { Err(MemoryError::Size(bytes)) }
 }
 
 /// The ranges as (guest address, file offset, length): low RAM up to the hole, the rest from 4 GiB.

@@ -116,6 +116,7 @@ pub(crate) fn config(image: BootImage, cpus: u32, dirty_log: DirtyLogKind) -> Bo
         disks: Vec::new(),
         rng: false,
         balloon: false,
+        hugepages: false,
         image,
     }
 }

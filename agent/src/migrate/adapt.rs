@@ -13,11 +13,11 @@ const MARGIN: f64 = 0.5;
 /// A round that leaves more than this part of what the one before left was too slow: the next one has the whole limit.
 const NO_GAIN: f64 = 0.9;
 /// A round that came this close to its limit was held back by nothing else.
-const KEPT_TO: f64 = 0.8;
+pub const KEPT_TO: f64 = 0.8;
 
 /// The limit of one migration, from `least` to `most`.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Adaptive {
+pub struct Adaptive {
     least: BytesPerSecond,
     most: BytesPerSecond,
     /// What was set last; what is another is an operator's, and stays.
@@ -28,12 +28,12 @@ pub(super) struct Adaptive {
 
 impl Adaptive {
     /// A limit that stands at `least`.
-    pub(super) const fn new(least: BytesPerSecond, most: BytesPerSecond) -> Self {
+    pub const fn new(least: BytesPerSecond, most: BytesPerSecond) -> Self {
         Self { least, most, set: least, left: None }
     }
 
     /// A round that took so long has left `dirtied` pages; `carried` is its goodput, if it was long enough to say. What they may be expected to go at while the VM stands: that is what pre-copy is judged by.
-    pub(super) fn follow(
+    pub fn follow(
         &mut self,
         dirtied: PageCount,
         took: Duration,

@@ -34,6 +34,7 @@ mod steward;
 pub mod target;
 mod zeros;
 
+pub use adapt::{Adaptive, KEPT_TO};
 pub use answer::{AnswerError, answer};
 pub use converge::{Convergence, Verdict};
 pub use digest::{chunk_hashes, page_digest};

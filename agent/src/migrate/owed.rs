@@ -1,10 +1,11 @@
 //! The target's part of post-copy: a VM that runs while pages are still owed to it.
 //!
 //! Owns who may write which page. A page is claimed before its bytes arrive and mapped when they are complete, so that nothing that comes late or twice overwrites what the
-//! guest has written. Faults of the VM become requests, once a page; pages that were sent before (in rounds, or as zeros) are mapped at once.
+//! guest has written. Faults of the VM become requests, once a page; pages that were sent before (in rounds, or as zeros) are mapped at once. Where RAM is of huge pages all of that is
+//! as ever but for the mapping: the guest gets a block when its last page has come, and asks for all of it.
 
-use std::collections::BTreeSet;
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -16,7 +17,7 @@ use crate::port::{Bell, BulkReceiver, BulkSender, BytesView, Clock, FaultError, 
 
 /// How often whoever waits looks around.
 const TICK: Duration = Duration::from_millis(100);
-/// Pages mapped with one request ahead of the guest.
+/// Pages mapped with one request ahead of the guest: as many as the largest block has.
 const MAP_PAGES: u64 = 512;
 
 /// What the VM is owed.
@@ -24,8 +25,7 @@ pub(super) struct Owed<'a> {
     region: &'a dyn Region,
     faults: Arc<dyn Faults>,
     clock: &'a dyn Clock,
-    /// Sends requests; nobody does while there is no way to the source, or while somebody else is at it.
-    requests: Mutex<Option<Box<dyn BulkSender>>>,
+    requests: Mutex<Requests>,
     /// On its way, or here.
     claimed: Marks,
     /// When a page was asked for, by when it came: what the guest waited.
@@ -39,6 +39,26 @@ pub(super) struct Owed<'a> {
     failure: Mutex<Option<TargetError>>,
     /// Rung when the last has come, when the guest runs, when requests do not get out, and when nobody serves it any more.
     pub(super) changed: Bell,
+}
+
+/// How requests get to the source.
+#[derive(Default)]
+struct Requests {
+    way: Way,
+    /// Which way it is: whoever comes back from one that was lost meanwhile lets it go.
+    number: u64,
+    /// Pages to be asked for by whoever has the stream.
+    due: VecDeque<u64>,
+}
+
+#[derive(Default)]
+enum Way {
+    /// There is none; what is asked for is asked for anew when there is.
+    #[default]
+    Lost,
+    Free(Box<dyn BulkSender>),
+    /// Somebody sends: what is sent must not wait under a lock.
+    Taken,
 }
 
 #[derive(Default)]
@@ -61,7 +81,7 @@ impl<'a> Owed<'a> {
             here.store(all & !owed, Ordering::Release);
         }
         let new = Self::left_by_another(region, faults, clock);
-        *unpoisoned(&new.requests) = Some(requests);
+        unpoisoned(&new.requests).way = Way::Free(requests);
         new
     }
 
@@ -86,6 +106,20 @@ impl<'a> Owed<'a> {
         new
     }
 
+    /// The pages that are mapped with this one.
+    fn block(&self, page: u64) -> PageRun {
+        let pages = self.faults.block_pages();
+        PageRun::new(page / pages * pages, pages as u32)
+    }
+
+    /// Whether all pages of a block are here.
+    fn is_here(&self, block: PageRun) -> bool {
+        match block.count {
+            1 => self.present().is_set(block.first.0),
+            _ => (block.first.0..block.end()).step_by(64).all(|page| self.present().word(page) == u64::MAX),
+        }
+    }
+
     /// Here, and fit to be mapped.
     fn present(&self) -> Marks<&[AtomicU64]> {
         Marks::within(self.faults.here())
@@ -107,7 +141,9 @@ impl<'a> Owed<'a> {
 
     /// There is no way to the source any more, and no stream fills pages: what had not come whole is nobody's again. Requests wait.
     pub(super) fn lose_way(&self) {
-        unpoisoned(&self.requests).take();
+        let mut requests = unpoisoned(&self.requests);
+        *requests = Requests { number: requests.number + 1, ..Requests::default() };
+        drop(requests);
         self.claimed.become_like(&self.present());
     }
 
@@ -121,28 +157,56 @@ impl<'a> Owed<'a> {
                 let fresh: Vec<u64> = asked.since.keys().copied().filter(|page| !told.contains(page)).collect();
                 if fresh.is_empty() {
                     // Whoever is asked for from now on finds it.
-                    *unpoisoned(&self.requests) = Some(requests);
+                    unpoisoned(&self.requests).way = Way::Free(requests);
                     return Ok(());
                 }
                 fresh
             };
             for page in fresh {
-                requests.want(self.region.spec().id, PageRun::new(page, 1))?;
+                requests.want(self.region.spec().id, self.block(page))?;
                 told.insert(page);
             }
         }
     }
 
-    /// Asks for a page. While there is no way the request waits with the others.
+    /// Asks for a page's block. While there is no way the request waits with the others; while another thread sends, that one sends it.
     fn ask(&self, page: u64) {
-        // Taken out meanwhile: what is sent must not wait under a lock.
-        let Some(mut stream) = unpoisoned(&self.requests).take() else { return };
-        match stream.want(self.region.spec().id, PageRun::new(page, 1)) {
-            Ok(_) => _ = unpoisoned(&self.requests).get_or_insert(stream),
-            Err(error) => {
+        let (mut stream, number) = {
+            let mut requests = unpoisoned(&self.requests);
+            match std::mem::take(&mut requests.way) {
+                Way::Lost => return,
+                Way::Taken => {
+                    requests.way = Way::Taken;
+                    requests.due.push_back(page);
+                    return;
+                }
+                Way::Free(stream) => {
+                    requests.way = Way::Taken;
+                    (stream, requests.number)
+                }
+            }
+        };
+        let mut next = page;
+        loop {
+            let sent = stream.want(self.region.spec().id, self.block(next));
+            let mut requests = unpoisoned(&self.requests);
+            if requests.number != number {
+                return;
+            }
+            if let Err(error) = sent {
                 tracing::debug!("requests do not get out: {error}");
+                requests.way = Way::Lost;
                 self.cut.store(true, Ordering::Release);
+                drop(requests);
                 self.changed.ring();
+                return;
+            }
+            match requests.due.pop_front() {
+                Some(page) => next = page,
+                None => {
+                    requests.way = Way::Free(stream);
+                    return;
+                }
             }
         }
     }
@@ -224,7 +288,7 @@ impl<'a> Owed<'a> {
         }
         self.mark_present(run, &mine);
         for page in self.no_longer_asked(run) {
-            self.map(PageRun::new(page, 1))?;
+            self.map(self.block(page))?;
         }
         self.count(&mine);
         Ok(())
@@ -255,11 +319,12 @@ impl<'a> Owed<'a> {
         }
     }
 
-    /// Those pages of a run that the guest waited for; it does not any more.
+    /// Those blocks of a run, by their first pages, that the guest waited for and that are here: it does not any more.
     fn no_longer_asked(&self, run: PageRun) -> Vec<u64> {
         let mut asked = unpoisoned(&self.asked);
         let Waits { since, took_ns } = &mut *asked;
-        let pages: Vec<u64> = since.range(run.first.0..run.end()).map(|(&page, _)| page).collect();
+        let asked = since.range(self.block(run.first.0).first.0..run.end()).map(|(&page, _)| page);
+        let pages: Vec<u64> = asked.filter(|&page| self.is_here(self.block(page))).collect();
         let now = self.clock.now();
         for page in &pages {
             if let Some(when) = since.remove(page) {
@@ -271,6 +336,9 @@ impl<'a> Owed<'a> {
 
     /// Maps those pages of a run that are here.
     fn map(&self, run: PageRun) -> Result<(), TargetError> {
+        if self.faults.block_pages() > 1 {
+            return self.map_blocks(run);
+        }
         match self.faults.map(run) {
             Ok(()) => return Ok(()),
             Err(FaultError::NotThere) => {}
@@ -287,14 +355,36 @@ impl<'a> Owed<'a> {
         Ok(())
     }
 
-    /// Serves the VM's faults until nothing is owed any more.
+    /// Maps those blocks that a run touches and that are here.
+    fn map_blocks(&self, run: PageRun) -> Result<(), TargetError> {
+        let mut next = run.first.0;
+        while next < run.end() {
+            let block = self.block(next);
+            next = block.end();
+            if self.is_here(block) {
+                match self.faults.map(block) {
+                    Err(FaultError::NotThere) => {
+                        // Zeros that have no memory yet.
+                        self.region.prepare_for_write(block);
+                        self.faults.map(block).map_err(|error| gone(&error))?;
+                    }
+                    other => other.map_err(|error| gone(&error))?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Serves the VM's faults until nothing is owed any more; any number of threads may.
     pub(super) fn serve_faults(&self) -> Result<(), TargetError> {
         let mut pages = Vec::new();
         while !self.is_over() {
             self.faults.next(&mut pages, TICK).map_err(|error| gone(&error))?;
             for &page in &pages {
-                if self.present().is_set(page) {
-                    self.map(PageRun::new(page, 1))?;
+                let block = self.block(page);
+                let page = block.first.0;
+                if self.is_here(block) {
+                    self.map(block)?;
                     continue;
                 }
                 let now = self.clock.now();
@@ -306,8 +396,8 @@ impl<'a> Owed<'a> {
                     Entry::Occupied(_) => false,
                 };
                 // It may have come between the look and the note.
-                if self.present().is_set(page) {
-                    self.map(PageRun::new(page, 1))?;
+                if self.is_here(block) {
+                    self.map(block)?;
                     unpoisoned(&self.asked).since.remove(&page);
                 } else if is_first {
                     self.ask(page);
@@ -331,6 +421,13 @@ impl<'a> Owed<'a> {
                 break;
             }
             let window = PageRun::new(first, MAP_PAGES.min(pages - first) as u32);
+            if self.faults.block_pages() > 1 {
+                // It is one block.
+                if self.is_here(window) {
+                    self.map_if_in_memory(window)?;
+                }
+                continue;
+            }
             for data in self.region.data_within(window) {
                 let mut start = data.first.0;
                 while start < data.end() {
@@ -338,16 +435,20 @@ impl<'a> Owed<'a> {
                     let end =
                         (start..data.end()).find(|&page| self.present().is_set(page) != is_here).unwrap_or(data.end());
                     if is_here {
-                        match self.faults.map(PageRun::new(start, (end - start) as u32)) {
-                            Ok(()) | Err(FaultError::NotThere) => {}
-                            Err(error) => return Err(gone(&error)),
-                        }
+                        self.map_if_in_memory(PageRun::new(start, (end - start) as u32))?;
                     }
                     start = end;
                 }
             }
         }
         Ok(())
+    }
+
+    fn map_if_in_memory(&self, run: PageRun) -> Result<(), TargetError> {
+        match self.faults.map(run) {
+            Ok(()) | Err(FaultError::NotThere) => Ok(()),
+            Err(error) => Err(gone(&error)),
+        }
     }
 
     /// How long the VM waited for pages that it asked for.
@@ -418,7 +519,7 @@ pub(super) fn check_run(region: &dyn Region, id: RegionId, run: PageRun) -> Resu
 mod tests {
     use super::*;
     use crate::migrate::owed_testing::{Caught, Memory, Recorder, Script, Still};
-    use crate::model::PageCount;
+    use crate::model::{Packing, PageCount};
 
     const PAGES: u64 = 200;
 
@@ -455,6 +556,138 @@ mod tests {
         assert_eq!((asked.wants(), faults.mapped()), (vec![3], vec![100]));
         owed.take_zeros(PageRun::new(3, 1)).unwrap();
         assert_eq!((owed.waits().count, faults.mapped()), (1, vec![3, 100]), "who waits for a zero gets it at once");
+    }
+
+    /// Sends nothing until it is let.
+    struct Held {
+        entered: std::sync::mpsc::Sender<()>,
+        go_on: std::sync::mpsc::Receiver<()>,
+        asked: Recorder,
+    }
+
+    impl BulkSender for Held {
+        fn start_round(&mut self, round: u32, digested: bool) -> Result<u64, LinkError> {
+            self.asked.start_round(round, digested)
+        }
+
+        fn pages(&mut self, id: RegionId, run: PageRun, bytes: BytesView<'_>) -> Result<u64, LinkError> {
+            self.asked.pages(id, run, bytes)
+        }
+
+        fn copied(&mut self, id: RegionId, run: PageRun, bytes: &[u8]) -> Result<u64, LinkError> {
+            self.asked.copied(id, run, bytes)
+        }
+
+        fn packed(&mut self, id: RegionId, run: PageRun, how: Packing, bytes: &[u8]) -> Result<u64, LinkError> {
+            self.asked.packed(id, run, how, bytes)
+        }
+
+        fn zeros(&mut self, id: RegionId, run: PageRun) -> Result<u64, LinkError> {
+            self.asked.zeros(id, run)
+        }
+
+        fn end_round(&mut self, round: u32) -> Result<u64, LinkError> {
+            self.asked.end_round(round)
+        }
+
+        fn want(&mut self, id: RegionId, run: PageRun) -> Result<u64, LinkError> {
+            self.entered.send(()).unwrap();
+            match self.go_on.recv() {
+                Ok(()) => self.asked.want(id, run),
+                Err(_) => Err(LinkError::Protocol("cut".to_owned())),
+            }
+        }
+
+        fn flush(&mut self) -> Result<(), LinkError> {
+            Ok(())
+        }
+
+        fn answers(&mut self) -> Result<Box<dyn BulkReceiver>, LinkError> {
+            self.asked.answers()
+        }
+    }
+
+    #[test]
+    fn who_finds_the_stream_taken_is_not_forgotten() {
+        let (memory, faults, clock) = (Memory::of(PAGES), Arc::new(Caught::of(PAGES)), Still);
+        let (asked, (entered, seen), (go, go_on)) =
+            (Recorder::default(), std::sync::mpsc::channel(), std::sync::mpsc::channel());
+        let held = Held { entered, go_on, asked: asked.clone() };
+        let owed = Owed::new(&memory, faults, &clock, &bits(&[3, 4, 5]), Box::new(held));
+        std::thread::scope(|scope| {
+            scope.spawn(|| owed.ask(3));
+            seen.recv().unwrap();
+            owed.ask(4);
+            owed.ask(5);
+            (0..3).for_each(|_| go.send(()).unwrap());
+        });
+        assert_eq!(asked.wants(), [3, 4, 5]);
+        assert!(matches!(unpoisoned(&owed.requests).way, Way::Free(_)));
+    }
+
+    #[test]
+    fn a_stream_that_was_lost_meanwhile_is_let_go() {
+        let (memory, faults, clock) = (Memory::of(PAGES), Arc::new(Caught::of(PAGES)), Still);
+        let (asked, (entered, seen), (go, go_on)) =
+            (Recorder::default(), std::sync::mpsc::channel(), std::sync::mpsc::channel::<()>());
+        let held = Held { entered, go_on, asked: Recorder::default() };
+        let owed = Owed::new(&memory, faults, &clock, &bits(&[3, 4]), Box::new(held));
+        std::thread::scope(|scope| {
+            scope.spawn(|| owed.ask(3));
+            seen.recv().unwrap();
+            owed.ask(4);
+            owed.lose_way();
+            owed.find_way(Box::new(asked.clone())).unwrap();
+            // Its error comes when there is another way already.
+            drop(go);
+        });
+        owed.ask(5);
+        assert_eq!((asked.wants(), owed.is_cut()), (vec![5], false));
+    }
+
+    #[test]
+    fn several_threads_ask_for_every_page_once() {
+        let (memory, faults, clock) = (Memory::of(PAGES), Arc::new(Caught::of(PAGES)), Still);
+        let (asked, all) = (Recorder::default(), (0..PAGES).collect::<Vec<_>>());
+        let owed = Owed::new(&memory, faults.clone(), &clock, &bits(&all), Box::new(asked.clone()));
+        std::thread::scope(|scope| {
+            let handlers: Vec<_> = (0..4).map(|_| scope.spawn(|| owed.serve_faults())).collect();
+            for &page in &all {
+                faults.happen(&[page, page]);
+            }
+            faults.then_stop();
+            assert!(handlers.into_iter().all(|handler| handler.join().unwrap().is_err()), "the machine has ended");
+        });
+        let mut wants = asked.wants();
+        wants.sort_unstable();
+        assert_eq!(wants, all);
+    }
+
+    #[test]
+    fn a_block_is_asked_for_whole_and_mapped_when_its_last_page_has_come() {
+        const BLOCK: u64 = 128;
+        let (memory, faults, clock) = (Memory::of(BLOCK * 3), Arc::new(Caught::in_blocks(BLOCK * 3, BLOCK)), Still);
+        let mut owing = PageBitmap::new(PageCount(BLOCK * 3));
+        for page in [3, 4, 63, 140] {
+            owing.insert(page);
+        }
+        let asked = Recorder::default();
+        let owed = Owed::new(&memory, faults.clone(), &clock, &owing, Box::new(asked.clone()));
+        faults.happen(&[5, 0, 2 * BLOCK + 2]);
+        faults.then_stop();
+        assert!(owed.serve_faults().is_err(), "the machine has ended");
+        assert_eq!(asked.wants(), (0..BLOCK).collect::<Vec<_>>());
+        let third: Vec<u64> = (2 * BLOCK..3 * BLOCK).collect();
+        assert_eq!(faults.mapped(), third, "what is here whole is mapped at once");
+        owed.take_pages(PageRun::new(63, 1), &mut Script::filled(7), &mut || true).unwrap();
+        owed.take_zeros(PageRun::new(3, 1)).unwrap();
+        assert_eq!((faults.mapped(), owed.waits().count), (third.clone(), 0), "one page of it is missing");
+        // What another stream brings twice overwrites nothing, and is not what is waited for.
+        owed.take_pages(PageRun::new(63, 1), &mut Script::filled(8), &mut || true).unwrap();
+        owed.take_pages(PageRun::new(4, 1), &mut Script::filled(9), &mut || true).unwrap();
+        let both: Vec<u64> = (0..BLOCK).chain(third).collect();
+        assert_eq!((faults.mapped(), owed.waits().count, owed.left()), (both, 1, 1));
+        assert_eq!([3, 4, 63].map(|page| memory.byte(page)), [0, 9, 7]);
     }
 
     #[test]

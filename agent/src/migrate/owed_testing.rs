@@ -165,12 +165,18 @@ pub(super) struct Caught {
     here: Vec<AtomicU64>,
     mapped: Mutex<BTreeSet<u64>>,
     due: Mutex<(Vec<u64>, bool)>,
+    block_pages: u64,
 }
 
 impl Caught {
     pub(super) fn of(pages: u64) -> Self {
+        Self::in_blocks(pages, 1)
+    }
+
+    /// So many are mapped together.
+    pub(super) fn in_blocks(pages: u64, block_pages: u64) -> Self {
         let here = (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
-        Self { here, mapped: Mutex::default(), due: Mutex::default() }
+        Self { here, mapped: Mutex::default(), due: Mutex::default(), block_pages }
     }
 
     pub(super) fn happen(&self, pages: &[u64]) {
@@ -192,6 +198,10 @@ impl Faults for Caught {
         let mut due = self.due.lock().unwrap();
         *pages = std::mem::take(&mut due.0);
         if pages.is_empty() && due.1 { Err(FaultError::Gone) } else { Ok(()) }
+    }
+
+    fn block_pages(&self) -> u64 {
+        self.block_pages
     }
 
     fn map(&self, run: PageRun) -> Result<(), FaultError> {

@@ -42,8 +42,8 @@ impl Unsent {
     /// Takes what of `run` nobody has sent; the push goes on around it.
     fn take_asked(&mut self, run: PageRun) -> Vec<PageRun> {
         (self.up, self.down, self.goes_down) = (run.end(), run.first.0, false);
-        let asked: Vec<PageRun> = self.pages.runs_within(run.first.0, run.end(), 1).collect();
-        asked.into_iter().map(|page| self.take(page)).collect()
+        let asked: Vec<PageRun> = self.pages.runs_within(run.first.0, run.end(), u32::MAX).collect();
+        asked.into_iter().map(|run| self.take(run)).collect()
     }
 
     /// Takes the next run of the push, of at most `longest` pages.
@@ -261,9 +261,9 @@ impl<'a> Push<'a> {
                 self.requests.fetch_add(1, Ordering::Relaxed);
                 // What is not among them is on its way already.
                 let asked = self.unsent().take_asked(run);
-                for page in asked {
-                    self.asked.fetch_add(1, Ordering::Relaxed);
-                    self.send(page, stream)?;
+                for run in asked {
+                    self.asked.fetch_add(run.count.into(), Ordering::Relaxed);
+                    self.send(run, stream)?;
                 }
                 stream.flush()?;
             }

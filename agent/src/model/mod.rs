@@ -66,5 +66,5 @@ pub use stun::{
     Attribution, StunReport, ThrottleHolder, ThrottleStatus, ThrottleView, VcpuLimit, VcpuStun, VcpuThrottle,
     VcpuWrites, VmWrites,
 };
-pub use units::{BytesPerSecond, PAGE_SIZE, PageCount, PageIndex, PagesPerSecond};
+pub use units::{BytesPerSecond, HUGE_PAGE_BYTES, PAGE_SIZE, PageCount, PageIndex, PagesPerSecond};
 pub use writer::Writer;

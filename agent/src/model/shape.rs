@@ -11,7 +11,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use super::config::{DirtyLogKind, DiskSpec, NetSpec};
 use super::id::{VmId, VmName};
 use super::region::{RegionId, RegionKind, RegionSpec};
-use super::units::PageCount;
+use super::units::{HUGE_PAGE_BYTES, PageCount};
 
 /// The most guest RAM that an offer may ask for, in bytes (16 TiB).
 pub const MAX_MEMORY_BYTES: u64 = 16 << 40;
@@ -33,6 +33,7 @@ const MAX_NAMES: usize = 16;
 /// The names: never changed, never given to anything else.
 const RNG: &str = "rng";
 const BALLOON: &str = "balloon";
+const HUGEPAGES: &str = "hugepages";
 
 /// One CPUID leaf as the guest sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,12 +74,14 @@ pub struct MachineShape {
     pub rng: bool,
     /// Whether it has a balloon; the last in device order.
     pub balloon: bool,
+    /// Whether its RAM is of huge pages that a host has set aside.
+    pub hugepages: bool,
 }
 
 impl MachineShape {
     /// What the wire's version 1 at first had no place for.
     fn names(&self) -> Vec<&'static str> {
-        [(self.rng, RNG), (self.balloon, BALLOON)]
+        [(self.rng, RNG), (self.balloon, BALLOON), (self.hugepages, HUGEPAGES)]
             .into_iter()
             .filter(|(there, _)| *there)
             .map(|(_, name)| name)
@@ -93,6 +96,7 @@ impl MachineShape {
             match name.as_str() {
                 RNG => self.rng = true,
                 BALLOON => self.balloon = true,
+                HUGEPAGES => self.hugepages = true,
                 other => {
                     return Err(format!(
                         "the VM has a device `{}`, which this build does not know",
@@ -156,6 +160,7 @@ impl<'de> Deserialize<'de> for MachineShape {
                     disks: field(&mut fields)?,
                     rng: false,
                     balloon: false,
+                    hugepages: false,
                 };
                 if shape.cpus & MORE != 0 {
                     shape.cpus &= !MORE;
@@ -177,6 +182,9 @@ pub enum ShapeError {
     /// RAM of zero, not whole pages, or above [`MAX_MEMORY_BYTES`].
     #[error("memory of {0} bytes is not between one page and {MAX_MEMORY_BYTES} bytes in whole pages")]
     Memory(u64),
+    /// RAM of huge pages that is not a number of them.
+    #[error("memory of {0} bytes is not a number of huge pages of 2 MiB, as --hugepages wants it")]
+    HugePages(u64),
     /// No vCPU, or more than [`MAX_CPUS`].
     #[error("{0} vCPUs are not between 1 and {MAX_CPUS}")]
     Cpus(u32),
@@ -202,6 +210,9 @@ impl MachineShape {
             || self.memory_bytes > MAX_MEMORY_BYTES
         {
             return Err(ShapeError::Memory(self.memory_bytes));
+        }
+        if self.hugepages && !self.memory_bytes.is_multiple_of(HUGE_PAGE_BYTES) {
+            return Err(ShapeError::HugePages(self.memory_bytes));
         }
         if !(1..=MAX_CPUS).contains(&self.cpus) {
             return Err(ShapeError::Cpus(self.cpus));
@@ -242,6 +253,7 @@ mod tests {
             disks: "path=/d.img,readonly".parse().into_iter().collect(),
             rng: false,
             balloon: false,
+            hugepages: false,
         }
     }
 
@@ -279,6 +291,10 @@ mod tests {
             let bytes = postcard::to_stdvec(&(1u8, &shape, 0xabcd_u32)).unwrap();
             assert_eq!(postcard::from_bytes::<(u8, MachineShape, u32)>(&bytes).unwrap(), (1, shape, 0xabcd));
         }
+        let huge = MachineShape { hugepages: true, ..shape() };
+        assert_eq!(postcard::from_bytes::<MachineShape>(&postcard::to_stdvec(&huge).unwrap()).unwrap(), huge);
+        let odd = MachineShape { memory_bytes: huge.memory_bytes + 4096, ..huge.clone() };
+        assert_eq!((huge.check(), odd.check()), (Ok(()), Err(ShapeError::HugePages(odd.memory_bytes))));
         let both = MachineShape { rng: true, balloon: true, ..shape() };
         assert_eq!(postcard::to_stdvec(&both).unwrap(), NEW);
         assert_eq!(postcard::from_bytes::<MachineShape>(NEW).unwrap(), both);

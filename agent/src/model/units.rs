@@ -12,6 +12,8 @@ use serde::{Deserialize, Serialize};
 
 /// Bytes in the page that dirty logs and the wire count in.
 pub const PAGE_SIZE: usize = 4096;
+/// Bytes of a huge page of x86-64.
+pub const HUGE_PAGE_BYTES: u64 = 2 << 20;
 
 /// A page's position inside one region, in units of [`PAGE_SIZE`]. For RAM this is the offset in the
 /// memory file, not the guest frame number: the hole below 4 GiB has no index.

@@ -28,13 +28,18 @@ pub trait Faults: Send + Sync {
     /// The machine is gone, or the kernel.
     fn next(&self, pages: &mut Vec<u64>, timeout: Duration) -> Result<(), FaultError>;
 
-    /// Maps pages that are in memory, and wakes who waits for them; those that are mapped stay so.
+    /// Pages that are mapped together, a power of two: one that is missing keeps the others from being mapped. 512 where RAM is of huge pages.
+    fn block_pages(&self) -> u64 {
+        1
+    }
+
+    /// Maps pages that are in memory, and wakes who waits for them; those that are mapped stay so. Whole blocks.
     ///
     /// # Errors
     /// [`FaultError::NotThere`] if one is not in memory: those before it are mapped.
     fn map(&self, run: PageRun) -> Result<(), FaultError>;
 
-    /// Maps pages that are not in memory as zeros, and wakes who waits for them.
+    /// Maps pages that are not in memory as zeros, and wakes who waits for them. Not where blocks are of several pages: those get their memory first.
     ///
     /// # Errors
     /// The machine is gone, or the kernel.

@@ -19,9 +19,26 @@ pub use choose::{Choice, choose};
 pub use plan::{Mover, Plan};
 
 use self::writing::{Edge, Writing};
-use crate::migrate::OnStuck;
+use crate::migrate::{Adaptive, OnStuck, Pace, SourceOptions};
 use crate::model::{BytesPerSecond, PAGE_SIZE, PageCount, WriteCurve};
 use crate::track::{Terms, TermsError, TwoClasses};
+
+/// What an operator asks of the ways besides the terms.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Asked {
+    /// What the link itself carries, where the terms' bandwidth is a limit below it.
+    pub link: Option<BytesPerSecond>,
+    /// Where a limit begins that follows what the VM dirties: the terms' bandwidth is the most that it rises to.
+    pub least: Option<BytesPerSecond>,
+    /// Rounds of `hybrid` before the VM moves.
+    pub hybrid_rounds: u32,
+}
+
+impl Default for Asked {
+    fn default() -> Self {
+        Self { link: None, least: None, hybrid_rounds: SourceOptions::default().hybrid_rounds }
+    }
+}
 
 /// How far the goodput may be from what was said of it, up or down.
 const GOODPUT_BAND: f64 = 0.1;
@@ -116,7 +133,44 @@ struct Case<'a> {
     bandwidth: f64,
     /// The same for what QEMU sends of a paused VM, which it does not limit.
     unlimited: f64,
+    /// The same of the first round, where the limit follows what the VM dirties.
+    least: Option<f64>,
+    hybrid_rounds: u32,
     terms: &'a Terms,
+}
+
+/// What rounds carry: the bandwidth, or what a limit allows that follows what the VM dirties.
+struct Goodput {
+    bandwidth: f64,
+    following: Option<(Adaptive, Pace)>,
+}
+
+impl Goodput {
+    fn of(case: &Case<'_>) -> Self {
+        let following = case.least.map(|least| {
+            let least = bytes_per_second(least);
+            (Adaptive::new(least, case.goodput()), Pace::new(Some(least)))
+        });
+        Self { bandwidth: case.bandwidth, following }
+    }
+
+    /// Pages per second of the next round.
+    fn now(&self) -> f64 {
+        let limit = self.following.as_ref().and_then(|(_, pace)| pace.limit());
+        limit.map_or(self.bandwidth, |limit| limit.0 as f64 / PAGE_SIZE as f64)
+    }
+
+    /// A round that took so long has left `dirtied` pages. What they may be expected to go at while the VM stands.
+    fn follow(&mut self, dirtied: PageCount, took: Duration) -> BytesPerSecond {
+        match &mut self.following {
+            Some((adaptive, pace)) => adaptive.follow(dirtied, took, None, pace),
+            None => bytes_per_second(self.bandwidth),
+        }
+    }
+}
+
+fn bytes_per_second(pages: f64) -> BytesPerSecond {
+    BytesPerSecond((pages * PAGE_SIZE as f64) as u64)
 }
 
 impl Case<'_> {
@@ -131,7 +185,7 @@ impl Case<'_> {
     }
 
     fn goodput(&self) -> BytesPerSecond {
-        BytesPerSecond((self.bandwidth * PAGE_SIZE as f64) as u64)
+        bytes_per_second(self.bandwidth)
     }
 
     fn rtt(&self) -> f64 {
@@ -150,8 +204,6 @@ fn wire_bytes(pages: f64) -> u64 {
 /// What is to be expected of each way of moving that `mover` has, and of those that only a formula knows yet, if the VM goes on writing like
 /// `curve`. A curve that ends before the first round does is drawn on by a fit of two classes, as [`crate::track::forecast`] does.
 ///
-/// `link` is what the link itself carries, where the terms' bandwidth is a limit below it.
-///
 /// # Errors
 /// Under these terms no VM could be moved.
 pub fn predict(
@@ -159,12 +211,13 @@ pub fn predict(
     memory: &Memory,
     mover: Mover,
     terms: &Terms,
-    link: Option<BytesPerSecond>,
+    asked: &Asked,
 ) -> Result<Vec<Prediction>, TermsError> {
     terms.memory_time()?;
-    let unlimited = link.map_or(terms.bandwidth, |link| link.max(terms.bandwidth)).0 as f64 / PAGE_SIZE as f64;
+    let unlimited = asked.link.map_or(terms.bandwidth, |link| link.max(terms.bandwidth)).0 as f64 / PAGE_SIZE as f64;
     let bandwidth = terms.pages_per_second().0;
-    let first = memory.filled_high.max(memory.pages.0 as f64) / (bandwidth * (1.0 - GOODPUT_BAND));
+    let least = asked.least.map(|least| least.0.min(terms.bandwidth.0).max(1) as f64 / PAGE_SIZE as f64);
+    let first = memory.filled_high.max(memory.pages.0 as f64) / (least.unwrap_or(bandwidth) * (1.0 - GOODPUT_BAND));
     let first = Duration::from_secs_f64(first.min(86_400.0));
     let curve = TwoClasses::fit(curve, memory.pages).extend(curve, first, memory.pages);
     let case = |edge, filled, part| Case {
@@ -172,6 +225,8 @@ pub fn predict(
         filled,
         bandwidth: bandwidth * part,
         unlimited: unlimited * part,
+        least: least.map(|least| least * part),
+        hybrid_rounds: asked.hybrid_rounds,
         terms,
     };
     let expected = case(Edge::Middle, memory.filled, 1.0);
@@ -201,8 +256,8 @@ fn course(plan: Plan, case: &Case<'_>) -> Course {
         Plan::QemuAutoConverge => push::qemu(case, true),
         Plan::DemandPaging => pull::demand_paging(case),
         Plan::PostCopy => pull::post_copy(case),
-        Plan::Hybrid => pull::hybrid(case, writing::Protected::PageByPage),
-        Plan::QemuPostCopy => pull::hybrid(case, writing::Protected::AtOnce),
+        Plan::Hybrid => pull::hybrid(case, case.hybrid_rounds, writing::Protected::PageByPage),
+        Plan::QemuPostCopy => pull::hybrid(case, 1, writing::Protected::AtOnce),
     }
 }
 

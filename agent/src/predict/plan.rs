@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::Asked;
 use crate::model::BytesPerSecond;
 
 /// A way of moving a VM.
@@ -19,7 +20,7 @@ pub enum Plan {
     PreCopyStun,
     /// The same, and if rounds do not end what is left follows the VM.
     PreCopyPostCopy,
-    /// One round, then as with post-copy.
+    /// Rounds, one if no more are asked for, then as with post-copy.
     Hybrid,
     /// The VM runs at the target at once; pages are pushed, and fetched when they are needed sooner (Hines and Gopalan, VEE 2009).
     PostCopy,
@@ -90,10 +91,10 @@ impl Plan {
     }
 
     /// What to type for it: commands that are given one after the other, with the target's address left open.
-    pub fn commands(self, vm: &str, bandwidth: BytesPerSecond, downtime: Duration) -> Vec<String> {
+    pub fn commands(self, vm: &str, bandwidth: BytesPerSecond, downtime: Duration, asked: &Asked) -> Vec<String> {
         let downtime_ms = downtime.as_millis().max(1);
         let dunlin = |how: &str| {
-            let rate = rate(bandwidth);
+            let rate = asked.least.map_or_else(String::new, |least| rate(least) + "..") + &rate(bandwidth);
             vec![format!(
                 "dunlin migrate {vm} --to tcp://TARGET:PORT --bandwidth {rate} --downtime {downtime_ms}ms {how}"
             )]
@@ -114,7 +115,8 @@ impl Plan {
             Self::QemuPreCopy => virsh(""),
             Self::QemuAutoConverge => virsh(" --auto-converge"),
             Self::QemuPostCopy => virsh(" --postcopy --postcopy-after-precopy"),
-            Self::Hybrid => dunlin("--strategy hybrid"),
+            Self::Hybrid if asked.hybrid_rounds == 1 => dunlin("--strategy hybrid"),
+            Self::Hybrid => dunlin(&format!("--strategy hybrid --hybrid-rounds {}", asked.hybrid_rounds)),
             Self::PostCopy => dunlin("--strategy post-copy"),
             Self::DemandPaging => dunlin("--strategy demand-paging"),
         }

@@ -25,11 +25,17 @@ pub(super) fn post_copy(case: &Case<'_>) -> Course {
     }
 }
 
-/// One round while the VM runs at the source, then post-copy of what was written meanwhile.
-pub(super) fn hybrid(case: &Case<'_>, protected: Protected) -> Course {
-    let round = case.time(case.filled) + case.rtt();
-    let due = case.writing.after_round(&case.writing.all_due(), round, 1.0, protected);
-    Course { converges: true, ..follow(case, &due, (round, case.filled, 1)) }
+/// So many rounds while the VM runs at the source, then post-copy of what the last one left. A limit that follows what the VM dirties stays at its least in them, and is the most behind them.
+pub(super) fn hybrid(case: &Case<'_>, rounds: u32, protected: Protected) -> Course {
+    let rate = case.least.unwrap_or(case.bandwidth);
+    let (mut due, mut left, mut total, mut sent) = (case.writing.all_due(), case.filled, 0.0, 0.0);
+    for _ in 0..rounds {
+        let round = left / rate + case.rtt();
+        (total, sent) = (total + round, sent + left);
+        due = case.writing.after_round(&due, round, 1.0, protected);
+        left = case.writing.due_pages(&due);
+    }
+    Course { converges: true, ..follow(case, &due, (total, sent, rounds)) }
 }
 
 /// So many pages have been sent in rounds that took so many seconds; the VM moves, and what is due follows it.

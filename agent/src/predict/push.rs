@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::pull::follow;
 use super::writing::Protected;
-use super::{Case, Course, nanos, wire_bytes};
+use super::{Case, Course, Goodput, nanos, wire_bytes};
 use crate::migrate::{Convergence, LOOK_EVERY, OnStuck, SourceOptions, Verdict};
 use crate::model::{PageCount, PagesPerSecond};
 use crate::stun::{Budget, Remaining, STRETCH};
@@ -38,14 +38,15 @@ pub(super) fn pre_copy(case: &Case<'_>, on_stuck: OnStuck) -> Course {
     let budget = Budget { stretch: STRETCH, memory_time };
     let (mut due, mut left) = (case.writing.all_due(), case.filled);
     let (mut rounds, mut sent, mut total, mut held) = (0, 0.0, 0.0, 0.0);
+    let mut goodput = Goodput::of(case);
     let converges = loop {
-        let took = case.time(left) + case.rtt();
+        let took = left / goodput.now() + case.rtt();
         let allowed = budget.allowed(&Remaining {
             elapsed: Duration::from_secs_f64(total),
             memory: PageCount(case.filled as u64),
             unsent: PageCount(left as u64),
             dirty: PageCount(0),
-            goodput: PagesPerSecond(case.bandwidth),
+            goodput: PagesPerSecond(goodput.now()),
         });
         sent += left;
         total += took;
@@ -60,7 +61,8 @@ pub(super) fn pre_copy(case: &Case<'_>, on_stuck: OnStuck) -> Course {
             left = allowed;
         }
         let took = Duration::from_secs_f64(took);
-        match judge.judge(PageCount(left.round() as u64), took, case.goodput(), terms.rtt) {
+        let dirtied = PageCount(left.round() as u64);
+        match judge.judge(dirtied, took, goodput.follow(dirtied, took), terms.rtt) {
             Verdict::Another => {}
             Verdict::Converged => break true,
             Verdict::GaveUp(_) => break false,

@@ -36,7 +36,11 @@ fn fixed(pages: f64) -> WriteCurve {
 }
 
 fn of(curve: &WriteCurve, mover: Mover, terms: &Terms, plan: Plan) -> Prediction {
-    let all = predict(curve, &memory(), mover, terms, None).unwrap();
+    asked(curve, mover, terms, &Asked::default(), plan)
+}
+
+fn asked(curve: &WriteCurve, mover: Mover, terms: &Terms, asked: &Asked, plan: Plan) -> Prediction {
+    let all = predict(curve, &memory(), mover, terms, asked).unwrap();
     all.into_iter().find(|prediction| prediction.plan == plan).unwrap()
 }
 
@@ -75,8 +79,8 @@ fn an_even_writer_makes_a_geometric_series_under_qemu() {
 fn qemu_limits_no_last_pages() {
     let limited = terms(0.1, 30);
     let of = |link| {
-        let all = predict(&even(2000.0), &memory(), Mover::Qemu, &limited, link).unwrap();
-        all.into_iter().find(|prediction| prediction.plan == Plan::QemuPreCopy).unwrap().expected
+        let beside = Asked { link, ..Asked::default() };
+        asked(&even(2000.0), Mover::Qemu, &limited, &beside, Plan::QemuPreCopy).expected
     };
     let (alone, beside) = (of(None), of(Some(BytesPerSecond(LINK as u64))));
     let last = seconds(alone.blackout_ns) - 0.003;
@@ -141,6 +145,65 @@ fn after_a_push_each_page_has_been_sent_once_and_waits_are_of_the_pages_touched_
     assert!(hybrid.guest_slowdown < found.guest_slowdown);
 }
 
+/// What the rounds before left of an even writer is its part of memory: of what a round sends half of what is written meanwhile comes behind it, of the rest all of it.
+#[test]
+fn each_round_of_hybrid_leaves_what_was_written_behind_it() {
+    let part: f64 = 0.4;
+    let rounds = |hybrid_rounds| {
+        let more = Asked { hybrid_rounds, ..Asked::default() };
+        asked(&even(part * PAGES as f64), Mover::Dunlin, &terms(1.0, 30), &more, Plan::Hybrid).expected
+    };
+    let mut left: f64 = 1.0;
+    let mut sent = 0.0;
+    for count in 1..=4 {
+        sent += left;
+        let writes = left * part;
+        left = left * writes / 2.0 + (1.0 - left) * writes;
+        let found = rounds(count);
+        assert_eq!(found.rounds, count);
+        assert!((found.wire_bytes as f64 / 4096.0 - (sent + left) * PAGES as f64).abs() < 2.0, "{found:?}");
+        close(seconds(found.total_ns), sent + left + 0.003);
+        close(seconds(found.blackout_ns), 0.003);
+    }
+    assert_eq!(rounds(1), of(&even(part * PAGES as f64), Mover::Dunlin, &terms(1.0, 30), Plan::Hybrid).expected);
+}
+
+/// A limit that follows: the first round goes at the least, each later one at half as much again as was dirtied, the last pages at the most.
+#[test]
+fn a_limit_that_follows_makes_rounds_longer_and_the_blackout_no_longer() {
+    let least = |part: f64| Asked { least: Some(BytesPerSecond((LINK * part) as u64)), ..Asked::default() };
+    let terms = &terms(1.0, 100);
+    let pre_copy = |curve: &WriteCurve, more: &Asked| asked(curve, Mover::Dunlin, terms, more, Plan::PreCopy).expected;
+    // One that hardly writes goes at the least, once.
+    let idle = pre_copy(&even(1.0), &least(0.1));
+    assert!((seconds(idle.total_ns) - 10.003).abs() < 0.01 && idle.converges, "{idle:?}");
+    // A writer of 0.2 of memory a second: round by round.
+    let part: f64 = 0.2;
+    let writer = even(part * PAGES as f64);
+    let found = pre_copy(&writer, &least(0.25));
+    let (mut rate, mut left, mut total) = (0.25f64, 1.0f64, 0.0);
+    for _ in 0..found.rounds {
+        let took = left / rate;
+        total += took;
+        let writes = (took * part).min(1.0);
+        left = left * writes / 2.0 + (1.0 - left) * writes;
+        rate = (left / took * 1.5).clamp(0.25, 1.0);
+    }
+    close(seconds(found.total_ns), total + left + 0.003);
+    close(seconds(found.blackout_ns), left + 0.003);
+    let fast = pre_copy(&writer, &Asked::default());
+    assert!(found.converges && fast.total_ns < found.total_ns, "{found:?} {fast:?}");
+    // A least that is the most is a limit that stays; what has no rounds knows no least.
+    assert_eq!(pre_copy(&writer, &least(1.0)), fast);
+    for plan in [Plan::StopAndCopy, Plan::PostCopy] {
+        let [with, without] =
+            [least(0.1), Asked::default()].map(|more| asked(&even(1.0), Mover::Dunlin, terms, &more, plan).expected);
+        assert_eq!((with.total_ns, with.blackout_ns), (without.total_ns, without.blackout_ns));
+    }
+    let hybrid = asked(&even(1.0), Mover::Dunlin, terms, &least(0.1), Plan::Hybrid).expected;
+    assert!((seconds(hybrid.total_ns) - 10.003).abs() < 0.01, "{hybrid:?}");
+}
+
 #[test]
 fn writers_are_held_only_as_far_as_that_is_needed() {
     let unthrottled = fixed(PAGES as f64 / 2.0);
@@ -167,7 +230,7 @@ fn auto_converge_ends_what_pre_copy_alone_does_not_and_slows_everybody() {
 #[test]
 fn the_simplest_way_that_is_sure_to_fit_is_chosen() {
     let chosen = |curve: &WriteCurve, mover, terms: &Terms| {
-        choose(&predict(curve, &memory(), mover, terms, None).unwrap(), terms.downtime)
+        choose(&predict(curve, &memory(), mover, terms, &Asked::default()).unwrap(), terms.downtime)
     };
     let plan = |curve: &WriteCurve, mover, terms: &Terms| chosen(curve, mover, terms).unwrap().plan;
     assert_eq!(plan(&even(1.0), Mover::Dunlin, &terms(1.0, 1200)), Plan::StopAndCopy);
@@ -182,7 +245,8 @@ fn the_simplest_way_that_is_sure_to_fit_is_chosen() {
 
 #[test]
 fn commands_are_what_an_operator_types() {
-    let of = |plan: Plan| plan.commands("web1", BytesPerSecond(125_000_000), Duration::from_millis(300));
+    let of =
+        |plan: Plan| plan.commands("web1", BytesPerSecond(125_000_000), Duration::from_millis(300), &Asked::default());
     assert_eq!(
         of(Plan::PreCopyStun),
         [
@@ -197,20 +261,27 @@ fn commands_are_what_an_operator_types() {
         ]
     );
     for (bandwidth, text) in [(50_000_000, "400Mbit"), (20 << 20, "20MiB/s"), (7, "7B/s")] {
-        let command = &Plan::PreCopy.commands("web1", BytesPerSecond(bandwidth), Duration::from_millis(30))[0];
+        let downtime = Duration::from_millis(30);
+        let command = &Plan::PreCopy.commands("web1", BytesPerSecond(bandwidth), downtime, &Asked::default())[0];
         assert!(command.contains(&format!("--bandwidth {text} ")), "{command}");
         assert_eq!(text.parse(), Ok(BytesPerSecond(bandwidth)));
     }
+    let more = Asked { least: Some(BytesPerSecond(12_500_000)), hybrid_rounds: 3, ..Asked::default() };
+    let command = &Plan::Hybrid.commands("web1", BytesPerSecond(125_000_000), Duration::from_millis(30), &more)[0];
+    assert!(
+        command.contains("--bandwidth 100Mbit..1Gbit ") && command.ends_with("hybrid --hybrid-rounds 3"),
+        "{command}"
+    );
 }
 
 #[test]
 fn terms_that_no_vm_meets_are_refused() {
     assert!(matches!(
-        predict(&even(1.0), &memory(), Mover::Dunlin, &terms(0.0, 30), None),
+        predict(&even(1.0), &memory(), Mover::Dunlin, &terms(0.0, 30), &Asked::default()),
         Err(TermsError::NoBandwidth)
     ));
     assert!(matches!(
-        predict(&even(1.0), &memory(), Mover::Dunlin, &terms(1.0, 2), None),
+        predict(&even(1.0), &memory(), Mover::Dunlin, &terms(1.0, 2), &Asked::default()),
         Err(TermsError::NoBudget { .. })
     ));
 }
@@ -232,7 +303,7 @@ proptest! {
         let [less, more] = [part, part * more].map(|part| of(&curve, Mover::Qemu, &terms(part, 30), Plan::QemuPreCopy).expected);
         prop_assert!(more.converges || !less.converges, "{less:?} {more:?}");
         for mover in [Mover::Dunlin, Mover::Qemu] {
-            for found in predict(&curve, &memory(), mover, &terms(part, 30), None).unwrap() {
+            for found in predict(&curve, &memory(), mover, &terms(part, 30), &Asked::default()).unwrap() {
                 for course in [&found.best, &found.expected, &found.worst] {
                     prop_assert!((0.0..=1.0).contains(&course.guest_slowdown), "{found:?}");
                     prop_assert!(course.wire_bytes >= (PAGES - 1) * 4096, "{found:?}");

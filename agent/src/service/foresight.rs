@@ -12,14 +12,14 @@ use super::config::TrackConfig;
 use super::guest_names::GuestFiles;
 use super::interrupt::Interrupt;
 use super::profile::{Allowed, How, ProfileError, ProfileRequest, profile};
-use crate::migrate::{Observer, OnStuck, SourceOptions, Strategy, zero_bits};
+use crate::migrate::{KEPT_TO, Observer, OnStuck, SourceOptions, Strategy, zero_bits};
 use crate::model::{
     BytesPerSecond, Chosen, CurvePoint, Foretold, ForetoldFrom, MigrationRecord, MigrationReport, PageCount, PageRun,
     RoundReport, Step, VmRef, WriteCurve,
 };
 use crate::port::Region;
 use crate::predict::experience::{self, FixedCost};
-use crate::predict::{Memory, Mover, Plan, choose, predict};
+use crate::predict::{Asked, Memory, Mover, Plan, choose, predict};
 use crate::store::HistoryLog;
 use crate::track::Terms;
 
@@ -76,18 +76,15 @@ impl Experience {
 
 /// The way of moving that these options are; none that is modelled.
 fn plan(options: &SourceOptions) -> Option<Plan> {
-    if options.bandwidth_max.is_some() {
-        return None;
-    }
     Some(match (options.strategy, options.on_stuck) {
         (Strategy::StopAndCopy, _) => Plan::StopAndCopy,
         (Strategy::PreCopy, OnStuck::Stun) => Plan::PreCopyStun,
         (Strategy::PreCopy, OnStuck::PostCopy) => Plan::PreCopyPostCopy,
         (Strategy::PreCopy, OnStuck::Stop | OnStuck::Cancel) => Plan::PreCopy,
         (Strategy::PostCopy, _) => Plan::PostCopy,
-        (Strategy::Hybrid, _) if options.hybrid_rounds == 1 => Plan::Hybrid,
+        (Strategy::Hybrid, _) => Plan::Hybrid,
         // How long that takes is the operator's who finishes it.
-        (Strategy::Hybrid | Strategy::DemandPaging, _) => return None,
+        (Strategy::DemandPaging, _) => return None,
     })
 }
 
@@ -177,7 +174,9 @@ fn curve_of_round(left: f64, took: Duration) -> Option<WriteCurve> {
 pub(super) struct Foresight {
     plan: Option<Plan>,
     pages: PageCount,
+    /// The most that may be sent.
     limit: Option<BytesPerSecond>,
+    asked: Asked,
     downtime: Duration,
     fixed: FixedCost,
     rtt: Duration,
@@ -193,7 +192,12 @@ impl Foresight {
         let foresight = Self {
             plan: plan(options),
             pages: region.spec().pages,
-            limit: options.bandwidth,
+            limit: options.bandwidth_max.or(options.bandwidth),
+            asked: Asked {
+                link: None,
+                least: options.bandwidth.filter(|_| options.bandwidth_max.is_some()),
+                hybrid_rounds: options.hybrid_rounds,
+            },
             downtime: options.downtime,
             fixed: experience.fixed_cost(options.downtime),
             rtt: experience::rtt(&experience.records, &experience.peer).unwrap_or(USUAL_RTT),
@@ -207,7 +211,7 @@ impl Foresight {
             && let Some(bandwidth) = foresight.bandwidth()
             && let Some(still) = curve_of_round(0.0, WINDOW)
         {
-            foresight.tell(ForetoldFrom::Memory, &still, &filled(region), bandwidth);
+            foresight.tell(ForetoldFrom::Memory, &still, &filled(region), (bandwidth, foresight.asked.least));
         }
         foresight
     }
@@ -221,7 +225,7 @@ impl Foresight {
     ) -> Self {
         let foresight = Self::new(experience, options, region);
         if let Some(bandwidth) = foresight.bandwidth() {
-            foresight.tell(ForetoldFrom::Curve, curve, &filled(region), bandwidth);
+            foresight.tell(ForetoldFrom::Curve, curve, &filled(region), (bandwidth, foresight.asked.least));
         }
         foresight
     }
@@ -235,12 +239,12 @@ impl Foresight {
         may_be_slowed: bool,
     ) -> Self {
         let first = Self::new(experience, options, region);
-        let (bandwidth, source) = match (options.bandwidth_max.or(options.bandwidth), first.goodput) {
+        let (bandwidth, source) = match (first.limit, first.goodput) {
             (Some(limit), _) => (limit, "the limit"),
             (None, Some(goodput)) => (goodput, "what earlier migrations to that host carried"),
             (None, None) => (USUAL_LINK, "nothing is known of the link, so 1 Gbit/s is taken"),
         };
-        let found = predict(curve, &filled(region), Mover::Dunlin, &first.terms(bandwidth), None);
+        let found = predict(curve, &filled(region), Mover::Dunlin, &first.terms(bandwidth), &first.asked);
         let chosen = found.ok().and_then(|mut predictions| {
             for prediction in &mut predictions {
                 prediction.is_available &= match prediction.plan {
@@ -260,7 +264,7 @@ impl Foresight {
             reason: format!("{}; reckoned with {bandwidth} ({source})", chosen.reason),
         };
         let foresight = Self { chosen: Some(told), ..Self::new(experience, options, region) };
-        foresight.tell(ForetoldFrom::Curve, curve, &filled(region), bandwidth);
+        foresight.tell(ForetoldFrom::Curve, curve, &filled(region), (bandwidth, foresight.asked.least));
         foresight
     }
 
@@ -297,8 +301,16 @@ impl Foresight {
         Terms { bandwidth, downtime: self.downtime, switch_cost: self.fixed.cost, rtt: self.rtt }
     }
 
-    fn tell(&self, from: ForetoldFrom, curve: &WriteCurve, memory: &Memory, bandwidth: BytesPerSecond) {
-        let Ok(predictions) = predict(curve, memory, Mover::Dunlin, &self.terms(bandwidth), None) else { return };
+    /// Tells what is to be expected with this bandwidth, and with a limit that begins at the other.
+    fn tell(
+        &self,
+        from: ForetoldFrom,
+        curve: &WriteCurve,
+        memory: &Memory,
+        (bandwidth, least): (BytesPerSecond, Option<BytesPerSecond>),
+    ) {
+        let asked = Asked { least, ..self.asked };
+        let Ok(predictions) = predict(curve, memory, Mover::Dunlin, &self.terms(bandwidth), &asked) else { return };
         let Some(found) = predictions.iter().find(|prediction| Some(prediction.plan) == self.plan) else { return };
         let course = found.expected;
         let told = Foretold {
@@ -331,10 +343,18 @@ impl Observer for Foresight {
         let carried = (round.wire_bytes >= ENOUGH_BYTES).then(|| BytesPerSecond::over(round.wire_bytes, took));
         let full = round.pages.saturating_sub(round.zero_pages) as f64;
         let memory = Memory { pages: self.pages, filled: full, filled_low: full, filled_high: full };
-        if let Some(bandwidth) = carried.or_else(|| self.bandwidth())
+        let rates = match (self.asked.least, self.limit, carried) {
+            // Below its limit it is the link that carries no more.
+            (Some(least), Some(most), Some(carried)) if (carried.0 as f64) < least.0 as f64 * KEPT_TO => {
+                Some((carried.min(most), None))
+            }
+            (Some(least), Some(most), carried) => Some((most, carried.or(Some(least)))),
+            _ => carried.or_else(|| self.bandwidth()).map(|bandwidth| (bandwidth, None)),
+        };
+        if let Some(rates) = rates
             && let Some(curve) = curve_of_round(round.dirtied_pages as f64, took)
         {
-            self.tell(ForetoldFrom::FirstRound, &curve, &memory, bandwidth);
+            self.tell(ForetoldFrom::FirstRound, &curve, &memory, rates);
         }
     }
 
@@ -377,7 +397,9 @@ mod tests {
         let mut options = SourceOptions { on_stuck: OnStuck::Cancel, ..SourceOptions::default() };
         take(Plan::PreCopy, &mut options);
         assert_eq!(options.on_stuck, OnStuck::Cancel, "what was asked for in case of trouble stays");
-        let rounds = SourceOptions { strategy: Strategy::Hybrid, hybrid_rounds: 2, ..options };
-        assert_eq!(plan(&rounds), None);
+        let most = Some(BytesPerSecond(2));
+        let rounds = SourceOptions { strategy: Strategy::Hybrid, hybrid_rounds: 2, bandwidth_max: most, ..options };
+        assert_eq!(plan(&rounds), Some(Plan::Hybrid));
+        assert_eq!(plan(&SourceOptions { strategy: Strategy::DemandPaging, ..rounds }), None);
     }
 }

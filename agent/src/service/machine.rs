@@ -159,6 +159,9 @@ pub struct VmInfo {
     /// Whether it has a balloon.
     #[serde(default)]
     pub balloon: bool,
+    /// Whether its memory is of huge pages that hosts set aside.
+    #[serde(default)]
+    pub hugepages: bool,
     /// How long this process has held the machine.
     pub uptime_ns: u64,
     /// Pages of its memory that are still at its former host; absent if there are none.
@@ -413,6 +416,7 @@ impl Host {
             disks: shape.disks.clone(),
             rng: shape.rng,
             balloon: shape.balloon,
+            hugepages: shape.hugepages,
             uptime_ns: self.since.elapsed().as_nanos() as u64,
             owed_pages: lock(&self.faults).as_ref().map(|faults| {
                 let here: u64 =
@@ -888,7 +892,9 @@ impl Host {
             address: range.host_address,
         };
         let mapped: Vec<MappedAt> = self.machine.memory().ranges().iter().map(part).collect();
-        let faults = UserFaults::register(mapped.clone()).map_err(|error| format!("userfaultfd: {error}"))?;
+        let block_pages = self.machine.memory().block_pages();
+        let faults =
+            UserFaults::register(mapped.clone(), block_pages).map_err(|error| format!("userfaultfd: {error}"))?;
         *lock(&self.faults) = Some(faults);
         Ok(Reply::Faults(mapped))
     }

@@ -13,7 +13,7 @@ use crate::migrate::SourceOptions;
 use crate::model::schema::Schema;
 use crate::model::{BytesPerSecond, CostFrom, MigrationRecord, PAGE_SIZE, PageCount, UniqueRate};
 use crate::predict::experience::{FixedCost, PlanErrors, errors, fixed_cost};
-use crate::predict::{Choice, Memory, Mover, Prediction, choose, predict};
+use crate::predict::{Asked, Choice, Memory, Mover, Prediction, choose, predict};
 use crate::store::{History, HistoryLog};
 use crate::track::{Regime, Terms, TermsError};
 
@@ -35,6 +35,11 @@ pub struct PredictionReport {
     /// What the link itself carries, where that is a limit below it; absent where it was not said.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub link_bytes_per_second: Option<u64>,
+    /// Where the limit begins, if it follows what the VM dirties up to the bandwidth; absent of one that stays.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub least_bytes_per_second: Option<u64>,
+    /// Rounds of `hybrid` before the VM moves.
+    pub hybrid_rounds: u32,
     /// The downtime that is allowed.
     pub downtime_ns: u64,
     /// What a switch costs in any case, CPU and device state included.
@@ -92,8 +97,8 @@ pub enum PredictionError {
 pub struct PredictTerms {
     /// Goodput of the link, or a limit below it.
     pub bandwidth: BytesPerSecond,
-    /// Goodput of the link, where the bandwidth is such a limit.
-    pub link: Option<BytesPerSecond>,
+    /// What is asked of the ways besides.
+    pub asked: Asked,
     /// The downtime that is allowed.
     pub downtime: Duration,
     /// What a switch costs besides the last pages; by earlier migrations without.
@@ -176,11 +181,15 @@ pub fn prediction(
             Memory { pages, filled, filled_low, filled_high }
         },
     );
-    let predictions = predict(&taken.curve, &memory, mover, terms, wanted.link)?;
+    let mut asked = wanted.asked;
+    if mover != Mover::Dunlin && asked.least.take().is_some() {
+        notes.push("only Dunlin has a limit that follows what the VM dirties: reckoned with the most".to_owned());
+    }
+    let predictions = predict(&taken.curve, &memory, mover, terms, &asked)?;
     let chosen = choose(&predictions, terms.downtime);
     let ways = predictions.into_iter().map(|prediction| Way {
         commands: if prediction.is_available {
-            prediction.plan.commands(&taken.vm.name, terms.bandwidth, terms.downtime)
+            prediction.plan.commands(&taken.vm.name, terms.bandwidth, terms.downtime, &asked)
         } else {
             Vec::new()
         },
@@ -195,7 +204,9 @@ pub fn prediction(
         is_lower_bound: taken.is_lower_bound,
         notes,
         bandwidth_bytes_per_second: terms.bandwidth.0,
-        link_bytes_per_second: wanted.link.map(|link| link.0),
+        link_bytes_per_second: asked.link.map(|link| link.0),
+        least_bytes_per_second: asked.least.map(|least| least.0),
+        hybrid_rounds: asked.hybrid_rounds,
         downtime_ns: terms.downtime.as_nanos() as u64,
         fixed_cost_ns: terms.switch_cost.as_nanos() as u64,
         fixed_cost_from: fixed.from,
@@ -238,6 +249,8 @@ pub(crate) fn sample() -> PredictionReport {
         notes: vec![String::new()],
         bandwidth_bytes_per_second: 0,
         link_bytes_per_second: Some(0),
+        least_bytes_per_second: Some(0),
+        hybrid_rounds: 1,
         downtime_ns: 0,
         fixed_cost_ns: 0,
         fixed_cost_from: CostFrom::Default,

@@ -24,6 +24,7 @@ use crate::model::{DiskSpec, MachineShape, MigrationId, NetSpec, SerialSpec, VmR
 use crate::net::tap::Tap;
 use crate::port::{Clock, JournalError, LinkError, MachineError, Region, TargetLink};
 use crate::service::out::complain;
+use crate::shm::hugetlb;
 use crate::store::FileJournal;
 
 /// How often waits look at the cancel flag.
@@ -175,7 +176,11 @@ impl LocalHost<'_> {
         if let Some(taken) = Registry::new(&places.run_dir).list().into_iter().find(|entry| entry.name == shape.name) {
             return Err(format!("a VM named `{}` runs here already (pid {})", taken.name, taken.pid));
         }
-        check_memory(shape.memory_bytes)?;
+        if shape.hugepages {
+            hugetlb::check(shape.memory_bytes).map_err(|error| format!("the VM runs with --hugepages: {error}"))?;
+        } else {
+            check_memory(shape.memory_bytes)?;
+        }
         // One that was made for the VM would lead nowhere, and a peer must not make interfaces here.
         if let Some(net) = shape.nets.iter().find(|net| !Tap::exists(&net.tap)) {
             return Err(format!("there is no tap `{}` here; make it, or name another with --net", net.tap));
@@ -378,7 +383,7 @@ pub fn recover(
     let journal = FileJournal::open(&entry.state_dir)?;
     let machine = RemoteMachine::reattach(&registry.socket(&entry.name, "session"), migration_id, journal)?;
     let region = machine.region() as Arc<dyn Region>;
-    let orphan = Orphan { migration_id, vm_id: entry.vm_id, machine: Box::new(machine), region };
+    let orphan = Orphan { migration_id, vm_id: entry.vm_id, machine: Box::new(machine), region, cpus: info.cpus };
     let observer = EventLog::new(migration_id, "target", request.events.as_deref(), request.hold.clone())
         .map_err(ReceiveError::Events)?;
     let mut link = TcpTarget::<ControlMessage>::unconnected(listener, migration_id, request.stall);

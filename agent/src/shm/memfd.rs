@@ -9,8 +9,7 @@ use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 use rustix::mm::{MapFlags, ProtFlags};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen};
 
-/// Huge pages of x86-64.
-const HUGE_PAGE_BYTES: u64 = 2 << 20;
+use crate::model::HUGE_PAGE_BYTES;
 
 /// Makes a memory file of `bytes`, sealed against change of size, so that nobody who maps it can be made to fault.
 ///

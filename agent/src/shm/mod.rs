@@ -3,6 +3,7 @@
 //! Owns every `mmap` of guest memory outside [`crate::kvm`]. Must not know what the bytes mean. The unsafe code of the data plane lives here.
 
 mod bitmap;
+pub mod hugetlb;
 mod memfd;
 mod ram;
 mod userfault;

@@ -7,12 +7,10 @@ use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
 use rustix::mm::Advice;
 
+use super::hugetlb;
 use super::memfd::Mapping;
-use crate::model::{PAGE_SIZE, PageRun, RegionSpec};
+use crate::model::{HUGE_PAGE_BYTES, PAGE_SIZE, PageRun, RegionSpec};
 use crate::port::{BytesView, Region};
-
-/// Huge pages of x86-64 and most others; only a hint's granularity.
-const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// RAM mapped from its memory file.
 #[derive(Debug)]
@@ -20,6 +18,7 @@ pub struct RamRegion {
     spec: RegionSpec,
     file: OwnedFd,
     mapping: Mapping,
+    block_pages: u64,
 }
 
 impl RamRegion {
@@ -32,7 +31,13 @@ impl RamRegion {
         // SAFETY: the range is our own mapping; the advice changes no content. It is a hint: a kernel without huge pages
         // for shared memory refuses it, and nothing depends on it.
         let _ = unsafe { rustix::mm::madvise(mapping.as_ptr().cast(), mapping.len(), Advice::LinuxHugepage) };
-        Ok(Self { spec, file, mapping })
+        let block_pages = hugetlb::block_pages(&file)?;
+        Ok(Self { spec, file, mapping, block_pages })
+    }
+
+    /// Pages that its mappings hold or lack together: 512 of RAM of huge pages, 1 of any other.
+    pub fn block_pages(&self) -> u64 {
+        self.block_pages
     }
 }
 
@@ -49,6 +54,12 @@ impl RamRegion {
         // SAFETY: the range lies inside our own mapping, and `flags` has room for a byte a page.
         let answer = unsafe { libc::mincore(start.cast(), run.byte_len(), flags.as_mut_ptr()) };
         if answer == 0 { flags } else { Vec::new() }
+    }
+
+    fn fill_with_zeros(&self, run: PageRun) {
+        for byte in self.bytes(run) {
+            byte.store(0, std::sync::atomic::Ordering::Relaxed);
+        }
     }
 }
 
@@ -89,6 +100,10 @@ impl Region for RamRegion {
     }
 
     fn data_within(&self, run: PageRun) -> Vec<PageRun> {
+        // Of a file of huge pages the kernel tells neither.
+        if self.block_pages > 1 {
+            return vec![run];
+        }
         let mut parts: Vec<PageRun> = Vec::new();
         let mut add = |page: u64| match parts.last_mut() {
             Some(last) if last.end() == page => last.count += 1,
@@ -116,7 +131,7 @@ impl Region for RamRegion {
     }
 
     fn prepare_for_write(&self, run: PageRun) {
-        if !run.fits(self.spec.pages) || run.byte_len() < HUGE_PAGE_BYTES {
+        if !run.fits(self.spec.pages) || (run.byte_len() as u64) < HUGE_PAGE_BYTES {
             return;
         }
         let start = self.mapping.as_ptr().wrapping_add(run.byte_offset() as usize).cast();
@@ -126,11 +141,16 @@ impl Region for RamRegion {
 
     fn zero(&self, run: PageRun) {
         if run.fits(self.spec.pages) {
+            if self.block_pages > 1 {
+                if let Err(error) = hugetlb::zero(&self.file, run.byte_offset(), run.byte_len() as u64) {
+                    tracing::warn!("a part of a huge page is zeroed byte by byte: {error}");
+                    self.fill_with_zeros(run);
+                }
+                return;
+            }
             let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
             if rustix::fs::fallocate(self.file.as_fd(), punch, run.byte_offset(), run.byte_len() as u64).is_err() {
-                for byte in self.bytes(run) {
-                    byte.store(0, std::sync::atomic::Ordering::Relaxed);
-                }
+                self.fill_with_zeros(run);
             }
         }
     }

@@ -16,7 +16,9 @@ use crate::model::{PAGE_SIZE, PageCount, PageRun};
 use crate::port::{FaultError, Faults};
 
 const API: u64 = 0xaa;
+const FEATURE_MISSING_HUGETLB: u64 = 1 << 4;
 const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
+const FEATURE_MINOR_HUGETLB: u64 = 1 << 9;
 const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
 const MODE_MISSING: u64 = 1 << 0;
 const MODE_MINOR: u64 = 1 << 2;
@@ -88,6 +90,8 @@ pub struct UserFaults {
     mapped: Vec<MappedAt>,
     /// Which pages are here.
     here: SharedBitmap,
+    /// Pages that are mapped together.
+    block_pages: u64,
 }
 
 /// The pages up to the last that is mapped.
@@ -96,11 +100,12 @@ fn pages_of(mapped: &[MappedAt]) -> PageCount {
 }
 
 impl UserFaults {
-    /// The machine's process: registers its own mappings. From now on it waits wherever it meets a page that is not mapped.
+    /// The machine's process: registers its own mappings, of a file whose pages are mapped in blocks of so many (1, or 512 where they are huge). From now on it waits wherever it
+    /// meets a page that is not mapped.
     ///
     /// # Errors
     /// A kernel without userfaultfd for shared memory (Linux 5.13), or without the permission.
-    pub fn register(mapped: Vec<MappedAt>) -> io::Result<Self> {
+    pub fn register(mapped: Vec<MappedAt>, block_pages: u64) -> io::Result<Self> {
         // SAFETY: takes flags, returns a new descriptor or an error.
         let number = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
         if number < 0 {
@@ -109,8 +114,11 @@ impl UserFaults {
         // SAFETY: just made, and owned by nobody else.
         let fd = unsafe { OwnedFd::from_raw_fd(number as i32) };
         let here = SharedBitmap::named("dunlin-here", pages_of(&mapped))?;
-        let faults = Self { fd, mapped, here };
-        let features = FEATURE_MISSING_SHMEM | FEATURE_MINOR_SHMEM;
+        let faults = Self { fd, mapped, here, block_pages };
+        let features = match block_pages {
+            1 => FEATURE_MISSING_SHMEM | FEATURE_MINOR_SHMEM,
+            _ => FEATURE_MISSING_HUGETLB | FEATURE_MINOR_HUGETLB,
+        };
         faults.ask(UFFDIO_API, &mut ApiArgument { api: API, features, ioctls: 0 })?;
         for part in &faults.mapped {
             let range = Range { start: part.address, len: part.pages * PAGE_SIZE as u64 };
@@ -124,9 +132,9 @@ impl UserFaults {
     ///
     /// # Errors
     /// A file that is too short for the marks.
-    pub fn adopt(fd: OwnedFd, here_file: OwnedFd, mapped: Vec<MappedAt>) -> io::Result<Self> {
+    pub fn adopt(fd: OwnedFd, here_file: OwnedFd, mapped: Vec<MappedAt>, block_pages: u64) -> io::Result<Self> {
         let here = SharedBitmap::open(here_file, pages_of(&mapped))?;
-        Ok(Self { fd, mapped, here })
+        Ok(Self { fd, mapped, here, block_pages })
     }
 
     /// The descriptors, for handing over: of faults, and of marks.
@@ -162,7 +170,7 @@ impl UserFaults {
 
     /// Fills a range by `request`; pages that are mapped already are left as they are.
     fn fill(&self, request: u64, range: Range) -> Result<(), FaultError> {
-        let page = PAGE_SIZE as u64;
+        let page = self.block_pages * PAGE_SIZE as u64;
         let mut left = range;
         while left.len > 0 {
             let mut argument = FillArgument { range: left, mode: 0, filled: 0 };
@@ -221,6 +229,10 @@ impl Faults for UserFaults {
         Ok(())
     }
 
+    fn block_pages(&self) -> u64 {
+        self.block_pages
+    }
+
     fn map(&self, run: PageRun) -> Result<(), FaultError> {
         self.ranges(run).try_for_each(|range| self.fill(UFFDIO_CONTINUE, range))
     }
@@ -260,7 +272,7 @@ mod tests {
         let bytes = PAGES as usize * PAGE_SIZE;
         let (guest, ours) = (Mapping::of(&file, bytes).unwrap(), Mapping::of(&file, bytes).unwrap());
         let part = MappedAt { first_page: 0, pages: PAGES, address: guest.as_ptr() as u64 };
-        let faults = UserFaults::register(vec![part]).unwrap();
+        let faults = UserFaults::register(vec![part], 1).unwrap();
         (guest, ours, faults)
     }
 

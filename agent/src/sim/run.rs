@@ -21,6 +21,8 @@ use crate::port::{Clock, ControlChannel, Journal, JournalRecord, LinkError, Regi
 
 const MIGRATION: MigrationId = MigrationId(Uuid::from_u128(0x5eed));
 const VM: VmId = VmId(Uuid::from_u128(0x76d));
+/// The VM's vCPUs.
+const CPUS: u32 = 2;
 /// How long a target waits for a source to say what it wants.
 const FIRST_MESSAGE_LIMIT: Duration = Duration::from_secs(30);
 
@@ -111,7 +113,8 @@ fn shape(scenario: &Scenario) -> MachineShape {
         vm_id: VM,
         name: "simulated".parse().expect("a constant name is a name"),
         memory_bytes: scenario.memory_pages * PAGE_SIZE as u64,
-        cpus: 1,
+        // Only one writes; two threads serve the faults of two.
+        cpus: CPUS,
         dirty_log: DirtyLogKind::Bitmap,
         tsc_khz: 1_000_000,
         cpuid: Vec::new(),
@@ -119,6 +122,7 @@ fn shape(scenario: &Scenario) -> MachineShape {
         disks: Vec::new(),
         rng: false,
         balloon: false,
+        hugepages: false,
     }
 }
 
@@ -198,7 +202,7 @@ fn other_target_main(sim: &Arc<Scheduler>, scenario: &Scenario) {
         cancel: crate::migrate::CancelFlag::default(),
         stall: scenario.stall,
     };
-    let ended = target.recover(Orphan { migration_id: MIGRATION, vm_id: VM, machine, region });
+    let ended = target.recover(Orphan { migration_id: MIGRATION, vm_id: VM, machine, region, cpus: CPUS });
     answer_questions(sim, &mut link, ended.is_ok());
 }
 

@@ -52,6 +52,8 @@ pub(super) struct Options {
     pub(super) strategy: Option<&'static str>,
     /// Whether how the VM writes is measured first, for a prediction in the report.
     pub(super) predict: bool,
+    /// So long after the guest has been heard at the target the rest is asked for, without which demand-paging does not end.
+    pub(super) finish_after: Option<Duration>,
     /// What else is asked for.
     pub(super) more: &'static [&'static str],
 }
@@ -328,6 +330,14 @@ impl<'a> Vm<'a> {
                 Ok(fs::metadata(&events).is_ok_and(|file| file.len() > 0).then_some(()))
             })?;
             began = self.console.len();
+        }
+        if let Some(after) = options.finish_after {
+            interrupt::wait_for(MIGRATION_LIMIT, "the guest to be heard at the target", || {
+                migrate.check_alive()?;
+                Ok((target_console.len() > 0).then_some(()))
+            })?;
+            interrupt::sleep(after)?;
+            self.ask("migrate", &["--finish"], ORDER_LIMIT)?;
         }
         migrate.finish(MIGRATION_LIMIT)?;
         let during = self.console.bytes();

@@ -156,7 +156,8 @@ impl InfoArgs {
         say!("uuid         {}", info.vm_id);
         say!("state        {}", state(&info));
         say!("pid          {}, for {}", info.pid, display_duration(Duration::from_nanos(info.uptime_ns)));
-        say!("memory       {}", display_bytes(info.memory_bytes));
+        let huge = if info.hugepages { ", in huge pages" } else { "" };
+        say!("memory       {}{huge}", display_bytes(info.memory_bytes));
         say!("vcpus        {}, threads {:?}", info.cpus, info.vcpu_thread_ids);
         let log = if info.dirty_log_on { "on" } else { "off" };
         say!("dirty log    {}, {log}", serde_json::to_string(&info.dirty_log)?.trim_matches('"'));

@@ -90,6 +90,10 @@ pub(in crate::cli) struct RunArgs {
     #[arg(long)]
     balloon: bool,
 
+    /// Take guest RAM from the huge pages of 2 MiB that the host has set aside (vm.nr_hugepages).
+    #[arg(long)]
+    hugepages: bool,
+
     /// Console: stdio, none, file=F or socket=F.
     #[arg(long, value_name = "SPEC", default_value = "none")]
     serial: SerialSpec,
@@ -170,6 +174,7 @@ impl RunArgs {
             disks: self.disks,
             rng: self.rng,
             balloon: self.balloon,
+            hugepages: self.hugepages,
             image,
         };
         let places = Places { run_dir: self.run_dir.path(defaults), state_dir: self.state_dir.path(defaults) };

@@ -17,6 +17,9 @@ use crate::port::{BulkReceiver, Fate, Job, LinkError, Machine, Region};
 /// How long a machine whose faults cannot be served any more may take to be seen dead.
 const DEATH_LIMIT: Duration = Duration::from_secs(1);
 
+/// The most threads that serve a VM's faults: what they ask for goes out over one stream, and each takes a processor from the guest and from the streams that fill its memory.
+const MOST_HANDLERS: u32 = 4;
+
 /// A machine whose manager died after `prepared`.
 pub struct Orphan {
     /// The migration that brought it.
@@ -27,6 +30,8 @@ pub struct Orphan {
     pub machine: Box<dyn Machine>,
     /// Its RAM.
     pub region: Arc<dyn Region>,
+    /// Its vCPUs.
+    pub cpus: u32,
 }
 
 impl Target<'_> {
@@ -36,7 +41,7 @@ impl Target<'_> {
     /// # Errors
     /// Why the VM is not here, or not whole.
     pub fn recover(mut self, orphan: Orphan) -> Result<Arrived, TargetError> {
-        let Orphan { migration_id, vm_id, mut machine, region } = orphan;
+        let Orphan { migration_id, vm_id, mut machine, region, cpus } = orphan;
         let mut ledger = BlackoutLedger::default();
         let runs = machine.fate() == Fate::Resolved(Owner::Here);
         let caught = machine.caught_faults()?;
@@ -45,7 +50,7 @@ impl Target<'_> {
             None => self.until_it_runs(migration_id, machine.as_mut(), &mut ledger, &mut None)?,
             Some(faults) => {
                 let owed = Arc::new(Owed::left_by_another(region.as_ref(), faults, self.clock));
-                self.serve_beside(&owed, |target| {
+                self.serve_beside(&owed, cpus, |target| {
                     if !runs {
                         target.until_it_runs(migration_id, machine.as_mut(), &mut ledger, &mut None)?;
                     }
@@ -69,7 +74,7 @@ impl Target<'_> {
         owes: &mut bool,
     ) -> Result<(), TargetError> {
         self.pass(offer.migration_id, Step::StateMoved, "");
-        self.serve_beside(owed, |target| {
+        self.serve_beside(owed, offer.shape.cpus, |target| {
             machine.restore_state(&handed.state)?;
             ledger.add(BlackoutPhase::Restore, target.clock.now().saturating_sub(arrived_at));
             target.say_prepared(offer, machine, ledger)?;
@@ -78,15 +83,19 @@ impl Target<'_> {
             owed.runs();
             inflow.touch();
             let ended = target.await_the_rest(offer.migration_id, inflow, owed, machine, &mut loan);
-            inflow.end_streams();
+            // Whoever is still read brings nothing that is not here; the source is told so before those readers have seen the end.
+            if ended.is_err() {
+                inflow.end_streams();
+            }
             target.until_nothing_is_owed(offer.migration_id, ended, owed, machine, &mut loan)
         })
     }
 
-    /// Does `work` while faults are served; then nobody serves them any more.
+    /// Does `work` while faults are served; then nobody serves them any more. A vCPU waits for one page at a time, so there are as many handlers as vCPUs, up to a few.
     fn serve_beside(
         &mut self,
         owed: &Arc<Owed<'_>>,
+        cpus: u32,
         work: impl FnOnce(&mut Self) -> Result<(), TargetError> + Send,
     ) -> Result<(), TargetError> {
         let note = |done: Result<(), TargetError>| {
@@ -94,7 +103,10 @@ impl Target<'_> {
                 owed.fail(error);
             }
         };
-        let beside: Vec<Job<'_>> = vec![Box::new(|| note(owed.serve_faults())), Box::new(|| note(owed.map_ahead()))];
+        let mut beside: Vec<Job<'_>> = vec![Box::new(|| note(owed.map_ahead()))];
+        for _ in 0..cpus.clamp(1, MOST_HANDLERS) {
+            beside.push(Box::new(|| note(owed.serve_faults())));
+        }
         let (clock, mut result) = (self.clock, Ok(()));
         let lead = || {
             result = work(self);

@@ -167,7 +167,8 @@ impl RemoteMachine {
         let (reply, fds) = self.socket.recv::<Reply>().map_err(|error| fail(&error))?;
         match (reply, <[OwnedFd; 2]>::try_from(fds)) {
             (Reply::Faults(mapped), Ok([faults, here])) => {
-                let faults = UserFaults::adopt(faults, here, mapped).map_err(|error| fail(&error))?;
+                let faults =
+                    UserFaults::adopt(faults, here, mapped, self.region.block_pages()).map_err(|error| fail(&error))?;
                 Ok(Some(Arc::new(faults)))
             }
             (Reply::Done, _) => Ok(None),
