@@ -4,6 +4,7 @@
 //! target told. From `released` on the VM never runs here again unless the target is known never to have owned it.
 
 mod owing;
+mod spare;
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -23,7 +24,7 @@ use super::rounds::{Round, Saved, Tally, longest_run};
 use super::steward::{Sent, Steward};
 use crate::model::{
     BlackoutLedger, BlackoutPhase, BytesPerSecond, Ending, MachineShape, MigrationId, MigrationReport, PAGE_SIZE,
-    PageBitmap, PageCount, PostCopyReport, RoundReport, Step,
+    PageBitmap, PageCount, PostCopyReport, RoundReport, SqueezeReport, Step,
 };
 use crate::port::{BulkSender, Clock, ControlChannel, Fate, LinkError, Machine, MachineError, Region, SourceLink};
 use crate::stun::Budget;
@@ -123,6 +124,8 @@ struct Progress {
     post_copy: Option<PostCopyReport>,
     /// What the reducers have spared.
     spared: Spared,
+    /// What the guest gave up before the first round.
+    squeeze: Option<SqueezeReport>,
     /// Whether the target may have journaled `prepared`.
     handed: bool,
     /// Whether the VM moves before what is due of its memory.
@@ -151,6 +154,7 @@ impl Progress {
             ended_at: None,
             post_copy: None,
             spared: Spared::default(),
+            squeeze: None,
             handed: false,
             owing: false,
             adaptive: None,
@@ -185,6 +189,10 @@ struct Way<'w> {
     reducing: Vec<Reducing>,
     pacer: Pacer<'w>,
     due: PageBitmap,
+    /// What was due, too, but for the guest's word that it does not use it.
+    free: PageBitmap,
+    /// What the target has as zeros by such a word, given in any round, and nothing has been written to since.
+    left_out: PageBitmap,
     /// What was due in the round before, if that was written during the one before it.
     due_before: Option<PageBitmap>,
 }
@@ -232,6 +240,7 @@ impl Source<'_> {
                 + progress.state_bytes
                 + progress.image_bytes,
             reducers: progress.spared.report(&self.options.reducers),
+            squeeze: progress.squeeze,
             rounds: progress.rounds,
             state_bytes: progress.state_bytes,
             image_bytes: progress.image_bytes,
@@ -283,9 +292,12 @@ impl Source<'_> {
         let room = reducers.delta_bytes.min(self.region.spec().pages.bytes());
         let sent_pages = (room > 0).then(|| Arc::new(SentPages::new(room)));
         let reducing = streams.iter().map(|_| Reducing::new(reducers, streams.len(), sent_pages.clone())).collect();
-        let due = PageBitmap::full(self.region.spec().pages);
-        let mut way = Way { control, streams, reducing, pacer, due, due_before: None };
+        let pages = self.region.spec().pages;
+        let due = PageBitmap::full(pages);
+        let (free, left_out) = (PageBitmap::new(pages), PageBitmap::new(pages));
+        let mut way = Way { control, streams, reducing, pacer, due, free, left_out, due_before: None };
         self.send_boot_image(progress, &way)?;
+        self.squeeze_guest(progress, &way)?;
         match self.options.strategy {
             Strategy::PreCopy => {
                 self.machine.start_log()?;
@@ -422,6 +434,7 @@ impl Source<'_> {
 
     /// Sends what is due, and finds out what is due then: how many pages, and how long the round took.
     fn one_round(&mut self, progress: &mut Progress, way: &mut Way<'_>) -> Result<(PageCount, Duration), SourceError> {
+        let asked = self.leave_out_free(progress, way)?;
         self.pass(progress, Step::Round, &format!("{} pages due", way.due.count().0));
         let skips_hot = self.options.reducers.skip_hot;
         let hot = way.due_before.take().map(|before| way.due.both(&before));
@@ -436,7 +449,8 @@ impl Source<'_> {
         let mut took = Duration::ZERO;
         if let Some(round) = progress.rounds.last_mut() {
             round.dirtied_pages = left.0;
-            took = Duration::from_nanos(round.duration_ns);
+            // What was written while the guest was asked is left, too.
+            took = asked + Duration::from_nanos(round.duration_ns);
             self.observer.round(round);
         }
         Ok((left, took))
@@ -447,7 +461,7 @@ impl Source<'_> {
         &self,
         number: usize,
         pacer: &'r Pacer<'r>,
-        (due, order): (&'r PageBitmap, &'r Order),
+        (due, free, order): (&'r PageBitmap, &'r PageBitmap, &'r Order),
         cancel: &'r CancelFlag,
         sent: &'r Sent,
     ) -> Round<'r>
@@ -459,6 +473,7 @@ impl Source<'_> {
             last: false,
             region: self.region,
             due,
+            free,
             order,
             marks_zeros: self.options.reducers.zero_pages,
             pacer,
@@ -481,7 +496,8 @@ impl Source<'_> {
         let cancel = self.cancel.clone();
         let so_far = Sent::default();
         let order = hot.map_or_else(|| Order::plain(way.due.len()), |hot| Order::hot_last(&way.due, hot));
-        let round = self.round(progress.rounds.len() + 1, &way.pacer, (&way.due, &order), &cancel, &so_far);
+        let what = (&way.due, &way.free, &order);
+        let round = self.round(progress.rounds.len() + 1, &way.pacer, what, &cancel, &so_far);
         let lanes = (&mut way.streams[..], &mut way.reducing[..]);
         let number = round.number;
         let (clock, due) = (self.clock, way.due.count());
@@ -512,7 +528,10 @@ impl Source<'_> {
         let cancel = CancelFlag::default();
         let so_far = Sent::default();
         let order = Order::plain(way.due.len());
-        let round = self.round(progress.rounds.len() + 1, &way.pacer, (&way.due, &order), &cancel, &so_far);
+        // A VM that stands cannot be asked.
+        way.leave_out_none();
+        let what = (&way.due, &way.free, &order);
+        let round = self.round(progress.rounds.len() + 1, &way.pacer, what, &cancel, &so_far);
         let round = Round { last: true, ..round };
         let lanes = (&mut way.streams[..], &mut way.reducing[..]);
         // The clock and the counters are saved first: only a short round may lie between them and the state's restoring.
@@ -566,7 +585,7 @@ impl Source<'_> {
         progress.ledger.add(BlackoutPhase::SaveState, longer);
         progress.state_bytes = saved.state.len() as u64;
         let round = progress.rounds.len() as u32;
-        let chunk_hashes = if self.options.verify { chunk_hashes(&[self.region]) } else { Vec::new() };
+        let chunk_hashes = if self.options.verify { chunk_hashes(self.region, &way.left_out) } else { Vec::new() };
         progress.handed = true;
         let handed = Handed { state: saved.state, round, digest: tally.digest, chunk_hashes };
         way.control.send(&ControlMessage::Handed(Box::new(handed)))?;

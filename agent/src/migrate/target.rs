@@ -249,7 +249,7 @@ impl Target<'_> {
         ledger.add(BlackoutPhase::Restore, self.clock.now().saturating_sub(arrived_at));
         let mut verified_pages = 0;
         if offer.verify {
-            compare_hashes(&handed.chunk_hashes, &chunk_hashes(&[region]))?;
+            compare_hashes(&handed.chunk_hashes, &chunk_hashes(region, &PageBitmap::new(region.spec().pages)))?;
             verified_pages = region.spec().pages.0;
         }
         self.say_prepared(offer, machine, ledger)?;

@@ -57,7 +57,9 @@ pub use packing::Packing;
 pub use process::GuestProcess;
 pub use random::Random;
 pub use region::{PageRun, RegionId, RegionKind, RegionSpec};
-pub use report::{LinkReport, MigrationReport, PostCopyReport, ReducerReport, RoundReport, WaitBucket, WaitReport};
+pub use report::{
+    LinkReport, MigrationReport, PostCopyReport, ReducerReport, RoundReport, SqueezeReport, WaitBucket, WaitReport,
+};
 pub use shape::{MAX_BOOT_IMAGE_BYTES, MachineShape};
 pub use stage::{Stage, Step};
 pub use stun::{

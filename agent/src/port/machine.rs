@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::faults::Faults;
+use super::free_pages::FreePages;
 use super::throttle::Throttle;
 use crate::model::{MigrationId, Owner, PageBitmap, PageCount, PageRun, RegionId};
 
@@ -162,6 +163,6 @@ pub trait FaultSource: Send {
 }
 
 /// All of a machine that a manager needs.
-pub trait Machine: Vcpus + DirtyLog + MachineState + Gate + Throttle + FaultSource {}
+pub trait Machine: Vcpus + DirtyLog + MachineState + Gate + Throttle + FaultSource + FreePages {}
 
-impl<T: Vcpus + DirtyLog + MachineState + Gate + Throttle + FaultSource> Machine for T {}
+impl<T: Vcpus + DirtyLog + MachineState + Gate + Throttle + FaultSource + FreePages> Machine for T {}

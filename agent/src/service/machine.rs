@@ -547,8 +547,9 @@ impl Host {
         })
     }
 
-    /// Announces and runs: a machine whose gate has opened while nobody led it.
+    /// Announces and runs: a machine whose gate has opened while nobody led it. Its guest has its memory again.
     fn run_again(&self) {
+        super::balloon::relax(&self.machine);
         if let Err(error) = self.machine.log().stop() {
             tracing::error!("the dirty log could not be switched off: {error}");
         }
@@ -874,8 +875,16 @@ impl Host {
         };
         let mapped: Vec<MappedAt> = self.machine.memory().ranges().iter().map(part).collect();
         let faults = UserFaults::register(mapped.clone()).map_err(|error| format!("userfaultfd: {error}"))?;
+        self.hold_balloon(true);
         *lock(&self.faults) = Some(faults);
         Ok(Reply::Faults(mapped))
+    }
+
+    /// While pages are owed none is given back to the host: a page that comes late would come into the guest's way, and one that is gone again would not be caught.
+    fn hold_balloon(&self, held: bool) {
+        if let Some(balloon) = self.machine.balloon() {
+            balloon.hold(held);
+        }
     }
 
     fn handle(&self, request: Request, manager: &str) -> Result<Reply, String> {
@@ -889,6 +898,7 @@ impl Host {
             }),
             Request::AllIsHere => {
                 *lock(&self.faults) = None;
+                self.hold_balloon(false);
                 Ok(Reply::Done)
             }
             Request::Attach { .. } | Request::Reattach { .. } | Request::Create(_) => {
@@ -939,6 +949,13 @@ impl Host {
                 // It runs elsewhere by now: here is time to write down how it was slowed.
                 self.end_throttling();
                 done(lock(&self.gate).discard())
+            }
+            Request::NameFreePages(patience_ns) => {
+                super::balloon::name_free_pages(machine, Duration::from_nanos(patience_ns)).map(Reply::FreePages)
+            }
+            Request::SqueezeGuest(pages) => super::balloon::squeeze(machine, pages).map(|()| Reply::Done),
+            Request::GuestPages(patience_ns) => {
+                super::balloon::guest_pages(machine, Duration::from_nanos(patience_ns)).map(Reply::GuestPages)
             }
             Request::Throttle(limits) => {
                 let writes = machine.throttle(&limits).map_err(|error| chain(&error))?;

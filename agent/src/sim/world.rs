@@ -15,7 +15,7 @@ use super::scenario::{Fault, Sabotage, Scenario, Side, Trigger};
 use super::scheduler::Process;
 use crate::migrate::outcomes::{Whereabouts, Window};
 use crate::model::bucket::Bucket;
-use crate::model::{Owner, PageCount, PageRun, Step, VcpuLimit, VcpuWrites, VmWrites};
+use crate::model::{Owner, PageBitmap, PageCount, PageRun, Step, VcpuLimit, VcpuWrites, VmWrites};
 use crate::port::{FaultError, JournalRecord, THROTTLE_LEASE};
 
 /// How long the operator waits, after the source's manager has ended, before looking at both hosts.
@@ -56,6 +56,9 @@ impl Cpu {
 struct Guest {
     places: Vec<u64>,
     stamps: Vec<u64>,
+    /// Places that it does not use at present: what they hold counts for nothing.
+    free: Vec<bool>,
+    frees_one_in: u64,
     hot: u64,
     write_interval_ns: u64,
     cpu: Cpu,
@@ -92,6 +95,8 @@ pub(super) struct Vm {
     pub(super) session: bool,
     /// It waits where it touches a page that nobody has mapped for it.
     pub(super) missing: Option<Missing>,
+    /// What its guest did not use when the log was switched on.
+    pub(super) free_at_start: Option<PageBitmap>,
     /// It has run the guest at some time.
     has_run: bool,
     /// What its vCPU may write, and until when that holds.
@@ -286,6 +291,10 @@ impl World {
             // Hot pages lie all over the working set, so that no stream has them alone.
             let hot = cpu.rng.below(guest.hot) * (all / guest.hot);
             let index = if cpu.rng.one_in(10) { cpu.rng.below(all) } else { hot } as usize;
+            if guest.frees_one_in > 0 && !guest.free[index] && cpu.rng.one_in(guest.frees_one_in) {
+                guest.free[index] = true;
+                continue;
+            }
             if let Some(missing) = &mut vm.missing
                 && !missing.touch(guest.places[index])
             {
@@ -295,7 +304,7 @@ impl World {
             }
             let stamp = if cpu.rng.one_in(8) { 0 } else { mix(cpu.sequence) | 1 };
             host.region.stamp(guest.places[index], stamp);
-            guest.stamps[index] = stamp;
+            (guest.stamps[index], guest.free[index]) = (stamp, false);
             let forgotten = self.scenario.sabotage == Some(Sabotage::ForgetsWrites) && self.rng.one_in(2);
             if !forgotten && vm.log.note(guest.places[index]) {
                 vm.writes.pages += 1.0;
@@ -499,8 +508,11 @@ impl World {
             return;
         }
         let guest = &self.guest;
-        let stamp = guest.places.binary_search(&page).map_or(0, |index| guest.stamps[index]);
-        if !self.hosts[side.index()].region.holds(page, stamp) {
+        let is_right = match guest.places.binary_search(&page) {
+            Ok(index) => guest.finds(index, &self.hosts[side.index()].region),
+            Err(_) => self.hosts[side.index()].region.holds(page, 0),
+        };
+        if !is_right {
             self.violation(format!("I3: page {page} is mapped at the {side:?}, and is not what the guest left"));
         }
     }
@@ -525,6 +537,14 @@ impl World {
         }
     }
 
+    /// What the guest does not use: what it has freed, and what it never wrote.
+    pub(super) fn free_pages(&self) -> PageBitmap {
+        let mut free = PageBitmap::full(PageCount(self.scenario.memory_pages));
+        let used = self.guest.places.iter().zip(&self.guest.free).filter(|(_, free)| !**free);
+        used.for_each(|(&place, _)| free.remove(place));
+        free
+    }
+
     /// Whether the machine there has ever run the guest.
     pub(super) fn has_run(&self, side: Side) -> bool {
         self.hosts[side.index()].vm.as_ref().is_some_and(|vm| vm.has_run)
@@ -537,12 +557,9 @@ impl World {
         // What it cannot touch yet is looked at when it can.
         let missing = host.vm.as_ref().and_then(|vm| vm.missing.as_ref());
         let seen = |page: u64| missing.is_none_or(|missing| missing.mapped.contains(page));
-        let mut wrong: Vec<u64> = guest
-            .places
-            .iter()
-            .zip(&guest.stamps)
-            .filter(|&(&place, &stamp)| seen(place) && !host.region.holds(place, stamp))
-            .map(|(&place, _)| place)
+        let mut wrong: Vec<u64> = (0..guest.places.len())
+            .filter(|&index| seen(guest.places[index]) && !guest.finds(index, &host.region))
+            .map(|index| guest.places[index])
             .collect();
         let foreign = host.region.touched_pages().into_iter().filter(|page| guest.places.binary_search(page).is_err());
         wrong.extend(foreign.filter(|&page| seen(page) && !host.region.holds(page, 0)));
@@ -780,6 +797,7 @@ impl Vm {
             resolved: None,
             session: true,
             missing: None,
+            free_at_start: None,
             has_run: false,
             limit: None,
             writes: VcpuWrites::default(),
@@ -822,6 +840,13 @@ impl Guest {
         let write_interval_ns = 1_000_000_000u64.checked_div(model.writes_per_second).unwrap_or(NEVER);
         let busy_left_ns = if model.writes_per_second == 0 { 0 } else { model.busy.as_nanos() as u64 };
         let cpu = Cpu { sequence: 0, rng: rng.fork(3), since_last_write_ns: 0, busy_left_ns };
-        Self { hot: model.hot_set.clamp(1, places.len() as u64), places, stamps, write_interval_ns, cpu }
+        let (hot, free) = (model.hot_set.clamp(1, places.len() as u64), vec![false; places.len()]);
+        Self { hot, places, stamps, free, frees_one_in: model.frees_one_in, write_interval_ns, cpu }
+    }
+
+    /// Whether a place holds in `region` what it left there; where it left nothing that counts, that or nothing at all.
+    fn finds(&self, index: usize, region: &SimRegion) -> bool {
+        let place = self.places[index];
+        region.holds(place, self.stamps[index]) || (self.free[index] && region.holds(place, 0))
     }
 }

@@ -12,7 +12,7 @@ pub use frame::{SessionError, SessionSocket};
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::{MachineShape, MigrationId, PageRun, RegionId, SerialSpec, VcpuLimit, VmWrites};
+use crate::model::{MachineShape, MigrationId, PageCount, PageRun, RegionId, SerialSpec, VcpuLimit, VmWrites};
 use crate::shm::MappedAt;
 
 /// The session protocol's version; both ends must agree.
@@ -81,6 +81,12 @@ pub enum Request {
     EssentialPages,
     /// [`crate::port::FaultSource::all_is_here`]
     AllIsHere,
+    /// [`crate::port::FreePages::name_free_pages`], with the patience in nanoseconds.
+    NameFreePages(u64),
+    /// [`crate::port::FreePages::squeeze_guest`]
+    SqueezeGuest(PageCount),
+    /// [`crate::port::FreePages::guest_pages`], with the patience in nanoseconds.
+    GuestPages(u64),
 }
 
 /// What a target's machine process is to become.
@@ -125,4 +131,8 @@ pub enum Reply {
     Writes(Box<VmWrites>),
     /// To `CatchFaults` and `CaughtFaults`: where RAM is mapped; the descriptors of faults and of the marks of what is here travel beside it.
     Faults(Vec<MappedAt>),
+    /// To `NameFreePages`.
+    FreePages(Vec<PageRun>),
+    /// To `GuestPages`.
+    GuestPages(PageCount),
 }
