@@ -13,13 +13,15 @@ use dunlin_guest::pool::{Counters, Pool, Spec};
 use dunlin_guest::workload::Pacer;
 
 use crate::once::Once;
-use crate::virtio::{Queue, QueueMemory, Transport, WRITABLE};
+use crate::virtio::{NEXT, Queue, QueueMemory, Transport, WRITABLE};
 use crate::writer::VERIFY;
 use crate::{clock, cpu};
 
 const QUEUE: usize = 64;
 /// The driver names free pages when asked.
 const FEATURE_HINT: u64 = 1 << 3;
+/// The driver names free pages by itself.
+const FEATURE_REPORTING: u64 = 1 << 5;
 /// Offsets in the configuration space.
 const TARGET: u64 = 0;
 const ACTUAL: u64 = 4;
@@ -32,12 +34,15 @@ const DONE: u32 = 1;
 const MOST_NUMBERS: usize = 256;
 /// Time between two looks without an interrupt.
 const LOOK_NS: u64 = 50_000_000;
+/// Pages of one report.
+const REPORT_PAGES: usize = 32;
 /// Pages that churn uses or frees in one round at most.
 const BATCH_PAGES: u64 = 256;
 
 static INFLATE: Once<QueueMemory<QUEUE>> = Once::new(QueueMemory::new());
 static DEFLATE: Once<QueueMemory<QUEUE>> = Once::new(QueueMemory::new());
 static HINT: Once<QueueMemory<QUEUE>> = Once::new(QueueMemory::new());
+static REPORT: Once<QueueMemory<QUEUE>> = Once::new(QueueMemory::new());
 static NUMBERS: Once<[[u32; MOST_NUMBERS]; 2]> = Once::new([[0; MOST_NUMBERS]; 2]);
 static COMMANDS: Once<[u32; QUEUE]> = Once::new([0; QUEUE]);
 
@@ -89,6 +94,13 @@ impl Numbers {
     }
 }
 
+/// Reporting free pages, with at most one request under way.
+struct Reports {
+    queue: Queue<QUEUE>,
+    pages: [u64; REPORT_PAGES],
+    under_way: usize,
+}
+
 /// Naming free pages.
 struct Hints {
     queue: Queue<QUEUE>,
@@ -133,6 +145,7 @@ pub struct Balloon {
     inflate: Numbers,
     deflate: Numbers,
     hints: Option<Hints>,
+    reports: Option<Reports>,
     target: u32,
     actual: u32,
     interrupt: usize,
@@ -158,7 +171,8 @@ impl Balloon {
     /// Starts the balloon behind `transport` over the pool in `chunks`, whose first is for its table, and fills the pool.
     pub fn start(transport: Transport, interrupt: usize, spec: Spec, chunks: &'static [u64]) -> Option<Self> {
         let pages = (chunks.len() as u64).checked_sub(1).filter(|count| *count > 0)? * PAGES_PER_CHUNK;
-        let features = transport.negotiate(FEATURE_HINT)?;
+        let wanted = FEATURE_HINT | if spec.reports { FEATURE_REPORTING } else { 0 };
+        let features = transport.negotiate(wanted)?;
         let pages = pages.min(CHUNK_BYTES / 4).min(spec.bytes / PAGE_BYTES as u64);
         // SAFETY: the first chunk is the pool's alone, mapped one to one, and holds as many entries.
         let table = unsafe { core::slice::from_raw_parts_mut(chunks[0] as *mut u32, pages as usize) };
@@ -180,6 +194,15 @@ impl Balloon {
                 from: None,
             }),
         };
+        // Queues are numbered without gaps.
+        let reports = match features & FEATURE_REPORTING {
+            0 => None,
+            _ => Some(Reports {
+                queue: Queue::new(transport, if hints.is_some() { 3 } else { 2 }, REPORT.take())?,
+                pages: [0; REPORT_PAGES],
+                under_way: 0,
+            }),
+        };
         transport.start();
         IS_USED.store(true, Relaxed);
         let now = crate::io::tsc();
@@ -191,6 +214,7 @@ impl Balloon {
             inflate,
             deflate,
             hints,
+            reports,
             target: 0,
             actual: 0,
             interrupt,
@@ -227,6 +251,7 @@ impl Balloon {
         }
         self.move_pages();
         self.name_pages();
+        self.report_pages();
         self.verify();
         let (chunks, due) = (self.chunks, self.pacer.due(now).min(BATCH_PAGES));
         (0..due).for_each(|_| self.pool.churn(|index| page_at(chunks, index)));
@@ -293,6 +318,33 @@ impl Balloon {
             }
         }
         hints.queue.notify();
+    }
+
+    /// Reports free pages, a request at a time.
+    fn report_pages(&mut self) {
+        let Some(reports) = &mut self.reports else { return };
+        if reports.under_way > 0 && reports.queue.take().is_some() {
+            let done = core::mem::take(&mut reports.under_way);
+            reports.pages[..done].iter().for_each(|page| self.pool.reported(*page));
+        }
+        if reports.under_way > 0 {
+            return;
+        }
+        while reports.under_way < REPORT_PAGES
+            && let Some(page) = self.pool.report()
+        {
+            reports.pages[reports.under_way] = page;
+            reports.under_way += 1;
+        }
+        let count = reports.under_way;
+        for (index, page) in reports.pages[..count].iter().enumerate() {
+            let (more, next) = if index + 1 < count { (NEXT, index + 1) } else { (0, 0) };
+            reports.queue.describe(index, address(self.chunks, *page), PAGE_BYTES, WRITABLE | more, next);
+        }
+        if count > 0 {
+            reports.queue.offer(0);
+            reports.queue.notify();
+        }
     }
 
     /// Checks everything when that was asked for.

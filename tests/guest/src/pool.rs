@@ -14,18 +14,24 @@ const FREE: u32 = 0;
 const NAMED: u32 = 1;
 /// In the balloon.
 const GIVEN: u32 = 2;
+/// The host is being told that it is free, and may take its memory meanwhile.
+const REPORTING: u32 = 3;
+/// Free, and the host has its memory.
+const REPORTED: u32 = 4;
 /// Used: this or more is the sequence number of what was written.
-const USED: u32 = 3;
+const USED: u32 = 5;
 /// Whose pages they are, in their tags.
 const OWNER: u32 = 0xfe;
 
-/// What is kept aside, and how busy it is (`dunlin.pool=size:96M,churn:5000`).
+/// What is kept aside, and how busy it is (`dunlin.pool=size:96M,churn:5000,report:1`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Spec {
     /// Size; 0 is no pool, and no driver for the balloon.
     pub bytes: u64,
     /// Pages that are used or freed per second.
     pub churn_pages_per_second: u64,
+    /// Whether the host is told of free pages without being asked.
+    pub reports: bool,
 }
 
 impl Spec {
@@ -34,6 +40,9 @@ impl Spec {
         list.split(',').filter(|part| !part.is_empty()).fold(true, |good, part| {
             let done = match part.split_once(':') {
                 Some(("size", value)) => units::size_bytes(value).map(|bytes| self.bytes = bytes),
+                Some(("report", value)) => {
+                    ["0", "1"].iter().position(|flag| *flag == value).map(|flag| self.reports = flag == 1)
+                }
                 Some(("churn", value)) => value.parse().ok().map(|rate| self.churn_pages_per_second = rate),
                 _ => None,
             };
@@ -49,6 +58,8 @@ pub struct Counters {
     pub used: u64,
     /// Of these, pages that had been named as free, and were not free any more a moment later.
     pub used_named: u64,
+    /// Pages that were reported as free.
+    pub reported: u64,
     /// Pages that were checked, and freed.
     pub freed: u64,
     /// Pages that were not what was last written there.
@@ -79,7 +90,7 @@ impl<'a> Pool<'a> {
 
     /// Takes a free page for the balloon.
     pub fn give(&mut self) -> Option<u64> {
-        self.find(|state| state == FREE || state == NAMED, GIVEN)
+        self.find(|state| matches!(state, FREE | NAMED | REPORTED), GIVEN)
     }
 
     /// Takes a page out of the balloon again; it is free when the host has been told.
@@ -97,11 +108,24 @@ impl<'a> Pool<'a> {
 
     /// The next pages from `from` on that are free and were not named, all of one chunk: they count as named.
     pub fn name(&mut self, from: u64) -> Option<(u64, u64)> {
-        let first = (from as usize..self.table.len()).find(|&index| self.table[index] == FREE)?;
+        let is_free = |state: u32| matches!(state, FREE | REPORTED);
+        let first = (from as usize..self.table.len()).find(|&index| is_free(self.table[index]))?;
         let chunk_end = (first as u64 / PAGES_PER_CHUNK + 1) * PAGES_PER_CHUNK;
         let end = (chunk_end as usize).min(self.table.len());
-        let count = self.table[first..end].iter_mut().take_while(|state| **state == FREE).map(|state| *state = NAMED);
+        let count = self.table[first..end].iter_mut().take_while(|state| is_free(**state)).map(|state| *state = NAMED);
         Some((first as u64, count.count() as u64))
+    }
+
+    /// Takes a free page to report it.
+    pub fn report(&mut self) -> Option<u64> {
+        let page = self.find(|state| state == FREE, REPORTING)?;
+        self.counters.reported += 1;
+        Some(page)
+    }
+
+    /// The host has taken note of what was reported.
+    pub fn reported(&mut self, page: u64) {
+        self.table[page as usize] = REPORTED;
     }
 
     /// What was named may be used and named anew.
@@ -113,8 +137,8 @@ impl<'a> Pool<'a> {
     pub fn churn(&mut self, at: impl Fn(u64) -> &'a mut Page) {
         let index = self.dice.below(self.pages());
         match self.table[index as usize] {
-            GIVEN => {}
-            state @ (FREE | NAMED) => {
+            GIVEN | REPORTING => {}
+            state @ (FREE | NAMED | REPORTED) => {
                 let sequence = self.next_sequence;
                 self.next_sequence = self.next_sequence.checked_add(1).unwrap_or(USED);
                 page::initialise(at(index), page::tag(OWNER, index), sequence, Fill::Random);
@@ -155,9 +179,9 @@ mod tests {
     #[test]
     fn settings_parse() {
         let mut spec = Spec::default();
-        assert!(spec.set_list("size:96M,churn:5000"));
-        assert_eq!(spec, Spec { bytes: 96 << 20, churn_pages_per_second: 5000 });
-        for wrong in ["size", "size:x", "churn:-1", "what:1"] {
+        assert!(spec.set_list("size:96M,churn:5000,report:1"));
+        assert_eq!(spec, Spec { bytes: 96 << 20, churn_pages_per_second: 5000, reports: true });
+        for wrong in ["size", "size:x", "churn:-1", "report:yes", "what:1"] {
             assert!(!spec.set_list(wrong), "{wrong}");
         }
     }
@@ -178,6 +202,16 @@ mod tests {
     }
 
     #[test]
+    fn what_is_being_reported_is_nobodys() {
+        let mut table = vec![0; 3];
+        let mut pool = Pool::new(&mut table);
+        assert_eq!([pool.report(), pool.report(), pool.give(), pool.report()], [Some(0), Some(1), Some(2), None]);
+        assert_eq!(pool.name(0), None);
+        pool.reported(1);
+        assert_eq!((pool.report(), pool.name(0), pool.counters.reported), (None, Some((1, 1)), 2));
+    }
+
+    #[test]
     fn what_was_used_is_checked_and_a_lost_page_is_noticed() {
         let mut table = vec![0; 8];
         let mut pool = Pool::new(&mut table);
@@ -187,7 +221,7 @@ mod tests {
         let at = |index: u64| unsafe { &mut *base.add(index as usize) };
         pool.name(0);
         (0..1000).for_each(|_| pool.churn(at));
-        let Counters { used, used_named, freed, mismatches } = pool.counters;
+        let Counters { used, used_named, freed, mismatches, .. } = pool.counters;
         assert!((1..=8).contains(&used_named) && freed > 400 && used >= freed && mismatches == 0);
         let checked = pool.check_all(at);
         assert_eq!((checked, pool.counters.mismatches), (used - freed, 0));

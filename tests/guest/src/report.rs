@@ -114,9 +114,14 @@ pub fn counters(out: &mut impl Write, extras: &Extras) {
             let ((given, pages), counters) = (balloon.pages(), balloon.counters());
             let _ = write!(
                 out,
-                "{{\"pool_pages\":{pages},\"given_pages\":{given},\"rounds\":{},\"used\":{},\"used_named\":{},\"freed\":{},\
+                "{{\"pool_pages\":{pages},\"given_pages\":{given},\"rounds\":{},\"used\":{},\"used_named\":{},\"reported\":{},\"freed\":{},\
                  \"page_mismatches\":{}}}",
-                balloon.rounds, counters.used, counters.used_named, counters.freed, counters.mismatches
+                balloon.rounds,
+                counters.used,
+                counters.used_named,
+                counters.reported,
+                counters.freed,
+                counters.mismatches
             );
         }
         None => {
