@@ -104,8 +104,13 @@ fn free_pages_are_not_sent() {
 
 #[test]
 fn a_guest_that_uses_what_it_has_named_as_free_loses_nothing() {
-    for (kind, strategy) in [(DirtyLogKind::Bitmap, "pre-copy"), (DirtyLogKind::Ring, "hybrid")] {
-        let mut rig = Rig::boot(&spec(kind, ",churn:20000")).unwrap();
+    let cases = [
+        (DirtyLogKind::Bitmap, "pre-copy", ""),
+        (DirtyLogKind::Ring, "hybrid", ""),
+        (DirtyLogKind::Bitmap, "hybrid", ",report:1"),
+    ];
+    for (kind, strategy, more) in cases {
+        let mut rig = Rig::boot(&spec(kind, &format!(",churn:20000{more}"))).unwrap();
         for _ in 0..2 {
             let before = pool(&rig, "used_named");
             let more = ["--free-pages", "--bandwidth", "400Mbit", "--max-rounds", "6", "--hybrid-rounds", "2"];
@@ -140,12 +145,14 @@ fn what_a_guest_gives_up_before_it_moves_is_not_sent_and_it_has_it_again_there()
 }
 
 #[test]
-fn while_pages_are_owed_a_guest_that_gives_up_memory_loses_nothing() {
-    let mut rig = Rig::boot(&spec(DirtyLogKind::Bitmap, ",churn:20000")).unwrap();
-    let more = ["--balloon-before", "140MiB", "--bandwidth", "400Mbit", "--free-pages"];
-    for strategy in ["post-copy", "hybrid"] {
+fn while_pages_are_owed_a_guest_that_gives_up_and_reports_memory_loses_nothing() {
+    let mut rig = Rig::boot(&spec(DirtyLogKind::Bitmap, ",churn:20000,report:1")).unwrap();
+    let more = ["--balloon-before", "140MiB", "--bandwidth", "200Mbit", "--free-pages"];
+    for strategy in ["post-copy", "hybrid", "post-copy"] {
+        let reported = pool(&rig, "reported");
         let moved = hop(&mut rig, &HopOptions { strategy: strategy.parse().unwrap(), ..options(&more) });
         assert!(moved.report.post_copy.as_ref().unwrap().owed_pages > 0);
+        assert!(pool(&rig, "reported") > reported);
         await_all_given_back(&rig);
         assert_eq!(balloon(&rig)["held"], false);
         assert_whole(&rig);

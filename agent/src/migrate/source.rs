@@ -434,7 +434,7 @@ impl Source<'_> {
 
     /// Sends what is due, and finds out what is due then: how many pages, and how long the round took.
     fn one_round(&mut self, progress: &mut Progress, way: &mut Way<'_>) -> Result<(PageCount, Duration), SourceError> {
-        let asked = self.leave_out_free(progress, way)?;
+        self.leave_out_free(progress, way)?;
         self.pass(progress, Step::Round, &format!("{} pages due", way.due.count().0));
         let skips_hot = self.options.reducers.skip_hot;
         let hot = way.due_before.take().map(|before| way.due.both(&before));
@@ -449,8 +449,7 @@ impl Source<'_> {
         let mut took = Duration::ZERO;
         if let Some(round) = progress.rounds.last_mut() {
             round.dirtied_pages = left.0;
-            // What was written while the guest was asked is left, too.
-            took = asked + Duration::from_nanos(round.duration_ns);
+            took = Duration::from_nanos(round.duration_ns);
             self.observer.round(round);
         }
         Ok((left, took))

@@ -62,6 +62,10 @@ pub trait DirtyLog: Send {
     /// read. Pages of the run that were written since that harvest and were clean in it stay logged.
     fn protect(&mut self, region: RegionId, run: PageRun) -> Result<(), MachineError>;
 
+    /// Counts the pages of `runs` as not yet protected, as all are at the start: what was written to them until [`DirtyLog::protect`] is called for them next need not be found. Only for pages that
+    /// are due.
+    fn disregard(&mut self, region: RegionId, runs: &[PageRun]) -> Result<(), MachineError>;
+
     /// Switches logging off; the guest runs at full speed again.
     fn stop_log(&mut self) -> Result<(), MachineError>;
 }

@@ -907,6 +907,10 @@ impl Host {
             Request::StartLog => machine.log().start().map(|()| Reply::Done).map_err(|error| chain(&error)),
             Request::Harvest => machine.log().harvest().map(|()| Reply::Done).map_err(|error| chain(&error)),
             Request::Protect(_, run) => machine.log().protect(run).map(|()| Reply::Done).map_err(|error| chain(&error)),
+            Request::Disregard(_, runs) => {
+                machine.log().disregard(&runs);
+                Ok(Reply::Done)
+            }
             Request::StopLog => {
                 self.end_throttling();
                 machine.log().stop().map(|()| Reply::Done).map_err(|error| chain(&error))

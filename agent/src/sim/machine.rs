@@ -123,6 +123,15 @@ impl DirtyLog for SimMachine {
         })
     }
 
+    fn disregard(&mut self, _region: RegionId, runs: &[PageRun]) -> Result<(), MachineError> {
+        self.on_vm("disregard", |vm| {
+            for run in runs {
+                vm.log.disregard(*run);
+            }
+            Ok(())
+        })
+    }
+
     fn stop_log(&mut self) -> Result<(), MachineError> {
         self.on_vm("stop log", |vm| {
             vm.lift();

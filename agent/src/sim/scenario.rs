@@ -104,7 +104,7 @@ pub enum Sabotage {
     KeepsLogging,
     /// With its manager goes what makes it wait for missing pages: they read as zeros.
     ClosesFaults,
-    /// Asked for free pages, it names those that were free before any page was protected.
+    /// Asked for free pages, it names those that were free when the log was switched on: before any page was protected.
     NamesOldFreePages,
 }
 

@@ -188,10 +188,30 @@ fn free_pages_are_left_out_and_none_is_lost_that_is_used_again() {
     }
 }
 
+/// What is written before its page goes travels with it, also where writes are logged long before.
+#[test]
+fn asking_for_free_pages_leaves_no_more_behind_the_first_round() {
+    let left = |seed: u64, free_pages: bool| {
+        let mut scenario = Scenario::new(seed);
+        scenario.reducers.free_pages = free_pages;
+        scenario.guest.working_set = 6000;
+        scenario.guest.hot_set = 6000;
+        scenario.guest.busy = Duration::from_secs(10);
+        scenario.network.bandwidth = BytesPerSecond(40 << 20);
+        let run = simulate(&scenario);
+        assert_unbroken(&run, &scenario);
+        run.report.unwrap().rounds[0].dirtied_pages
+    };
+    let [without, with] = [false, true].map(|free_pages| (0..10).map(|seed| left(seed, free_pages)).sum::<u64>());
+    assert!(with * 10 < without * 11, "{with} pages are left instead of {without}");
+}
+
 #[test]
 fn a_guest_asked_for_free_pages_before_its_writes_are_logged_is_found_out() {
     let found = |seed: &u64| {
         let mut scenario = freeing(*seed);
+        // Slow enough for it to be asked before later rounds, too.
+        scenario.network.bandwidth = BytesPerSecond(8 << 20);
         scenario.sabotage = Some(Sabotage::NamesOldFreePages);
         simulate(&scenario).violations.iter().any(|violation| violation.contains("I3"))
     };

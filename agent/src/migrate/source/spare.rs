@@ -6,7 +6,6 @@
 use std::time::Duration;
 
 use super::{PINGS, Progress, Source, SourceError, Way};
-use crate::migrate::reduce::Reducers;
 use crate::model::units::display_bytes;
 use crate::model::{BytesPerSecond, PageBitmap, PageCount, PageRun, SqueezeReport};
 use crate::port::MachineError;
@@ -19,6 +18,8 @@ const SHORTEST_ASKING: Duration = Duration::from_millis(5);
 const ASKING_SHARE: u32 = 10;
 /// Pages that are protected with one order: 32 MiB.
 const PROTECT_PAGES: u64 = 8192;
+/// Runs of pages that are named to the machine at most.
+const MOST_RUNS: usize = 1 << 16;
 /// How long a guest that gives up memory is waited for before everything else is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// How often it is told how far the guest is.
@@ -50,19 +51,13 @@ impl Way<'_> {
 }
 
 impl Source<'_> {
-    /// Takes out of what is due what the guest says it does not use. How long the asking took.
-    pub(super) fn leave_out_free(
-        &mut self,
-        progress: &mut Progress,
-        way: &mut Way<'_>,
-    ) -> Result<Duration, SourceError> {
+    /// Takes out of what is due what the guest says it does not use.
+    pub(super) fn leave_out_free(&mut self, progress: &mut Progress, way: &mut Way<'_>) -> Result<(), SourceError> {
         way.leave_out_none();
-        let Reducers { free_pages, .. } = self.options.reducers;
-        if !free_pages || !progress.spared.may_ask() {
-            return Ok(Duration::ZERO);
+        if !self.options.reducers.free_pages || !progress.spared.may_ask() {
+            return Ok(());
         }
-        let Some(patience) = patience(way.due.count(), progress.goodput) else { return Ok(Duration::ZERO) };
-        let began = self.clock.now();
+        let Some(patience) = patience(way.due.count(), progress.goodput) else { return Ok(()) };
         self.protect_due(&way.due)?;
         let mut named = PageBitmap::new(way.due.len());
         match self.machine.name_free_pages(&mut named, patience) {
@@ -73,7 +68,9 @@ impl Source<'_> {
             }
             Err(gone) => return Err(gone.into()),
         }
-        Ok(self.clock.now().saturating_sub(began))
+        // The rest is protected again right before it is sent: what is written until then goes with it. Of what is too scattered to be named, that is sent once more.
+        let rest: Vec<PageRun> = way.due.runs(u32::MAX).take(MOST_RUNS).collect();
+        Ok(self.machine.disregard(self.region.spec().id, &rest)?)
     }
 
     /// Logs writes to everything that is due.

@@ -237,6 +237,10 @@ impl DirtyLog for RemoteMachine {
         self.order("protect pages", &Request::Protect(region, run))
     }
 
+    fn disregard(&mut self, region: RegionId, runs: &[PageRun]) -> Result<(), MachineError> {
+        self.order("disregard what is due", &Request::Disregard(region, runs.to_vec()))
+    }
+
     fn stop_log(&mut self) -> Result<(), MachineError> {
         self.order("stop the dirty log", &Request::StopLog)
     }

@@ -87,6 +87,8 @@ pub enum Request {
     SqueezeGuest(PageCount),
     /// [`crate::port::FreePages::guest_pages`], with the patience in nanoseconds.
     GuestPages(u64),
+    /// [`crate::port::DirtyLog::disregard`]
+    Disregard(RegionId, Vec<PageRun>),
 }
 
 /// What a target's machine process is to become.
