@@ -7,9 +7,11 @@ use std::time::Duration;
 
 use dunlin::model::outcome::exit;
 use dunlin::model::{DirtyLogKind, Ending, MigrationReport, ReducerReport, SqueezeReport};
+use dunlin::service::machine::RunState;
+use dunlin_tests::hosted::{TestHost, VM};
 use dunlin_tests::rig::{Receiver, Side};
 use dunlin_tests::wait::wait_for;
-use dunlin_tests::{Hop, HopOptions, OwnProcess, Rig, VmSpec, guest};
+use dunlin_tests::{Hop, HopOptions, OwnProcess, Rig, VmSpec, dunlin, guest};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -158,6 +160,32 @@ fn while_pages_are_owed_a_guest_that_gives_up_and_reports_memory_loses_nothing()
         assert_whole(&rig);
     }
     assert!(rig.stop().unwrap().success());
+}
+
+#[test]
+fn a_balloon_gives_nothing_back_while_pages_are_owed() {
+    let (source, target) = (TestHost::new().unwrap(), TestHost::new().unwrap());
+    let workload = "dunlin.wl0=ws:8M,rate:1000 dunlin.pool=size:48M,churn:2000,report:1";
+    let _vm = source.boot_with("96MiB", workload, &["--balloon"]).unwrap();
+    let balloon = |host: &TestHost| -> Value {
+        let words = ["vm", "balloon", VM, "--json", "--run-dir"];
+        serde_json::from_slice(&dunlin().args(words).arg(host.run_dir()).output().unwrap().stdout).unwrap()
+    };
+    let reports = |host: &TestHost| balloon(host)["reported_bytes"].as_u64().filter(|&bytes| bytes > 0);
+    wait_for("reports", LIMIT, || reports(&source)).unwrap();
+    let receiver = target.receive(&[]).unwrap();
+    let mut manager = source.migrate(&receiver.address, &["--strategy", "demand-paging"]).unwrap();
+    let owed = || target.info().filter(|info| info.state == RunState::Running && info.owed_pages > Some(0));
+    wait_for("a VM that is owed pages", LIMIT, owed).unwrap();
+    for _ in 0..5 {
+        target.serial().await_beat().unwrap();
+    }
+    let found = balloon(&target);
+    assert!(found["held"] == true && found["reported_bytes"] == 0 && owed().is_some(), "{found:#}");
+    assert_eq!(source.finish_migration().unwrap(), 0);
+    assert_eq!(manager.exit_code(LIMIT).unwrap(), Some(0), "{}", manager.output.text());
+    wait_for("reports", LIMIT, || reports(&target)).unwrap();
+    assert_eq!(balloon(&target)["held"], false);
 }
 
 #[test]
