@@ -27,7 +27,7 @@ const LOADS: [(&str, &str, &[Way]); 3] = [
 
 /// What the guest is asked for.
 const GUEST_WAYS: [Way; 3] =
-    [(NONE, &[]), ("free-pages", &["--free-pages"]), ("balloon-before", &["--balloon-before", "320MiB"])];
+    [(NONE, &[]), ("free-pages", &["--free-pages"]), ("balloon-before", &["--balloon-before", "384MiB"])];
 
 /// What is asked for. Zero pages go as a mark in all of them that do not say otherwise.
 const WAYS: [Way; 10] = [
