@@ -957,7 +957,10 @@ impl Host {
             Request::NameFreePages(patience_ns) => {
                 super::balloon::name_free_pages(machine, Duration::from_nanos(patience_ns)).map(Reply::FreePages)
             }
-            Request::SqueezeGuest(pages) => super::balloon::squeeze(machine, pages).map(|()| Reply::Done),
+            Request::SqueezeGuest(pages) => {
+                let what = format!("migrate --balloon-before {}", pages.bytes());
+                self.act(manager, &what, || super::balloon::squeeze(machine, pages)).map(|()| Reply::Done)
+            }
             Request::GuestPages(patience_ns) => {
                 super::balloon::guest_pages(machine, Duration::from_nanos(patience_ns)).map(Reply::GuestPages)
             }
