@@ -233,6 +233,7 @@ fn session_seeds() -> Vec<Vec<u8>> {
     vec![
         [request(&attach), request(&Request::StartLog), request(&Request::Harvest)].concat(),
         request(&Request::RestoreState(vec![7; 50])),
+        frame(postcard::to_stdvec(&Reply::FreePages(vec![PageRun::new(3, 5)])).unwrap_or_default()),
         frame(postcard::to_stdvec(&Reply::Welcome(Box::new(shape()))).unwrap_or_default()),
     ]
 }

@@ -28,11 +28,11 @@ pub const ERRORS: [&str; 8] = [
     "block_errors",
 ];
 
-/// The sum of the counter `name` over all vCPUs, the network and the disk.
+/// The sum of the counter `name` over all vCPUs, the network, the disk and the balloon.
 pub fn sum(counters: &Value, name: &str) -> u64 {
     let of = |object: &Value| object.get(name).and_then(Value::as_u64).unwrap_or(0);
     let vcpus = counters["vcpus"].as_array().map_or(0, |vcpus| vcpus.iter().map(of).sum());
-    vcpus + of(&counters["net"]) + of(&counters["block"])
+    vcpus + of(&counters["net"]) + of(&counters["block"]) + of(&counters["balloon"])
 }
 
 /// The error counters that are not zero, as `name=value`; an answer that is no answer of the guest counts as one.

@@ -200,6 +200,36 @@ fn entropy_and_balloon_work_by_stock_drivers_and_move_along() {
     }
 }
 
+/// What the stock driver names as free is left out, what it gives up is not sent, and its guest has all of it again at the target.
+#[test]
+#[ignore = "needs a KVM that runs Linux: `cargo xtask test-vm` runs it"]
+fn free_pages_by_the_stock_driver_are_not_sent() {
+    for linux in LinuxGuest::all().unwrap() {
+        let (more, guest) = (vec!["--balloon".to_owned()], "dunlin.wl=ws:4M,rate:100".to_owned());
+        let mut rig = Rig::boot(&VmSpec { more, guest, ..spec(&linux, 1) }).unwrap();
+        for turn in 0..2 {
+            // Used, and free again.
+            ask(&rig.host(rig.at()).netns, Rig::guest_ip(), "/grab/32M").unwrap();
+            let more = ["--free-pages", "--balloon-before", "176MiB", "--balloon-limit", "100s"];
+            let more = more.map(str::to_owned).to_vec();
+            let moved = rig.hop(&HopOptions { verify: true, more, ..HopOptions::default() }).unwrap();
+            let free = moved.report.reducers.iter().find(|reducer| reducer.name == "free-pages").unwrap();
+            let squeezed = moved.report.squeeze.as_ref().unwrap();
+            println!("shows {}, move {turn}: {free:?}, {squeezed:?}", linux.label);
+            assert!(free.pages > 1000 && free.reason.is_empty(), "{free:?}");
+            assert_eq!((squeezed.after_bytes, squeezed.reason.as_str()), (176 << 20, ""), "{squeezed:?}");
+            let given_back = || (balloon(&rig, &[])["actual_bytes"] == 192 << 20).then_some(());
+            wait_for("what it gave up", LIMIT, given_back).unwrap();
+            // Where it kept back what it had named it would not have so much.
+            let left = state(&rig)["memory_kib"]["free"].as_u64().unwrap();
+            let enough = || (state(&rig)["memory_kib"]["free"].as_u64() > Some(60 << 10)).then_some(());
+            assert!(wait_for("what it named", LIMIT, enough).is_ok(), "{left} KiB free at once: {:#}", state(&rig));
+            check(&state(&rig));
+        }
+        rig.stop().unwrap();
+    }
+}
+
 #[test]
 #[ignore = "needs a distribution's kernel image: `cargo xtask test-vm` runs it"]
 fn a_truncated_kernel_is_refused_with_a_reason() {

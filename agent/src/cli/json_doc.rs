@@ -12,8 +12,8 @@ use crate::model::schema::Schema;
 use crate::model::{
     AddressSpace, AnnounceReport, AnnounceRound, BlackoutLedger, BlackoutPhase, BytesPerSecond, Chosen, CurvePoint,
     Ending, Gfn, Gpa, GuestProcess, GuestWrite, Gva, LinkReport, LoanReport, MemoryRange, MigrationId, MigrationRecord,
-    MigrationReport, MigrationStatus, Owner, PageCount, PostCopyReport, ReducerReport, RegionHeat, RoundReport, Stage,
-    Station, Step, StunReport, VcpuStun, VmId, WaitBucket, WaitReport, WriteCurve, Writer,
+    MigrationReport, MigrationStatus, Owner, PageCount, PostCopyReport, ReducerReport, RegionHeat, RoundReport,
+    SqueezeReport, Stage, Station, Step, StunReport, VcpuStun, VmId, WaitBucket, WaitReport, WriteCurve, Writer,
 };
 use crate::port::Protected;
 use crate::service::balloon::{BalloonReport, HintReport};
@@ -52,7 +52,8 @@ fn migration() -> Value {
         memory_bytes: 0,
         streams: 0,
         rounds: vec![round()],
-        reducers: vec![ReducerReport::default()],
+        reducers: vec![ReducerReport { reason: "a".to_owned(), ..ReducerReport::default() }],
+        squeeze: Some(SqueezeReport::default()),
         wire_bytes: 0,
         state_bytes: 0,
         image_bytes: 0,

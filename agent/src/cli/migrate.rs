@@ -149,7 +149,7 @@ const WITHOUT_TARGET: [&str; 5] = ["status", "set", "finish", "cancel", "recover
 /// Options that begin nothing.
 const STEERING: [&str; 4] = ["status", "set", "finish", "cancel"];
 /// Options of a migration that is to begin.
-const BEGINNING: [&str; 22] = [
+const BEGINNING: [&str; 25] = [
     "to",
     "strategy",
     "predict",
@@ -167,6 +167,9 @@ const BEGINNING: [&str; 22] = [
     "delta",
     "dedup",
     "skip_hot",
+    "free_pages",
+    "balloon_before",
+    "balloon_limit",
     "verify",
     "doubt",
     "insecure_plaintext",
@@ -248,6 +251,7 @@ impl MigrateArgs {
             StrategyArg::Given(strategy) if self.predict => (strategy, Foresee::Measure(config.track.clone())),
             StrategyArg::Given(strategy) => (strategy, Foresee::AsItGoes),
         };
+        let (squeeze_to, squeeze_limit) = self.reducers.squeeze();
         let options = SourceOptions {
             strategy,
             bandwidth: self.bandwidth.map(|bandwidth| bandwidth.least).or(configured.bandwidth),
@@ -259,6 +263,8 @@ impl MigrateArgs {
             safety: self.safe_post_copy.then_some(Safety { lease: self.lease, every: self.increment_every }),
             streams: self.streams.unwrap_or(configured.streams),
             reducers: self.reducers.reducers(),
+            squeeze_to,
+            squeeze_limit,
             verify: self.verify,
             stall: self.watch.stall.unwrap_or(configured.stall),
             doubt: self.doubt,
@@ -500,6 +506,11 @@ fn describe_status(status: &MigrationStatus) -> String {
     text
 }
 
+/// A reason behind what it is for, if there is one.
+fn because(reason: &str) -> String {
+    if reason.is_empty() { String::new() } else { format!(": {reason}") }
+}
+
 /// The report as a person reads it.
 fn describe(report: &MigrationReport) -> String {
     let ns = |ns: u64| display_duration(Duration::from_nanos(ns));
@@ -534,11 +545,23 @@ fn describe(report: &MigrationReport) -> String {
     }
     for reducer in &report.reducers {
         text += &format!(
-            "  {:<10} {:>9} pages, {} saved, {} of CPU\n",
+            "  {:<10} {:>9} pages, {} saved, {} of CPU{}\n",
             reducer.name,
             reducer.pages,
             display_bytes(reducer.saved_bytes),
-            ns(reducer.cpu_ns)
+            ns(reducer.cpu_ns),
+            because(&reducer.reason)
+        );
+    }
+    if let Some(squeeze) = &report.squeeze {
+        text += &format!(
+            "  balloon    the guest went on with {} instead of {}: {} pages, {} spared, in {}{}\n",
+            display_bytes(squeeze.after_bytes),
+            display_bytes(squeeze.before_bytes),
+            squeeze.spared_pages,
+            display_bytes(squeeze.spared_bytes),
+            ns(squeeze.duration_ns),
+            because(&squeeze.reason)
         );
     }
     text += &format!(

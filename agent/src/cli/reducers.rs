@@ -1,9 +1,12 @@
 //! The options of `dunlin migrate` that make fewer bytes travel.
 
+use std::time::Duration;
+
 use clap::Args;
 
 use crate::migrate::{Compress, Reducers};
-use crate::model::units::parse_size_bytes;
+use crate::model::PageCount;
+use crate::model::units::{parse_duration, parse_size_bytes};
 
 /// What is done so that fewer bytes travel.
 #[derive(Debug, Args)]
@@ -27,6 +30,18 @@ pub(super) struct ReducerArgs {
     /// Send pages that were dirty after both of the last rounds last.
     #[arg(long)]
     skip_hot: bool,
+
+    /// Leave out what the guest says is free, in rounds while it runs; it needs a balloon that names free pages.
+    #[arg(long)]
+    free_pages: bool,
+
+    /// Have the guest go on with SIZE of its memory until the migration is over, so that its page cache is not sent; it needs a balloon.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size_bytes)]
+    balloon_before: Option<u64>,
+
+    /// How long the guest may take to give up memory, before the first round begins all the same.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration, requires = "balloon_before")]
+    balloon_limit: Duration,
 }
 
 impl ReducerArgs {
@@ -38,6 +53,12 @@ impl ReducerArgs {
             delta_bytes: self.delta.unwrap_or(0),
             dedup: self.dedup,
             skip_hot: self.skip_hot,
+            free_pages: self.free_pages,
         }
+    }
+
+    /// What the guest is to go on with, and how long it may take for that.
+    pub(super) fn squeeze(&self) -> (Option<PageCount>, Duration) {
+        (self.balloon_before.map(PageCount::covering), self.balloon_limit)
     }
 }

@@ -452,6 +452,23 @@ impl DirtyLogger {
         Ok(())
     }
 
+    /// Counts the pages of `runs` as not protected: they are due, and what was written to them counts for nothing until [`Self::protect`] is called for them again. What is no RAM is left out.
+    pub fn disregard(&self, runs: &[PageRun]) {
+        let mut inner = self.lock();
+        for (range, words) in self.ranges.iter().zip(&mut inner.unprotected) {
+            let (begin, end) = (range.first_page.0, range.first_page.0 + range.pages.0);
+            for run in runs {
+                let (mut page, last) = (run.first.0.max(begin), run.end().min(end));
+                while page < last {
+                    let (offset, left) = (page - begin, last - page);
+                    let count = left.min(64 - offset % 64);
+                    words[(offset / 64) as usize] |= (u64::MAX >> (64 - count)) << (offset % 64);
+                    page += count;
+                }
+            }
+        }
+    }
+
     /// How many entries each vCPU's ring has brought since the VM was made; empty with a bitmap, which does not say who
     /// wrote.
     pub fn vcpu_pages(&self) -> Vec<PageCount> {
@@ -743,6 +760,41 @@ mod tests {
     }
 
     #[test]
+    fn what_is_disregarded_is_found_again_once_it_is_protected() {
+        both(|kind| {
+            let machine = boot(writer(200), 1, kind);
+            machine.log().start().unwrap();
+            protect_all(&machine);
+            machine.resume().unwrap();
+            let two_rounds = || {
+                let before = written(&machine, 199);
+                wait_for("two rounds", || written(&machine, 199) > before + 400);
+            };
+            two_rounds();
+            machine.pause().unwrap();
+            // Across words of the bitmap, twice, and beyond the end of RAM.
+            let end = machine.memory().pages().0 as u32;
+            machine.log().disregard(&[
+                PageRun::new(FIRST + 60, 70),
+                PageRun::new(FIRST + 100, 50),
+                PageRun::new(end.into(), 9),
+                PageRun::new(u64::MAX - 1, u32::MAX),
+            ]);
+            machine.resume().unwrap();
+            two_rounds();
+            machine.pause().unwrap();
+            machine.log().protect(PageRun::new(FIRST, 200)).unwrap();
+            let others: Vec<u64> = (FIRST..FIRST + 60).chain(FIRST + 150..FIRST + 200).collect();
+            assert_eq!(harvest(&machine), others, "{kind:?}");
+            machine.resume().unwrap();
+            two_rounds();
+            machine.pause().unwrap();
+            let found = harvest(&machine);
+            assert!((FIRST + 60..FIRST + 150).all(|page| found.contains(&page)), "{kind:?}: {found:?}");
+        });
+    }
+
+    #[test]
     fn protecting_one_page_leaves_its_neighbours_marked() {
         if !kvm_or_skip("protecting_one_page_leaves_its_neighbours_marked") {
             return;
@@ -803,10 +855,18 @@ mod tests {
                 let target = &mut copy[start..start + PAGE_SIZE];
                 vm_memory::Bytes::read_slice(machine.memory().ram().as_ref(), target, address).unwrap();
             };
+            let rounds = std::cell::Cell::new(0);
             let round = |copy: &mut Vec<u8>| {
                 let mut due = PageBitmap::new(pages);
                 machine.log().harvest().unwrap();
                 machine.memory().dirty().take(&mut due);
+                rounds.set(rounds.get() + 1);
+                if rounds.get() % 2 == 0 {
+                    // Logged ahead of time, as before a guest is asked for its free pages.
+                    machine.log().protect(PageRun::new(0, pages.0 as u32)).unwrap();
+                    let runs: Vec<PageRun> = due.runs(u32::MAX).collect();
+                    machine.log().disregard(&runs);
+                }
                 for run in due.runs(64) {
                     machine.log().protect(run).unwrap();
                     run.indices().for_each(|page| read(copy, page));

@@ -814,6 +814,11 @@ impl DirtyLog for Arc<Machine> {
         self.log().protect(run).map_err(|e| refused("protect pages")(e.into()))
     }
 
+    fn disregard(&mut self, _region: RegionId, runs: &[PageRun]) -> Result<(), MachineError> {
+        self.log().disregard(runs);
+        Ok(())
+    }
+
     fn stop_log(&mut self) -> Result<(), MachineError> {
         self.log().stop().map_err(|e| refused("stop the dirty log")(e.into()))
     }

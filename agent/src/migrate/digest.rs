@@ -1,8 +1,8 @@
 //! Hashes that prove that a page at the target is the page at the source.
 
-use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
+use xxhash_rust::xxh3::{Xxh3, xxh3_64, xxh3_64_with_seed};
 
-use crate::model::PageRun;
+use crate::model::{PAGE_SIZE, PageBitmap, PageRun};
 use crate::port::{BytesView, Region};
 
 /// Pages in one chunk of a whole-memory hash (2 MiB).
@@ -31,17 +31,24 @@ pub(super) fn zero_digest(page: u64) -> u64 {
     xxh3_64(&page.to_le_bytes())
 }
 
-/// A hash of every 2 MiB of every region, in order: `--verify`.
-pub fn chunk_hashes(regions: &[&dyn Region]) -> Vec<u64> {
-    let mut hashes = Vec::new();
-    for region in regions {
-        let pages = region.spec().pages.0;
-        for first in (0..pages).step_by(CHUNK_PAGES as usize) {
+/// A hash of every 2 MiB of a region, in order: `--verify`. Pages of `as_zeros` count as zeros, whatever they hold: the guest does not use them, and the target has them so.
+pub fn chunk_hashes(region: &dyn Region, as_zeros: &PageBitmap) -> Vec<u64> {
+    let pages = region.spec().pages.0;
+    let chunks = (0..pages).step_by(CHUNK_PAGES as usize);
+    chunks
+        .map(|first| {
             let run = PageRun::new(first, CHUNK_PAGES.min((pages - first) as u32));
-            hashes.push(xxh3_64(settled(region.bytes(run))));
-        }
-    }
-    hashes
+            let bytes = settled(region.bytes(run));
+            if as_zeros.runs_within(run.first.0, run.end(), 1).next().is_none() {
+                return xxh3_64(bytes);
+            }
+            let mut hash = Xxh3::new();
+            for (page, bytes) in run.indices().zip(bytes.chunks(PAGE_SIZE)) {
+                hash.update(if as_zeros.contains(page) { &[0; PAGE_SIZE] } else { bytes });
+            }
+            hash.digest()
+        })
+        .collect()
 }
 
 #[cfg(test)]
@@ -49,10 +56,32 @@ mod tests {
     use std::sync::atomic::AtomicU8;
 
     use super::*;
-    use crate::model::PAGE_SIZE;
+    use crate::migrate::owed_testing::Memory;
+    use crate::model::PageCount;
 
     fn page(fill: impl Fn(usize) -> u8) -> Vec<AtomicU8> {
         (0..PAGE_SIZE).map(|index| AtomicU8::new(fill(index))).collect()
+    }
+
+    #[test]
+    fn free_pages_hash_as_zeros_and_no_others() {
+        let pages = PageCount(1100);
+        let (here, there) = (Memory::of(pages.0), Memory::of(pages.0));
+        for memory in [&here, &there] {
+            memory.fill(PageRun::new(500, 200), 7);
+        }
+        let none = PageBitmap::new(pages);
+        assert_eq!(chunk_hashes(&here, &none), chunk_hashes(&there, &none));
+        let mut free = PageBitmap::new(pages);
+        for page in [0, 511, 512, 1099] {
+            here.fill(PageRun::new(page, 1), 9);
+            there.fill(PageRun::new(page, 1), 0);
+            free.insert(page);
+        }
+        assert_eq!(chunk_hashes(&here, &free), chunk_hashes(&there, &none));
+        free.remove(512);
+        let (ours, theirs) = (chunk_hashes(&here, &free), chunk_hashes(&there, &none));
+        assert_eq!([0, 1, 2].map(|chunk| ours[chunk] == theirs[chunk]), [true, false, true]);
     }
 
     #[test]

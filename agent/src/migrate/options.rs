@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::reduce::Reducers;
-use crate::model::BytesPerSecond;
+use crate::model::{BytesPerSecond, PageCount};
 use crate::stun::{STRETCH, StunPolicy};
 
 /// How memory moves.
@@ -159,6 +159,10 @@ pub struct SourceOptions {
     pub streams: u16,
     /// What is done so that fewer bytes travel.
     pub reducers: Reducers,
+    /// What the guest is to go on with of its memory from before the first round to the end.
+    pub squeeze_to: Option<PageCount>,
+    /// How long the guest may take for that; then it goes on with what was got.
+    pub squeeze_limit: Duration,
     /// Hash all memory while the VM is paused, and compare.
     pub verify: bool,
     /// Nothing moving for this long counts as a stalled peer.
@@ -193,6 +197,8 @@ impl Default for SourceOptions {
             stun_stretch: STRETCH,
             streams: 2,
             reducers: Reducers::default(),
+            squeeze_to: None,
+            squeeze_limit: Duration::from_secs(30),
             verify: false,
             stall: Duration::from_secs(10),
             doubt: Duration::from_secs(20),

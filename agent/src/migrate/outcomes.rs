@@ -241,6 +241,9 @@ pub const OWING_OUTCOMES: &[Outcome] = &[
     row(SourceDiskFull, Owing, &[MOVED], false, FREE_SOURCE),
     row(TargetDiskFull, Owing, &[MOVED], false, NOTHING),
     row(Cancelled, Owing, &[MOVED], false, "It came too late: the VM runs at the target."),
+    // All is there, and the source may not have heard it.
+    row(TargetManagerDies, Done, &[MOVED, UNHEARD], false, FREE_SOURCE),
+    row(LinkCut, Done, &[MOVED, UNHEARD], false, FREE_SOURCE),
     row(LinkStalls, Done, &[MOVED, UNHEARD], false, FREE_SOURCE),
 ];
 

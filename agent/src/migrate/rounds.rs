@@ -13,11 +13,11 @@ use super::observe::{CancelFlag, Observer};
 use super::order::Order;
 use super::pacer::{Pacer, kernel_pace};
 use super::pieces::{Holes, pieces};
-use super::reduce::{Outlet, Reducing};
+use super::reduce::{Gain, Outlet, Reducing};
 use super::source::SourceError;
 use super::steward::{LOOK_EVERY, Sent};
 use super::zeros::zero_bits;
-use crate::model::{BytesPerSecond, PAGE_SIZE, PageBitmap, PageRun};
+use crate::model::{BytesPerSecond, PAGE_SIZE, PageBitmap, PageCount, PageRun};
 use crate::port::{Bell, BulkSender, Clock, Job, Machine, Region};
 
 /// The most pages that one stream takes at a time, and that are protected with one order: 32 MiB.
@@ -40,6 +40,8 @@ pub(super) struct Tally {
     pub(super) digest: u64,
     /// CPU time that looking for zeros took.
     pub(super) scanned: Duration,
+    /// What leaving out free pages came to.
+    pub(super) free: Gain,
     /// When the last of it had been written to its stream, by the clock.
     pub(super) sent_at: Duration,
 }
@@ -57,6 +59,7 @@ impl Tally {
         self.wire_bytes += other.wire_bytes;
         self.digest = self.digest.wrapping_add(other.digest);
         self.scanned += other.scanned;
+        self.free.add(other.free);
         self.sent_at = self.sent_at.max(other.sent_at);
     }
 }
@@ -68,6 +71,8 @@ pub(super) struct Round<'a> {
     pub(super) last: bool,
     pub(super) region: &'a dyn Region,
     pub(super) due: &'a PageBitmap,
+    /// What would be due as well, but that the guest does not use it: the target has zeros there from now on.
+    pub(super) free: &'a PageBitmap,
     /// The order in which it goes.
     pub(super) order: &'a Order,
     /// Whether pages of zeros go as a mark.
@@ -212,8 +217,9 @@ impl Round<'_> {
         let all_pages = self.due.len().0;
         let (mut pages, mut paced) = (FIRST_WINDOW_PAGES, None);
         let mut tally = Tally { wire_bytes: stream.start_round(self.number, self.last)?, ..Tally::default() };
-        let mut scan = Meter::default();
+        let (mut scan, mut freeing) = (Meter::default(), Meter::default());
         reducing.begin_round(self.number, self.due);
+        reducing.free(self.free);
         loop {
             let first = next_window.fetch_add(pages, Ordering::Relaxed);
             if self.cancel.is_set() {
@@ -229,6 +235,7 @@ impl Round<'_> {
             }
             let (before, began) = (tally.pages, self.clock.now());
             for window in self.order.pages(first, pages) {
+                freeing.time(self.clock, 1, || self.leave_out(window, (stream, reducing), &mut tally))?;
                 if self.due.runs_within(window.first.0, window.end(), u32::MAX).next().is_none() {
                     continue;
                 }
@@ -246,9 +253,28 @@ impl Round<'_> {
             self.observer.progress(self.number, sent, due_pages);
         }
         tally.scanned = scan.total();
+        tally.free.cpu = freeing.total();
         tally.wire_bytes += stream.end_round(self.number)?;
         tally.sent_at = self.clock.now();
         Ok(tally)
+    }
+
+    /// Tells the target what is free of one window: an earlier round may have brought it something else.
+    fn leave_out(
+        &self,
+        window: PageRun,
+        (stream, reducing): (&mut dyn BulkSender, &mut Reducing),
+        tally: &mut Tally,
+    ) -> Result<(), SourceError> {
+        for run in self.free.runs_within(window.first.0, window.end(), u32::MAX) {
+            tally.wire_bytes += stream.zeros(self.region.spec().id, run)?;
+            reducing.zeros(run);
+            // What was never written would not have been sent either.
+            let held: u64 = self.region.data_within(run).iter().map(|part| u64::from(part.count)).sum();
+            tally.free.pages += u64::from(run.count);
+            tally.free.saved_bytes += PageCount(held).bytes();
+        }
+        Ok(())
     }
 
     /// Sends what is due of one window.

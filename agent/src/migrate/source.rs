@@ -5,6 +5,7 @@
 
 mod lending;
 mod owing;
+mod spare;
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -24,7 +25,7 @@ use super::rounds::{Round, Saved, Tally, longest_run};
 use super::steward::{Sent, Steward};
 use crate::model::{
     BlackoutLedger, BlackoutPhase, BytesPerSecond, Ending, LoanReport, MachineShape, MigrationId, MigrationReport,
-    PAGE_SIZE, PageBitmap, PageCount, PostCopyReport, RoundReport, Step,
+    PAGE_SIZE, PageBitmap, PageCount, PostCopyReport, RoundReport, SqueezeReport, Step,
 };
 use crate::port::{BulkSender, Clock, ControlChannel, Fate, LinkError, Machine, MachineError, Region, SourceLink};
 use crate::stun::Budget;
@@ -128,6 +129,8 @@ struct Progress {
     ran: bool,
     /// What the reducers have spared.
     spared: Spared,
+    /// What the guest gave up before the first round.
+    squeeze: Option<SqueezeReport>,
     /// Whether the target may have journaled `prepared`.
     handed: bool,
     /// Whether the VM moves before what is due of its memory.
@@ -158,6 +161,7 @@ impl Progress {
             loan: None,
             ran: false,
             spared: Spared::default(),
+            squeeze: None,
             handed: false,
             owing: false,
             adaptive: None,
@@ -192,6 +196,10 @@ struct Way<'w> {
     reducing: Vec<Reducing>,
     pacer: Pacer<'w>,
     due: PageBitmap,
+    /// What was due, too, but for the guest's word that it does not use it.
+    free: PageBitmap,
+    /// What the target has as zeros by such a word, given in any round, and nothing has been written to since.
+    left_out: PageBitmap,
     /// What was due in the round before, if that was written during the one before it.
     due_before: Option<PageBitmap>,
 }
@@ -239,6 +247,7 @@ impl Source<'_> {
                 + progress.state_bytes
                 + progress.image_bytes,
             reducers: progress.spared.report(&self.options.reducers),
+            squeeze: progress.squeeze,
             rounds: progress.rounds,
             state_bytes: progress.state_bytes,
             image_bytes: progress.image_bytes,
@@ -291,9 +300,12 @@ impl Source<'_> {
         let room = reducers.delta_bytes.min(self.region.spec().pages.bytes());
         let sent_pages = (room > 0).then(|| Arc::new(SentPages::new(room)));
         let reducing = streams.iter().map(|_| Reducing::new(reducers, streams.len(), sent_pages.clone())).collect();
-        let due = PageBitmap::full(self.region.spec().pages);
-        let mut way = Way { control, streams, reducing, pacer, due, due_before: None };
+        let pages = self.region.spec().pages;
+        let due = PageBitmap::full(pages);
+        let (free, left_out) = (PageBitmap::new(pages), PageBitmap::new(pages));
+        let mut way = Way { control, streams, reducing, pacer, due, free, left_out, due_before: None };
         self.send_boot_image(progress, &way)?;
+        self.squeeze_guest(progress, &way)?;
         match self.options.strategy {
             Strategy::PreCopy => {
                 self.machine.start_log()?;
@@ -430,6 +442,7 @@ impl Source<'_> {
 
     /// Sends what is due, and finds out what is due then: how many pages, and how long the round took.
     fn one_round(&mut self, progress: &mut Progress, way: &mut Way<'_>) -> Result<(PageCount, Duration), SourceError> {
+        self.leave_out_free(progress, way)?;
         self.pass(progress, Step::Round, &format!("{} pages due", way.due.count().0));
         let skips_hot = self.options.reducers.skip_hot;
         let hot = way.due_before.take().map(|before| way.due.both(&before));
@@ -455,7 +468,7 @@ impl Source<'_> {
         &self,
         number: usize,
         pacer: &'r Pacer<'r>,
-        (due, order): (&'r PageBitmap, &'r Order),
+        (due, free, order): (&'r PageBitmap, &'r PageBitmap, &'r Order),
         cancel: &'r CancelFlag,
         sent: &'r Sent,
     ) -> Round<'r>
@@ -467,6 +480,7 @@ impl Source<'_> {
             last: false,
             region: self.region,
             due,
+            free,
             order,
             marks_zeros: self.options.reducers.zero_pages,
             pacer,
@@ -489,7 +503,8 @@ impl Source<'_> {
         let cancel = self.cancel.clone();
         let so_far = Sent::default();
         let order = hot.map_or_else(|| Order::plain(way.due.len()), |hot| Order::hot_last(&way.due, hot));
-        let round = self.round(progress.rounds.len() + 1, &way.pacer, (&way.due, &order), &cancel, &so_far);
+        let what = (&way.due, &way.free, &order);
+        let round = self.round(progress.rounds.len() + 1, &way.pacer, what, &cancel, &so_far);
         let lanes = (&mut way.streams[..], &mut way.reducing[..]);
         let number = round.number;
         let (clock, due) = (self.clock, way.due.count());
@@ -520,7 +535,10 @@ impl Source<'_> {
         let cancel = CancelFlag::default();
         let so_far = Sent::default();
         let order = Order::plain(way.due.len());
-        let round = self.round(progress.rounds.len() + 1, &way.pacer, (&way.due, &order), &cancel, &so_far);
+        // A VM that stands cannot be asked.
+        way.leave_out_none();
+        let what = (&way.due, &way.free, &order);
+        let round = self.round(progress.rounds.len() + 1, &way.pacer, what, &cancel, &so_far);
         let round = Round { last: true, ..round };
         let lanes = (&mut way.streams[..], &mut way.reducing[..]);
         // The clock and the counters are saved first: only a short round may lie between them and the state's restoring.
@@ -574,7 +592,7 @@ impl Source<'_> {
         progress.ledger.add(BlackoutPhase::SaveState, longer);
         progress.state_bytes = saved.state.len() as u64;
         let round = progress.rounds.len() as u32;
-        let chunk_hashes = if self.options.verify { chunk_hashes(&[self.region]) } else { Vec::new() };
+        let chunk_hashes = if self.options.verify { chunk_hashes(self.region, &way.left_out) } else { Vec::new() };
         progress.handed = true;
         let handed = Handed { state: saved.state, round, digest: tally.digest, chunk_hashes };
         way.control.send(&ControlMessage::Handed(Box::new(handed)))?;

@@ -226,7 +226,7 @@ impl Target<'_> {
             };
             match self.await_verdict(id, machine, loan)? {
                 Verdict::Ours => {
-                    if self.activate(id, machine, ledger)? {
+                    if self.activate(id, machine, ledger, loan == MayBeLent::Was)? {
                         *borrowing = None;
                         return Ok(());
                     }
@@ -290,7 +290,7 @@ impl Target<'_> {
         ledger.add(BlackoutPhase::Restore, self.clock.now().saturating_sub(arrived_at));
         let mut verified_pages = 0;
         if offer.verify {
-            compare_hashes(&handed.chunk_hashes, &chunk_hashes(&[region]))?;
+            compare_hashes(&handed.chunk_hashes, &chunk_hashes(region, &PageBitmap::new(region.spec().pages)))?;
             verified_pages = region.spec().pages.0;
         }
         self.say_prepared(offer, machine, ledger)?;
@@ -493,12 +493,13 @@ impl Target<'_> {
         }
     }
 
-    /// Stage 5. `false` if the right to run could neither be journaled nor given back: the VM is still prepared.
+    /// Stage 5, of a VM that may run `already`, on loan. `false` if the right to run could neither be journaled nor given back: the VM is still prepared.
     fn activate(
         &mut self,
         id: MigrationId,
         machine: &mut dyn Machine,
         ledger: &mut BlackoutLedger,
+        already: bool,
     ) -> Result<bool, TargetError> {
         let mut lap = Lap::since(self.clock, self.clock.now());
         if let Err(error) = machine.take_ownership(id) {
@@ -506,6 +507,9 @@ impl Target<'_> {
         }
         ledger.add(BlackoutPhase::JournalOwner, lap.next());
         self.pass(id, Step::Owned, "");
+        if already && machine.fate() == Fate::Dead {
+            return Err(TargetError::LostOwned("its process has ended".to_owned()));
+        }
         self.announce_and_run(id, machine, ledger, Step::Running)
     }
 

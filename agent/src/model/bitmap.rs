@@ -86,6 +86,13 @@ impl PageBitmap {
         self.trim();
     }
 
+    /// Takes out every page of `other`, which is over the same region.
+    pub fn subtract(&mut self, other: &Self) {
+        for (mine, theirs) in self.words.iter_mut().zip(&other.words) {
+            *mine &= !theirs;
+        }
+    }
+
     /// The pages that are in `other`, too, which is over the same region.
     #[must_use]
     pub fn both(&self, other: &Self) -> Self {

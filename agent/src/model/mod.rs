@@ -58,7 +58,8 @@ pub use process::GuestProcess;
 pub use random::Random;
 pub use region::{PageRun, RegionId, RegionKind, RegionSpec};
 pub use report::{
-    LinkReport, LoanReport, MigrationReport, PostCopyReport, ReducerReport, RoundReport, WaitBucket, WaitReport,
+    LinkReport, LoanReport, MigrationReport, PostCopyReport, ReducerReport, RoundReport, SqueezeReport, WaitBucket,
+    WaitReport,
 };
 pub use shape::{MAX_BOOT_IMAGE_BYTES, MachineShape};
 pub use stage::{Stage, Step};

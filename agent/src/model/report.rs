@@ -160,7 +160,7 @@ pub struct LinkReport {
 /// What a reducer spared the streams in the rounds of a migration.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReducerReport {
-    /// `zero-pages`, `lz4`, `zstd`, `delta`, `dedup` or `skip-hot`.
+    /// `zero-pages`, `lz4`, `zstd`, `delta`, `dedup`, `skip-hot` or `free-pages`.
     pub name: String,
     /// Pages that went its way.
     pub pages: u64,
@@ -168,6 +168,28 @@ pub struct ReducerReport {
     pub saved_bytes: u64,
     /// CPU time of the streams' threads at the source that it took, also for pages that it could do nothing for.
     pub cpu_ns: u64,
+    /// Why it could do nothing, or nothing more; absent where it could.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub reason: String,
+}
+
+/// What came of having the guest go on with less memory before the first round.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SqueezeReport {
+    /// What it was to have, in bytes.
+    pub asked_bytes: u64,
+    /// What it had before.
+    pub before_bytes: u64,
+    /// What it had when the first round began.
+    pub after_bytes: u64,
+    /// Pages that it gave up: they need not be sent.
+    pub spared_pages: u64,
+    /// The same in bytes.
+    pub spared_bytes: u64,
+    /// How long that took; the VM ran meanwhile.
+    pub duration_ns: u64,
+    /// Why it gave up less than it was asked for; empty if it did not.
+    pub reason: String,
 }
 
 /// The report of one migration.
@@ -198,6 +220,9 @@ pub struct MigrationReport {
     /// What the reducers that were asked for spared the rounds.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub reducers: Vec<ReducerReport>,
+    /// What the guest gave up before the first round; absent where it was not asked to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub squeeze: Option<SqueezeReport>,
     /// Sum of the rounds' bytes, the boot image and the state.
     pub wire_bytes: u64,
     /// CPU and device state.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::faults::Faults;
+use super::free_pages::FreePages;
 use super::region::Region;
 use super::throttle::Throttle;
 use crate::model::{MigrationId, Owner, PageBitmap, PageCount, PageRun, RegionId};
@@ -61,6 +62,10 @@ pub trait DirtyLog: Send {
     /// Re-arms the log for those pages of `run` that the last harvest moved (at the start: for all), *before* they are
     /// read. Pages of the run that were written since that harvest and were clean in it stay logged.
     fn protect(&mut self, region: RegionId, run: PageRun) -> Result<(), MachineError>;
+
+    /// Counts the pages of `runs` as not yet protected, as all are at the start: what was written to them until [`DirtyLog::protect`] is called for them next need not be found. Only for pages that
+    /// are due.
+    fn disregard(&mut self, region: RegionId, runs: &[PageRun]) -> Result<(), MachineError>;
 
     /// Switches logging off; the guest runs at full speed again.
     fn stop_log(&mut self) -> Result<(), MachineError>;
@@ -193,6 +198,6 @@ pub trait Loan: Send {
 }
 
 /// All of a machine that a manager needs.
-pub trait Machine: Vcpus + DirtyLog + MachineState + Gate + Throttle + FaultSource + Loan {}
+pub trait Machine: Vcpus + DirtyLog + MachineState + Gate + Throttle + FaultSource + FreePages + Loan {}
 
-impl<T: Vcpus + DirtyLog + MachineState + Gate + Throttle + FaultSource + Loan> Machine for T {}
+impl<T: Vcpus + DirtyLog + MachineState + Gate + Throttle + FaultSource + FreePages + Loan> Machine for T {}

@@ -7,6 +7,7 @@ pub mod clock;
 pub mod events;
 pub mod faults;
 pub mod frame;
+pub mod free_pages;
 pub mod guest_memory;
 pub mod journal;
 pub mod link;
@@ -21,6 +22,7 @@ pub use events::{
 };
 pub use faults::{FaultError, Faults};
 pub use frame::FramePort;
+pub use free_pages::FreePages;
 pub use guest_memory::{GuestMemory, GuestMemoryError};
 pub use journal::{Journal, JournalError, JournalRecord};
 pub use link::{BulkItem, BulkReceiver, BulkSender, ControlChannel, LinkError, SourceLink, TargetLink, Unconnected};

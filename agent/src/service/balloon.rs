@@ -7,15 +7,18 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use crate::kvm::Machine;
-use crate::kvm::virtio::{GuestStats, VirtioBalloon};
+use crate::kvm::virtio::{GuestStats, HintRound, VirtioBalloon};
 use crate::model::schema::Schema;
-use crate::model::{PAGE_SIZE, PageCount, chain};
+use crate::model::{PAGE_SIZE, PageBitmap, PageCount, PageRun, chain};
 
 /// How long a question is held for the guest's statistics, or for progress; shorter than what the end of a machine waits
 /// for last answers.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// How long a guest may take to name its free pages.
 const HINT_LIMIT: Duration = Duration::from_secs(10);
+
+/// Runs of free pages that are told at most: those beyond are sent.
+const MOST_RUNS: usize = 1 << 20;
 
 /// What `dunlin vm balloon` prints.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -165,6 +168,68 @@ pub(super) fn await_answer(machine: &Machine, id: u32) -> Result<(), String> {
         Some(false) => Err(format!("the guest did not name its free pages within {HINT_LIMIT:?}")),
         None => Err("the question was replaced by another one, or the guest's driver began anew".to_owned()),
     }
+}
+
+/// Asks the guest of `machine` for its free pages on behalf of a migration, waits at most `patience` until it has named all, and returns what it named, as pages of the memory file.
+/// The guest keeps them back until [`relax`].
+///
+/// # Errors
+/// A VM without a balloon, or a guest that names none.
+pub(super) fn name_free_pages(machine: &Machine, patience: Duration) -> Result<Vec<PageRun>, String> {
+    let balloon = of(machine)?;
+    let id = balloon.start_hint().map_err(|error| error.to_string())?;
+    let deadline = Instant::now() + patience;
+    let mut seen = balloon.wait_progress(0, Duration::ZERO);
+    let under_way = |round: &HintRound| round.id == id && !round.complete;
+    while balloon.status().round.as_ref().is_some_and(under_way) {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            break;
+        }
+        seen = balloon.wait_progress(seen, left);
+    }
+    balloon.stop_hint();
+    let mut named = PageBitmap::new(machine.memory().pages());
+    match balloon.take_hints(&mut named) {
+        Some(round) if round.id == id => Ok(named.runs(u32::MAX).take(MOST_RUNS).collect()),
+        _ => Err("the guest's driver began anew meanwhile".to_owned()),
+    }
+}
+
+/// Asks the guest to go on with `pages` of its memory until [`relax`].
+///
+/// # Errors
+/// A VM without a balloon, a guest without a driver for it; none, or more than it has.
+pub(super) fn squeeze(machine: &Machine, pages: PageCount) -> Result<(), String> {
+    let balloon = of(machine)?;
+    let memory = machine.memory().pages();
+    if pages == PageCount(0) || pages > memory {
+        return Err(format!("a guest cannot go on with {pages} of {memory}"));
+    }
+    balloon.squeeze(PageCount(memory.0 - pages.0)).map_err(|error| error.to_string())
+}
+
+/// How much of its memory the guest has, once it has got nearer to what it is to have, or `patience` is over.
+///
+/// # Errors
+/// A VM without a balloon.
+pub(super) fn guest_pages(machine: &Machine, patience: Duration) -> Result<PageCount, String> {
+    let balloon = of(machine)?;
+    let seen = balloon.wait_progress(0, Duration::ZERO);
+    let before = balloon.status();
+    if before.actual != before.target {
+        balloon.wait_progress(seen, patience);
+    }
+    Ok(PageCount(machine.memory().pages().0 - balloon.status().actual.0))
+}
+
+/// The migration is over: the guest may use the pages again that it named as free, and has again what it had before it was squeezed.
+pub(super) fn relax(machine: &Machine) {
+    let Some(balloon) = machine.balloon() else { return };
+    if balloon.status().round.is_some() {
+        balloon.finish_hint();
+    }
+    balloon.relax();
 }
 
 #[cfg(test)]

@@ -564,8 +564,9 @@ impl Host {
         })
     }
 
-    /// Announces and runs: a machine whose gate has opened while nobody led it.
+    /// Announces and runs: a machine whose gate has opened while nobody led it. Its guest has its memory again.
     fn run_again(&self) {
+        super::balloon::relax(&self.machine);
         if let Err(error) = self.machine.log().stop() {
             tracing::error!("the dirty log could not be switched off: {error}");
         }
@@ -895,8 +896,16 @@ impl Host {
         let block_pages = self.machine.memory().block_pages();
         let faults =
             UserFaults::register(mapped.clone(), block_pages).map_err(|error| format!("userfaultfd: {error}"))?;
+        self.hold_balloon(true);
         *lock(&self.faults) = Some(faults);
         Ok(Reply::Faults(mapped))
+    }
+
+    /// While pages are owed none is given back to the host: a page that comes late would come into the guest's way, and one that is gone again would not be caught.
+    fn hold_balloon(&self, held: bool) {
+        if let Some(balloon) = self.machine.balloon() {
+            balloon.hold(held);
+        }
     }
 
     fn handle(&self, request: Request, manager: &str) -> Result<Reply, String> {
@@ -910,6 +919,7 @@ impl Host {
             }),
             Request::AllIsHere => {
                 *lock(&self.faults) = None;
+                self.hold_balloon(false);
                 Ok(Reply::Done)
             }
             Request::Attach { .. } | Request::Reattach { .. } | Request::Create(_) => {
@@ -918,6 +928,10 @@ impl Host {
             Request::StartLog => machine.log().start().map(|()| Reply::Done).map_err(|error| chain(&error)),
             Request::Harvest => machine.log().harvest().map(|()| Reply::Done).map_err(|error| chain(&error)),
             Request::Protect(_, run) => machine.log().protect(run).map(|()| Reply::Done).map_err(|error| chain(&error)),
+            Request::Disregard(_, runs) => {
+                machine.log().disregard(&runs);
+                Ok(Reply::Done)
+            }
             Request::StopLog => {
                 self.end_throttling();
                 machine.log().stop().map(|()| Reply::Done).map_err(|error| chain(&error))
@@ -996,6 +1010,16 @@ impl Host {
                 self.end_throttling();
                 self.stand_for_good();
                 done(lock(&self.gate).discard())
+            }
+            Request::NameFreePages(patience_ns) => {
+                super::balloon::name_free_pages(machine, Duration::from_nanos(patience_ns)).map(Reply::FreePages)
+            }
+            Request::SqueezeGuest(pages) => {
+                let what = format!("migrate --balloon-before {}", pages.bytes());
+                self.act(manager, &what, || super::balloon::squeeze(machine, pages)).map(|()| Reply::Done)
+            }
+            Request::GuestPages(patience_ns) => {
+                super::balloon::guest_pages(machine, Duration::from_nanos(patience_ns)).map(Reply::GuestPages)
             }
             Request::Throttle(limits) => {
                 let writes = machine.throttle(&limits).map_err(|error| chain(&error))?;

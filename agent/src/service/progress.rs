@@ -244,11 +244,11 @@ impl Progress {
         state.last_round.as_ref().map_or(PageCount::covering(self.plan.memory_bytes).0, |last| last.dirtied_pages)
     }
 
-    fn show(&self, state: &State) {
+    fn show(&self, state: &State, detail: &str) {
         let Some(bar) = &self.bar else { return };
         if !state.is_sending() {
             bar.set_prefix(state.step.name());
-            bar.set_message(String::new());
+            bar.set_message(detail.to_owned());
             return;
         }
         bar.set_prefix(format!("round {}", state.round));
@@ -274,14 +274,14 @@ fn words(goodput: BytesPerSecond, eta: Eta) -> String {
 }
 
 impl Observer for Progress {
-    fn step(&self, step: Step, _detail: &str) {
+    fn step(&self, step: Step, detail: &str) {
         let mut state = self.state();
         state.step = step;
         if state.is_sending() {
             let (round, due) = (state.round + 1, self.next_due(&state));
             state.begin_round(round, due, self.pace.sent_bytes(), Instant::now());
         }
-        self.show(&state);
+        self.show(&state, detail);
     }
 
     fn round(&self, round: &RoundReport) {
@@ -297,7 +297,7 @@ impl Observer for Progress {
         // Streams tell it in no order.
         state.sent_pages = state.sent_pages.max(sent_pages);
         self.look(&mut state);
-        self.show(&state);
+        self.show(&state, "");
     }
 }
 

@@ -6,17 +6,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::faults::{Missing, SimFaults};
-use super::scenario::Side;
+use super::scenario::{Sabotage, Side};
 use super::scheduler::Scheduler;
 use super::world::{AppendError, Cpu, Gate, Vm, World};
 use crate::model::{MigrationId, Owner, PageBitmap, PageCount, PageRun, RegionId, VcpuLimit, VmId, VmWrites};
 use crate::port::{
-    DirtyLog, Fate, FaultSource, Faults, Gate as GatePort, Journal, JournalError, JournalRecord, Loan, MachineError,
-    MachineState, PauseTiming, Region, Throttle, Vcpus,
+    DirtyLog, Fate, FaultSource, Faults, FreePages, Gate as GatePort, Journal, JournalError, JournalRecord, Loan,
+    MachineError, MachineState, PauseTiming, Region, Throttle, Vcpus,
 };
 
 /// One order over the session socket.
 const ORDER: Duration = Duration::from_micros(30);
+/// What a guest takes to name its free pages.
+const ANSWER: Duration = Duration::from_millis(1);
 /// An order that ends with an fsync.
 const FSYNC: Duration = Duration::from_micros(200);
 
@@ -104,8 +106,11 @@ impl Vcpus for SimMachine {
 
 impl DirtyLog for SimMachine {
     fn start_log(&mut self) -> Result<(), MachineError> {
-        self.on_vm("start log", |vm| {
+        self.order("start log", ORDER, |world, side| {
+            let free = world.free_pages();
+            let vm = world.vm(side).ok_or_else(|| gone("start log"))?;
             vm.log.start();
+            vm.free_at_start = Some(free);
             Ok(())
         })
     }
@@ -118,6 +123,15 @@ impl DirtyLog for SimMachine {
         let side = self.side;
         self.sim.operation_in_lock("protect", ORDER, |world| {
             world.vm(side).ok_or_else(|| gone("protect"))?.log.protect(run);
+            Ok(())
+        })
+    }
+
+    fn disregard(&mut self, _region: RegionId, runs: &[PageRun]) -> Result<(), MachineError> {
+        self.on_vm("disregard", |vm| {
+            for run in runs {
+                vm.log.disregard(*run);
+            }
             Ok(())
         })
     }
@@ -152,6 +166,21 @@ impl FaultSource for SimMachine {
             vm.missing = None;
             Ok(())
         })
+    }
+}
+
+impl FreePages for SimMachine {
+    /// The guest goes on between what it names and the end of the answer, and uses again what it has named.
+    fn name_free_pages(&mut self, into: &mut PageBitmap, patience: Duration) -> Result<(), MachineError> {
+        let named = self.order("ask for free pages", ORDER, |world, side| {
+            let now = world.free_pages();
+            let is_broken = world.scenario.sabotage == Some(Sabotage::NamesOldFreePages);
+            let old = world.vm(side).and_then(|vm| vm.free_at_start.clone()).filter(|_| is_broken);
+            Ok(old.unwrap_or(now))
+        })?;
+        self.order("name free pages", ANSWER.min(patience), |_, _| Ok(()))?;
+        into.union(&named);
+        Ok(())
     }
 }
 

@@ -169,6 +169,11 @@ impl SimDirtyLog {
         PageCount(into.count().0 - before)
     }
 
+    /// Counts these pages as moved, so that what is logged of them goes when they are protected next.
+    pub(super) fn disregard(&mut self, run: PageRun) {
+        run.indices().for_each(|page| self.moved.insert(page));
+    }
+
     /// Re-arms those pages of `run` that were moved.
     pub(super) fn protect(&mut self, run: PageRun) {
         let pages: Vec<u64> =
@@ -200,6 +205,17 @@ mod tests {
         // What was moved and not protected comes again.
         due.clear();
         assert_eq!(log.harvest(&mut due), PageCount(1));
+        // What is due need not be found until it is protected.
+        log.protect(PageRun::new(0, 8));
+        log.disregard(PageRun::new(3, 2));
+        for page in [3, 4, 5] {
+            log.note(page);
+        }
+        log.protect(PageRun::new(0, 8));
+        log.note(4);
+        due.clear();
+        assert_eq!(log.harvest(&mut due), PageCount(2));
+        assert!(due.contains(4) && due.contains(5));
     }
 
     #[test]

@@ -106,6 +106,8 @@ pub enum Sabotage {
     OutrunsLease,
     /// With its manager goes what makes it wait for missing pages: they read as zeros.
     ClosesFaults,
+    /// Asked for free pages, it names those that were free when the log was switched on: before any page was protected.
+    NamesOldFreePages,
 }
 
 /// How the guest writes.
@@ -119,6 +121,8 @@ pub struct GuestModel {
     pub hot_set: u64,
     /// It writes for so long (of its own running time) and idles then.
     pub busy: Duration,
+    /// One in so many times it frees the page instead, and uses it again when it comes to it next; 0 is never.
+    pub frees_one_in: u64,
 }
 
 /// How the link carries.
@@ -187,6 +191,7 @@ impl Scenario {
                 working_set: 48,
                 hot_set: 6,
                 busy: Duration::from_millis(500),
+                frees_one_in: 0,
             },
             network: NetworkModel { bandwidth: BytesPerSecond(100 << 20), latency: Duration::from_micros(100) },
             stall: Duration::from_secs(2),
@@ -221,7 +226,9 @@ impl Scenario {
             delta_bytes: [0, 64 << 10, 64 << 20][rng.below(3) as usize],
             dedup: rng.one_in(2),
             skip_hot: rng.one_in(2),
+            free_pages: rng.one_in(2),
         };
+        scenario.guest.frees_one_in = [0, 2, 5][rng.below(3) as usize];
         scenario
     }
 

@@ -159,6 +159,72 @@ fn broken_machines_are_found_out() {
     assert_eq!(finds(Sabotage::KeepsLogging, "I4", killed.0, killed.1), 20);
 }
 
+/// A guest that frees pages all the time, and uses again at once what it has named as free.
+fn freeing(seed: u64) -> Scenario {
+    let mut scenario = Scenario::new(seed);
+    scenario.reducers.free_pages = true;
+    scenario.guest.frees_one_in = 2;
+    scenario.guest.writes_per_second = 100_000;
+    scenario.guest.working_set = 3000;
+    scenario.guest.hot_set = 1000;
+    scenario
+}
+
+#[test]
+fn free_pages_are_left_out_and_none_is_lost_that_is_used_again() {
+    let spared = |run: &Run| {
+        let report = run.report.as_ref().unwrap();
+        let free = report.reducers.iter().find(|reducer| reducer.name == "free-pages").unwrap();
+        assert_eq!(free.reason, "");
+        (free.pages, report.wire_bytes)
+    };
+    for seed in 0..60 * scale() {
+        let mut scenario = freeing(seed);
+        scenario.strategy = if seed % 3 == 0 { Strategy::Hybrid } else { Strategy::PreCopy };
+        // Hashes of all memory know of them.
+        scenario.verify = seed % 3 == 1;
+        scenario.reducers.dedup = seed % 2 == 0;
+        scenario.reducers.delta_bytes = if seed % 4 < 2 { 1 << 20 } else { 0 };
+        scenario.network.bandwidth = BytesPerSecond((8 << 20) << (seed % 4));
+        let run = simulate(&scenario);
+        assert_unbroken(&run, &scenario);
+        assert_eq!((run.ending(), run.left), (Some(Ending::Moved), Whereabouts::RunsAtTarget), "seed {seed}: {run:#?}");
+        // All but the working set was never used.
+        assert!(spared(&run).0 > scenario.memory_pages - 3000, "seed {seed}: {run:#?}");
+    }
+}
+
+/// What is written before its page goes travels with it, also where writes are logged long before.
+#[test]
+fn asking_for_free_pages_leaves_no_more_behind_the_first_round() {
+    let left = |seed: u64, free_pages: bool| {
+        let mut scenario = Scenario::new(seed);
+        scenario.reducers.free_pages = free_pages;
+        scenario.guest.working_set = 6000;
+        scenario.guest.hot_set = 6000;
+        scenario.guest.busy = Duration::from_secs(10);
+        scenario.network.bandwidth = BytesPerSecond(40 << 20);
+        let run = simulate(&scenario);
+        assert_unbroken(&run, &scenario);
+        run.report.unwrap().rounds[0].dirtied_pages
+    };
+    let [without, with] = [false, true].map(|free_pages| (0..10).map(|seed| left(seed, free_pages)).sum::<u64>());
+    assert!(with * 10 < without * 11, "{with} pages are left instead of {without}");
+}
+
+#[test]
+fn a_guest_asked_for_free_pages_before_its_writes_are_logged_is_found_out() {
+    let found = |seed: &u64| {
+        let mut scenario = freeing(*seed);
+        // Slow enough for it to be asked before later rounds, too.
+        scenario.network.bandwidth = BytesPerSecond(8 << 20);
+        scenario.sabotage = Some(Sabotage::NamesOldFreePages);
+        simulate(&scenario).violations.iter().any(|violation| violation.contains("I3"))
+    };
+    let found = (0..20).filter(found).count();
+    assert!(found >= 10, "only {found} of 20 were found out");
+}
+
 #[test]
 fn faults_at_every_step_end_as_the_table_says() {
     let mut reached = BTreeSet::new();

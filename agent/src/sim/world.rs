@@ -16,7 +16,7 @@ use super::scenario::{Fault, Sabotage, Scenario, Side, Trigger};
 use super::scheduler::Process;
 use crate::migrate::outcomes::{Whereabouts, Window};
 use crate::model::bucket::Bucket;
-use crate::model::{Owner, PageCount, PageRun, Step, VcpuLimit, VcpuWrites, VmWrites};
+use crate::model::{Owner, PageBitmap, PageCount, PageRun, Step, VcpuLimit, VcpuWrites, VmWrites};
 use crate::port::{FaultError, JournalRecord, Region as _, THROTTLE_LEASE};
 
 /// How long the operator waits, after the source's manager has ended, before looking at both hosts.
@@ -57,6 +57,9 @@ impl Cpu {
 struct Guest {
     places: Vec<u64>,
     stamps: Vec<u64>,
+    /// Places that it does not use at present: what they hold counts for nothing.
+    free: Vec<bool>,
+    frees_one_in: u64,
     hot: u64,
     write_interval_ns: u64,
     cpu: Cpu,
@@ -104,6 +107,8 @@ pub(super) struct Vm {
     pub(super) stands_by_lease: bool,
     /// Source: the state of the last increment.
     pub(super) kept: Option<Cpu>,
+    /// What its guest did not use when the log was switched on.
+    pub(super) free_at_start: Option<PageBitmap>,
     /// It has run the guest at some time, as its own.
     pub(super) has_run: bool,
     /// What its vCPU may write, and until when that holds.
@@ -141,6 +146,7 @@ struct Cut {
     number: u32,
     cpu: Cpu,
     stamps: Vec<u64>,
+    free: Vec<bool>,
 }
 
 /// Why a record is not written, or its writer not heard of again.
@@ -318,6 +324,10 @@ impl World {
             // Hot pages lie all over the working set, so that no stream has them alone.
             let hot = cpu.rng.below(guest.hot) * (all / guest.hot);
             let index = if cpu.rng.one_in(10) { cpu.rng.below(all) } else { hot } as usize;
+            if guest.frees_one_in > 0 && !guest.free[index] && cpu.rng.one_in(guest.frees_one_in) {
+                guest.free[index] = true;
+                continue;
+            }
             if let Some(missing) = &mut vm.missing
                 && !missing.touch(guest.places[index])
             {
@@ -327,7 +337,7 @@ impl World {
             }
             let stamp = if cpu.rng.one_in(8) { 0 } else { mix(cpu.sequence) | 1 };
             host.region.stamp(guest.places[index], stamp);
-            guest.stamps[index] = stamp;
+            (guest.stamps[index], guest.free[index]) = (stamp, false);
             let forgotten = self.scenario.sabotage == Some(Sabotage::ForgetsWrites) && self.rng.one_in(2);
             if !forgotten && vm.log.note(guest.places[index]) {
                 vm.writes.pages += 1.0;
@@ -504,7 +514,12 @@ impl World {
     /// The guest as it is now can be gone back to.
     pub(super) fn note_cut(&mut self, side: Side) {
         let number = self.vm(side).map_or(0, |vm| vm.increment);
-        self.cuts.push(Cut { number, cpu: self.guest.cpu, stamps: self.guest.stamps.clone() });
+        self.cuts.push(Cut {
+            number,
+            cpu: self.guest.cpu,
+            stamps: self.guest.stamps.clone(),
+            free: self.guest.free.clone(),
+        });
     }
 
     /// The source goes on from this state if it must.
@@ -545,7 +560,7 @@ impl World {
         let Some(cut) = self.cuts.iter().rev().find(|cut| Some(cut.cpu) == kept) else {
             return self.violation("I3: the source goes back to what never was".to_owned());
         };
-        (self.guest.cpu, self.guest.stamps) = (cut.cpu, cut.stamps.clone());
+        (self.guest.cpu, self.guest.stamps, self.guest.free) = (cut.cpu, cut.stamps.clone(), cut.free.clone());
         if self.out > cut.number {
             let (out, number) = (self.out, cut.number);
             self.violation(format!("I2: the VM goes back to increment {number}, and {out} has been seen"));
@@ -610,8 +625,11 @@ impl World {
             return;
         }
         let guest = &self.guest;
-        let stamp = guest.places.binary_search(&page).map_or(0, |index| guest.stamps[index]);
-        if !self.hosts[side.index()].region.holds(page, stamp) {
+        let is_right = match guest.places.binary_search(&page) {
+            Ok(index) => guest.finds(index, &self.hosts[side.index()].region),
+            Err(_) => self.hosts[side.index()].region.holds(page, 0),
+        };
+        if !is_right {
             self.violation(format!("I3: page {page} is mapped at the {side:?}, and is not what the guest left"));
         }
     }
@@ -636,6 +654,14 @@ impl World {
         }
     }
 
+    /// What the guest does not use: what it has freed, and what it never wrote.
+    pub(super) fn free_pages(&self) -> PageBitmap {
+        let mut free = PageBitmap::full(PageCount(self.scenario.memory_pages));
+        let used = self.guest.places.iter().zip(&self.guest.free).filter(|(_, free)| !**free);
+        used.for_each(|(&place, _)| free.remove(place));
+        free
+    }
+
     /// Whether the machine there has ever run the guest as its own.
     pub(super) fn has_run(&self, side: Side) -> bool {
         self.hosts[side.index()].vm.as_ref().is_some_and(|vm| vm.has_run)
@@ -648,12 +674,9 @@ impl World {
         // What it cannot touch yet is looked at when it can.
         let missing = host.vm.as_ref().and_then(|vm| vm.missing.as_ref());
         let seen = |page: u64| missing.is_none_or(|missing| missing.mapped.contains(page));
-        let mut wrong: Vec<u64> = guest
-            .places
-            .iter()
-            .zip(&guest.stamps)
-            .filter(|&(&place, &stamp)| seen(place) && !host.region.holds(place, stamp))
-            .map(|(&place, _)| place)
+        let mut wrong: Vec<u64> = (0..guest.places.len())
+            .filter(|&index| seen(guest.places[index]) && !guest.finds(index, &host.region))
+            .map(|index| guest.places[index])
             .collect();
         let foreign = host.region.touched_pages().into_iter().filter(|page| guest.places.binary_search(page).is_err());
         wrong.extend(foreign.filter(|&page| seen(page) && !host.region.holds(page, 0)));
@@ -906,6 +929,7 @@ impl Vm {
             increment: 0,
             stands_by_lease: false,
             kept: None,
+            free_at_start: None,
             has_run: false,
             limit: None,
             writes: VcpuWrites::default(),
@@ -948,6 +972,13 @@ impl Guest {
         let write_interval_ns = 1_000_000_000u64.checked_div(model.writes_per_second).unwrap_or(NEVER);
         let busy_left_ns = if model.writes_per_second == 0 { 0 } else { model.busy.as_nanos() as u64 };
         let cpu = Cpu { sequence: 0, rng: rng.fork(3), since_last_write_ns: 0, busy_left_ns };
-        Self { hot: model.hot_set.clamp(1, places.len() as u64), places, stamps, write_interval_ns, cpu }
+        let (hot, free) = (model.hot_set.clamp(1, places.len() as u64), vec![false; places.len()]);
+        Self { hot, places, stamps, free, frees_one_in: model.frees_one_in, write_interval_ns, cpu }
+    }
+
+    /// Whether a place holds in `region` what it left there; where it left nothing that counts, that or nothing at all.
+    fn finds(&self, index: usize, region: &SimRegion) -> bool {
+        let place = self.places[index];
+        region.holds(place, self.stamps[index]) || (self.free[index] && region.holds(place, 0))
     }
 }

@@ -1,7 +1,7 @@
 //! Owns the kernel command line: every option of the guest and of its virtio-mmio devices.
 
 use crate::units;
-use crate::{block, workload};
+use crate::{block, pool, workload};
 
 /// Most vCPUs that the guest drives.
 pub const MAX_CPUS: usize = 16;
@@ -39,6 +39,8 @@ pub struct Config {
     pub workloads: [workload::Spec; MAX_CPUS],
     /// Block workload.
     pub block: block::Spec,
+    /// Memory that it can do without.
+    pub pool: pool::Spec,
     /// Address of the network interface.
     pub address: Option<Address>,
     /// Default gateway.
@@ -74,6 +76,7 @@ impl Default for Config {
             tsc_khz: None,
             workloads: [workload::Spec::default(); MAX_CPUS],
             block: block::Spec::default(),
+            pool: pool::Spec::default(),
             address: None,
             gateway: None,
             heartbeat_ns: 10_000_000,
@@ -124,6 +127,7 @@ impl Config {
             "cpus" => self.cpus = value.parse().ok().filter(|cpus| (1..=MAX_CPUS).contains(cpus))?,
             "tsc_khz" => self.tsc_khz = Some(value.parse().ok().filter(|khz| *khz > 0)?),
             "blk" => return self.block.set_list(value).then_some(()),
+            "pool" => return self.pool.set_list(value).then_some(()),
             "ip" => self.address = Some(address(value)?),
             "gw" => self.gateway = Some(octets(value)?),
             "stat" => self.stat_ns = bounded_ns(value, 10_000_000, 1_000_000_000)?,
@@ -196,7 +200,7 @@ mod tests {
     fn a_full_line_is_understood() {
         let config = Config::parse(
             "console=ttyS0 dunlin.cpus=2 dunlin.tsc_khz=2450000 dunlin.wl0=ws:64M,rate:50000,pattern:random \
-             dunlin.wl1=rate:max,share:5 dunlin.ip=10.0.0.2/16 dunlin.gw=10.0.0.1 dunlin.blk=rate:100,span:8M \
+             dunlin.wl1=rate:max,share:5 dunlin.ip=10.0.0.2/16 dunlin.gw=10.0.0.1 dunlin.blk=rate:100,span:8M dunlin.pool=size:8M,churn:50 \
              dunlin.stat=50ms dunlin.heartbeat=1ms dunlin.spin=1 dunlin.stun=1 dunlin.ipi=0 dunlin.tick=1ms dunlin.slice=500us dunlin.window=1280ms \
              virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=512@0xfeb00000:16:3",
         );
@@ -207,6 +211,7 @@ mod tests {
         assert_eq!(config.workloads[1].rate_pages_per_second, UNTHROTTLED);
         assert_eq!(config.address, Some(Address { octets: [10, 0, 0, 2], prefix: 16 }));
         assert_eq!(config.gateway, Some([10, 0, 0, 1]));
+        assert_eq!((config.pool.bytes, config.pool.churn_pages_per_second), (8 << 20, 50));
         assert_eq!(config.stat_ns, 50_000_000);
         assert_eq!((config.heartbeat_ns, config.spin, config.ipi_ns), (1_000_000, true, 0));
         assert_eq!((config.tick_ns, config.slice_ns), (1_000_000, 500_000));

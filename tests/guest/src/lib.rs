@@ -9,6 +9,7 @@ pub mod http;
 pub mod ledger;
 pub mod memory;
 pub mod page;
+pub mod pool;
 pub mod text;
 pub mod units;
 pub mod window;

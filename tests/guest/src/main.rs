@@ -6,6 +6,7 @@
 #![no_main]
 
 mod apic;
+mod balloon;
 mod blk;
 mod clock;
 mod cpu;
@@ -89,7 +90,7 @@ extern "sysv64" fn rust_start() -> ! {
     writer::SLICE_NS.store(config.slice_ns, Relaxed);
     writer::WINDOW_NS.store(config.window_ns, Relaxed);
 
-    build_spaces(config, &boot.ram);
+    let pool = build_spaces(config, &boot.ram);
     for cpu in cpu::all(config.cpus) {
         cpu.timer_multiplier.store(multiplier, Relaxed);
         cpu.tick_cycles.store(clock::cycles(config.tick_ns), Relaxed);
@@ -104,21 +105,28 @@ extern "sysv64" fn rust_start() -> ! {
     // The first sleep ends by a timer interrupt and in the service address space.
     first.wait(io::tsc() + clock::cycles(1_000_000));
     (1..config.cpus).for_each(start_cpu);
-    service::run(first, config, tsc_source)
+    service::run(first, config, tsc_source, pool)
 }
 
-/// Divides RAM and builds the address spaces and tasks of all vCPUs.
-fn build_spaces(config: &Config, ram: &RamMap) {
+/// Divides RAM and builds the address spaces and tasks of all vCPUs. Returns the chunks of the pool.
+fn build_spaces(config: &Config, ram: &RamMap) -> &'static [u64] {
     let image = image();
     let tables = image.1;
     assert!(ram.holds_chunk(tables), "no RAM after the image");
     let mut pages = PageSource::new(tables, tables + PAGE_TABLE_BYTES);
     let chunks = CHUNKS.take();
-    let mut count = 0;
+    let mut count = 0usize;
     for (slot, chunk) in chunks.iter_mut().zip(ram.chunks(tables + PAGE_TABLE_BYTES)) {
         *slot = chunk;
         count += 1;
     }
+    let chunks: &'static [u64] = chunks;
+    let pool_chunks = match config.pool.bytes {
+        0 => 0,
+        bytes => (bytes.div_ceil(CHUNK_BYTES) as usize + 1).min(count.saturating_sub(2 * config.cpus)),
+    };
+    let count = count - pool_chunks;
+    let pool = &chunks[count..][..pool_chunks];
     let mut wanted = [0; MAX_CPUS];
     for (bytes, spec) in wanted.iter_mut().zip(&config.workloads) {
         *bytes = spec.working_set_bytes;
@@ -141,6 +149,7 @@ fn build_spaces(config: &Config, ram: &RamMap) {
             idt::fill_tss_descriptor(index);
         }
     }
+    pool
 }
 
 /// First byte of the image and first chunk after it.

@@ -8,6 +8,7 @@ use dunlin_guest::text::Totals;
 use dunlin_guest::units::cycles_to_ns;
 use dunlin_guest::workload::UNTHROTTLED;
 
+use crate::balloon::{self, Balloon};
 use crate::blk::Block;
 use crate::clock;
 use crate::cpu::{self, Cpu};
@@ -23,6 +24,8 @@ pub struct Extras<'a> {
     pub echo_lines: u64,
     /// The disk.
     pub block: Option<&'a Block>,
+    /// The balloon.
+    pub balloon: Option<&'a Balloon>,
 }
 
 impl Extras<'_> {
@@ -34,7 +37,8 @@ impl Extras<'_> {
         let block_lost = self.block.map_or(0, |block| block.interrupts_lost_spurious().0);
         Totals {
             pages_written: sum(|cpu| cpu.shared.pages_written.load(Relaxed)),
-            page_mismatches: sum(|cpu| cpu.shared.page_mismatches.load(Relaxed)),
+            page_mismatches: sum(|cpu| cpu.shared.page_mismatches.load(Relaxed))
+                + self.balloon.map_or(0, |balloon| balloon.counters().mismatches),
             ipi_lost: sum(|cpu| cpu.shared.cross[1].load(Relaxed) + cpu.shared.own[1].load(Relaxed)),
             ipi_doubled: sum(|cpu| cpu.shared.cross[2].load(Relaxed) + cpu.shared.own[2].load(Relaxed)),
             ticks: sum(|cpu| cpu.ticks.load(Relaxed)),
@@ -98,6 +102,26 @@ pub fn counters(out: &mut impl Write, extras: &Extras) {
                 counters.flushes,
                 counters.mismatches,
                 counters.errors
+            );
+        }
+        None => {
+            let _ = out.write_str("null");
+        }
+    }
+    let _ = out.write_str(",\"balloon\":");
+    match extras.balloon {
+        Some(balloon) => {
+            let ((given, pages), counters) = (balloon.pages(), balloon.counters());
+            let _ = write!(
+                out,
+                "{{\"pool_pages\":{pages},\"given_pages\":{given},\"rounds\":{},\"used\":{},\"used_named\":{},\"reported\":{},\"freed\":{},\
+                 \"page_mismatches\":{}}}",
+                balloon.rounds,
+                counters.used,
+                counters.used_named,
+                counters.reported,
+                counters.freed,
+                counters.mismatches
             );
         }
         None => {
@@ -202,8 +226,9 @@ pub fn reset_gaps() {
 pub fn verification(out: &mut impl Write) {
     let cpus = cpu::all(crate::settings().cpus);
     let sum = |value: fn(&Cpu) -> u64| -> u64 { cpus.iter().map(value).sum() };
-    let pages = sum(|cpu| cpu.shared.verified_pages.load(Relaxed));
-    let mismatches = sum(|cpu| cpu.shared.verified_mismatches.load(Relaxed));
+    let pool = balloon::verified();
+    let pages = sum(|cpu| cpu.shared.verified_pages.load(Relaxed)) + pool.0;
+    let mismatches = sum(|cpu| cpu.shared.verified_mismatches.load(Relaxed)) + pool.1;
     let _ = writeln!(
         out,
         "{{\"schema\":\"dunlin.guest-verify/v1\",\"ok\":{},\"pages_checked\":{pages},\"page_mismatches\":{mismatches}}}",

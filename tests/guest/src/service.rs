@@ -6,13 +6,14 @@ use core::sync::atomic::Ordering::Relaxed;
 use dunlin_guest::cmdline::Config;
 use dunlin_guest::text::{self, Buffer};
 
+use crate::balloon::Balloon;
 use crate::blk::Block;
 use crate::cpu::{self, Cpu, DEVICE_VECTORS, SERVICE};
 use crate::monitor::Monitor;
 use crate::net::NetDevice;
 use crate::report::{self, Extras};
 use crate::stun::Channel;
-use crate::virtio::{ID_BLOCK, ID_NET, Transport};
+use crate::virtio::{ID_BALLOON, ID_BLOCK, ID_NET, Transport};
 use crate::web::{Order, Web};
 use crate::{apic, clock, entry, panic, power, serial};
 
@@ -20,6 +21,7 @@ struct Service {
     monitor: Monitor,
     web: Option<Web>,
     block: Option<Block>,
+    balloon: Option<Balloon>,
     channel: Option<Channel>,
     heartbeats: u64,
     heartbeat_cycles: u64,
@@ -30,10 +32,11 @@ struct Service {
     tsc_source: &'static str,
 }
 
-/// Runs the service task of vCPU 0. `tsc_source` says where the clock's frequency comes from.
-pub fn run(cpu: &'static Cpu, config: &Config, tsc_source: &'static str) -> ! {
+/// Runs the service task of vCPU 0. `tsc_source` says where the clock's frequency comes from, `pool` which chunks of memory it can do without.
+pub fn run(cpu: &'static Cpu, config: &Config, tsc_source: &'static str, pool: &'static [u64]) -> ! {
     let mut web = None;
     let mut block = None;
+    let mut balloon = None;
     for (interrupt, place) in config.devices[..config.device_count].iter().enumerate() {
         let Some((transport, id)) = Transport::probe(place) else { continue };
         let slot = interrupt % DEVICE_VECTORS;
@@ -47,6 +50,10 @@ pub fn run(cpu: &'static Cpu, config: &Config, tsc_source: &'static str) -> ! {
                 block = Block::start(transport, slot, config.block);
                 block.is_some()
             }
+            ID_BALLOON if balloon.is_none() && !pool.is_empty() => {
+                balloon = Balloon::start(transport, slot, config.pool, pool);
+                balloon.is_some()
+            }
             _ => false,
         };
         let routed = started && apic::route(place.gsi, entry::DEVICE_VECTOR + slot as u8);
@@ -57,6 +64,7 @@ pub fn run(cpu: &'static Cpu, config: &Config, tsc_source: &'static str) -> ! {
         monitor: Monitor::new(cpu, config.cpus, config.ipi_ns, now),
         web,
         block,
+        balloon,
         channel: config.stun.then(Channel::open),
         heartbeats: 0,
         heartbeat_cycles: clock::cycles(config.heartbeat_ns),
@@ -86,7 +94,7 @@ impl Service {
         }
         let (run, mut next) = self.monitor.round(now, planned);
         if let Some(web) = &mut self.web {
-            let (delay, order) = web.round(run, self.heartbeats, &mut self.block);
+            let (delay, order) = web.round(run, self.heartbeats, &mut self.block, self.balloon.as_ref());
             match order {
                 Some(Order::PowerOff) => power::off(),
                 Some(Order::Reset) => power::reset(),
@@ -95,6 +103,9 @@ impl Service {
         }
         if let Some(block) = &mut self.block {
             next = next.min(block.round(now, run));
+        }
+        if let Some(balloon) = &mut self.balloon {
+            next = next.min(balloon.round(now));
         }
         if !self.ready {
             self.report_ready();
@@ -132,6 +143,7 @@ impl Service {
             net: self.web.as_ref().map(|web| &web.device),
             echo_lines: self.web.as_ref().map_or(0, |web| web.echo_lines),
             block: self.block.as_ref(),
+            balloon: self.balloon.as_ref(),
         }
     }
 

@@ -36,6 +36,8 @@ const STATUS_FEATURES_OK: u32 = 8;
 pub const ID_NET: u32 = 1;
 /// Device id of a disk.
 pub const ID_BLOCK: u32 = 2;
+/// Device id of a balloon.
+pub const ID_BALLOON: u32 = 5;
 
 /// The next descriptor continues this one.
 pub const NEXT: u16 = 1;
@@ -97,6 +99,11 @@ impl Transport {
     /// Reads four bytes of the device's configuration.
     pub fn config32(self, offset: u64) -> u32 {
         self.read(CONFIG + offset)
+    }
+
+    /// Writes four bytes of the device's configuration.
+    pub fn set_config32(self, offset: u64, value: u32) {
+        self.write(CONFIG + offset, value);
     }
 
     /// Reads one byte of the device's configuration.

@@ -12,6 +12,7 @@ use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
 use smoltcp::time::{Duration, Instant};
 use smoltcp::wire::{EthernetAddress, IpCidr, Ipv4Address};
 
+use crate::balloon::{self, Balloon};
 use crate::blk::Block;
 use crate::net::NetDevice;
 use crate::once::Once;
@@ -117,12 +118,18 @@ impl Web {
 
     /// One round. Time is the run clock, so that a pause of the machine runs out no time-out. Returns the cycles until the
     /// next round must be, and what the machine was asked to do.
-    pub fn round(&mut self, run_cycles: u64, heartbeats: u64, block: &mut Option<Block>) -> (u64, Option<Order>) {
+    pub fn round(
+        &mut self,
+        run_cycles: u64,
+        heartbeats: u64,
+        block: &mut Option<Block>,
+        balloon: Option<&Balloon>,
+    ) -> (u64, Option<Order>) {
         let interrupts = self.device.begin();
         let now = Instant::from_micros((cycles_to_ns(run_cycles, clock::tsc_hz()) / 1000) as i64);
         self.interface.poll(now, &mut self.device, &mut self.sockets);
         let mut again = self.serve_echo();
-        again |= self.serve_http(run_cycles, heartbeats, block);
+        again |= self.serve_http(run_cycles, heartbeats, block, balloon);
         if again {
             self.interface.poll(now, &mut self.device, &mut self.sockets);
         }
@@ -166,7 +173,13 @@ impl Web {
         sent
     }
 
-    fn serve_http(&mut self, run_cycles: u64, heartbeats: u64, block: &mut Option<Block>) -> bool {
+    fn serve_http(
+        &mut self,
+        run_cycles: u64,
+        heartbeats: u64,
+        block: &mut Option<Block>,
+        balloon: Option<&Balloon>,
+    ) -> bool {
         let mut sent = false;
         for index in 0..HTTP_SOCKETS {
             let handle = self.https[index].handle;
@@ -185,6 +198,7 @@ impl Web {
                                 net: Some(&self.device),
                                 echo_lines: self.echo_lines,
                                 block: block.as_ref(),
+                                balloon,
                             };
                             let (stage, order) = answer(request, self.https[index].response, self.scratch, &extras);
                             if let Request::Set(query) = request {
@@ -202,7 +216,7 @@ impl Web {
                 }
                 Stage::Verifying(generation) => {
                     let done = |cpu: &cpu::Cpu| cpu.shared.verified_generation.load(Acquire) >= generation;
-                    if cpu::all(crate::settings().cpus).iter().all(done) {
+                    if cpu::all(crate::settings().cpus).iter().all(done) && balloon::has_verified(generation) {
                         let body = &mut Buffer::<256>::new();
                         report::verification(body);
                         respond(self.https[index].response, "200 OK", "application/json", body.as_bytes());

@@ -252,6 +252,9 @@ impl<'a> Vm<'a> {
             .args(["--cmdline", &load.cmdline])
             .arg("--kernel")
             .arg(&places.kernel);
+        if load.cmdline.contains("dunlin.pool=") {
+            command.arg("--balloon");
+        }
         side(&mut command, "source", &folder, &state, &console).stdout(Stdio::null());
         let mut machine = OwnChild::start(&mut command, &folder.join("source.err"))?;
         let tsc_hz = console.wait_ready(&mut machine)?;

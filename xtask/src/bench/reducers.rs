@@ -15,12 +15,22 @@ const WORKING_SET: u64 = 128;
 /// Fewer of everything, and what is measured against.
 const NONE: &str = "none";
 
-/// What the writer does: a case's name, and its workload.
-const LOADS: [(&str, &str); 2] =
-    [("text", "rate:20000,pattern:hotcold,fill:text"), ("random-5%", "rate:20000,pattern:hotcold,share:5,fill:random")];
+/// A name, and what is asked for.
+type Way = (&'static str, &'static [&'static str]);
+
+/// What the writer does: a case's name, its workload, and what is measured on it.
+const LOADS: [(&str, &str, &[Way]); 3] = [
+    ("text", "rate:20000,pattern:hotcold,fill:text", &WAYS),
+    ("random-5%", "rate:20000,pattern:hotcold,share:5,fill:random", &WAYS),
+    ("pool", "rate:20000,pattern:hotcold,fill:random dunlin.pool=size:192M,churn:2000", &GUEST_WAYS),
+];
+
+/// What the guest is asked for.
+const GUEST_WAYS: [Way; 3] =
+    [(NONE, &[]), ("free-pages", &["--free-pages"]), ("balloon-before", &["--balloon-before", "384MiB"])];
 
 /// What is asked for. Zero pages go as a mark in all of them that do not say otherwise.
-const WAYS: [(&str, &[&str]); 10] = [
+const WAYS: [Way; 10] = [
     ("zeros-too", &["--zero-pages=false"]),
     (NONE, &[]),
     ("lz4", &["--compress", "lz4"]),
@@ -36,7 +46,7 @@ const WAYS: [(&str, &[&str]); 10] = [
 /// What the footer says of the metrics.
 pub(super) const DEFINITIONS: &str = "\
 Guest: 512 MiB, 2 vCPUs, of which one writes 20 000 pages/s in a working set of 128 MiB, nine in ten of them to a tenth of it: pages of text that are rewritten
-whole (text), or 5 % of pages of random data (random-5%). One migration by pre-copy over loopback at 1 Gbit/s, each way in turn; `none` marks zero pages and
+whole (text), or 5 % of pages of random data (random-5%); or random pages, beside 192 MiB that it does not need, of which it uses or frees 2000 pages/s (pool). One migration by pre-copy over loopback at 1 Gbit/s, each way in turn; `none` marks zero pages and
 does nothing else, `zeros-too` sends them as well. The guest's text compresses better than most, and it has hardly a page twice but zeros. The peer is `none` of the same run.
   wire_ratio       bytes on the wire / those of `none`
   total_ratio      from the offer to `running`, reservation counted / that of `none`
@@ -57,25 +67,26 @@ struct Side {
 
 /// Runs the loads named by `effort`, or all of them.
 pub(super) fn run(places: &Places, effort: &Effort) -> Result<Vec<Row>> {
-    if let Some(unknown) = effort.cases.iter().find(|name| LOADS.iter().all(|(load, _)| load != name)) {
-        bail!("there is no case `{unknown}`; the cases are {}", LOADS.map(|(name, _)| name).join(", "));
+    if let Some(unknown) = effort.cases.iter().find(|name| LOADS.iter().all(|(load, ..)| load != name)) {
+        bail!("there is no case `{unknown}`; the cases are {}", LOADS.map(|(name, ..)| name).join(", "));
     }
     let mut rows = Vec::new();
-    for (load, workload) in LOADS {
+    for (load, workload, ways) in LOADS {
         if !effort.cases.is_empty() && effort.cases.iter().all(|case| case != load) {
             continue;
         }
-        let mut sides = WAYS.map(|_| Side::default());
+        let mut sides: Vec<Side> = ways.iter().map(|_| Side::default()).collect();
+        let Some(index_of_none) = ways.iter().position(|(name, _)| *name == NONE) else {
+            bail!("no `{NONE}` to measure against");
+        };
         for number in 0..effort.runs {
             let mut reports = Vec::new();
-            for (_, more) in WAYS {
+            for (_, more) in ways {
                 let vm = Vm::boot(places, &Load::filled(WORKING_SET, workload), "bitmap")?;
                 fresh::recall()?;
                 reports.push(vm.migrate(Options { limit: Some(LIMIT), more, ..Options::default() })?.report);
             }
-            let Some(none) = WAYS.iter().position(|(name, _)| *name == NONE).map(|index| reports[index].clone()) else {
-                bail!("no `{NONE}` to measure against");
-            };
+            let none = reports[index_of_none].clone();
             for (side, report) in sides.iter_mut().zip(&reports) {
                 side.wire.push(report.wire_mib());
                 side.wire_ratio.push(report.wire_mib() / none.wire_mib());
@@ -85,11 +96,11 @@ pub(super) fn run(places: &Places, effort: &Effort) -> Result<Vec<Row>> {
                 side.cpu.push(report.reducers_cpu_ms());
             }
             let said =
-                WAYS.iter().zip(&reports).map(|((name, _), report)| format!("{name} {:.0} ms", report.total_ms()));
+                ways.iter().zip(&reports).map(|((name, _), report)| format!("{name} {:.0} ms", report.total_ms()));
             eprintln!("{load} {}/{}: {}", number + 1, effort.runs, said.collect::<Vec<_>>().join(", "));
         }
-        let none = &sides[1];
-        for ((name, _), side) in WAYS.iter().zip(&sides) {
+        let none = &sides[index_of_none];
+        for ((name, _), side) in ways.iter().zip(&sides) {
             let row = |metric, unit, samples: &Samples| {
                 Row::new(BENCH, &format!("{load}/{name}"), metric, unit, samples, Aim::None)
             };

@@ -106,11 +106,20 @@ pub struct Reducers {
     pub dedup: bool,
     /// Pages that were dirty after each of the last two rounds go last.
     pub skip_hot: bool,
+    /// Pages that the guest says are free are left out, while it runs.
+    pub free_pages: bool,
 }
 
 impl Default for Reducers {
     fn default() -> Self {
-        Self { zero_pages: true, compress: Compress::None, delta_bytes: 0, dedup: false, skip_hot: false }
+        Self {
+            zero_pages: true,
+            compress: Compress::None,
+            delta_bytes: 0,
+            dedup: false,
+            skip_hot: false,
+            free_pages: false,
+        }
     }
 }
 

@@ -93,6 +93,13 @@ impl Reducing {
         }
     }
 
+    /// These pages are free, and go as zeros in the round that has begun.
+    pub(in crate::migrate) fn free(&mut self, free: &PageBitmap) {
+        if let Some(dictionary) = &mut self.dictionary {
+            dictionary.begin_round(free);
+        }
+    }
+
     /// These pages go as zeros.
     pub(in crate::migrate) fn zeros(&mut self, run: PageRun) {
         if let Some(sent) = &self.sent {

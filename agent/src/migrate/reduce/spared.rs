@@ -9,6 +9,9 @@ use crate::model::{Packing, PageCount, ReducerReport};
 pub(in crate::migrate) struct Spared {
     zeros: Gain,
     hot: Gain,
+    free: Gain,
+    /// Why the guest was not asked, or not asked any more, for free pages.
+    not_asked: String,
     packed: Vec<(Packing, Gain)>,
 }
 
@@ -17,6 +20,7 @@ impl Spared {
     pub(in crate::migrate) fn count(&mut self, tally: &Tally, streams: &[Reducing]) {
         self.zeros.add(Gain { cpu: tally.scanned, ..Gain::default() });
         self.zeros.note(tally.zero_pages, 0);
+        self.free.add(tally.free);
         self.packed.clear();
         for (packing, gain) in streams.iter().flat_map(Reducing::gains) {
             match self.packed.iter_mut().find(|(kind, _)| *kind == packing) {
@@ -24,6 +28,16 @@ impl Spared {
                 None => self.packed.push((packing, gain)),
             }
         }
+    }
+
+    /// The guest is not asked for its free pages.
+    pub(in crate::migrate) fn cannot_ask(&mut self, why: String) {
+        self.not_asked = why;
+    }
+
+    /// Whether it may be asked.
+    pub(in crate::migrate) fn may_ask(&self) -> bool {
+        self.not_asked.is_empty()
     }
 
     /// So many hot pages went last in a round, and so many of them were written again before it had ended: the others need not be sent again.
@@ -39,13 +53,17 @@ impl Spared {
             pages: gain.pages,
             saved_bytes: gain.saved_bytes,
             cpu_ns: gain.cpu.as_nanos() as u64,
+            reason: String::new(),
         };
         let zeros = asked.zero_pages.then(|| report("zero-pages", self.zeros));
         let hot = asked.skip_hot.then(|| report("skip-hot", self.hot));
+        let free = asked
+            .free_pages
+            .then(|| ReducerReport { reason: self.not_asked.clone(), ..report("free-pages", self.free) });
         let packed = asked.packings().into_iter().map(|packing| {
             let gain = self.packed.iter().find(|(kind, _)| *kind == packing);
             report(packing.name(), gain.map_or_else(Gain::default, |&(_, gain)| gain))
         });
-        zeros.into_iter().chain(packed).chain(hot).collect()
+        zeros.into_iter().chain(packed).chain(hot).chain(free).collect()
     }
 }

@@ -185,7 +185,14 @@ fn all_reducers() -> Vec<Reducers> {
         Reducers { delta_bytes: room, ..none },
         Reducers { dedup: true, ..none },
         Reducers { compress: Compress::Zstd(1), delta_bytes: room, dedup: true, ..none },
-        Reducers { compress: Compress::Auto, delta_bytes: room, dedup: true, zero_pages: false, skip_hot: true },
+        Reducers {
+            compress: Compress::Auto,
+            delta_bytes: room,
+            dedup: true,
+            zero_pages: false,
+            skip_hot: true,
+            free_pages: false,
+        },
     ]
 }
 

@@ -288,7 +288,7 @@ impl Target<'_> {
             Fate::Resolved(_) => return Err(TargetError::ResolvedAway),
             Fate::Waiting | Fate::Dead => check_alive(machine)?,
         }
-        if borrowing.committed && self.activate(id, machine, &mut BlackoutLedger::default())? {
+        if borrowing.committed && self.activate(id, machine, &mut BlackoutLedger::default(), true)? {
             *loan = None;
         }
         Ok(())

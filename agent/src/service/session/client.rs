@@ -15,8 +15,8 @@ use crate::model::{
     MachineShape, MigrationId, Owner, PageBitmap, PageCount, PageRun, RegionId, VcpuLimit, VmId, VmWrites,
 };
 use crate::port::{
-    DirtyLog, Fate, FaultSource, Faults, Gate, Journal, JournalRecord, Loan, MachineError, MachineState, PauseTiming,
-    Region, Throttle, Vcpus,
+    DirtyLog, Fate, FaultSource, Faults, FreePages, Gate, Journal, JournalRecord, Loan, MachineError, MachineState,
+    PauseTiming, Region, Throttle, Vcpus,
 };
 use crate::shm::{RamRegion, SharedBitmap, UserFaults};
 use crate::store::FileJournal;
@@ -242,6 +242,10 @@ impl DirtyLog for RemoteMachine {
         self.order("protect pages", &Request::Protect(region, run))
     }
 
+    fn disregard(&mut self, region: RegionId, runs: &[PageRun]) -> Result<(), MachineError> {
+        self.order("disregard what is due", &Request::Disregard(region, runs.to_vec()))
+    }
+
     fn stop_log(&mut self) -> Result<(), MachineError> {
         self.order("stop the dirty log", &Request::StopLog)
     }
@@ -292,6 +296,32 @@ impl FaultSource for RemoteMachine {
 
     fn all_is_here(&mut self) -> Result<(), MachineError> {
         self.order("be told that its memory is here", &Request::AllIsHere)
+    }
+}
+
+impl FreePages for RemoteMachine {
+    fn name_free_pages(&mut self, into: &mut PageBitmap, patience: Duration) -> Result<(), MachineError> {
+        const ACTION: &str = "name its free pages";
+        match self.call(ACTION, &Request::NameFreePages(patience.as_nanos() as u64))? {
+            Reply::FreePages(runs) => {
+                let fit = runs.into_iter().filter(|run| run.fits(into.len())).collect::<Vec<PageRun>>();
+                fit.into_iter().flat_map(PageRun::indices).for_each(|page| into.insert(page));
+                Ok(())
+            }
+            other => Err(gone(ACTION, format!("unexpected answer {other:?}"))),
+        }
+    }
+
+    fn squeeze_guest(&mut self, pages: PageCount) -> Result<(), MachineError> {
+        self.order("have its guest give up memory", &Request::SqueezeGuest(pages))
+    }
+
+    fn guest_pages(&mut self, patience: Duration) -> Result<PageCount, MachineError> {
+        const ACTION: &str = "say what its guest has";
+        match self.call(ACTION, &Request::GuestPages(patience.as_nanos() as u64))? {
+            Reply::GuestPages(pages) => Ok(pages),
+            other => Err(gone(ACTION, format!("unexpected answer {other:?}"))),
+        }
     }
 }
 

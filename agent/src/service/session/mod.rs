@@ -12,7 +12,7 @@ pub use frame::{SessionError, SessionSocket};
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::{MachineShape, MigrationId, PageRun, RegionId, SerialSpec, VcpuLimit, VmWrites};
+use crate::model::{MachineShape, MigrationId, PageCount, PageRun, RegionId, SerialSpec, VcpuLimit, VmWrites};
 use crate::shm::MappedAt;
 
 /// The session protocol's version; both ends must agree.
@@ -109,6 +109,14 @@ pub enum Request {
     BeginIncrement(u32),
     /// [`crate::port::Loan::let_out`]
     LetOut(u32),
+    /// [`crate::port::FreePages::name_free_pages`], with the patience in nanoseconds.
+    NameFreePages(u64),
+    /// [`crate::port::FreePages::squeeze_guest`]
+    SqueezeGuest(PageCount),
+    /// [`crate::port::FreePages::guest_pages`], with the patience in nanoseconds.
+    GuestPages(u64),
+    /// [`crate::port::DirtyLog::disregard`]
+    Disregard(RegionId, Vec<PageRun>),
 }
 
 /// What a target's machine process is to become.
@@ -155,4 +163,8 @@ pub enum Reply {
     Faults(Vec<MappedAt>),
     /// To `Staging`: its file travels beside it.
     Staging,
+    /// To `NameFreePages`.
+    FreePages(Vec<PageRun>),
+    /// To `GuestPages`.
+    GuestPages(PageCount),
 }

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use super::config::{COMMAND_DONE, COMMAND_STOP, Config};
 use super::request::{self, GuestStats};
-use super::{HintRound, Progress, feature};
+use super::{BalloonError, HintRound, Progress, feature};
 use crate::kvm::memory::Memory;
 use crate::kvm::virtio::mmio::{Backend, Pass, Served};
 use crate::kvm::virtio::queue::{Buffers, Chain, Popped, Ring, RingFault};
@@ -81,7 +81,7 @@ pub struct BalloonBackend {
     /// Whether pages are only acknowledged, and stay the guest's.
     pub(super) held: bool,
     pub(super) round: Option<Round>,
-    /// Restored amid or behind a round: the guest may hold pages back for a host that it has left.
+    /// Restored amid or behind a round, or squeezed: the guest may hold pages back for a host that it has left.
     left_behind: bool,
     wanted: Wanted,
     pub(super) stats: Option<GuestStats>,
@@ -147,6 +147,13 @@ impl BalloonBackend {
         self.memory.pages()
     }
 
+    /// So many pages as the guest is told them.
+    pub(super) fn checked_target(&self, pages: PageCount) -> Result<u32, BalloonError> {
+        let all = self.memory_pages();
+        let target = u32::try_from(pages.0).ok().filter(|_| pages <= all);
+        target.ok_or(BalloonError::Target(pages, all))
+    }
+
     /// Asks for statistics at the next pass.
     pub(super) fn want_stats(&mut self) {
         self.wanted = Wanted::Ask;
@@ -171,7 +178,7 @@ impl BalloonBackend {
 
     /// For fuzzing: one of the things that a host asks, by number.
     pub(in crate::kvm::virtio) fn order(&mut self, number: usize) {
-        match number % 8 {
+        match number % 9 {
             0 => drop(self.begin_round()),
             1 => self.end_round(COMMAND_STOP),
             2 => self.end_round(COMMAND_DONE),
@@ -179,6 +186,7 @@ impl BalloonBackend {
             4 => self.held = !self.held,
             5 => self.config.target = number as u32,
             6 => self.power_on(),
+            7 => self.config.squeeze(number as u32),
             _ => drop(self.activate()),
         }
     }
@@ -425,7 +433,7 @@ impl Backend for BalloonBackend {
     fn restore(&mut self, saved: &[u8]) {
         if let Some(config) = Config::from_saved(saved, self.memory.pages().0) {
             self.config = config;
-            self.left_behind = config.last_command != 0 && config.command != COMMAND_DONE;
+            self.left_behind = config.before.is_some() || (config.last_command != 0 && config.command != COMMAND_DONE);
         }
     }
 
@@ -446,8 +454,8 @@ impl Backend for BalloonBackend {
 
     /// The pages of the balloon are the guest's again; what the host wants stays wanted.
     fn reset(&mut self) {
-        self.config =
-            Config { target: self.config.target, last_command: self.config.last_command, ..Config::default() };
+        let Config { target, last_command, before, .. } = self.config;
+        self.config = Config { target, last_command, before, ..Config::default() };
         (self.round, self.left_behind) = (None, false);
         (self.wanted, self.stats) = (Wanted::Nothing, None);
         self.progress.note();
@@ -460,6 +468,7 @@ impl Backend for BalloonBackend {
     fn activate(&mut self) -> std::io::Result<()> {
         if std::mem::take(&mut self.left_behind) {
             self.config.command = COMMAND_DONE;
+            self.config.relax();
         }
         Ok(())
     }

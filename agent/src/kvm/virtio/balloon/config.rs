@@ -4,7 +4,8 @@
 
 /// Bytes of `struct virtio_balloon_config`: four little-endian words.
 pub(super) const CONFIG_BYTES: usize = 16;
-/// Bytes of the saved form: the configuration space, then the last command id that was given out.
+/// Bytes of the saved form: the configuration space, then the last command id that was given out. Of a guest that is squeezed, what was wanted before
+/// follows.
 const SAVED_BYTES: usize = CONFIG_BYTES + 4;
 
 /// `VIRTIO_BALLOON_CMD_ID_STOP`: stop hinting, but keep the pages back that were hinted (5.5.6.6).
@@ -32,6 +33,8 @@ pub(super) struct Config {
     pub(super) poison: u32,
     /// The id of the last round of hints, 0 before the first. A driver takes an id it has seen for no request, so it moves.
     pub(super) last_command: u32,
+    /// What `target` was before the guest was squeezed, and is to be again.
+    pub(super) before: Option<u32>,
 }
 
 impl Config {
@@ -42,16 +45,21 @@ impl Config {
 
     /// The saved form.
     pub(super) fn saved(&self) -> Vec<u8> {
-        [self.bytes(), self.last_command.to_le_bytes().to_vec()].concat()
+        let before = self.before.map(u32::to_le_bytes);
+        [&self.bytes()[..], &self.last_command.to_le_bytes(), before.as_ref().map_or(&[], |bytes| &bytes[..])].concat()
     }
 
     /// Reads the saved form of a balloon of a VM that has `pages` of RAM.
     pub(super) fn from_saved(saved: &[u8], pages: u64) -> Option<Self> {
-        let words: &[u8; SAVED_BYTES] = saved.try_into().ok()?;
+        let (words, before) = saved.split_at_checked(SAVED_BYTES)?;
+        let before = match before {
+            [] => None,
+            _ => Some(u32::from_le_bytes(before.try_into().ok()?)),
+        };
         let mut words = words.chunks_exact(4).map(|word| word.try_into().map_or(0, u32::from_le_bytes));
         let [target, actual, command, poison, last_command] = std::array::from_fn(|_| words.next().unwrap_or(0));
-        let config = Self { target, actual, command, poison, last_command };
-        let fits = u64::from(target.max(actual)) <= pages;
+        let config = Self { target, actual, command, poison, last_command, before };
+        let fits = u64::from(target.max(actual).max(before.unwrap_or(0))) <= pages;
         let command_can_be = command == COMMAND_STOP || command == COMMAND_DONE || command == last_command;
         let last_can_be = last_command == 0 || last_command >= FIRST_COMMAND;
         (fits && command_can_be && last_can_be).then_some(config)
@@ -67,6 +75,19 @@ impl Config {
             _ => return false,
         }
         true
+    }
+
+    /// Wants so many pages in the balloon until [`Self::relax`].
+    pub(super) fn squeeze(&mut self, target: u32) {
+        self.before.get_or_insert(self.target);
+        self.target = target;
+    }
+
+    /// Wants what was wanted before the guest was squeezed.
+    pub(super) fn relax(&mut self) {
+        if let Some(before) = self.before.take() {
+            self.target = before;
+        }
     }
 
     /// The id for a new round: the one after the last, and never one with a meaning of its own.
@@ -86,22 +107,41 @@ mod tests {
     /// What version 1 of the saved device holds for a balloon. If this fails, the format changed.
     #[test]
     fn the_saved_form_reads_as_it_was_written() {
-        let config = Config { target: 0x1234, actual: 0x1200, command: 7, poison: 0xaaaa_aaaa, last_command: 7 };
+        let config =
+            Config { target: 0x1234, actual: 0x1200, command: 7, poison: 0xaaaa_aaaa, last_command: 7, before: None };
         let golden = [0x34, 0x12, 0, 0, 0, 0x12, 0, 0, 7, 0, 0, 0, 0xaa, 0xaa, 0xaa, 0xaa, 7, 0, 0, 0];
         assert_eq!(config.saved(), golden);
         assert_eq!(Config::from_saved(&golden, 0x1234), Some(config));
         assert_eq!(config.bytes(), golden[..16]);
+        // Squeezed, it has a word more.
+        let squeezed = Config { before: Some(0x0201), ..config };
+        assert_eq!(squeezed.saved(), [&golden[..], &[1, 2, 0, 0]].concat());
+        assert_eq!(Config::from_saved(&squeezed.saved(), 0x1234), Some(squeezed));
+    }
+
+    #[test]
+    fn a_guest_gets_back_what_it_had_however_often_it_was_squeezed() {
+        let mut config = Config { target: 5, ..Config::default() };
+        config.squeeze(100);
+        config.squeeze(50);
+        assert_eq!((config.target, config.before), (50, Some(5)));
+        config.relax();
+        assert_eq!(config, Config { target: 5, ..Config::default() });
+        config.target = 7;
+        config.relax();
+        assert_eq!(config.target, 7);
     }
 
     #[test]
     fn what_cannot_be_is_refused() {
-        let good = Config { target: 10, actual: 9, command: COMMAND_DONE, poison: 0, last_command: 5 };
+        let good = Config { target: 10, actual: 9, command: COMMAND_DONE, poison: 0, last_command: 5, before: None };
         let read = |config: Config| Config::from_saved(&config.saved(), 10);
         assert_eq!(read(good), Some(good));
         assert_eq!(read(Config { target: 11, ..good }), None);
         assert_eq!(read(Config { actual: 11, ..good }), None);
         assert_eq!(read(Config { command: 4, ..good }), None, "a round that is not the last");
         assert_eq!(read(Config { last_command: 1, ..good }), None);
+        assert_eq!(read(Config { before: Some(11), ..good }), None);
         assert_eq!(Config::from_saved(&good.saved()[..19], 10), None);
         assert_eq!(Config::from_saved(&[&good.saved()[..], &[0]].concat(), 10), None);
     }
@@ -137,7 +177,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_a_balloon_or_none(bytes in proptest::collection::vec(any::<u8>(), 0..24), pages: u32) {
+        fn any_bytes_are_a_balloon_or_none(bytes in proptest::collection::vec(any::<u8>(), 0..28), pages: u32) {
             if let Some(config) = Config::from_saved(&bytes, pages.into()) {
                 prop_assert_eq!(config.saved(), bytes);
             }

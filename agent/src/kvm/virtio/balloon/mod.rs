@@ -153,13 +153,27 @@ impl VirtioBalloon {
     /// More than the VM has.
     pub fn set_target(&self, pages: PageCount) -> Result<(), BalloonError> {
         self.transport().with_backend(|backend| {
-            let all = backend.memory_pages();
-            let Some(target) = u32::try_from(pages.0).ok().filter(|_| pages <= all) else {
-                return Err(BalloonError::Target(pages, all));
-            };
-            backend.config.target = target;
+            backend.config.target = backend.checked_target(pages)?;
             Ok(())
         })
+    }
+
+    /// Asks for the same until [`VirtioBalloon::relax`], or until another host has the machine and lets it run: then what was wanted before is wanted again.
+    ///
+    /// # Errors
+    /// More than the VM has, or nobody to follow.
+    pub fn squeeze(&self, pages: PageCount) -> Result<(), BalloonError> {
+        self.transport().with_live(|backend, features| {
+            features.ok_or(BalloonError::NoDriver)?;
+            let target = backend.checked_target(pages)?;
+            backend.config.squeeze(target);
+            Ok(())
+        })
+    }
+
+    /// The guest may have again what it had before it was squeezed.
+    pub fn relax(&self) {
+        self.transport().with_backend(|backend| backend.config.relax());
     }
 
     /// What is known of it.

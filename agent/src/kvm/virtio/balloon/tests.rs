@@ -483,6 +483,37 @@ fn a_balloon_moves_with_what_is_in_it_and_a_round_of_hints_ends_there() {
     assert_eq!(config(&device)[2], id);
 }
 
+/// Whoever squeezed it may be gone: the machine that has it lets it have again what it had.
+#[test]
+fn a_squeezed_guest_has_its_memory_again_here_or_at_another_host() {
+    let memory = memory();
+    let device = balloon_of(&memory);
+    assert_eq!(device.squeeze(PageCount(50)), Err(BalloonError::NoDriver));
+    let mut driver = driver(&device, &memory);
+    driver.start(LINUX);
+    device.set_target(PageCount(10)).unwrap();
+    assert!(matches!(device.squeeze(PageCount(RAM_BYTES)), Err(BalloonError::Target(..))));
+    device.squeeze(PageCount(50)).unwrap();
+    device.squeeze(PageCount(70)).unwrap();
+    driver.store(register::INTERRUPT_ACK, 3);
+    device.pause().unwrap();
+    let state = device.save().unwrap();
+    let target = VirtioBalloon::new(&memory).unwrap();
+    target.restore(&state).unwrap();
+    assert_eq!((target.save().unwrap(), target.status().target), (state, PageCount(70)));
+    target.resume().unwrap();
+    assert_eq!(target.status().target, PageCount(10));
+    let driver = driver.moved_to(&target, memory.ram());
+    assert_eq!(driver.load(register::INTERRUPT_STATUS) & CONFIGURATION, CONFIGURATION);
+    // The one that stays behind is told when it is over there.
+    device.resume().unwrap();
+    assert_eq!(device.status().target, PageCount(70));
+    device.relax();
+    assert_eq!(device.status().target, PageCount(10));
+    device.relax();
+    assert_eq!(device.status().target, PageCount(10));
+}
+
 #[test]
 fn states_that_are_none_of_this_balloon_are_refused() {
     let memory = memory();
