@@ -88,14 +88,19 @@ fn on_loan(strategy: &str) -> Result<(Scene, Proxy)> {
     let mut scene = Scene { source, target, vm, receiver: None, migrate: None };
     scene.listen(&["--stall", "2s"])?;
     let proxy = Proxy::new(scene.receiver.as_ref().context("no receiver")?.socket_address())?;
-    let options = [&["--strategy", strategy, "--doubt", "3s"], &SAFE[..]].concat();
+    let events = scene.source.path("events").display().to_string();
+    let options = [&["--events", &events, "--strategy", strategy, "--doubt", "3s"], &SAFE[..]].concat();
     scene.migrate = Some(scene.source.migrate(&proxy.address(), &options)?);
     wait_for("the VM to run at the target on loan", LIMIT, || {
         scene.target.info().filter(|info| info.state == RunState::Borrowed && info.owed_pages > Some(1000))
     })
     .with_context(|| scene.story())?;
     // It has done something there that is to be found again.
-    scene.target.serial().await_beat().with_context(|| scene.story())?;
+    wait_for("an increment", LIMIT, || {
+        let told = std::fs::read_to_string(&events).ok()?;
+        told.contains("increment is safe").then_some(())
+    })
+    .with_context(|| scene.story())?;
     Ok((scene, proxy))
 }
 
@@ -144,7 +149,10 @@ fn play(scene: &mut Scene, proxy: &Proxy, trouble: Trouble) -> Result<String> {
         "a copy was left: {}",
         migrate.output.text()
     );
-    proxy.heal();
+    // What was held back would reach the copy.
+    if trouble != LinkStalls {
+        proxy.heal();
+    }
     scene.settle(Found { vm, copy_waits }, Host::Source)?;
     Ok(format!("{trouble:?}: {told} behind {} increments", loan.increments))
 }

@@ -194,6 +194,9 @@ impl Source<'_> {
             if let Some(end) = &pending
                 && let Some(bytes) = gathering.take_in(end, |pages, state| self.machine.advance(pages, state))?
             {
+                if lending.last == 0 {
+                    self.observer.step(Step::Lent, "the first increment is safe");
+                }
                 lending.advanced(end, bytes);
                 control.send(&ControlMessage::Safe(end.number))?;
                 pending = None;
