@@ -576,16 +576,17 @@ fn no_schema_is_forgotten() {
 /// `DUNLIN_UPDATE_DOCS=1` writes the tables instead of comparing them.
 #[test]
 fn the_books_outcome_tables_are_the_programs() {
-    use crate::migrate::outcomes::{OUTCOMES, OWING_OUTCOMES, markdown};
+    use crate::migrate::outcomes::{LENT_OUTCOMES, OUTCOMES, OWING_OUTCOMES, markdown};
     const MARK: &str = "<!-- an outcome table: DUNLIN_UPDATE_DOCS=1 cargo test -p dunlin --lib json_doc -->\n";
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/src/concepts/outcomes.md");
     let page = std::fs::read_to_string(&path).unwrap();
     let parts: Vec<&str> = page.split(MARK).collect();
-    assert_eq!(parts.len(), 5, "{} has the mark before and behind each table", path.display());
-    let tables = [markdown(OUTCOMES), markdown(OWING_OUTCOMES)];
+    assert_eq!(parts.len(), 7, "{} has the mark before and behind each table", path.display());
+    let tables = [markdown(OUTCOMES), markdown(OWING_OUTCOMES), markdown(LENT_OUTCOMES)];
     if std::env::var_os("DUNLIN_UPDATE_DOCS").is_some() {
-        std::fs::write(&path, [parts[0], &tables[0], parts[2], &tables[1], parts[4]].join(MARK)).unwrap();
+        let page = [parts[0], &tables[0], parts[2], &tables[1], parts[4], &tables[2], parts[6]];
+        std::fs::write(&path, page.join(MARK)).unwrap();
     } else {
-        assert_eq!([parts[1], parts[3]], tables, "run the command in the mark");
+        assert_eq!([parts[1], parts[3], parts[5]], tables, "run the command in the mark");
     }
 }

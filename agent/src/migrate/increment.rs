@@ -284,7 +284,9 @@ mod tests {
 
     fn bits(pages: &[u64]) -> PageBitmap {
         let mut bitmap = PageBitmap::new(PageCount(PAGES));
-        pages.iter().for_each(|&page| bitmap.insert(page));
+        for &page in pages {
+            bitmap.insert(page);
+        }
         bitmap
     }
 

@@ -474,6 +474,50 @@ mod tests {
         (memory.ram().read_obj(GuestAddress(STATUS)).unwrap(), len)
     }
 
+    /// Of a VM on loan: what it writes is read back and is not on the disk; a flush waits for it; whoever goes on from its state writes it.
+    #[test]
+    fn writes_of_a_vm_on_loan_reach_the_disk_when_they_are_safe() {
+        let (memory, file) = (memory(), image());
+        let device = VirtioBlk::new(0, memory.ram().clone(), open(&file, false)).unwrap();
+        device.hold_output(1 << 20);
+        device.resume().unwrap();
+        let mut driver = Driver::new(&device, memory.ram(), 1, SIZE);
+        driver.start(FEATURES);
+        memory.ram().write_slice(&[7; 1024], GuestAddress(DATA)).unwrap();
+        assert_eq!(request(&mut driver, &memory, TYPE_OUT, 5, &[(DATA, 1024, false)]), (STATUS_OK, 1));
+        assert_eq!(request(&mut driver, &memory, TYPE_IN, 4, &[(DATA, 2048, true)]), (STATUS_OK, 2049));
+        let read: Vec<u8> =
+            [0, 512, 1535, 1536].map(|at| memory.ram().read_obj(GuestAddress(DATA + at)).unwrap()).into();
+        assert_eq!(
+            (read, content(&file)[2560]),
+            (vec![0, 7, 7, 0], 0),
+            "it is read where it will be, and is not there"
+        );
+        post(&mut driver, &memory, TYPE_FLUSH, 0, &[]);
+        driver.kick(0);
+        device.pause().unwrap();
+        let held = device.held().unwrap();
+        device.begin_increment(2);
+        device.resume().unwrap();
+        assert_eq!(memory.ram().read_obj::<u8>(GuestAddress(STATUS)).unwrap(), 0xaa, "the flush waits");
+        device.let_out(1);
+        driver.wait(0);
+        assert_eq!(memory.ram().read_obj::<u8>(GuestAddress(STATUS)).unwrap(), STATUS_OK);
+        assert_eq!(content(&file)[2560..3584], [7; 1024]);
+        device.pause().unwrap();
+        assert!(device.held().unwrap().is_empty());
+
+        let (other_memory, other_file) = (self::memory(), image());
+        let other = VirtioBlk::new(0, other_memory.ram().clone(), open(&other_file, false)).unwrap();
+        assert!(other.take_held(&held[1..]).is_err());
+        other.take_held(&held).unwrap();
+        other.resume().unwrap();
+        let mut driver = Driver::new(&other, other_memory.ram(), 1, SIZE);
+        driver.start(FEATURES);
+        assert_eq!(request(&mut driver, &other_memory, TYPE_FLUSH, 0, &[]), (STATUS_OK, 1));
+        assert_eq!(content(&other_file)[2560..3584], [7; 1024]);
+    }
+
     #[test]
     fn what_is_written_is_on_the_disk_and_comes_back() {
         let (memory, file) = (memory(), image());

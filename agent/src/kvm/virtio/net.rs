@@ -493,6 +493,42 @@ mod tests {
         assert!(irq.read().is_ok());
     }
 
+    /// Of a VM on loan: what it sends waits until it is safe, across pauses, and goes in order.
+    #[test]
+    fn frames_of_a_vm_on_loan_leave_when_they_are_safe() {
+        let memory = memory();
+        let (device, network) = port(&memory);
+        network.set_nonblocking(true).unwrap();
+        device.hold_output(1 << 20);
+        device.resume().unwrap();
+        let mut driver = Driver::new(&device, memory.ram(), 2, SIZE);
+        driver.start(FEATURES);
+        let mut send = |first: u32, count: u32| {
+            for number in first..first + count {
+                transmit(&mut driver, &memory, u64::from(number), &frame(number, 60));
+                driver.kick(TRANSMIT);
+                driver.wait(TRANSMIT);
+            }
+        };
+        let nothing = || network.recv(&mut [0; 100]).unwrap_err().kind() == io::ErrorKind::WouldBlock;
+        send(0, 3);
+        device.pause().unwrap();
+        device.begin_increment(2);
+        device.resume().unwrap();
+        send(3, 2);
+        assert!(nothing(), "a frame left before it was safe");
+        network.set_nonblocking(false).unwrap();
+        device.let_out(1);
+        assert_eq!([(); 3].map(|()| number(&arrived(&network))), [0, 1, 2]);
+        network.set_nonblocking(true).unwrap();
+        assert!(nothing(), "a frame of the second increment left with the first");
+        network.set_nonblocking(false).unwrap();
+        device.end_holding();
+        send(5, 1);
+        assert_eq!([(); 3].map(|()| number(&arrived(&network))), [3, 4, 5]);
+        device.pause().unwrap();
+    }
+
     /// Frames in flight when the VM moves: the guest queues while the device stands, the network delivers.
     #[test]
     fn a_move_loses_no_frame_and_doubles_none() {

@@ -88,11 +88,11 @@ impl Borrowing {
     /// The VM was lent in answer to what was sent at `asked_at`. False if that loan is over already.
     fn begin(&mut self, machine: &mut dyn Machine, asked_at: Duration, now: Duration) -> Result<bool, MachineError> {
         (self.asked_at, self.began_at, self.heard_at) = (asked_at, now, now);
-        self.run_until(borrower_end(asked_at, self.safety.lease), machine, now)
+        Self::run_until(borrower_end(asked_at, self.safety.lease), machine, now)
     }
 
     /// Has the machine run until then. False if it is too late for that.
-    fn run_until(&self, until: Duration, machine: &mut dyn Machine, now: Duration) -> Result<bool, MachineError> {
+    fn run_until(until: Duration, machine: &mut dyn Machine, now: Duration) -> Result<bool, MachineError> {
         if until <= now {
             return Ok(false);
         }
@@ -203,7 +203,7 @@ impl Borrowing {
     fn granted(&mut self, number: u32, machine: &mut dyn Machine, now: Duration) -> Result<(), MachineError> {
         while let Some((asked, at)) = self.asked.pop_front() {
             if asked == number {
-                return self.run_until(borrower_end(at, self.safety.lease), machine, now).map(drop);
+                return Self::run_until(borrower_end(at, self.safety.lease), machine, now).map(drop);
             }
         }
         Ok(())

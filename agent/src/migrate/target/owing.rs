@@ -128,7 +128,7 @@ impl Target<'_> {
         while let Err(error) = ended {
             let left = owed.left();
             if !matches!(error, TargetError::Link(_)) {
-                return Err(self.left_owing(id, left, error, machine, loan));
+                return Err(self.left_owing(id, left, error, machine, loan.is_some()));
             }
             tracing::warn!(migration = %id, left, "contact with the source is lost while pages are owed: {error}; waiting for it");
             owed.lose_way();
@@ -137,7 +137,7 @@ impl Target<'_> {
             }
             let receivers = match self.await_source(id, owed, machine, loan) {
                 Ok(receivers) => receivers,
-                Err(error) => return Err(self.left_owing(id, left, error, machine, loan)),
+                Err(error) => return Err(self.left_owing(id, left, error, machine, loan.is_some())),
             };
             ended = self.take_the_rest(id, receivers, owed, machine, loan);
         }
@@ -167,13 +167,15 @@ impl Target<'_> {
         left: u64,
         error: TargetError,
         machine: &mut dyn Machine,
-        loan: &Option<Borrowing>,
+        on_loan: bool,
     ) -> TargetError {
-        if loan.is_none() {
+        if !on_loan {
             return TargetError::Owing { left, reason: error.to_string() };
         }
         // It was only lent: one that has died never was ours.
-        if machine.fate() == Fate::Dead {
+        if matches!(error, TargetError::Machine(_) | TargetError::Faults(_) | TargetError::LostOwned(_))
+            && self.await_death(machine)
+        {
             return match machine.never_owner(id) {
                 Ok(()) => {
                     let _ = self.link.control().send(&ControlMessage::State(TargetState::NeverOwner));
@@ -230,13 +232,18 @@ impl Target<'_> {
         ended
     }
 
-    /// Whoever has pages of a machine that has died is to know that, before its streams end.
-    fn tell_of_death(&self, machine: &mut dyn Machine, error: &TargetError) {
+    /// Whether a machine that does not answer any more is soon seen dead.
+    fn await_death(&self, machine: &mut dyn Machine) -> bool {
         let until = self.clock.now() + DEATH_LIMIT;
         while machine.fate() != Fate::Dead && self.clock.now() < until {
             self.clock.sleep(TICK);
         }
-        if machine.fate() == Fate::Dead {
+        machine.fate() == Fate::Dead
+    }
+
+    /// Whoever has pages of a machine that has died is to know that, before its streams end.
+    fn tell_of_death(&self, machine: &mut dyn Machine, error: &TargetError) {
+        if self.await_death(machine) {
             let _unheard = self.link.control().send(&ControlMessage::Cancel(error.to_string()));
         }
     }
