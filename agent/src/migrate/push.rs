@@ -132,7 +132,7 @@ impl<'a> Push<'a> {
         self.pacer
     }
 
-    /// These pages go first.
+    /// These pages go first, the last of them before the others.
     pub(super) fn put_first(&self, pages: &[u64]) {
         let mut unsent = self.unsent();
         let len = unsent.pages.len().0;

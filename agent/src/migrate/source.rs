@@ -3,6 +3,7 @@
 //! Contract: up to `released` every failure and every cancel leaves the VM running here at full speed, log off, and the
 //! target told. From `released` on the VM never runs here again unless the target is known never to have owned it.
 
+mod hot;
 mod lending;
 mod owing;
 mod spare;

@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::gate::GateState;
 use super::lease::Lease;
 use super::machine::{Host, lock};
-use crate::model::{PageBitmap, chain};
+use crate::model::{PageBitmap, PageRun, chain};
 use crate::port::Region as _;
 use crate::shm::{RamRegion, memory_file};
 use crate::time::monotonic_now;
@@ -21,12 +21,18 @@ pub(super) struct Loan {
     lease: Arc<Lease>,
     /// The machine stands because the lease was over. Locked while that is decided.
     stands: Mutex<bool>,
-    /// Where increments are gathered.
-    staging: Mutex<Option<RamRegion>>,
+    /// Where increments are gathered, and where they go.
+    staging: Mutex<Option<Staging>>,
     /// What the guest sends and writes is held.
     holds: AtomicBool,
     /// The state of the last one.
     state: Mutex<Option<Vec<u8>>>,
+}
+
+/// Memory as large as RAM, and RAM, as regions.
+struct Staging {
+    memory: RamRegion,
+    ram: RamRegion,
 }
 
 impl Loan {
@@ -37,7 +43,7 @@ impl Loan {
 
     /// Does something with the staging memory's file, if there is one.
     pub(super) fn with_staging<T>(&self, action: impl FnOnce(BorrowedFd<'_>) -> T) -> Option<T> {
-        lock(&self.staging).as_ref().map(|staging| action(staging.file()))
+        lock(&self.staging).as_ref().map(|staging| action(staging.memory.file()))
     }
 }
 
@@ -47,7 +53,12 @@ impl Host {
         let mut staging = lock(&self.loan.staging);
         if staging.is_none() {
             let spec = self.machine.shape().regions().swap_remove(0);
-            let made = memory_file("dunlin-staging", spec.pages.bytes()).and_then(|file| RamRegion::new(spec, file));
+            let make = || {
+                let file = memory_file("dunlin-staging", spec.pages.bytes())?;
+                let ram = self.machine.memory().file().try_clone_to_owned()?;
+                Ok(Staging { memory: RamRegion::new(spec.clone(), file)?, ram: RamRegion::new(spec.clone(), ram)? })
+            };
+            let made: std::io::Result<Staging> = make();
             *staging = Some(made.map_err(|error| format!("memory for increments: {error}"))?);
         }
         Ok(())
@@ -65,7 +76,7 @@ impl Host {
             return Err("the VM is not on loan".to_owned());
         }
         let staging = lock(&self.loan.staging);
-        let staging = staging.as_ref().ok_or("there is no memory for increments")?;
+        let Staging { memory: staging, ram } = staging.as_ref().ok_or("there is no memory for increments")?;
         let mut pages = PageBitmap::new(staging.spec().pages);
         if words.len() != pages.words().len() * 8 {
             return Err(format!("{} bytes do not name pages of this VM", words.len()));
@@ -73,20 +84,17 @@ impl Host {
         for (index, word) in words.as_chunks::<8>().0.iter().enumerate() {
             pages.or_word(index, u64::from_le_bytes(*word));
         }
-        let file = self.machine.memory().file().try_clone_to_owned();
-        let ram = file.and_then(|file| RamRegion::new(staging.spec().clone(), file));
-        let ram = ram.map_err(|error| format!("RAM cannot be mapped: {error}"))?;
         for run in pages.runs(1 << 16) {
             let mut at = run.first.0;
             for data in staging.data_within(run) {
                 if at < data.first.0 {
-                    ram.zero(crate::model::PageRun::new(at, (data.first.0 - at) as u32));
+                    ram.zero(PageRun::new(at, (data.first.0 - at) as u32));
                 }
                 ram.copy_from(staging, data);
                 at = data.end();
             }
             if at < run.end() {
-                ram.zero(crate::model::PageRun::new(at, (run.end() - at) as u32));
+                ram.zero(PageRun::new(at, (run.end() - at) as u32));
             }
             staging.zero(run);
         }

@@ -1,5 +1,6 @@
 //! One simulated run: builds the two hosts, lets both managers work, and looks at what is left.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -234,11 +235,15 @@ fn unpoisoned<T>(slot: &Mutex<T>) -> MutexGuard<'_, T> {
     slot.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// How many this process has run.
+pub(super) static COUNT: AtomicU64 = AtomicU64::new(0);
+
 /// Runs `scenario` to its end.
 ///
 /// # Panics
 /// If the code under test panics.
 pub fn simulate(scenario: &Scenario) -> Run {
+    COUNT.fetch_add(1, Ordering::Relaxed);
     let sim = Arc::new(Scheduler::new(scenario));
     let source = Mutex::new((None, 0));
     let (target, recovered) = (Mutex::new(None), Mutex::new(None));

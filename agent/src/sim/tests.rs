@@ -10,6 +10,15 @@ use crate::migrate::outcomes::{
 use crate::migrate::{Compress, OnStuck, Reducers, Safety, Strategy};
 use crate::model::{BytesPerSecond, Ending, Step};
 
+/// Says at the end of a test how many migrations it has simulated.
+struct Told(&'static str);
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        println!("{}: {} simulated migrations", self.0, run::COUNT.load(std::sync::atomic::Ordering::Relaxed));
+    }
+}
+
 fn scale() -> u64 {
     std::env::var("DUNLIN_SIM_SCALE").ok().and_then(|text| text.parse().ok()).unwrap_or(1)
 }
@@ -81,6 +90,7 @@ fn assert_in_table(run: &Run, scenario: &Scenario) -> Option<(Failure, Window)> 
 
 #[test]
 fn plain_migrations_move_the_vm() {
+    let _told = Told("plain_migrations_move_the_vm");
     for seed in 0..200 * scale() {
         let scenario = Scenario::random(seed);
         let run = simulate(&scenario);
@@ -227,6 +237,7 @@ fn a_guest_asked_for_free_pages_before_its_writes_are_logged_is_found_out() {
 
 #[test]
 fn faults_at_every_step_end_as_the_table_says() {
+    let _told = Told("faults_at_every_step_end_as_the_table_says");
     let mut reached = BTreeSet::new();
     for (side, step) in all_steps() {
         for fault in all_faults() {
@@ -245,6 +256,7 @@ fn faults_at_every_step_end_as_the_table_says() {
 
 #[test]
 fn faults_before_every_operation_end_as_the_table_says() {
+    let _told = Told("faults_before_every_operation_end_as_the_table_says");
     let faults = all_faults();
     for seed in 0..scale() {
         let scenario = Scenario::new(seed + 7);
@@ -265,6 +277,7 @@ fn faults_before_every_operation_end_as_the_table_says() {
 
 #[test]
 fn several_faults_break_no_invariant() {
+    let _told = Told("several_faults_break_no_invariant");
     for seed in 0..300 * scale() {
         let mut rng = rng::Rng(seed ^ 0xfa17);
         let mut scenario = Scenario::random(seed);
@@ -329,6 +342,7 @@ const OWING: [Strategy; 3] = [Strategy::PostCopy, Strategy::Hybrid, Strategy::De
 
 #[test]
 fn faults_at_every_step_of_a_vm_that_is_owed_pages_end_as_the_table_says() {
+    let _told = Told("faults_at_every_step_of_a_vm_that_is_owed_pages_end_as_the_table_says");
     let mut reached = BTreeSet::new();
     for (side, step) in all_steps() {
         for (index, fault) in all_faults().into_iter().enumerate() {
@@ -349,6 +363,7 @@ fn faults_at_every_step_of_a_vm_that_is_owed_pages_end_as_the_table_says() {
 /// Whatever strikes while pages are owed, and whenever: on slow and fast links, with writers slow and fast.
 #[test]
 fn faults_at_any_time_of_a_vm_that_is_owed_pages_end_as_the_table_says() {
+    let _told = Told("faults_at_any_time_of_a_vm_that_is_owed_pages_end_as_the_table_says");
     let mut sent_twice = 0;
     for seed in 0..150 * scale() {
         let mut rng = rng::Rng(seed ^ 0x0e1d);
@@ -424,6 +439,7 @@ fn a_vm_on_loan_arrives_and_has_sent_increments_back() {
 
 #[test]
 fn faults_at_every_step_of_a_loan_end_as_the_table_says() {
+    let _told = Told("faults_at_every_step_of_a_loan_end_as_the_table_says");
     let mut reached = BTreeSet::new();
     let lent = [Side::Source, Side::Target].map(|side| (side, Step::Lent));
     for (side, step) in all_steps().into_iter().chain(lent) {
@@ -445,6 +461,7 @@ fn faults_at_every_step_of_a_loan_end_as_the_table_says() {
 /// Whatever strikes a loan, and whenever. What is taken back has had increments, mostly.
 #[test]
 fn faults_at_any_time_of_a_loan_end_as_the_table_says() {
+    let _told = Told("faults_at_any_time_of_a_loan_end_as_the_table_says");
     let (mut taken_back, mut advanced) = (0, 0);
     for seed in 0..150 * scale() {
         let mut rng = rng::Rng(seed ^ 0x1ea5e);

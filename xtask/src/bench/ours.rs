@@ -73,6 +73,7 @@ pub(super) struct Report {
     reducers: Vec<Reducer>,
     stun: Option<Stun>,
     pub(super) post_copy: Option<PostCopy>,
+    pub(super) loan: Option<Loan>,
     pub(super) prediction: Option<Prediction>,
 }
 
@@ -82,6 +83,16 @@ pub(super) struct PostCopy {
     sent_pages: u64,
     zero_pages: u64,
     pub(super) waits: Waits,
+}
+
+/// What it took that it could have gone on at the source.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub(super) struct Loan {
+    pub(super) increments: u64,
+    pub(super) wire_bytes: u64,
+    pub(super) stood_ns: u64,
+    pub(super) safe_p50_ns: u64,
+    pub(super) lasted_ns: u64,
 }
 
 /// How long it waited for pages that it touched.

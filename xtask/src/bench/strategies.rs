@@ -57,6 +57,8 @@ struct Way {
     follows: bool,
     /// What is not asked for by then is sent all the same: so long after the guest is heard at the target.
     finish_after: Option<Duration>,
+    /// What else is asked for.
+    more: &'static [&'static str],
     /// What the loss of means for the VM, for the book.
     survives: &'static str,
 }
@@ -65,7 +67,10 @@ const ANY_BEFORE: &str = "the target, the link and either manager; not the sourc
 const NONE_MEANWHILE: &str =
     "until the switch likewise; then the link and either manager, but neither host until the last page has come";
 
-const WAYS: [Way; 6] = [
+const NONE_BUT_THE_SOURCE: &str =
+    "the target, the link and either manager; not the source, until the last page has come";
+
+const WAYS: [Way; 7] = [
     Way {
         name: "stop-and-copy",
         strategy: "stop-and-copy",
@@ -73,6 +78,7 @@ const WAYS: [Way; 6] = [
         peer: None,
         follows: false,
         finish_after: None,
+        more: &[],
         survives: ANY_BEFORE,
     },
     Way {
@@ -82,6 +88,7 @@ const WAYS: [Way; 6] = [
         peer: Some(Mode::PreCopy),
         follows: false,
         finish_after: None,
+        more: &[],
         survives: ANY_BEFORE,
     },
     Way {
@@ -91,6 +98,7 @@ const WAYS: [Way; 6] = [
         peer: Some(Mode::AutoConverge),
         follows: false,
         finish_after: None,
+        more: &[],
         survives: ANY_BEFORE,
     },
     Way {
@@ -100,7 +108,18 @@ const WAYS: [Way; 6] = [
         peer: Some(Mode::PostCopy),
         follows: true,
         finish_after: None,
+        more: &[],
         survives: NONE_MEANWHILE,
+    },
+    Way {
+        name: "safe-post-copy",
+        strategy: "post-copy",
+        stun: false,
+        peer: Some(Mode::PostCopy),
+        follows: true,
+        finish_after: None,
+        more: &["--safe-post-copy"],
+        survives: NONE_BUT_THE_SOURCE,
     },
     Way {
         name: "demand-paging",
@@ -109,6 +128,7 @@ const WAYS: [Way; 6] = [
         peer: None,
         follows: true,
         finish_after: Some(FINISH_AFTER),
+        more: &[],
         survives: NONE_MEANWHILE,
     },
     Way {
@@ -118,6 +138,7 @@ const WAYS: [Way; 6] = [
         peer: Some(Mode::PostCopy),
         follows: true,
         finish_after: None,
+        more: &[],
         survives: NONE_MEANWHILE,
     },
 ];
@@ -134,6 +155,9 @@ is asked for (`migrate --finish`) a second after the guest is heard at the targe
   sent_again       pages with content that were sent beyond the first time
   writes_lost      1 - pages written per second from the begin to the end / the same before the migration
   wait_p50_ratio   half of the waits for pages that the guest touched / (round trip + a page's time); wait_p99: 99 of 100
+  stood            safe-post-copy: the time that the guest stood for increments / the loan's; increments: how many the source took in
+  safe_after       half of the increments were safe, and what they held out, so long after they were cut; rounded up to a power of two of a microsecond
+  back_ratio       bytes that came back in increments / bytes of non-zero pages
   total_off        |predicted total / total - 1|; the prediction is from the VM's curve, measured before, and the log of migrations of this run
   blackout_off     |predicted blackout - blackout| / the larger of 20 % of it and 5 ms
 Values are medians of so many runs; where the peer's is `-` it did not converge in the time it was given (--cap).";
@@ -184,6 +208,10 @@ struct Ours {
     wait_p99: Samples,
     total_off: Samples,
     blackout_off: Samples,
+    increments: Samples,
+    stood: Samples,
+    safe_after: Samples,
+    back_ratio: Samples,
 }
 
 impl Ours {
@@ -201,6 +229,12 @@ impl Ours {
             let page_ns = limit.map_or(PAGE_BYTES / rate * 1e6, |limit| PAGE_BYTES * 1e9 / limit as f64);
             self.wait_p50_ratio.push(waits.p50_ns as f64 / (report.rtt_ns as f64 + page_ns));
             self.wait_p99.push(waits.p99_ns as f64 / 1e6);
+        }
+        if let Some(loan) = report.loan {
+            self.increments.push(loan.increments as f64);
+            self.stood.push(loan.stood_ns as f64 * 100.0 / loan.lasted_ns.max(1) as f64);
+            self.safe_after.push(loan.safe_p50_ns as f64 / 1e6);
+            self.back_ratio.push(loan.wire_bytes as f64 / report.nonzero_bytes() as f64);
         }
         match (report.total_off_percent(), report.blackout_off()) {
             (Some(total), Some(blackout)) => {
@@ -242,6 +276,12 @@ impl Ours {
         if self.wait_p99.runs() > 0 {
             rows.push(row("wait_p50_ratio", "ratio", &self.wait_p50_ratio, Aim::AtMost(AIM_WAITS)));
             rows.push(row("wait_p99", "ms", &self.wait_p99, Aim::AtMost(AIM_WAIT_P99_MS)));
+        }
+        if self.stood.runs() > 0 {
+            rows.push(row("increments", "count", &self.increments, Aim::None));
+            rows.push(row("stood", "percent", &self.stood, Aim::None));
+            rows.push(row("safe_after", "ms", &self.safe_after, Aim::None));
+            rows.push(row("back_ratio", "ratio", &self.back_ratio, Aim::None));
         }
         // When somebody finishes demand-paging is nothing that can be foretold.
         if way.finish_after.is_none() {
@@ -322,6 +362,7 @@ pub(super) fn run(places: &Places, effort: &Effort) -> Result<Vec<Row>> {
                         strategy: Some(way.strategy),
                         predict: true,
                         finish_after: way.finish_after,
+                        more: way.more,
                         ..Options::default()
                     };
                     let migration = vm.migrate(options)?;

@@ -42,16 +42,24 @@ impl Source<'_> {
         if self.options.strategy == Strategy::DemandPaging {
             self.pace.wait_until_asked();
         }
-        let handed =
-            self.way_for_increments(&mut way).and_then(|safe| Ok((self.hand_owing(progress, &mut way)?, safe)));
-        let ((requests, essential), safe) = match handed {
+        let handed = self.way_for_increments(&mut way).and_then(|safe| {
+            // Of demand-paging nothing follows that is not asked for.
+            let pure = self.options.strategy == Strategy::DemandPaging;
+            let mut first = if pure { Vec::new() } else { self.hot_pages(&mut way.due)? };
+            let (requests, essential) = self.hand_owing(progress, &mut way)?;
+            // The last of them goes first.
+            first.retain(|page| !essential.contains(page));
+            first.extend(essential);
+            Ok(((requests, first), safe))
+        });
+        let ((requests, first), safe) = match handed {
             Ok(handed) => handed,
             Err(error) => return self.roll_back(progress, &error),
         };
         let round = progress.rounds.len() as u32;
         let pacer = Pacer::for_push(self.clock, self.pace.clone());
         let push = self.push_of(round + 1, &pacer, &way.due);
-        push.put_first(&essential);
+        push.put_first(&first);
         let control = Arc::clone(&way.control);
         let patience = self.options.stall.min(PAUSED_STALL);
         let Some((safety, increments, staging)) = safe else {
