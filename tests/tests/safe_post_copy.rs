@@ -19,9 +19,9 @@ use dunlin_tests::wait::wait_for;
 use dunlin_tests::{HopOptions, Rig, VmSpec, guest};
 
 const LIMIT: Duration = Duration::from_secs(30);
-/// Its pages take some seconds, and it is lent for one at a time.
+/// Its pages take some seconds, and it is lent for two at a time.
 const SAFE: [&str; 9] =
-    ["--bandwidth", "80Mbit", "--stall", "2s", "--safe-post-copy", "--lease", "1s", "--increment-every", "50ms"];
+    ["--bandwidth", "80Mbit", "--stall", "2s", "--safe-post-copy", "--lease", "2s", "--increment-every", "50ms"];
 
 /// There and back under a client's eyes, with a disk: what was held has gone out, once and in order, and what was written is there.
 fn there_and_back(dirty_log: DirtyLogKind, strategy: Strategy) {

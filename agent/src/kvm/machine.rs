@@ -698,14 +698,10 @@ impl Machine {
         Ok(())
     }
 
-    /// Stops all vCPUs, and keeps devices from beginning anything, before it waits for any of them: one may be waiting itself, for memory that does not come. Idempotent.
-    ///
-    /// # Errors
-    /// As for [`Machine::pause`].
-    pub fn stand_now(&self) -> Result<(), HostedError> {
+    /// No vCPU enters guest code any more, and no device begins anything; what is under way is not waited for: a vCPU may be waiting itself, for memory that does not come. [`Machine::pause`] follows.
+    pub fn order_stand(&self) {
         self.around.control.order_stand();
         self.devices().iter().for_each(|device| device.order_pause());
-        self.pause().map(drop)
     }
 
     /// What the guest sends and writes to disks stays in the machine from now on, as that of increment 1.

@@ -134,6 +134,11 @@ impl<'a> Owed<'a> {
         missing
     }
 
+    /// Whether the guest waits for a page.
+    pub(super) fn is_waited_for(&self) -> bool {
+        !unpoisoned(&self.asked).since.is_empty()
+    }
+
     /// Whether requests do not get out.
     pub(super) fn is_cut(&self) -> bool {
         self.cut.load(Ordering::Acquire)

@@ -86,7 +86,7 @@ pub(super) struct Push<'a> {
     began: Duration,
     unsent: Mutex<Unsent>,
     /// What goes first.
-    first: Mutex<Vec<PageRun>>,
+    first: Mutex<Vec<u64>>,
     due: u64,
     over: AtomicBool,
     sent: AtomicU64,
@@ -134,11 +134,20 @@ impl<'a> Push<'a> {
 
     /// These pages go first, the last of them before the others.
     pub(super) fn put_first(&self, pages: &[u64]) {
-        let mut unsent = self.unsent();
-        let len = unsent.pages.len().0;
-        let owed: Vec<u64> = pages.iter().copied().filter(|&page| page < len && unsent.pages.contains(page)).collect();
-        let runs = owed.into_iter().map(|page| unsent.take(PageRun::new(page, 1)));
-        *self.first.lock().unwrap_or_else(PoisonError::into_inner) = runs.collect();
+        let len = self.unsent().pages.len().0;
+        let pages = pages.iter().copied().filter(|&page| page < len);
+        *self.first.lock().unwrap_or_else(PoisonError::into_inner) = pages.collect();
+    }
+
+    /// Takes the next of the pages that go first, if nobody has sent it yet: who asks for one of them need not wait for the others.
+    fn next_first(&self) -> Option<PageRun> {
+        loop {
+            let page = self.first.lock().unwrap_or_else(PoisonError::into_inner).pop()?;
+            let mut unsent = self.unsent();
+            if unsent.pages.contains(page) {
+                return Some(unsent.take(PageRun::new(page, 1)));
+            }
+        }
     }
 
     /// Nobody is to send any more.
@@ -175,7 +184,7 @@ impl<'a> Push<'a> {
 
     /// Takes the next run of the push, once it may go.
     fn next_run(&self) -> Option<PageRun> {
-        if let Some(run) = self.first.lock().unwrap_or_else(PoisonError::into_inner).pop() {
+        if let Some(run) = self.next_first() {
             return Some(run);
         }
         while self.pacer.waits_until_asked() && !self.is_over() && self.left() > 0 {
@@ -305,6 +314,7 @@ mod tests {
         let (memory, clock) = (Memory::of(PAGES), Still);
         let pacer = Pacer::new(&clock, Pace::default());
         let push = Push::new(&memory, &pacer, &clock, &Quiet, (1, 64), owed);
+        push.put_first(&asked.iter().map(|page| page * 2).collect::<Vec<_>>());
         let mut streams = [Recorder::default(), Recorder::default(), Recorder::default()];
         std::thread::scope(|scope| {
             let [urgent, first, second] = &mut streams;

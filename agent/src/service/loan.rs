@@ -11,7 +11,7 @@ use super::gate::GateState;
 use super::lease::Lease;
 use super::machine::{Host, lock};
 use crate::model::{PageBitmap, PageRun, chain};
-use crate::port::Region as _;
+use crate::port::{Faults as _, Region as _};
 use crate::shm::{RamRegion, memory_file};
 use crate::time::monotonic_now;
 
@@ -19,7 +19,7 @@ use crate::time::monotonic_now;
 #[derive(Default)]
 pub(super) struct Loan {
     lease: Arc<Lease>,
-    /// The machine stands because the lease was over. Locked while that is decided.
+    /// The machine stands because the lease was over, and is to run when the VM is lent again. Locked while that is decided.
     stands: Mutex<bool>,
     /// Where increments are gathered, and where they go.
     staging: Mutex<Option<Staging>>,
@@ -143,6 +143,12 @@ impl Host {
         if std::mem::take(&mut *stands) { self.start().map_err(|error| chain(&error)) } else { Ok(()) }
     }
 
+    /// Somebody wanted it to run when the lease was over: it does so as soon as the VM is lent again.
+    pub(super) fn run_when_lent(&self) {
+        let mut stands = lock(&self.loan.stands);
+        *stands |= lock(&self.gate).state() == GateState::Borrowed;
+    }
+
     /// Nobody has lent the VM for longer: it must not run here.
     fn lease_over(&self) {
         let mut stands = lock(&self.loan.stands);
@@ -152,7 +158,8 @@ impl Host {
         }
         tracing::warn!("the loan of the VM is over: it stands");
         *stands = ran;
-        if let Err(error) = self.machine.stand_now() {
+        self.machine.order_stand();
+        if let Err(error) = self.machine.pause() {
             tracing::error!("a machine whose loan is over: {}", chain(&error));
         }
     }
@@ -162,7 +169,12 @@ impl Host {
         if lock(&self.gate).state() == GateState::Borrowed {
             self.loan.lease.give_up();
             lock(&self.gate).lease_over();
-            if let Err(error) = self.machine.stand_now() {
+            self.machine.order_stand();
+            // What a vCPU waits for may never come. It reads zeros then, and executes nothing behind that.
+            if let Some(Err(error)) = lock(&self.faults).as_ref().map(|faults| faults.end()) {
+                tracing::warn!("whoever waits for memory: {error}");
+            }
+            if let Err(error) = self.machine.pause() {
                 tracing::error!("a machine that is let go of: {}", chain(&error));
             }
         }

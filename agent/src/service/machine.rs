@@ -204,7 +204,7 @@ pub struct Host {
     tracking: Arc<Lease>,
     /// Who slows its writers outside of a migration, and until when at least.
     throttler: Mutex<Option<(String, Instant)>>,
-    faults: Mutex<Option<UserFaults>>,
+    pub(super) faults: Mutex<Option<UserFaults>>,
     /// Who fills the pages that it is owed while it runs: one at a time.
     filler: Seat,
     /// A VM on loan.
@@ -940,7 +940,13 @@ impl Host {
                 let pause = machine.pause().map_err(|error| chain(&error))?;
                 Ok(Reply::Paused(pause.as_nanos() as u64))
             }
-            Request::Resume => self.start().map(|()| Reply::Done).map_err(|error| chain(&error)),
+            Request::Resume => {
+                let started = self.start();
+                if started.is_err() {
+                    self.run_when_lent();
+                }
+                started.map(|()| Reply::Done).map_err(|error| chain(&error))
+            }
             Request::SaveState => machine.save_state().map(Reply::State).map_err(|error| chain(&error)),
             Request::EssentialPages => machine.essential_pages().map(Reply::Pages).map_err(|error| chain(&error)),
             Request::RestoreState(state) => {

@@ -97,6 +97,12 @@ impl Vcpus for SimMachine {
                 Some(Gate::Borrowed) if world.vm(side).is_some_and(|vm| vm.lent_until_ns > now_ns) => {
                     world.start_running(side);
                 }
+                Some(Gate::Borrowed) => {
+                    if let Some(vm) = world.vm(side) {
+                        vm.stands_by_lease = true;
+                    }
+                    return Err(refused("resume", "the lease is over"));
+                }
                 gate => return Err(refused("resume", &format!("the gate is shut: {gate:?}"))),
             }
             Ok(())

@@ -12,11 +12,14 @@ use crate::migrate::lap::Lap;
 use crate::migrate::lease::{borrower_end, renew_after};
 use crate::migrate::message::{ControlMessage, TargetState};
 use crate::migrate::options::Safety;
+use crate::migrate::owed::Owed;
 use crate::model::{BlackoutLedger, MigrationId, Owner, PageBitmap, PageCount, PageRun, Step};
 use crate::port::{BulkSender, Clock, ControlChannel, Fate, LinkError, Machine, MachineError, Region};
 
-/// How often an increment that is on its way is looked after.
+/// How often an increment that is on its way, or due, is looked after.
 const LOOK: Duration = Duration::from_millis(5);
+/// A vCPU that waits for a page stands only when it has come, so an increment waits for that while the VM runs: up to so many times what lies between two.
+const PATIENCE: u32 = 3;
 
 /// A loan as its borrower keeps it.
 pub(super) struct Borrowing {
@@ -126,7 +129,7 @@ impl Borrowing {
         if self.on_its_way.as_ref().is_some_and(|flight| !flight.is_sent) {
             return Duration::ZERO;
         }
-        if self.on_its_way.is_some() || self.committed {
+        if self.on_its_way.is_some() || self.committed || now >= self.began_at + self.safety.every {
             return LOOK;
         }
         (self.began_at + self.safety.every).saturating_sub(now).min(renew_after(self.safety.lease))
@@ -136,7 +139,7 @@ impl Borrowing {
     pub(super) fn work(
         &mut self,
         machine: &mut dyn Machine,
-        region: &dyn Region,
+        (region, is_waited_for): (&dyn Region, bool),
         control: &dyn ControlChannel<ControlMessage>,
         clock: &dyn Clock,
     ) -> Result<(), TargetError> {
@@ -156,7 +159,7 @@ impl Borrowing {
                 let end = crate::migrate::Increment { stood_ns, safe_ns, ..end };
                 control.send(&ControlMessage::Increment(Box::new(end)))?;
             }
-        } else if now.saturating_sub(self.began_at) >= self.safety.every {
+        } else if now.saturating_sub(self.began_at) >= self.safety.every * if is_waited_for { PATIENCE } else { 1 } {
             self.cut(machine, region, clock)?;
         }
         Ok(())
@@ -174,7 +177,8 @@ impl Borrowing {
         let harvested = lap.next();
         let state = machine.save_state()?;
         let saved = lap.next();
-        self.flight.cut(self.number, region, &self.at_risk, state, back.as_mut())?;
+        // Whatever becomes of it, the VM goes on.
+        let cut = self.flight.cut(self.number, region, &self.at_risk, state, back.as_mut());
         let copied = lap.next();
         self.number += 1;
         machine.begin_increment(self.number)?;
@@ -196,7 +200,7 @@ impl Borrowing {
             "an increment was cut"
         );
         self.on_its_way = Some(OnItsWay { cut_at, stood, is_sent: false });
-        Ok(())
+        Ok(cut?)
     }
 
     /// The source has lent the VM for longer.
@@ -254,7 +258,7 @@ impl Target<'_> {
         &mut self,
         id: MigrationId,
         machine: &mut dyn Machine,
-        (region, inflow): (&dyn Region, &Inflow<'_>),
+        (owed, inflow): (&Owed<'_>, &Inflow<'_>),
         loan: &mut Option<Borrowing>,
     ) -> Result<Duration, TargetError> {
         let control = self.link.control();
@@ -271,7 +275,7 @@ impl Target<'_> {
         if borrowing.comes_back.is_some() || now.saturating_sub(borrowing.heard_at) > silence {
             return Err(LinkError::Stalled { doing: "running a VM on loan", after: silence }.into());
         }
-        borrowing.work(machine, region, control.as_ref(), self.clock)?;
+        borrowing.work(machine, (owed.region(), owed.is_waited_for()), control.as_ref(), self.clock)?;
         Ok(borrowing.pause(self.clock.now()))
     }
 

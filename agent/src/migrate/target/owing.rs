@@ -270,7 +270,7 @@ impl Target<'_> {
                 return Err(LinkError::Protocol("requests for pages do not get out".to_owned()).into());
             }
             let pause = if loan.is_some() {
-                self.keep_borrowing(id, machine, (owed.region(), inflow), loan)?
+                self.keep_borrowing(id, machine, (owed, inflow), loan)?
             } else {
                 check_alive(machine)?;
                 self.answer_source(inflow)?;
