@@ -3,9 +3,11 @@
 //! No test is skipped for what the host lacks: a missing KVM, BPF or network namespace fails the tests that need it, on a
 //! developer's machine as under CI.
 
-use std::process::Command;
+use std::io;
+use std::process::{Command, Output};
+use std::thread::{self, JoinHandle};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use crate::build_ebpf;
@@ -50,8 +52,6 @@ pub(crate) fn run(arguments: &Arguments) -> Result<bool> {
     }
     if !arguments.tests_only {
         check(&["fmt", "--all", "--check"], "run `cargo fmt --all`")?;
-        let lints = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
-        check(&lints, "see the lints above; `cargo clippy --fix` helps with some")?;
     }
     // Binaries that the integration suites start.
     run::run(Command::new("cargo").args(["build", "--workspace"]).current_dir(root()))?;
@@ -86,6 +86,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<bool> {
         // No totals: they would say that nothing failed.
         bail!("the test runner itself failed, so not all tests have run; its words are above");
     }
+    let lints = (!arguments.tests_only).then(Lints::begin);
     let (left_out, in_vm): (Vec<_>, Vec<_>) = ignored::list(root())?.into_iter().partition(|test| !test.runs_in_vm());
     if arguments.no_vm {
         println!("left out: the test machine, and with it {} tests (--no-vm)", in_vm.len());
@@ -98,11 +99,38 @@ pub(crate) fn run(arguments: &Arguments) -> Result<bool> {
         // The host's runner has counted them as skipped; they have just been run.
         totals.skipped = totals.skipped.saturating_sub(in_vm.len() as u64);
     }
+    if let Some(lints) = lints {
+        fine &= lints.end()?;
+    }
     for test in left_out {
         println!("{test}");
     }
     println!("{totals}");
     Ok(fine)
+}
+
+/// The lints, looked at beside the test machine, which has work for one processor.
+struct Lints(JoinHandle<io::Result<Output>>);
+
+impl Lints {
+    fn begin() -> Self {
+        println!("lints: cargo clippy goes on beside what follows");
+        let words = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
+        Self(thread::spawn(move || Command::new("cargo").args(words).current_dir(root()).output()))
+    }
+
+    /// Waits for them; false if there is something to be said.
+    fn end(self) -> Result<bool> {
+        let Ok(output) = self.0.join() else { bail!("the thread that waits for cargo clippy panicked") };
+        let output = output.context("cargo clippy could not be started")?;
+        if output.status.success() {
+            println!("lints: none");
+            return Ok(true);
+        }
+        println!("{}", String::from_utf8_lossy(&output.stderr));
+        println!("lints: FAILED; see above; `cargo clippy --fix` helps with some");
+        Ok(false)
+    }
 }
 
 fn check(arguments: &[&str], remedy: &str) -> Result<()> {
