@@ -278,7 +278,11 @@ impl Source<'_> {
         lending: &mut Lending,
         ended: (Ending, String),
     ) -> (Ending, String) {
-        progress.loan = Some(lending.report(progress.ended_at.unwrap_or_else(|| self.clock.now())));
+        let loan = lending.report(progress.ended_at.unwrap_or_else(|| self.clock.now()));
+        if let Some(owed) = &mut progress.post_copy {
+            owed.duration_ns = owed.duration_ns.max(loan.lasted_ns);
+        }
+        progress.loan = Some(loan);
         ended
     }
 
