@@ -21,13 +21,24 @@ pub fn page_digest(page: u64, bytes: BytesView<'_>) -> u64 {
     xxh3_64_with_seed(settled(bytes), page)
 }
 
-/// The same of a copy of it.
-pub(super) fn copy_digest(page: u64, copy: &[u8]) -> u64 {
-    xxh3_64_with_seed(copy, page)
+/// The sum of the digests of a run's pages.
+pub(super) fn run_digest(run: PageRun, bytes: BytesView<'_>) -> u64 {
+    copy_digest(run, settled(bytes))
+}
+
+/// The same of a copy of them.
+pub(super) fn copy_digest(run: PageRun, copy: &[u8]) -> u64 {
+    let pages = run.indices().zip(copy.chunks(PAGE_SIZE));
+    pages.fold(0, |sum, (page, bytes)| sum.wrapping_add(xxh3_64_with_seed(bytes, page)))
+}
+
+/// The same of pages that travel as marks.
+pub(super) fn zeros_digest(run: PageRun) -> u64 {
+    run.indices().fold(0, |sum, page| sum.wrapping_add(zero_digest(page)))
 }
 
 /// The digest of a page that travels as a mark: its place alone. Both ends know that its content is zero.
-pub(super) fn zero_digest(page: u64) -> u64 {
+fn zero_digest(page: u64) -> u64 {
     xxh3_64(&page.to_le_bytes())
 }
 

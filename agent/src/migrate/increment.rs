@@ -7,7 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::bytes::copy_out;
-use super::digest::{copy_digest, page_digest, zero_digest};
+use super::digest::{copy_digest, run_digest, zeros_digest};
 use super::message::Increment;
 use super::owed::check_run;
 use super::source::SourceError;
@@ -71,9 +71,7 @@ impl Flight {
         }
         for run in too_much {
             let bytes = region.bytes(run);
-            for (page, bytes) in run.indices().zip(bytes.chunks(PAGE_SIZE)) {
-                self.digest = self.digest.wrapping_add(page_digest(page, bytes));
-            }
+            self.digest = self.digest.wrapping_add(run_digest(run, bytes));
             stream.pages(region.spec().id, run, bytes)?;
         }
         Ok(())
@@ -100,9 +98,7 @@ impl Flight {
         if let Some(&run) = self.runs.get(self.sent_runs) {
             let end = self.sent_bytes + run.byte_len();
             let copy = &self.copies[self.sent_bytes..end];
-            for (page, bytes) in run.indices().zip(copy.chunks(PAGE_SIZE)) {
-                self.digest = self.digest.wrapping_add(copy_digest(page, bytes));
-            }
+            self.digest = self.digest.wrapping_add(copy_digest(run, copy));
             stream.copied(region.spec().id, run, copy)?;
             (self.sent_runs, self.sent_bytes) = (self.sent_runs + 1, end);
             return Ok(None);
@@ -193,8 +189,7 @@ impl<'a> Gathering<'a> {
                 }
                 let bytes = self.staging.bytes(run);
                 receiver.read_into(bytes, keep)?;
-                let digests = run.indices().zip(bytes.chunks(PAGE_SIZE)).map(|(page, bytes)| page_digest(page, bytes));
-                self.gathered().add(run, digests.fold(0, u64::wrapping_add), run.byte_len() as u64);
+                self.gathered().add(run, run_digest(run, bytes), run.byte_len() as u64);
             }
             BulkItem::Zeros(region, run) => {
                 check_run(self.staging, region, run)?;
@@ -202,7 +197,7 @@ impl<'a> Gathering<'a> {
                     return Err(early("pages"));
                 }
                 self.staging.zero(run);
-                self.gathered().add(run, run.indices().map(zero_digest).fold(0, u64::wrapping_add), 0);
+                self.gathered().add(run, zeros_digest(run), 0);
             }
             BulkItem::EndRound(round) => {
                 let mut gathered = self.gathered();
@@ -277,18 +272,10 @@ impl Gathered {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::migrate::owed_testing::{Memory, Recorder, Script};
+    use crate::migrate::owed_testing::{Memory, Recorder, Script, bits};
     use crate::model::RegionId;
 
     const PAGES: u64 = 300;
-
-    fn bits(pages: &[u64]) -> PageBitmap {
-        let mut bitmap = PageBitmap::new(PageCount(PAGES));
-        for &page in pages {
-            bitmap.insert(page);
-        }
-        bitmap
-    }
 
     /// What the VM writes behind the cut is no part of it.
     #[test]
@@ -297,9 +284,12 @@ mod tests {
         memory.fill(PageRun::new(0, 300), 7);
         let (mut flight, mut stream) = (Flight::default(), Recorder::default());
         let digest = |value: u8| {
-            [3, 64, 65].iter().map(|&page| copy_digest(page, &[value; PAGE_SIZE])).fold(0, u64::wrapping_add)
+            [3, 64, 65]
+                .map(|page| copy_digest(PageRun::new(page, 1), &[value; PAGE_SIZE]))
+                .into_iter()
+                .fold(0, u64::wrapping_add)
         };
-        flight.cut(4, &memory, &bits(&[3, 64, 65]), vec![1, 2], &mut stream).unwrap();
+        flight.cut(4, &memory, &bits(PAGES, &[3, 64, 65]), vec![1, 2], &mut stream).unwrap();
         memory.fill(PageRun::new(0, 300), 9);
         let end = loop {
             if let Some(end) = flight.send_some(&memory, &mut stream).unwrap() {
@@ -338,7 +328,10 @@ mod tests {
     }
 
     fn staging_digest(staging: &Memory, pages: &[u64]) -> u64 {
-        let digest = |&page: &u64| page_digest(page, staging.bytes(PageRun::new(page, 1)));
+        let digest = |&page: &u64| {
+            let run = PageRun::new(page, 1);
+            run_digest(run, staging.bytes(run))
+        };
         pages.iter().map(digest).fold(0, u64::wrapping_add)
     }
 

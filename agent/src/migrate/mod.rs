@@ -26,6 +26,7 @@ mod owed;
 mod owed_testing;
 mod pacer;
 mod pieces;
+mod protect;
 mod push;
 mod reduce;
 mod rounds;

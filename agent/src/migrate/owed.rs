@@ -523,23 +523,16 @@ pub(super) fn check_run(region: &dyn Region, id: RegionId, run: PageRun) -> Resu
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::migrate::owed_testing::{Caught, Memory, Recorder, Script, Still};
+    use crate::migrate::owed_testing::{Caught, Memory, Recorder, Script, Still, bits};
     use crate::model::{Packing, PageCount};
 
     const PAGES: u64 = 200;
 
-    fn bits(pages: &[u64]) -> PageBitmap {
-        let mut bitmap = PageBitmap::new(PageCount(PAGES));
-        for &page in pages {
-            bitmap.insert(page);
-        }
-        bitmap
-    }
-
     #[test]
     fn what_comes_twice_overwrites_nothing_and_is_counted_once() {
         let (memory, faults, clock) = (Memory::of(PAGES), Arc::new(Caught::of(PAGES)), Still);
-        let owed = Owed::new(&memory, faults.clone(), &clock, &bits(&[3, 4, 5, 9]), Box::new(Recorder::default()));
+        let owed =
+            Owed::new(&memory, faults.clone(), &clock, &bits(PAGES, &[3, 4, 5, 9]), Box::new(Recorder::default()));
         owed.take_pages(PageRun::new(4, 1), &mut Script::filled(7), &mut || true).unwrap();
         // The guest writes it; then it comes again, with a neighbour, and one that was here before the VM was.
         memory.fill(PageRun::new(4, 1), 99);
@@ -554,7 +547,7 @@ mod tests {
     fn a_page_is_asked_for_once_and_one_that_is_here_is_mapped() {
         let (memory, faults, clock) = (Memory::of(PAGES), Arc::new(Caught::of(PAGES)), Still);
         let asked = Recorder::default();
-        let owed = Owed::new(&memory, faults.clone(), &clock, &bits(&[3, 4]), Box::new(asked.clone()));
+        let owed = Owed::new(&memory, faults.clone(), &clock, &bits(PAGES, &[3, 4]), Box::new(asked.clone()));
         faults.happen(&[3, 3, 100]);
         faults.then_stop();
         assert!(matches!(owed.serve_faults(), Err(TargetError::Faults(_))), "the machine has ended");
@@ -618,7 +611,7 @@ mod tests {
         let (asked, (entered, seen), (go, go_on)) =
             (Recorder::default(), std::sync::mpsc::channel(), std::sync::mpsc::channel());
         let held = Held { entered, go_on, asked: asked.clone() };
-        let owed = Owed::new(&memory, faults, &clock, &bits(&[3, 4, 5]), Box::new(held));
+        let owed = Owed::new(&memory, faults, &clock, &bits(PAGES, &[3, 4, 5]), Box::new(held));
         std::thread::scope(|scope| {
             scope.spawn(|| owed.ask(3));
             seen.recv().unwrap();
@@ -636,7 +629,7 @@ mod tests {
         let (asked, (entered, seen), (go, go_on)) =
             (Recorder::default(), std::sync::mpsc::channel(), std::sync::mpsc::channel::<()>());
         let held = Held { entered, go_on, asked: Recorder::default() };
-        let owed = Owed::new(&memory, faults, &clock, &bits(&[3, 4]), Box::new(held));
+        let owed = Owed::new(&memory, faults, &clock, &bits(PAGES, &[3, 4]), Box::new(held));
         std::thread::scope(|scope| {
             scope.spawn(|| owed.ask(3));
             seen.recv().unwrap();
@@ -654,7 +647,7 @@ mod tests {
     fn several_threads_ask_for_every_page_once() {
         let (memory, faults, clock) = (Memory::of(PAGES), Arc::new(Caught::of(PAGES)), Still);
         let (asked, all) = (Recorder::default(), (0..PAGES).collect::<Vec<_>>());
-        let owed = Owed::new(&memory, faults.clone(), &clock, &bits(&all), Box::new(asked.clone()));
+        let owed = Owed::new(&memory, faults.clone(), &clock, &bits(PAGES, &all), Box::new(asked.clone()));
         std::thread::scope(|scope| {
             let handlers: Vec<_> = (0..4).map(|_| scope.spawn(|| owed.serve_faults())).collect();
             for &page in &all {
@@ -698,7 +691,7 @@ mod tests {
     #[test]
     fn what_is_owed_is_as_large_as_memory() {
         let pages = PageCount(PAGES);
-        let owed = bits(&[0, 63, 64, 199]);
+        let owed = bits(PAGES, &[0, 63, 64, 199]);
         assert_eq!(owed_pages(&owed_words(&owed), pages).unwrap().words(), owed.words());
         assert!(owed_pages(&[0; 24], pages).is_err() && owed_pages(&[0; 40], pages).is_err());
         assert!(owed_pages(&[0xff; 32], pages).is_err(), "bits behind the last page");

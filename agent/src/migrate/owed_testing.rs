@@ -5,8 +5,17 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use crate::model::{PAGE_SIZE, Packing, PageCount, PageRun, RegionId, RegionKind, RegionSpec};
+use crate::model::{PAGE_SIZE, Packing, PageBitmap, PageCount, PageRun, RegionId, RegionKind, RegionSpec};
 use crate::port::{BulkItem, BulkReceiver, BulkSender, BytesView, Clock, FaultError, Faults, LinkError, Region};
+
+/// These pages of so many.
+pub(super) fn bits(pages: u64, set: &[u64]) -> PageBitmap {
+    let mut bitmap = PageBitmap::new(PageCount(pages));
+    for &page in set {
+        bitmap.insert(page);
+    }
+    bitmap
+}
 
 /// A clock that stands.
 pub(super) struct Still;

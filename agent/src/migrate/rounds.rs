@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use super::digest::{page_digest, zero_digest};
+use super::digest::{run_digest, zeros_digest};
 use super::meter::Meter;
 use super::observe::{CancelFlag, Observer};
 use super::order::Order;
@@ -322,7 +322,7 @@ impl Round<'_> {
             tally.zero_pages += count;
             self.sent.add(count, count);
             if self.last {
-                tally.digest = run.indices().fold(tally.digest, |sum, page| sum.wrapping_add(zero_digest(page)));
+                tally.digest = tally.digest.wrapping_add(zeros_digest(run));
             }
             return Ok(());
         }
@@ -330,9 +330,7 @@ impl Round<'_> {
         tally.wire_bytes += reducing.send(run, stream, &outlet)?;
         self.sent.add(count, 0);
         if self.last {
-            for (page, bytes) in run.indices().zip(self.region.bytes(run).chunks(PAGE_SIZE)) {
-                tally.digest = tally.digest.wrapping_add(page_digest(page, bytes));
-            }
+            tally.digest = tally.digest.wrapping_add(run_digest(run, self.region.bytes(run)));
         }
         Ok(())
     }

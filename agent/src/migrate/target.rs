@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use self::borrowing::Borrowing;
 pub use self::owing::Orphan;
-use super::digest::{chunk_hashes, page_digest, zero_digest};
+use super::digest::{chunk_hashes, run_digest, zeros_digest};
 use super::lap::Lap;
 use super::marks::Marks;
 use super::message::{Accept, ControlMessage, Handed, Offer, TargetState};
@@ -21,8 +21,8 @@ use super::options::Safety;
 use super::owed::{Owed, check_run, owed_pages};
 use super::reduce::{Unpacker, known_packings};
 use crate::model::{
-    BlackoutLedger, BlackoutPhase, MAX_BOOT_IMAGE_BYTES, MigrationId, Owner, PAGE_SIZE, Packing, PageBitmap, PageRun,
-    Step, VmId, WaitReport,
+    BlackoutLedger, BlackoutPhase, MAX_BOOT_IMAGE_BYTES, MigrationId, Owner, Packing, PageBitmap, PageRun, Step, VmId,
+    WaitReport,
 };
 use crate::port::{
     Bell, BulkItem, BulkReceiver, BulkSender, Clock, ControlChannel, Fate, Faults, Job, LinkError, Machine,
@@ -852,7 +852,7 @@ impl<'a> Inflow<'a> {
                     check_run(self.region, region, run)?;
                     self.zero_written(run);
                     if digested {
-                        digest = run.indices().fold(digest, |sum, page| sum.wrapping_add(zero_digest(page)));
+                        digest = digest.wrapping_add(zeros_digest(run));
                     }
                 }
                 (BulkItem::EndRound(ended), Some(digested)) if ended == round => {
@@ -872,8 +872,7 @@ impl<'a> Inflow<'a> {
     fn arrived(&self, run: PageRun, digested: bool, digest: u64) -> u64 {
         self.touch();
         self.mark_written(run);
-        let pages = run.indices().zip(self.region.bytes(run).chunks(PAGE_SIZE)).filter(|_| digested);
-        pages.fold(digest, |sum, (page, bytes)| sum.wrapping_add(page_digest(page, bytes)))
+        if digested { digest.wrapping_add(run_digest(run, self.region.bytes(run))) } else { digest }
     }
 
     /// Takes the memory of whole 2 MiB blocks in one go before their first bytes arrive.

@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use super::{Source, SourceError};
+use crate::migrate::protect::protect_all;
 use crate::model::{PageBitmap, PageCount, PageRun};
 
 /// Windows, and how long each is. Together they delay the move by 10 ms.
@@ -22,7 +23,7 @@ impl Source<'_> {
         let pages = self.region.spec().pages;
         if !was_on {
             self.machine.start_log()?;
-            self.protect(PageRun::new(0, u32::try_from(pages.0).unwrap_or(u32::MAX)))?;
+            protect_all(self.machine, self.region)?;
         }
         let mut windows = Vec::with_capacity(WINDOWS);
         for _ in 0..WINDOWS {
@@ -30,11 +31,7 @@ impl Source<'_> {
             let mut written = PageBitmap::new(pages);
             self.machine.harvest(&mut written)?;
             // What is not armed anew counts as written in the next window, too.
-            let first = written.runs(1).next().map_or(0, |run| run.first.0);
-            let last = written.runs(u32::MAX).last().map_or(0, PageRun::end);
-            if first < last {
-                self.protect(PageRun::new(first, u32::try_from(last - first).unwrap_or(u32::MAX)))?;
-            }
+            protect_all(self.machine, self.region)?;
             windows.push(written);
         }
         if was_on {
@@ -45,10 +42,6 @@ impl Source<'_> {
             self.machine.stop_log()?;
         }
         Ok(hottest(&windows))
-    }
-
-    fn protect(&mut self, run: PageRun) -> Result<(), SourceError> {
-        Ok(self.machine.protect(self.region.spec().id, run)?)
     }
 }
 

@@ -13,7 +13,8 @@ use crate::migrate::lease::{borrower_end, renew_after};
 use crate::migrate::message::{ControlMessage, TargetState};
 use crate::migrate::options::Safety;
 use crate::migrate::owed::Owed;
-use crate::model::{BlackoutLedger, MigrationId, Owner, PageBitmap, PageCount, PageRun, Step};
+use crate::migrate::protect::protect_all;
+use crate::model::{BlackoutLedger, MigrationId, Owner, PageBitmap, Step};
 use crate::port::{BulkSender, Clock, ControlChannel, Fate, LinkError, Machine, MachineError, Region};
 
 /// How often an increment that is on its way, or due, is looked after.
@@ -226,15 +227,6 @@ impl Borrowing {
         }
         Ok(())
     }
-}
-
-/// Has every page that a harvest has moved logged again when it is written.
-fn protect_all(machine: &mut dyn Machine, region: &dyn Region) -> Result<(), MachineError> {
-    let PageCount(pages) = region.spec().pages;
-    for first in (0..pages).step_by(1 << 30) {
-        machine.protect(region.spec().id, PageRun::new(first, (pages - first).min(1 << 30) as u32))?;
-    }
-    Ok(())
 }
 
 impl Target<'_> {
