@@ -44,11 +44,9 @@ fn zero_digest(page: u64) -> u64 {
 
 /// A hash of every 2 MiB of a region, in order: `--verify`. Pages of `as_zeros` count as zeros, whatever they hold: the guest does not use them, and the target has them so.
 pub fn chunk_hashes(region: &dyn Region, as_zeros: &PageBitmap) -> Vec<u64> {
-    let pages = region.spec().pages.0;
-    let chunks = (0..pages).step_by(CHUNK_PAGES as usize);
+    let chunks = region.spec().pages.windows(CHUNK_PAGES);
     chunks
-        .map(|first| {
-            let run = PageRun::new(first, CHUNK_PAGES.min((pages - first) as u32));
+        .map(|run| {
             let bytes = settled(region.bytes(run));
             if as_zeros.runs_within(run.first.0, run.end(), 1).next().is_none() {
                 return xxh3_64(bytes);

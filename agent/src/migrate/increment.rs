@@ -262,7 +262,7 @@ impl Gathered {
     }
 
     fn add(&mut self, run: PageRun, digest: u64, bytes: u64) {
-        run.indices().for_each(|page| self.pages.insert(page));
+        self.pages.insert_run(run);
         self.count += u64::from(run.count);
         self.digest = self.digest.wrapping_add(digest);
         self.wire_bytes += bytes;

@@ -18,7 +18,9 @@ use crate::port::{Bell, BulkReceiver, BulkSender, BytesView, Clock, FaultError, 
 /// How often whoever waits looks around.
 const TICK: Duration = Duration::from_millis(100);
 /// Pages mapped with one request ahead of the guest: as many as the largest block has.
-const MAP_PAGES: u64 = 512;
+const MAP_PAGES: u32 = 512;
+/// The most pages that are looked at together for data: 1 GiB.
+pub(super) const LOOK_PAGES: u32 = 1 << 18;
 
 /// What the VM is owed.
 pub(super) struct Owed<'a> {
@@ -31,6 +33,8 @@ pub(super) struct Owed<'a> {
     /// When a page was asked for, by when it came: what the guest waited.
     asked: Mutex<Waits>,
     left: AtomicU64,
+    /// Nothing came before what is owed: memory holds nothing else.
+    is_fresh: bool,
     over: AtomicBool,
     runs: AtomicBool,
     /// Requests do not get out.
@@ -85,6 +89,17 @@ impl<'a> Owed<'a> {
         new
     }
 
+    /// The same where nothing was sent before: memory is made to hold nothing, as what is not owed does.
+    pub(super) fn onto_nothing(mut self) -> Self {
+        self.region.spec().pages.windows(LOOK_PAGES).for_each(|window| self.empty(window));
+        self.is_fresh = true;
+        self
+    }
+
+    fn empty(&self, run: PageRun) {
+        self.region.data_within(run).into_iter().for_each(|data| self.region.zero(data));
+    }
+
     /// A VM whose manager died: what had come is marked, and there is no way to the source yet.
     pub(super) fn left_by_another(region: &'a dyn Region, faults: Arc<dyn Faults>, clock: &'a dyn Clock) -> Self {
         let claimed = Marks::of(faults.here().iter().map(|word| word.load(Ordering::Acquire)));
@@ -96,6 +111,7 @@ impl<'a> Owed<'a> {
             claimed,
             asked: Mutex::default(),
             left: AtomicU64::new(0),
+            is_fresh: false,
             over: AtomicBool::new(false),
             runs: AtomicBool::new(false),
             cut: AtomicBool::new(false),
@@ -287,9 +303,9 @@ impl<'a> Owed<'a> {
     /// Takes pages that are zero. They get memory when the guest touches them.
     pub(super) fn take_zeros(&self, run: PageRun) -> Result<(), TargetError> {
         let mine: Vec<bool> = run.indices().map(|page| self.claimed.set(page)).collect();
-        for part in runs_of(run, &mine) {
+        if !self.is_fresh {
             // What an earlier round brought is stale.
-            self.region.zero(part);
+            runs_of(run, &mine).for_each(|part| self.empty(part));
         }
         self.mark_present(run, &mine);
         for page in self.no_longer_asked(run) {
@@ -420,12 +436,13 @@ impl<'a> Owed<'a> {
                 self.clock.wait(&self.changed, seen, TICK);
             }
         }
-        let pages = self.region.spec().pages.0;
-        for first in (0..pages).step_by(MAP_PAGES as usize) {
+        if self.is_fresh {
+            return Ok(());
+        }
+        for window in self.region.spec().pages.windows(MAP_PAGES) {
             if self.is_over() {
                 break;
             }
-            let window = PageRun::new(first, MAP_PAGES.min(pages - first) as u32);
             if self.faults.block_pages() > 1 {
                 // It is one block.
                 if self.is_here(window) {

@@ -112,9 +112,10 @@ impl<'a> Pacer<'a> {
         Self { clock, pace, burst: BURST, paid: Mutex::default() }
     }
 
-    /// A pacer for pages that are owed to a VM that runs.
+    /// A pacer for pages that are owed to a VM that runs. It begins without a burst: the VM is just then to find the link and the processors free.
     pub fn for_push(clock: &'a dyn Clock, pace: Pace) -> Self {
-        Self { burst: DEEP_BURST, ..Self::new(clock, pace) }
+        let paid = Paid { until: clock.now(), limit: pace.limit() };
+        Self { burst: DEEP_BURST, paid: Mutex::new(paid), ..Self::new(clock, pace) }
     }
 
     /// Whether pages that are owed wait until they are asked for.

@@ -136,6 +136,8 @@ struct Progress {
     handed: bool,
     /// Whether the VM moves before what is due of its memory.
     owing: bool,
+    /// Whether the log tells what is due besides what is known to be.
+    logs: bool,
     /// The limit, if it follows what is dirtied.
     adaptive: Option<Adaptive>,
 }
@@ -165,6 +167,7 @@ impl Progress {
             squeeze: None,
             handed: false,
             owing: false,
+            logs: false,
             adaptive: None,
         }
     }
@@ -309,11 +312,11 @@ impl Source<'_> {
         self.squeeze_guest(progress, &way)?;
         match self.options.strategy {
             Strategy::PreCopy => {
-                self.machine.start_log()?;
+                self.start_log(progress)?;
                 self.iterate(progress, &mut way)?;
             }
             Strategy::Hybrid => {
-                self.machine.start_log()?;
+                self.start_log(progress)?;
                 for _ in 0..self.options.hybrid_rounds {
                     self.one_round(progress, &mut way)?;
                 }
@@ -321,6 +324,12 @@ impl Source<'_> {
             Strategy::StopAndCopy | Strategy::DemandPaging | Strategy::PostCopy => {}
         }
         Ok(way)
+    }
+
+    fn start_log(&mut self, progress: &mut Progress) -> Result<(), SourceError> {
+        self.machine.start_log()?;
+        progress.logs = true;
+        Ok(())
     }
 
     fn open_streams(&mut self, count: u16) -> Result<Vec<Box<dyn BulkSender>>, LinkError> {
@@ -576,7 +585,7 @@ impl Source<'_> {
         let mut lap = Lap::since(self.clock, paused_at);
         progress.ledger.add(BlackoutPhase::Pause, lap.next());
         self.pass(progress, Step::Paused, "");
-        if self.options.strategy.has_rounds() {
+        if progress.logs {
             self.machine.harvest(&mut way.due)?;
         }
         progress.ledger.add(BlackoutPhase::LastHarvest, lap.next());

@@ -400,6 +400,8 @@ impl Target<'_> {
                             inflow.await_round(handed.round)?;
                         }
                         let owed = Owed::new(inflow.region, Arc::clone(faults), inflow.clock, &owing, requests);
+                        // Nothing has come yet: what is not owed is as empty here as it is there.
+                        let owed = if handed.round == 0 { owed.onto_nothing() } else { owed };
                         let _ = inflow.owed.set(Arc::new(owed));
                         inflow.changed.ring();
                     } else {

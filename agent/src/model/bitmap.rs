@@ -47,6 +47,11 @@ impl PageBitmap {
         }
     }
 
+    /// Adds the pages of a run; those out of range are ignored.
+    pub fn insert_run(&mut self, run: PageRun) {
+        run.indices().for_each(|page| self.insert(page));
+    }
+
     /// Takes one page out.
     pub fn remove(&mut self, page: u64) {
         if page < self.len {

@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::region::PageRun;
+
 /// Bytes in the page that dirty logs and the wire count in.
 pub const PAGE_SIZE: usize = 4096;
 /// Bytes of a huge page of x86-64.
@@ -33,6 +35,14 @@ impl PageCount {
     /// The size in bytes.
     pub const fn bytes(self) -> u64 {
         self.0 * PAGE_SIZE as u64
+    }
+
+    /// All of so many pages in order, in runs of `longest`; the last may be shorter.
+    pub fn windows(self, longest: u32) -> impl Iterator<Item = PageRun> {
+        let longest = longest.max(1);
+        (0..self.0)
+            .step_by(longest as usize)
+            .map(move |first| PageRun::new(first, (self.0 - first).min(longest.into()) as u32))
     }
 }
 

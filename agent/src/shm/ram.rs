@@ -56,6 +56,16 @@ impl RamRegion {
         if answer == 0 { flags } else { Vec::new() }
     }
 
+    /// The first page from `page` on that holds data, or about which the kernel does not say; none if there is none.
+    fn next_data(&self, page: u64) -> Option<u64> {
+        match rustix::fs::seek(&self.file, SeekFrom::Data(page * PAGE_SIZE as u64)) {
+            Ok(data) => Some((data / PAGE_SIZE as u64).max(page)),
+            // Past the last data.
+            Err(Errno::NXIO) => None,
+            Err(_) => Some(page),
+        }
+    }
+
     fn fill_with_zeros(&self, run: PageRun) {
         for byte in self.bytes(run) {
             byte.store(0, std::sync::atomic::Ordering::Relaxed);
@@ -109,19 +119,21 @@ impl Region for RamRegion {
             Some(last) if last.end() == page => last.count += 1,
             _ => parts.push(PageRun::new(page, 1)),
         };
-        let resident = self.resident(run);
-        let mut page = run.first.0;
+        let mut page = self.next_data(run.first.0).unwrap_or(run.end());
+        // The kernel looks for each page of a long hole by itself: those that the file skips are not asked for.
+        let rest = PageRun::new(page.min(run.end()), run.end().saturating_sub(page) as u32);
+        let resident = self.resident(rest);
         while page < run.end() {
-            if resident.get((page - run.first.0) as usize).is_none_or(|flags| flags & 1 == 1) {
+            if resident.get((page - rest.first.0) as usize).is_none_or(|flags| flags & 1 == 1) {
                 add(page);
                 page += 1;
                 continue;
             }
-            // Never written, or swapped out: the file can tell. Past the last data SEEK_DATA answers ENXIO.
-            match rustix::fs::seek(&self.file, SeekFrom::Data(page * PAGE_SIZE as u64)) {
-                Ok(data) if data / PAGE_SIZE as u64 > page => page = data / PAGE_SIZE as u64,
-                Err(Errno::NXIO) => break,
-                _ => {
+            // Never written, or swapped out: the file can tell.
+            match self.next_data(page) {
+                Some(data) if data > page => page = data,
+                None => break,
+                Some(_) => {
                     add(page);
                     page += 1;
                 }

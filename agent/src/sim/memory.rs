@@ -171,7 +171,7 @@ impl SimDirtyLog {
 
     /// Counts these pages as moved, so that what is logged of them goes when they are protected next.
     pub(super) fn disregard(&mut self, run: PageRun) {
-        run.indices().for_each(|page| self.moved.insert(page));
+        self.moved.insert_run(run);
     }
 
     /// Re-arms those pages of `run` that were moved.

@@ -17,14 +17,9 @@ const HOT_IN: usize = 3;
 const MOST: usize = 512;
 
 impl Source<'_> {
-    /// The pages that the VM writes most, the hottest last. What was written meanwhile is `due` if the log was on.
+    /// The pages that the VM writes most, by the log, which is on; the hottest last. What was written meanwhile is `due`.
     pub(super) fn hot_pages(&mut self, due: &mut PageBitmap) -> Result<Vec<u64>, SourceError> {
-        let was_on = self.options.strategy.has_rounds();
         let pages = self.region.spec().pages;
-        if !was_on {
-            self.machine.start_log()?;
-            protect_all(self.machine, self.region)?;
-        }
         let mut windows = Vec::with_capacity(WINDOWS);
         for _ in 0..WINDOWS {
             self.clock.sleep(WINDOW);
@@ -34,12 +29,8 @@ impl Source<'_> {
             protect_all(self.machine, self.region)?;
             windows.push(written);
         }
-        if was_on {
-            for written in &windows {
-                due.union(written);
-            }
-        } else {
-            self.machine.stop_log()?;
+        for written in &windows {
+            due.union(written);
         }
         Ok(hottest(&windows))
     }

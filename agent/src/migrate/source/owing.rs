@@ -10,8 +10,9 @@ use super::{PAUSED_STALL, PINGS, Progress, Source, SourceError, TICK, Way, peers
 use crate::migrate::increment::Gathering;
 use crate::migrate::message::{ControlMessage, Handed};
 use crate::migrate::options::{Safety, Strategy};
-use crate::migrate::owed::{owed_pages, owed_words};
+use crate::migrate::owed::{LOOK_PAGES, owed_pages, owed_words};
 use crate::migrate::pacer::Pacer;
+use crate::migrate::protect::protect_all;
 use crate::migrate::push::Push;
 use crate::migrate::rounds::longest_run;
 use crate::model::{
@@ -43,6 +44,9 @@ impl Source<'_> {
             self.pace.wait_until_asked();
         }
         let handed = self.way_for_increments(&mut way).and_then(|safe| {
+            if progress.rounds.is_empty() {
+                self.owe_only_data(progress, &mut way.due)?;
+            }
             // Of demand-paging nothing follows that is not asked for.
             let pure = self.options.strategy == Strategy::DemandPaging;
             let mut first = if pure { Vec::new() } else { self.hot_pages(&mut way.due)? };
@@ -80,6 +84,19 @@ impl Source<'_> {
             }
         });
         self.follow_loan(progress, lent, &mut lending, &pacer)
+    }
+
+    /// Where nothing was sent yet what holds no data is not owed: the target's memory is as empty. What gets some from now on the log tells.
+    fn owe_only_data(&mut self, progress: &mut Progress, due: &mut PageBitmap) -> Result<(), SourceError> {
+        if !progress.logs {
+            self.start_log(progress)?;
+        }
+        protect_all(self.machine, self.region)?;
+        due.clear();
+        for window in self.region.spec().pages.windows(LOOK_PAGES) {
+            self.region.data_within(window).into_iter().for_each(|data| due.insert_run(data));
+        }
+        Ok(())
     }
 
     /// Where increments come in, and where their pages are gathered, if the VM is to be kept safe.

@@ -17,7 +17,7 @@ const SHORTEST_ASKING: Duration = Duration::from_millis(5);
 /// The part of the time that a round is expected to take for which the guest is waited for.
 const ASKING_SHARE: u32 = 10;
 /// Pages that are protected with one order: 32 MiB.
-const PROTECT_PAGES: u64 = 8192;
+const PROTECT_PAGES: u32 = 8192;
 /// Runs of pages that are named to the machine at most.
 const MOST_RUNS: usize = 1 << 16;
 /// How long a guest that gives up memory is waited for before everything else is looked at.
@@ -75,9 +75,7 @@ impl Source<'_> {
 
     /// Logs writes to everything that is due.
     fn protect_due(&mut self, due: &PageBitmap) -> Result<(), SourceError> {
-        let pages = due.len().0;
-        for first in (0..pages).step_by(PROTECT_PAGES as usize) {
-            let run = PageRun::new(first, PROTECT_PAGES.min(pages - first) as u32);
+        for run in due.len().windows(PROTECT_PAGES) {
             if due.runs_within(run.first.0, run.end(), 1).next().is_some() {
                 self.machine.protect(self.region.spec().id, run)?;
             }

@@ -304,7 +304,7 @@ impl BalloonBackend {
         let mut hinted = 0;
         let done = self.each_piece(&chain.writable, pass, work, |backend, run| {
             if let Some(round) = &mut backend.round {
-                run.indices().for_each(|page| round.pages.insert(page));
+                round.pages.insert_run(run);
             }
             hinted += u64::from(run.count);
         });
