@@ -53,7 +53,9 @@ fn post_copy_there_and_back_with_disk_and_two_vcpus() {
     for hop in there_and_back(&VmSpec::busy(2, DirtyLogKind::Ring), &options(Strategy::PostCopy, &[])) {
         assert!(hop.report.rounds.is_empty(), "nothing is sent before the VM moves");
         let owed = owed(&hop);
-        assert_eq!(owed.owed_pages, hop.report.memory_bytes / 4096);
+        let pages = hop.report.memory_bytes / 4096;
+        assert!((1..pages).contains(&owed.owed_pages), "what it never touched is not owed: {owed:?} of {pages}");
+        assert_eq!(owed.sent_pages, owed.owed_pages);
         assert!(owed.waits.count > 0 && owed.waits.p50_ns > 0, "a guest that runs touches memory: {owed:?}");
     }
 }
@@ -139,14 +141,18 @@ fn demand_paging_brings_what_is_touched_and_the_rest_when_it_is_finished() {
     }
     let still = owed(&target).unwrap();
     println!("shows {still} pages of 24576 are still owed");
-    assert!(still > 12_000 && still < 24_576, "{still}");
+    assert!(still > 1_000 && still < 12_288, "of 96 MiB it uses 16: {still}");
     assert_eq!(source.finish_migration().unwrap(), 0);
     assert_eq!(migrate.exit_code(LIMIT).unwrap(), Some(0), "{}", migrate.output.text());
     let report = migrate.report().unwrap();
     let moved = report.post_copy.as_ref().unwrap();
     println!("shows {} of {} pages were asked for, {:?}", moved.asked_pages, moved.owed_pages, moved.waits);
-    assert_eq!((report.strategy.as_str(), moved.sent_pages, moved.owed_pages), ("demand-paging", 24_576, 24_576));
-    assert!(moved.asked_pages > 0 && moved.waits.histogram.iter().map(|bucket| bucket.count).sum::<u64>() > 0);
+    assert_eq!((report.strategy.as_str(), moved.sent_pages), ("demand-paging", moved.owed_pages));
+    assert!(
+        moved.owed_pages > still
+            && moved.asked_pages > 0
+            && moved.waits.histogram.iter().map(|bucket| bucket.count).sum::<u64>() > 0
+    );
     assert_eq!(owed(&target), None);
     target.serial().check_guest().unwrap();
 }
@@ -171,5 +177,7 @@ fn a_vm_to_which_pages_are_owed_is_not_moved_on() {
     println!("shows {refused:?}");
     assert_eq!(refused.unwrap().0, Some(3));
     let (report, code) = rig.end_of_migration(&mut manager).unwrap();
-    assert_eq!((code, report.post_copy.unwrap().sent_pages), (Some(0), report.memory_bytes / 4096));
+    let moved = report.post_copy.unwrap();
+    assert_eq!((code, moved.sent_pages), (Some(0), moved.owed_pages));
+    assert!(moved.owed_pages > 32_768, "its 128 MiB: {moved:?}");
 }

@@ -406,6 +406,7 @@ impl<'a> Owed<'a> {
                 let page = block.first.0;
                 if self.is_here(block) {
                     self.map(block)?;
+                    self.map_around(page)?;
                     continue;
                 }
                 let now = self.clock.now();
@@ -428,7 +429,8 @@ impl<'a> Owed<'a> {
         Ok(())
     }
 
-    /// Maps what earlier rounds brought, ahead of the guest, until all is mapped or nobody serves any more. Zeros without memory are left out.
+    /// Maps what earlier rounds brought, ahead of the guest, until all is mapped or nobody serves any more. Zeros without memory are left out. Half of its time it stands aside: the
+    /// guest, its faults and the streams want the processors, too.
     pub(super) fn map_ahead(&self) -> Result<(), TargetError> {
         while !self.is_over() && !self.runs.load(Ordering::Acquire) {
             let seen = self.changed.rings();
@@ -439,31 +441,50 @@ impl<'a> Owed<'a> {
         if self.is_fresh {
             return Ok(());
         }
+        let mut took = Duration::ZERO;
         for window in self.region.spec().pages.windows(MAP_PAGES) {
             if self.is_over() {
                 break;
             }
-            if self.faults.block_pages() > 1 {
-                // It is one block.
-                if self.is_here(window) {
-                    self.map_if_in_memory(window)?;
+            self.clock.sleep(took);
+            let began = self.clock.now();
+            self.map_window(window)?;
+            took = self.clock.now().saturating_sub(began);
+        }
+        Ok(())
+    }
+
+    /// Maps what is here of a window.
+    fn map_window(&self, window: PageRun) -> Result<(), TargetError> {
+        if self.faults.block_pages() > 1 {
+            // It is one block.
+            return if self.is_here(window) { self.map_if_in_memory(window) } else { Ok(()) };
+        }
+        for data in self.region.data_within(window) {
+            let mut start = data.first.0;
+            while start < data.end() {
+                let is_here = self.present().is_set(start);
+                let end =
+                    (start..data.end()).find(|&page| self.present().is_set(page) != is_here).unwrap_or(data.end());
+                if is_here {
+                    self.map_if_in_memory(PageRun::new(start, (end - start) as u32))?;
                 }
-                continue;
-            }
-            for data in self.region.data_within(window) {
-                let mut start = data.first.0;
-                while start < data.end() {
-                    let is_here = self.present().is_set(start);
-                    let end =
-                        (start..data.end()).find(|&page| self.present().is_set(page) != is_here).unwrap_or(data.end());
-                    if is_here {
-                        self.map_if_in_memory(PageRun::new(start, (end - start) as u32))?;
-                    }
-                    start = end;
-                }
+                start = end;
             }
         }
         Ok(())
+    }
+
+    /// Maps what earlier rounds brought next to a page, among the 64 that share a word of marks: whoever touched that one will soon touch those.
+    fn map_around(&self, page: u64) -> Result<(), TargetError> {
+        if self.is_fresh || self.faults.block_pages() > 1 {
+            return Ok(());
+        }
+        let (here, at) = (self.present().word(page), page % 64);
+        let below = (here << (63 - at)).leading_ones().saturating_sub(1);
+        let above = (here >> at).trailing_ones().saturating_sub(1);
+        self.map_if_in_memory(PageRun::new(page + 1, above))?;
+        self.map_if_in_memory(PageRun::new(page - u64::from(below), below))
     }
 
     fn map_if_in_memory(&self, run: PageRun) -> Result<(), TargetError> {
@@ -561,16 +582,31 @@ mod tests {
     }
 
     #[test]
-    fn a_page_is_asked_for_once_and_one_that_is_here_is_mapped() {
+    fn a_page_is_asked_for_once_and_one_that_is_here_is_mapped_with_its_neighbours() {
         let (memory, faults, clock) = (Memory::of(PAGES), Arc::new(Caught::of(PAGES)), Still);
         let asked = Recorder::default();
-        let owed = Owed::new(&memory, faults.clone(), &clock, &bits(PAGES, &[3, 4]), Box::new(asked.clone()));
-        faults.happen(&[3, 3, 100]);
+        let owed = Owed::new(&memory, faults.clone(), &clock, &bits(PAGES, &[3, 4, 97, 103]), Box::new(asked.clone()));
+        faults.happen(&[3, 3, 100, 128]);
         faults.then_stop();
         assert!(matches!(owed.serve_faults(), Err(TargetError::Faults(_))), "the machine has ended");
-        assert_eq!((asked.wants(), faults.mapped()), (vec![3], vec![100]));
+        let near: Vec<u64> = (98..103).chain(128..192).collect();
+        assert_eq!((asked.wants(), faults.mapped()), (vec![3], near), "no page that is missing, nor any beyond one");
         owed.take_zeros(PageRun::new(3, 1)).unwrap();
-        assert_eq!((owed.waits().count, faults.mapped()), (1, vec![3, 100]), "who waits for a zero gets it at once");
+        assert_eq!((owed.waits().count, faults.mapped()[0]), (1, 3), "who waits for a zero gets it at once");
+    }
+
+    #[test]
+    fn where_nothing_was_sent_before_memory_is_empty_and_nothing_is_mapped_ahead() {
+        let (memory, faults, clock) = (Memory::of(PAGES), Arc::new(Caught::of(PAGES)), Still);
+        memory.fill(PageRun::new(0, PAGES as u32), 7);
+        let owing = bits(PAGES, &[3, 9]);
+        let owed = Owed::new(&memory, faults.clone(), &clock, &owing, Box::new(Recorder::default())).onto_nothing();
+        assert_eq!([0, 3, 199].map(|page| memory.byte(page)), [0, 0, 0]);
+        owed.take_pages(PageRun::new(3, 1), &mut Script::filled(8), &mut || true).unwrap();
+        owed.take_zeros(PageRun::new(9, 1)).unwrap();
+        owed.runs();
+        owed.map_ahead().unwrap();
+        assert_eq!((owed.left(), memory.byte(3), faults.mapped()), (0, 8, vec![3]));
     }
 
     /// Sends nothing until it is let.

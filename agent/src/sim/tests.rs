@@ -393,6 +393,22 @@ fn faults_at_any_time_of_a_vm_that_is_owed_pages_end_as_the_table_says() {
 }
 
 #[test]
+fn what_never_held_data_is_not_owed_and_what_is_written_meanwhile_is() {
+    for strategy in [Strategy::PostCopy, Strategy::DemandPaging] {
+        for seed in 0..20 {
+            let mut scenario = Scenario::new(seed);
+            (scenario.strategy, scenario.guest.working_set) = (strategy, 600);
+            scenario.guest.writes_per_second = 200_000;
+            let run = simulate(&scenario);
+            assert!(run.violations.is_empty(), "{run:#?}");
+            let report = run.report.unwrap();
+            let owed = report.post_copy.unwrap().owed_pages;
+            assert!((1..=600).contains(&owed), "{strategy}: {owed} of {} bytes", report.memory_bytes);
+        }
+    }
+}
+
+#[test]
 fn a_machine_that_does_not_wait_for_missing_pages_is_found_out() {
     let found = |seed: &u64| {
         let seed = *seed;

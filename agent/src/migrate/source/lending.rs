@@ -35,8 +35,6 @@ pub(super) struct Lending {
 pub(super) enum Lent {
     /// It is over, and so is the migration.
     Settled((Ending, String)),
-    /// The target has every page.
-    Whole,
     /// Contact, or the target, is lost.
     Lost(SourceError),
 }
@@ -145,7 +143,8 @@ impl Source<'_> {
         match self.lend_on(push, gathering, lending) {
             Ok(waits) => {
                 note(progress, push.report(), waits);
-                Lent::Whole
+                // Before the streams have ended: what the VM sends is held until it has heard.
+                Lent::Settled(self.give_for_good(progress))
             }
             // Nobody is left here to take it back: it is the target's from now on, and what it is owed follows it.
             Err(SourceError::Machine(_)) if self.machine.fate() == Fate::Dead => {
@@ -239,11 +238,6 @@ impl Source<'_> {
         loop {
             let error = match so_far {
                 Lent::Settled(ended) => return self.settle_loan(progress, lending, ended),
-                Lent::Whole => {
-                    progress.ended_at = Some(self.clock.now());
-                    let ended = self.hand_over(progress, BlackoutLedger::default(), Rest::None);
-                    return self.settle_loan(progress, lending, ended);
-                }
                 Lent::Lost(error) => error,
             };
             let is_final = matches!(
@@ -270,6 +264,12 @@ impl Source<'_> {
                 }
             };
         }
+    }
+
+    /// The target has all.
+    fn give_for_good(&mut self, progress: &mut Progress) -> (Ending, String) {
+        progress.ended_at = Some(self.clock.now());
+        self.hand_over(progress, BlackoutLedger::default(), Rest::None)
     }
 
     fn settle_loan(
@@ -315,7 +315,7 @@ impl Source<'_> {
             GoOn::With(due, streams) => (due, streams),
             GoOn::Whole(waits) => {
                 note(progress, PostCopyReport::default(), waits);
-                return Ok(Lent::Whole);
+                return Ok(Lent::Settled(self.give_for_good(progress)));
             }
         };
         let requests = answers(&mut streams)?;
