@@ -27,7 +27,7 @@ use crate::model::shape::MAX_MEMORY_BYTES;
 use crate::model::units::{parse_duration, parse_size_bytes};
 use crate::model::{
     BlackoutLedger, BytesPerSecond, DirtyLogKind, DiskSpec, MacAddress, MachineShape, MigrationId, NetSpec, Packing,
-    PageCount, PageRun, RegionId, SerialSpec, Step, VmId, VmRef, WriteCurve, Writer,
+    PageCount, PageRun, RegionId, RelayedFrame, SerialSpec, Step, VmId, VmRef, WriteCurve, Writer,
 };
 use crate::service::balloon::BalloonReport;
 use crate::service::config;
@@ -191,6 +191,7 @@ fn control_seeds() -> Vec<Vec<u8>> {
         ControlMessage::Prepared(BlackoutLedger::default()),
         ControlMessage::Query(id),
         ControlMessage::State(TargetState::Owner),
+        ControlMessage::Frames(vec![RelayedFrame { port: 1, bytes: vec![2; 60] }]),
         ControlMessage::Reducing(vec!["lz4".to_owned(), "dedup".to_owned()]),
     ];
     messages.iter().map(|message| postcard::to_stdvec(message).unwrap_or_default()).collect()

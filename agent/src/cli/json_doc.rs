@@ -12,8 +12,9 @@ use crate::model::schema::Schema;
 use crate::model::{
     AddressSpace, AnnounceReport, AnnounceRound, BlackoutLedger, BlackoutPhase, BytesPerSecond, Chosen, CurvePoint,
     Ending, Gfn, Gpa, GuestProcess, GuestWrite, Gva, LinkReport, LoanReport, MemoryRange, MigrationId, MigrationRecord,
-    MigrationReport, MigrationStatus, Owner, PageCount, PostCopyReport, ReducerReport, RegionHeat, RoundReport,
-    SqueezeReport, Stage, Station, Step, StunReport, VcpuStun, VmId, WaitBucket, WaitReport, WriteCurve, Writer,
+    MigrationReport, MigrationStatus, Owner, PageCount, PostCopyReport, ReducerReport, RegionHeat, RelayReport,
+    RoundReport, SqueezeReport, Stage, Station, Step, StunReport, VcpuStun, VmId, WaitBucket, WaitReport, WriteCurve,
+    Writer,
 };
 use crate::port::Protected;
 use crate::service::balloon::{BalloonReport, HintReport};
@@ -68,6 +69,7 @@ fn migration() -> Value {
             ..PostCopyReport::default()
         }),
         loan: Some(LoanReport { taken_back_increment: Some(0), ..LoanReport::default() }),
+        relay: Some(RelayReport::default()),
         stun: Some(stun_report()),
         link: Some(LinkReport {
             interface: String::new(),

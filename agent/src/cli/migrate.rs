@@ -134,6 +134,10 @@ pub(super) struct MigrateArgs {
     #[arg(long, value_name = "TIME", default_value = "20s", value_parser = parse_duration)]
     doubt: Duration,
 
+    /// For how long frames that still reach the VM's ports here are carried to it, at most; 0s: they are not. It ends earlier when none comes for 200 ms.
+    #[arg(long, value_name = "TIME", default_value = "2s", value_parser = parse_duration)]
+    relay: Duration,
+
     #[command(flatten)]
     plaintext: Plaintext,
 
@@ -149,7 +153,7 @@ const WITHOUT_TARGET: [&str; 5] = ["status", "set", "finish", "cancel", "recover
 /// Options that begin nothing.
 const STEERING: [&str; 4] = ["status", "set", "finish", "cancel"];
 /// Options of a migration that is to begin.
-const BEGINNING: [&str; 25] = [
+const BEGINNING: [&str; 26] = [
     "to",
     "strategy",
     "predict",
@@ -172,6 +176,7 @@ const BEGINNING: [&str; 25] = [
     "balloon_limit",
     "verify",
     "doubt",
+    "relay",
     "insecure_plaintext",
     "stall",
     "events",
@@ -268,6 +273,7 @@ impl MigrateArgs {
             verify: self.verify,
             stall: self.watch.stall.unwrap_or(configured.stall),
             doubt: self.doubt,
+            relay: self.relay,
             stun: config.stun.policy(),
             ..SourceOptions::default()
         };
@@ -619,6 +625,17 @@ fn describe(report: &MigrationReport) -> String {
             ns(loan.longest_stand_ns),
             ns(loan.safe_p50_ns),
             ns(loan.safe_max_ns),
+        );
+    }
+    if let Some(relay) = &report.relay {
+        text += &format!(
+            "  relayed    {} frames ({}) that came here when it had left, {} of them when it ran there; {} dropped, in {}{}\n",
+            relay.frames,
+            display_bytes(relay.bytes),
+            relay.late_frames,
+            relay.dropped_frames,
+            ns(relay.lasted_ns),
+            because(&relay.error)
         );
     }
     for vcpu in report.stun.iter().flat_map(|stun| &stun.vcpus) {

@@ -4,6 +4,7 @@
 
 use std::any::Any;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
@@ -139,6 +140,29 @@ pub trait Device: MmioDevice + Any {
     fn take_held(&self, held: &[u8]) -> Result<(), DeviceError> {
         let _ = held;
         Ok(())
+    }
+
+    /// What has come from the network so far is thrown away, and what comes waits for what is relayed from the VM's former place.
+    fn await_relay(&self) {}
+
+    /// Gives the guest a frame that reached its former place, before those that wait. `false` if it is dropped.
+    fn relay_frame(&self, frame: Vec<u8>) -> bool {
+        let _ = frame;
+        false
+    }
+
+    /// What was at the former place when the VM ran here has been relayed; what waited goes on.
+    fn relay_caught_up(&self) {}
+
+    /// Nothing more is relayed.
+    fn end_relay(&self) {}
+
+    /// Where frames for the guest come in: a descriptor of it. Only network devices have one.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    fn former_port(&self) -> io::Result<Option<OwnedFd>> {
+        Ok(None)
     }
 
     /// Sends a frame into the network as if the guest had sent it, also while the device stands (announcements). Only

@@ -9,6 +9,8 @@
 
 use std::any::Any;
 use std::collections::BTreeSet;
+use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -41,7 +43,7 @@ use super::x86::time::{CounterError, Frequency, FrequencyError, Now, TimeShift};
 use crate::model::id::VmName;
 use crate::model::shape::ShapeError;
 use crate::model::{
-    DirtyLogKind, DiskSpec, MachineShape, NetSpec, PageBitmap, PageCount, PageRun, RegionId, SerialSpec,
+    DirtyLogKind, DiskSpec, MachineShape, NetSpec, PageBitmap, PageCount, PageRun, RegionId, RelayedFrame, SerialSpec,
     ThrottleStatus, VcpuLimit, VmId, VmWrites, chain,
 };
 use crate::port::machine::PauseTiming;
@@ -725,6 +727,37 @@ impl Machine {
     /// What is that of increments up to `number` goes out.
     pub fn let_out(&self, number: u32) {
         self.devices().iter().for_each(|device| device.let_out(number));
+    }
+
+    /// Where frames for the guest come in, in the order of its ports.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn former_ports(&self) -> io::Result<Vec<OwnedFd>> {
+        self.devices().iter().filter_map(|device| device.former_port().transpose()).collect()
+    }
+
+    /// What has come from the network so far is thrown away, and what comes waits for [`Machine::relay_caught_up`].
+    pub fn await_relay(&self) {
+        self.devices().iter().for_each(|device| device.await_relay());
+    }
+
+    /// Gives the guest a frame that reached its former place at that port. `false` if it is dropped.
+    pub fn relay(&self, frame: RelayedFrame) -> bool {
+        let is_port = usize::from(frame.port) < self.shape().nets.len();
+        // Network ports are the first devices, in their order.
+        let port = self.devices().get(usize::from(frame.port)).filter(|_| is_port);
+        port.is_some_and(|port| port.relay_frame(frame.bytes))
+    }
+
+    /// What was at the former place when the VM ran here has been relayed.
+    pub fn relay_caught_up(&self) {
+        self.devices().iter().for_each(|device| device.relay_caught_up());
+    }
+
+    /// Nothing more is relayed.
+    pub fn end_relay(&self) {
+        self.devices().iter().for_each(|device| device.end_relay());
     }
 
     /// All that is held goes out, and nothing is held any more.

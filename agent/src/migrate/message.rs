@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::{BlackoutLedger, MachineShape, MigrationId, RegionSpec, WaitReport};
+use crate::model::{BlackoutLedger, MachineShape, MigrationId, RegionSpec, RelayedFrame, WaitReport};
 
 /// The source's offer: everything that the target must be able to provide.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -145,6 +145,14 @@ pub enum ControlMessage {
     Increment(Box<Increment>),
     /// Source → target: it goes on from this increment if it must.
     Safe(u32),
+    /// Source → target, before `Commit` or `Lend`: what the network still brings here for the VM will follow it.
+    Relaying,
+    /// Source → target, after `Running`: these frames came here.
+    Frames(Vec<RelayedFrame>),
+    /// Source → target: all that came until `Running` is among them.
+    CaughtUp,
+    /// Source → target: no more will follow.
+    RelayOver,
 }
 
 impl ControlMessage {
@@ -178,6 +186,10 @@ impl ControlMessage {
             Self::Granted(_) => "granted",
             Self::Increment(_) => "increment",
             Self::Safe(_) => "safe",
+            Self::Relaying => "relaying",
+            Self::Frames(_) => "frames",
+            Self::CaughtUp => "caught-up",
+            Self::RelayOver => "relay-over",
         }
     }
 }

@@ -170,6 +170,8 @@ pub struct SourceOptions {
     /// For how long a target is dialled that may hold the VM: in doubt before the question is left to an operator, and
     /// after a rollback until it has let its copy go.
     pub doubt: Duration,
+    /// For how long what the network still brings here for the VM is carried on, at most; zero: not at all.
+    pub relay: Duration,
     /// The target's address, kept in the journal for reconnecting.
     pub peer: String,
 }
@@ -202,6 +204,7 @@ impl Default for SourceOptions {
             verify: false,
             stall: Duration::from_secs(10),
             doubt: Duration::from_secs(20),
+            relay: Duration::from_secs(2),
             peer: String::new(),
         }
     }

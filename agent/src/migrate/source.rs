@@ -6,6 +6,7 @@
 mod hot;
 mod lending;
 mod owing;
+mod relay;
 mod spare;
 
 use std::sync::{Arc, Mutex};
@@ -26,9 +27,11 @@ use super::rounds::{Round, Saved, Tally, longest_run};
 use super::steward::{Sent, Steward};
 use crate::model::{
     BlackoutLedger, BlackoutPhase, BytesPerSecond, Ending, LoanReport, MachineShape, MigrationId, MigrationReport,
-    PAGE_SIZE, PageBitmap, PageCount, PostCopyReport, RoundReport, SqueezeReport, Step,
+    PAGE_SIZE, PageBitmap, PageCount, PostCopyReport, RelayReport, RoundReport, SqueezeReport, Step,
 };
-use crate::port::{BulkSender, Clock, ControlChannel, Fate, LinkError, Machine, MachineError, Region, SourceLink};
+use crate::port::{
+    BulkSender, Clock, ControlChannel, Fate, FormerPorts, LinkError, Machine, MachineError, Region, SourceLink,
+};
 use crate::stun::Budget;
 
 /// How many times the stall limit a target may take to set memory and devices aside: much memory takes its time.
@@ -140,6 +143,10 @@ struct Progress {
     logs: bool,
     /// The limit, if it follows what is dirtied.
     adaptive: Option<Adaptive>,
+    /// The VM's ports here, until the VM runs at the target.
+    ports: Option<Box<dyn FormerPorts>>,
+    /// What was relayed from them.
+    relay: Option<RelayReport>,
 }
 
 impl Progress {
@@ -169,6 +176,8 @@ impl Progress {
             owing: false,
             logs: false,
             adaptive: None,
+            ports: None,
+            relay: None,
         }
     }
 
@@ -263,6 +272,7 @@ impl Source<'_> {
             verified_pages: progress.verified_pages,
             post_copy: progress.post_copy,
             loan: progress.loan,
+            relay: progress.relay,
             stun: progress.steward.map(|steward| steward.report()),
             link: None,
             chosen: None,
@@ -309,6 +319,7 @@ impl Source<'_> {
         let (free, left_out) = (PageBitmap::new(pages), PageBitmap::new(pages));
         let mut way = Way { control, streams, reducing, pacer, due, free, left_out, due_before: None };
         self.send_boot_image(progress, &way)?;
+        progress.ports = self.former_ports();
         self.squeeze_guest(progress, &way)?;
         match self.options.strategy {
             Strategy::PreCopy => {
@@ -658,7 +669,7 @@ impl Source<'_> {
             progress.ledger.add(BlackoutPhase::JournalReleased, self.clock.now().saturating_sub(asked));
         }
         self.pass(progress, Step::Released, "");
-        let mut lost = self.link.control().send(&ControlMessage::Commit).err().map(SourceError::from);
+        let mut lost = self.commit(progress, &ControlMessage::Commit).err().map(SourceError::from);
         let deadline = self.clock.now() + self.options.stall;
         while lost.is_none() {
             match self.expect_quietly(deadline) {
@@ -675,6 +686,15 @@ impl Source<'_> {
         }
         let why = lost.map(|error| error.to_string()).unwrap_or_default();
         self.settle(progress, &target, &why, rest)
+    }
+
+    /// Has the target run the VM, and tells it before what will follow.
+    fn commit(&self, progress: &Progress, order: &ControlMessage) -> Result<(), LinkError> {
+        let control = self.link.control();
+        if progress.ports.is_some() {
+            control.send(&ControlMessage::Relaying)?;
+        }
+        control.send(order)
     }
 
     /// Contact was lost after `released`: dial again and ask, for a bounded time.
@@ -745,6 +765,14 @@ impl Source<'_> {
     fn moved(&mut self, progress: &mut Progress, target: &BlackoutLedger, rest: Rest<'_>) -> (Ending, String) {
         self.note_running(progress, target);
         self.pass(progress, Step::Running, "");
+        let ports = progress.ports.take();
+        let (ended, relay) = self.beside_relay(ports, |source| source.let_go(progress, rest));
+        progress.relay = relay.or(progress.relay.take());
+        ended
+    }
+
+    /// The VM runs at the target: sends it what it is owed, and lets go of what is here.
+    fn let_go(&mut self, progress: &mut Progress, rest: Rest<'_>) -> (Ending, String) {
         if let Err(error) = self.send_the_rest(progress, rest) {
             if let SourceError::PeerCancelled(reason) = &error {
                 let advice = format!(

@@ -5,6 +5,7 @@
 
 mod borrowing;
 mod owing;
+mod relay;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -12,6 +13,7 @@ use std::time::Duration;
 
 use self::borrowing::Borrowing;
 pub use self::owing::Orphan;
+pub use self::relay::RelayPhase;
 use super::digest::{chunk_hashes, run_digest, zeros_digest};
 use super::lap::Lap;
 use super::marks::Marks;
@@ -157,6 +159,8 @@ pub struct Target<'a> {
     pub cancel: CancelFlag,
     /// Nothing moving for this long counts as a stalled peer.
     pub stall: Duration,
+    /// How far a relay of frames is; there is none at first.
+    pub relay: RelayPhase,
 }
 
 impl Target<'_> {
@@ -202,6 +206,7 @@ impl Target<'_> {
         if !owes {
             self.until_it_runs(offer.migration_id, machine.as_mut(), &mut ledger, &mut None)?;
         }
+        self.stay_for_relay(offer.migration_id, machine.as_mut());
         Ok(Arrived { migration_id: offer.migration_id, vm_id: offer.shape.vm_id, machine, ledger, verified_pages })
     }
 
@@ -474,8 +479,10 @@ impl Target<'_> {
                         let _ = self.link.control().send(&ControlMessage::State(TargetState::Prepared));
                     }
                 },
-                Ok(Some(other)) => {
-                    tracing::warn!(migration = %id, got = other.name(), "ignored while prepared");
+                Ok(Some(message)) => {
+                    if let Some(other) = self.hear_relay(id, message, machine) {
+                        tracing::warn!(migration = %id, got = other.name(), "ignored while prepared");
+                    }
                 }
                 // A connection may be dead without a sign of it: a source that dials anew takes its place.
                 Ok(None) if self.clock.now().saturating_sub(heard_at) >= SILENCE => {
@@ -524,6 +531,7 @@ impl Target<'_> {
         step: Step,
     ) -> Result<bool, TargetError> {
         let mut lap = Lap::since(self.clock, self.clock.now());
+        self.begin_relay(id, machine);
         match machine.announce() {
             Ok(frames) => self.pass(id, Step::Announced, &format!("{frames} frames")),
             Err(error) => tracing::warn!(migration = %id, "the first announcement failed: {error}"),

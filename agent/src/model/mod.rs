@@ -26,6 +26,7 @@ pub mod packing;
 pub mod process;
 pub mod random;
 pub mod region;
+pub mod relay;
 pub mod report;
 pub mod schema;
 pub mod shape;
@@ -57,6 +58,7 @@ pub use packing::Packing;
 pub use process::GuestProcess;
 pub use random::Random;
 pub use region::{PageRun, RegionId, RegionKind, RegionSpec};
+pub use relay::{RelayReport, RelayedFrame};
 pub use report::{
     LinkReport, LoanReport, MigrationReport, PostCopyReport, ReducerReport, RoundReport, SqueezeReport, WaitBucket,
     WaitReport,

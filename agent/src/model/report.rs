@@ -6,6 +6,7 @@ use super::blackout::BlackoutLedger;
 use super::foretold::{Chosen, Foretold};
 use super::id::{MigrationId, VmId, VmName};
 use super::outcome::{Ending, Owner};
+use super::relay::RelayReport;
 use super::schema::Schema;
 use super::stage::Stage;
 use super::stun::StunReport;
@@ -248,6 +249,9 @@ pub struct MigrationReport {
     /// What keeping the VM safe meanwhile took; absent where that was not asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loan: Option<LoanReport>,
+    /// Frames that came to the VM's former place and were carried to it; absent where nothing could come.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub relay: Option<RelayReport>,
     /// What was done to writers; absent where that was not asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stun: Option<StunReport>,

@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::faults::Faults;
 use super::free_pages::FreePages;
 use super::region::Region;
+use super::relay::Relay;
 use super::throttle::Throttle;
 use crate::model::{MigrationId, Owner, PageBitmap, PageCount, PageRun, RegionId};
 
@@ -198,6 +199,6 @@ pub trait Loan: Send {
 }
 
 /// All of a machine that a manager needs.
-pub trait Machine: Vcpus + DirtyLog + MachineState + Gate + Throttle + FaultSource + FreePages + Loan {}
+pub trait Machine: Vcpus + DirtyLog + MachineState + Gate + Throttle + FaultSource + FreePages + Loan + Relay {}
 
-impl<T: Vcpus + DirtyLog + MachineState + Gate + Throttle + FaultSource + FreePages + Loan> Machine for T {}
+impl<T: Vcpus + DirtyLog + MachineState + Gate + Throttle + FaultSource + FreePages + Loan + Relay> Machine for T {}

@@ -13,6 +13,7 @@ pub mod journal;
 pub mod link;
 pub mod machine;
 pub mod region;
+pub mod relay;
 pub mod throttle;
 
 pub use clock::{Bell, Clock, Job};
@@ -28,4 +29,5 @@ pub use journal::{Journal, JournalError, JournalRecord};
 pub use link::{BulkItem, BulkReceiver, BulkSender, ControlChannel, LinkError, SourceLink, TargetLink, Unconnected};
 pub use machine::{DirtyLog, Fate, FaultSource, Gate, Loan, Machine, MachineError, MachineState, PauseTiming, Vcpus};
 pub use region::{BytesView, Region};
+pub use relay::{FormerPorts, Relay};
 pub use throttle::{THROTTLE_LEASE, Throttle};

@@ -18,7 +18,7 @@ use super::lease::Lease;
 use super::loan::Loan;
 use super::registry::{MachineEntry, Registry, RegistryError, boot_id, start_time_ticks};
 use super::seat::{Seat, Turn};
-use super::session::{Creation, Reply, Request, SESSION_VERSION, SessionError, SessionSocket};
+use super::session::{Creation, MAX_FDS, Reply, Request, SESSION_VERSION, SessionError, SessionSocket};
 use super::throttling::{Change, Throttling};
 use crate::announce::{AddressError, Announcer, Schedule};
 use crate::block::raw::RawDisk;
@@ -51,6 +51,8 @@ const JOURNAL_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
 /// Pages that are write-protected by one call while tracking: 4 GiB.
 const PROTECT_PAGES: u64 = 1 << 20;
 
+/// For how long at most what comes through the VM's ports waits for a relay.
+const RELAY_LIMIT: Duration = Duration::from_millis(100);
 /// How long before it begins a window of write protection may be ordered.
 const LONGEST_LEAD: Duration = Duration::from_secs(1);
 /// What a sleep may oversleep: the rest is waited for without sleeping.
@@ -796,13 +798,16 @@ impl Host {
         self.serve_running(&mut socket);
     }
 
-    /// Serves a manager of a VM that runs here: it may still ask for announcements, and for what concerns pages that are owed, and nothing else.
+    /// Serves a manager of a VM that runs here: it may still ask for announcements, and for what concerns pages that are owed and frames that are relayed, and nothing else.
     fn serve_running(&self, socket: &mut SessionSocket) {
         while let Ok((request, _)) = socket.recv::<Request>() {
             let reply = match request {
-                Request::Announce | Request::AllIsHere | Request::CaughtFaults => {
-                    self.handle(request, "").unwrap_or_else(Reply::Failed)
-                }
+                Request::Announce
+                | Request::AllIsHere
+                | Request::CaughtFaults
+                | Request::Relay(_)
+                | Request::CaughtUp
+                | Request::EndRelay => self.handle(request, "").unwrap_or_else(Reply::Failed),
                 _ => Reply::Failed("the migration has ended: the VM runs here".to_owned()),
             };
             if self.reply(socket, &reply).is_err() {
@@ -815,6 +820,13 @@ impl Host {
     fn reply(&self, socket: &mut SessionSocket, reply: &Reply) -> Result<(), SessionError> {
         match (reply, &*lock(&self.faults)) {
             (Reply::Faults(_), Some(faults)) => socket.send(reply, &faults.fds()),
+            (Reply::Ports, _) => match self.machine.former_ports() {
+                Ok(ports) if ports.len() <= MAX_FDS => {
+                    socket.send(reply, &ports.iter().map(AsFd::as_fd).collect::<Vec<_>>())
+                }
+                Ok(ports) => socket.send(&Reply::Failed(format!("it has {} network ports", ports.len())), &[]),
+                Err(error) => socket.send(&Reply::Failed(error.to_string()), &[]),
+            },
             (Reply::Staging, _) => self.loan.with_staging(|file| socket.send(reply, &[file])).unwrap_or(Ok(())),
             _ => socket.send(reply, &[]),
         }
@@ -899,6 +911,19 @@ impl Host {
         self.hold_balloon(true);
         *lock(&self.faults) = Some(faults);
         Ok(Reply::Faults(mapped))
+    }
+
+    /// A relay that does not catch up keeps the guest from the network for so long only, whatever becomes of the manager.
+    fn bound_relay(&self) {
+        let machine = Arc::clone(&self.machine);
+        let bound = move || {
+            std::thread::sleep(RELAY_LIMIT);
+            machine.relay_caught_up();
+        };
+        if let Err(error) = std::thread::Builder::new().name("relay".into()).spawn(bound) {
+            tracing::warn!("no thread for the relay's limit, so it is not waited for: {error}");
+            self.machine.relay_caught_up();
+        }
     }
 
     /// While pages are owed none is given back to the host: a page that comes late would come into the guest's way, and one that is gone again would not be caught.
@@ -992,6 +1017,26 @@ impl Host {
             }
             Request::LetOut(number) => {
                 machine.let_out(number);
+                Ok(Reply::Done)
+            }
+            Request::FormerPorts => Ok(Reply::Ports),
+            Request::AwaitRelay => {
+                machine.await_relay();
+                self.bound_relay();
+                Ok(Reply::Done)
+            }
+            Request::Relay(frames) => {
+                for frame in frames {
+                    machine.relay(frame);
+                }
+                Ok(Reply::Done)
+            }
+            Request::CaughtUp => {
+                machine.relay_caught_up();
+                Ok(Reply::Done)
+            }
+            Request::EndRelay => {
+                machine.end_relay();
                 Ok(Reply::Done)
             }
             Request::ForeseePrepared => done(lock(&self.gate).foresee_prepared()),

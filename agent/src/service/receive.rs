@@ -17,7 +17,7 @@ use super::registry::{MachineEntry, Registry, RegistryError};
 use super::session::{Creation, RemoteMachine, SESSION_VERSION};
 use crate::announce::Schedule;
 use crate::link::{Arrival, Listener, TcpTarget};
-use crate::migrate::target::{Arrived, Host, Orphan, Reservation, Target, TargetError};
+use crate::migrate::target::{Arrived, Host, Orphan, RelayPhase, Reservation, Target, TargetError};
 use crate::migrate::{AnswerError, CancelFlag, ControlMessage, Offer, answer};
 use crate::model::id::VmName;
 use crate::model::{DiskSpec, MachineShape, MigrationId, NetSpec, SerialSpec, VmRef, WaitReport};
@@ -340,6 +340,7 @@ fn attempt(
         observer: &observer,
         cancel: cancel.clone(),
         stall: request.stall,
+        relay: RelayPhase::default(),
     }
     .run(first);
     let child = host.child.take();
@@ -394,6 +395,7 @@ pub fn recover(
         observer: &observer,
         cancel: cancel.clone(),
         stall: request.stall,
+        relay: RelayPhase::default(),
     }
     .recover(orphan)?;
     repeat_announcements(arrived, request.schedule);

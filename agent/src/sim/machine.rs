@@ -12,7 +12,7 @@ use super::world::{AppendError, Cpu, Gate, Vm, World};
 use crate::model::{MigrationId, Owner, PageBitmap, PageCount, PageRun, RegionId, VcpuLimit, VmId, VmWrites};
 use crate::port::{
     DirtyLog, Fate, FaultSource, Faults, FreePages, Gate as GatePort, Journal, JournalError, JournalRecord, Loan,
-    MachineError, MachineState, PauseTiming, Region, Throttle, Vcpus,
+    MachineError, MachineState, PauseTiming, Region, Relay, Throttle, Vcpus,
 };
 
 /// One order over the session socket.
@@ -231,6 +231,8 @@ impl MachineState for SimMachine {
         })
     }
 }
+
+impl Relay for SimMachine {}
 
 impl Loan for SimMachine {
     fn lend(&mut self, _migration: MigrationId, peer: &str, lease: Duration) -> Result<(), MachineError> {

@@ -13,7 +13,7 @@ use super::scheduler::{Process, Scheduler};
 use super::world::{Gate, Vm};
 use crate::migrate::outcomes::{Whereabouts, Window};
 use crate::migrate::source::Source;
-use crate::migrate::target::{Host, Orphan, Reservation, Target};
+use crate::migrate::target::{Host, Orphan, RelayPhase, Reservation, Target};
 use crate::migrate::{ControlMessage, Observer, Offer, Pace, SourceOptions, answer};
 use crate::model::{
     DirtyLogKind, Ending, MachineShape, MigrationId, MigrationReport, PAGE_SIZE, RoundReport, Step, VmId, WaitReport,
@@ -184,6 +184,7 @@ fn target_main(sim: &Arc<Scheduler>, scenario: &Scenario) -> Result<(), String> 
         observer: &SimObserver { sim: Arc::clone(sim), side: Side::Target },
         cancel: sim.with(|world| world.cancelled[Side::Target.index()].clone()),
         stall: scenario.stall,
+        relay: RelayPhase::default(),
     };
     let ended = target.run(first);
     answer_questions(sim, &mut link, ended.is_ok());
@@ -202,6 +203,7 @@ fn other_target_main(sim: &Arc<Scheduler>, scenario: &Scenario) {
         observer: &SimObserver { sim: Arc::clone(sim), side: Side::Target },
         cancel: crate::migrate::CancelFlag::default(),
         stall: scenario.stall,
+        relay: RelayPhase::default(),
     };
     let ended = target.recover(Orphan { migration_id: MIGRATION, vm_id: VM, machine, region, cpus: CPUS });
     answer_questions(sim, &mut link, ended.is_ok());

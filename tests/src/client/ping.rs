@@ -23,6 +23,8 @@ use super::gap::{Gap, GapMeter, monotonic_ns};
 const MAGIC: [u8; 8] = *b"dunlin\0\x01";
 const PAYLOAD_BYTES: usize = 24;
 /// How often a waiting receiver looks whether it should end.
+/// Room for what has come and was not read.
+const RECEIVE_BYTES: usize = 16 << 20;
 const RECEIVE_SLICE: Duration = Duration::from_millis(20);
 
 static NEXT_ID: AtomicU16 = AtomicU16::new(0);
@@ -96,6 +98,8 @@ impl Pinger {
         };
         let socket = Socket::new(domain, Type::RAW, Some(protocol)).context("raw ICMP socket (needs CAP_NET_RAW)")?;
         socket.set_read_timeout(Some(RECEIVE_SLICE))?;
+        // What a VM answers at once that stood for a while is not to be dropped here.
+        rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, RECEIVE_BYTES)?;
         let receiver_socket = socket.try_clone()?;
         // Distinguishes pingers of one process, and most likely of two.
         let id = (std::process::id() as u16).wrapping_add(NEXT_ID.fetch_add(1, Ordering::Relaxed).wrapping_mul(257));

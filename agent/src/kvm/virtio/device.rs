@@ -158,6 +158,30 @@ impl<B: Backend> Device for VirtioDevice<B> {
         Err(DeviceError::State { device: self.name(), problem })
     }
 
+    fn await_relay(&self) {
+        self.transport.with_backend(Backend::await_relay);
+    }
+
+    fn relay_frame(&self, frame: Vec<u8>) -> bool {
+        let is_taken = self.transport.with_backend(|backend| backend.relay_frame(frame));
+        self.look_again();
+        is_taken
+    }
+
+    fn relay_caught_up(&self) {
+        self.transport.with_backend(Backend::relay_caught_up);
+        self.look_again();
+    }
+
+    fn end_relay(&self) {
+        self.transport.with_backend(Backend::end_relay);
+        self.look_again();
+    }
+
+    fn former_port(&self) -> io::Result<Option<OwnedFd>> {
+        self.transport.with_backend(|backend| backend.former_port().map(|port| port.try_clone_to_owned()).transpose())
+    }
+
     fn send_frame(&self, frame: &[u8]) -> io::Result<()> {
         self.transport.with_backend(|backend| backend.send_frame(frame))
     }

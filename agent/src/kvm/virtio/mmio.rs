@@ -7,6 +7,7 @@
 //! space take neither of the first two, so a vCPU never waits there for a disk.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -219,6 +220,25 @@ pub trait Backend: Send + 'static {
     /// Takes what [`Backend::held`] gave: it goes out when the device goes on. The bytes are a peer's word; `false` if they are none.
     fn take_held(&mut self, held: &[u8]) -> bool {
         held.is_empty()
+    }
+
+    /// What has come from the network so far is thrown away, and what comes waits for what is relayed from the VM's former place.
+    fn await_relay(&mut self) {}
+
+    /// A frame that reached the VM's former place. `false` if it is dropped.
+    fn relay_frame(&mut self, _frame: Vec<u8>) -> bool {
+        false
+    }
+
+    /// What was at the former place when the VM ran here has been relayed.
+    fn relay_caught_up(&mut self) {}
+
+    /// Nothing more is relayed.
+    fn end_relay(&mut self) {}
+
+    /// Where frames for the guest come in.
+    fn former_port(&self) -> Option<BorrowedFd<'_>> {
+        None
     }
 
     /// Sends a frame as if the guest had.

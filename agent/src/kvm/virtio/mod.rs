@@ -17,6 +17,7 @@
 //! | `driver` | the other side: a minimal driver for tests and fuzzing |
 //! | `fuzz` | bytes in, register accesses and ring contents out |
 
+mod arrivals;
 mod balloon;
 mod blk;
 mod device;

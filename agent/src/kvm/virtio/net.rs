@@ -4,16 +4,18 @@
 //! memory. No offload is offered, so every header is zero but for `num_buffers` (5.1.6.4.1).
 //!
 //! What a pause leaves: frames that the guest queued and that were not sent stay in its ring, frames from the network stay
-//! in the tap. So neither kind is lost or sent twice; whoever resumes goes on with them. What the tap of a target gathers
-//! before the VM arrives is delivered to the guest on its first resume: broadcasts of that network, as if they were late.
+//! in the tap. So neither kind is lost or sent twice; whoever resumes goes on with them. What the tap of a target has gathered
+//! when the VM is about to be announced its former place has had, too: where a relay brings it from there ([`super::arrivals`])
+//! it is thrown away, else it is delivered on the first resume: broadcasts of that network, as if they were late.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
 
+use super::arrivals::Arrivals;
 use super::device::VirtioDevice;
 use super::held::HeldFrames;
 use super::mmio::{Backend, Pass, Served};
@@ -66,6 +68,10 @@ pub struct NetStats {
     pub tx_dropped_frames: u64,
     /// Frames sent on the guest's behalf, such as announcements.
     pub announced_frames: u64,
+    /// Of the frames given to the guest, those that came by a relay from its former place.
+    pub relayed_frames: u64,
+    /// Frames that came both through the port and by a relay, and were given to the guest once; or that had no room while they waited.
+    pub relay_dropped_frames: u64,
 }
 
 #[derive(Debug, Default)]
@@ -77,6 +83,8 @@ struct Counters {
     tx_bytes: AtomicU64,
     tx_dropped: AtomicU64,
     announced: AtomicU64,
+    relayed: AtomicU64,
+    relay_dropped: AtomicU64,
 }
 
 fn count(counter: &AtomicU64, by: usize) {
@@ -94,6 +102,8 @@ pub struct NetBackend {
     lost: bool,
     /// Frames of a VM on loan.
     held: HeldFrames,
+    /// Frames that came otherwise than straight through the port, or wait for those.
+    arrivals: Arrivals,
 }
 
 impl VirtioNet {
@@ -133,6 +143,8 @@ impl VirtioNet {
             tx_bytes: get(&counters.tx_bytes),
             tx_dropped_frames: get(&counters.tx_dropped),
             announced_frames: get(&counters.announced),
+            relayed_frames: get(&counters.relayed),
+            relay_dropped_frames: get(&counters.relay_dropped),
         }
     }
 }
@@ -156,6 +168,7 @@ impl NetBackend {
             spill: vec![0; MAX_FRAME_BYTES],
             lost: false,
             held: HeldFrames::default(),
+            arrivals: Arrivals::default(),
         }
     }
 
@@ -253,9 +266,12 @@ impl NetBackend {
 
     /// Network to guest, until the tap is empty, the guest has no buffer, or the pass is over.
     fn receive(&mut self, pass: &mut Pass<'_>, served: &mut Served) -> Result<(), RingFault> {
+        if self.arrivals.waits() && !(pass.hold)() {
+            self.keep_back(pass.complaints);
+        }
         let Some(ring) = &mut pass.rings[RECEIVE] else { return Ok(()) };
         for _ in 0..FRAMES_PER_PASS {
-            if self.lost {
+            if self.lost && self.arrivals.next().is_none() {
                 return Ok(());
             }
             if (pass.hold)() {
@@ -284,7 +300,7 @@ impl NetBackend {
                         ring.put_back();
                         // There is a buffer, so what we wait for is the tap.
                         ring.silence(pass.ram)?;
-                        served.readable = !self.lost;
+                        served.readable = !self.lost && self.arrivals.has_room();
                         return Ok(());
                     }
                 },
@@ -294,22 +310,41 @@ impl NetBackend {
         Ok(())
     }
 
+    /// The next frame of those that came by a relay or waited for it, else of the tap's.
     fn fetch(&mut self, buffers: &Buffers<'_>, complaints: &Complaints) -> Moved {
+        if let Some(frame) = self.arrivals.next() {
+            let moved = self.deliver(frame, buffers, complaints);
+            self.arrivals.pop();
+            return moved;
+        }
+        if self.arrivals.waits() {
+            return Moved::Later;
+        }
+        if self.arrivals.remembers() {
+            let Some(bytes) = self.read_aside(complaints) else { return Moved::Later };
+            self.arrivals.remember(&self.spill[..bytes]);
+            return self.deliver(&self.spill[..bytes], buffers, complaints);
+        }
         let mut header = [0; HEADER_BYTES];
         let room = buffers.part(HEADER_BYTES, MAX_FRAME_BYTES);
         let capacity: usize = room.iter().map(|slice| slice.len()).sum();
         let got = Sink::default().host(&mut header).guest(&room).host(&mut self.spill).read(&self.wire);
-        let bytes = match got {
-            Ok(bytes) => bytes.saturating_sub(HEADER_BYTES),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Moved::Later,
-            Err(error) => {
-                // A tap that was deleted, or the namespace it was in.
-                complaints.warn(&format_args!("the tap cannot be read any more: {error}"));
-                self.lost = true;
-                return Moved::Later;
-            }
-        };
+        let Some(bytes) = self.frame_bytes(got, complaints) else { return Moved::Later };
         mark_written(&room, bytes.min(capacity));
+        self.received(bytes, capacity, buffers, complaints)
+    }
+
+    /// Hands a frame to the guest that is in the host's memory.
+    fn deliver(&self, frame: &[u8], buffers: &Buffers<'_>, complaints: &Complaints) -> Moved {
+        let capacity = buffers.len().saturating_sub(HEADER_BYTES);
+        if frame.len() <= capacity {
+            buffers.write(HEADER_BYTES, frame);
+        }
+        self.received(frame.len(), capacity, buffers, complaints)
+    }
+
+    /// A frame of so many bytes is in the guest's buffers, if it fits there.
+    fn received(&self, bytes: usize, capacity: usize, buffers: &Buffers<'_>, complaints: &Complaints) -> Moved {
         if bytes > capacity || bytes == 0 {
             complaints.warn(&format_args!("dropped a frame of {bytes} bytes: the guest's buffer has {capacity}"));
             count(&self.counters.rx_dropped, 1);
@@ -319,6 +354,37 @@ impl NetBackend {
         count(&self.counters.rx_frames, 1);
         count(&self.counters.rx_bytes, bytes);
         Moved::Yes(HEADER_BYTES + bytes)
+    }
+
+    /// What reading the tap gave, without the header; none if there is nothing to be had.
+    fn frame_bytes(&mut self, got: io::Result<usize>, complaints: &Complaints) -> Option<usize> {
+        match got {
+            Ok(bytes) => Some(bytes.saturating_sub(HEADER_BYTES)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+            Err(error) => {
+                // A tap that was deleted, or the namespace it was in.
+                complaints.warn(&format_args!("the tap cannot be read any more: {error}"));
+                self.lost = true;
+                None
+            }
+        }
+    }
+
+    /// Reads a frame of the tap into the host's memory. How long it is.
+    fn read_aside(&mut self, complaints: &Complaints) -> Option<usize> {
+        let mut header = [0; HEADER_BYTES];
+        let got = Sink::default().host(&mut header).host(&mut self.spill).read(&self.wire);
+        self.frame_bytes(got, complaints)
+    }
+
+    /// What comes through the port waits until the relay has caught up.
+    fn keep_back(&mut self, complaints: &Complaints) {
+        while self.arrivals.has_room()
+            && !self.lost
+            && let Some(bytes) = self.read_aside(complaints)
+        {
+            self.arrivals.keep_back(self.spill[..bytes].to_vec());
+        }
     }
 }
 
@@ -361,6 +427,36 @@ impl Backend for NetBackend {
 
     fn end_holding(&mut self) {
         self.held.end();
+    }
+
+    fn await_relay(&mut self) {
+        // Its former place has had that, too.
+        let complaints = Complaints::new("network port");
+        while self.read_aside(&complaints).is_some() {}
+        self.arrivals.await_relay();
+    }
+
+    fn relay_frame(&mut self, frame: Vec<u8>) -> bool {
+        if !(MIN_FRAME_BYTES..=MAX_FRAME_BYTES).contains(&frame.len()) {
+            return false;
+        }
+        let is_taken = self.arrivals.relay(frame);
+        count(if is_taken { &self.counters.relayed } else { &self.counters.relay_dropped }, 1);
+        is_taken
+    }
+
+    fn relay_caught_up(&mut self) {
+        let twice = self.arrivals.caught_up();
+        count(&self.counters.relay_dropped, twice as usize);
+    }
+
+    fn end_relay(&mut self) {
+        let twice = self.arrivals.end_relay();
+        count(&self.counters.relay_dropped, twice as usize);
+    }
+
+    fn former_port(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.wire.as_fd())
     }
 
     fn send_frame(&mut self, frame: &[u8]) -> io::Result<()> {

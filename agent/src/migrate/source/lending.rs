@@ -107,7 +107,11 @@ impl Source<'_> {
         if let Err(error) = self.send_lend(progress, lending, target) {
             return Lent::Lost(error);
         }
-        self.keep_lending(progress, (push, gathering), lending)
+        let ports = progress.ports.take();
+        let (lent, relay) =
+            self.beside_relay(ports, |source| source.keep_lending(progress, (push, gathering), lending));
+        progress.relay = relay.or(progress.relay.take());
+        lent
     }
 
     /// Has the target run the VM on loan.
@@ -119,7 +123,7 @@ impl Source<'_> {
     ) -> Result<(), SourceError> {
         let now = self.clock.now();
         lending.lend(now);
-        self.link.control().send(&ControlMessage::Lend)?;
+        self.commit(progress, &ControlMessage::Lend)?;
         match self.expect_quietly((now + self.options.stall).min(lending.ends_at))? {
             ControlMessage::Running(activation) => {
                 target.phases.extend(activation.phases);

@@ -312,7 +312,11 @@ impl Target<'_> {
             ControlMessage::Lend => control.send(&ControlMessage::Running(BlackoutLedger::default()))?,
             ControlMessage::Recover { migration, streams } if migration == id => borrowing.comes_back = Some(streams),
             ControlMessage::Cancel(reason) => return Err(self.let_go(id, machine, reason)),
-            other => tracing::warn!(migration = %id, got = other.name(), "ignored while the VM is on loan"),
+            other => {
+                if let Some(other) = self.hear_relay(id, other, machine) {
+                    tracing::warn!(migration = %id, got = other.name(), "ignored while the VM is on loan");
+                }
+            }
         }
         Ok(())
     }

@@ -273,19 +273,24 @@ impl Target<'_> {
                 self.keep_borrowing(id, machine, (owed, inflow), loan)?
             } else {
                 check_alive(machine)?;
-                self.answer_source(inflow)?;
+                self.answer_source(id, machine, inflow)?;
                 TICK
             };
-            self.clock.wait(&owed.changed, seen, pause.min(TICK));
+            self.clock.wait(&owed.changed, seen, pause.min(TICK).min(self.relay.pause()));
         }
     }
 
     /// Tells a source that asks that somebody is here.
-    fn answer_source(&self, inflow: &Inflow<'_>) -> Result<(), LinkError> {
+    fn answer_source(
+        &mut self,
+        id: MigrationId,
+        machine: &mut dyn Machine,
+        inflow: &Inflow<'_>,
+    ) -> Result<(), LinkError> {
         let control = self.link.control();
         while let Some(message) = control.recv(Duration::ZERO)? {
             inflow.touch();
-            if let ControlMessage::Ping(number) = message {
+            if let Some(ControlMessage::Ping(number)) = self.hear_relay(id, message, machine) {
                 control.send(&ControlMessage::Pong(number))?;
             }
         }
@@ -353,7 +358,11 @@ impl Target<'_> {
                         Err(TargetError::Link(_)) => reachable = false,
                         heard => heard?,
                     },
-                    None => tracing::warn!(migration = %id, got = other.name(), "ignored while pages are owed"),
+                    None => {
+                        if let Some(other) = self.hear_relay(id, other, machine) {
+                            tracing::warn!(migration = %id, got = other.name(), "ignored while pages are owed");
+                        }
+                    }
                 },
                 // A connection may be dead without a sign of it: a source that dials anew takes its place.
                 Ok(None) if self.clock.now().saturating_sub(heard_at) >= SILENCE => {

@@ -12,11 +12,12 @@ use rustix::process::{PidfdFlags, pidfd_open};
 use super::frame::{SessionError, SessionSocket};
 use super::{Creation, Reply, Request, SESSION_VERSION};
 use crate::model::{
-    MachineShape, MigrationId, Owner, PageBitmap, PageCount, PageRun, RegionId, VcpuLimit, VmId, VmWrites,
+    MachineShape, MigrationId, Owner, PageBitmap, PageCount, PageRun, RegionId, RelayedFrame, VcpuLimit, VmId, VmWrites,
 };
+use crate::net::former::FormerTaps;
 use crate::port::{
-    DirtyLog, Fate, FaultSource, Faults, FreePages, Gate, Journal, JournalRecord, Loan, MachineError, MachineState,
-    PauseTiming, Region, Throttle, Vcpus,
+    DirtyLog, Fate, FaultSource, Faults, FormerPorts, FreePages, Gate, Journal, JournalRecord, Loan, MachineError,
+    MachineState, PauseTiming, Region, Relay, Throttle, Vcpus,
 };
 use crate::shm::{RamRegion, SharedBitmap, UserFaults};
 use crate::store::FileJournal;
@@ -296,6 +297,38 @@ impl FaultSource for RemoteMachine {
 
     fn all_is_here(&mut self) -> Result<(), MachineError> {
         self.order("be told that its memory is here", &Request::AllIsHere)
+    }
+}
+
+impl Relay for RemoteMachine {
+    fn former_ports(&mut self) -> Result<Option<Box<dyn FormerPorts>>, MachineError> {
+        const ACTION: &str = "hand out its network ports";
+        if self.shape.nets.is_empty() {
+            return Ok(None);
+        }
+        let fail = |error: &dyn std::fmt::Display| gone(ACTION, error.to_string());
+        self.socket.send(&Request::FormerPorts, &[]).map_err(|error| fail(&error))?;
+        match self.socket.recv::<Reply>().map_err(|error| fail(&error))? {
+            (Reply::Ports, taps) => Ok(Some(Box::new(FormerTaps::new(taps)))),
+            (Reply::Failed(reason), _) => Err(MachineError::Refused { action: ACTION, reason }),
+            (other, _) => Err(fail(&format!("unexpected answer {other:?}"))),
+        }
+    }
+
+    fn await_relay(&mut self) -> Result<(), MachineError> {
+        self.order("wait for a relay", &Request::AwaitRelay)
+    }
+
+    fn relay(&mut self, frames: Vec<RelayedFrame>) -> Result<(), MachineError> {
+        self.order("take relayed frames", &Request::Relay(frames))
+    }
+
+    fn caught_up(&mut self) -> Result<(), MachineError> {
+        self.order("go on behind relayed frames", &Request::CaughtUp)
+    }
+
+    fn end_relay(&mut self) -> Result<(), MachineError> {
+        self.order("end a relay", &Request::EndRelay)
     }
 }
 

@@ -16,8 +16,8 @@ use crate::model::MAX_BOOT_IMAGE_BYTES;
 
 /// The longest message: a boot image, and what is around it.
 const MAX_MESSAGE_BYTES: usize = MAX_BOOT_IMAGE_BYTES + 4096;
-/// The most descriptors that travel with a message: RAM and dirty bitmap.
-const MAX_FDS: usize = 2;
+/// The most descriptors that travel with a message: of a machine's network ports, or RAM and dirty bitmap.
+pub(in crate::service) const MAX_FDS: usize = 32;
 
 /// The session ended or broke its protocol.
 #[derive(Debug, thiserror::Error)]

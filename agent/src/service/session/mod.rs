@@ -8,15 +8,18 @@ mod client;
 mod frame;
 
 pub use client::RemoteMachine;
+pub(super) use frame::MAX_FDS;
 pub use frame::{SessionError, SessionSocket};
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::{MachineShape, MigrationId, PageCount, PageRun, RegionId, SerialSpec, VcpuLimit, VmWrites};
+use crate::model::{
+    MachineShape, MigrationId, PageCount, PageRun, RegionId, RelayedFrame, SerialSpec, VcpuLimit, VmWrites,
+};
 use crate::shm::MappedAt;
 
 /// The session protocol's version; both ends must agree.
-pub const SESSION_VERSION: u16 = 3;
+pub const SESSION_VERSION: u16 = 4;
 
 /// What a manager asks of a machine.
 #[derive(Debug, Serialize, Deserialize)]
@@ -117,6 +120,16 @@ pub enum Request {
     GuestPages(u64),
     /// [`crate::port::DirtyLog::disregard`]
     Disregard(RegionId, Vec<PageRun>),
+    /// [`crate::port::Relay::former_ports`]
+    FormerPorts,
+    /// [`crate::port::Relay::await_relay`]
+    AwaitRelay,
+    /// [`crate::port::Relay::relay`]
+    Relay(Vec<RelayedFrame>),
+    /// [`crate::port::Relay::caught_up`]
+    CaughtUp,
+    /// [`crate::port::Relay::end_relay`]
+    EndRelay,
 }
 
 /// What a target's machine process is to become.
@@ -167,4 +180,6 @@ pub enum Reply {
     FreePages(Vec<PageRun>),
     /// To `GuestPages`.
     GuestPages(PageCount),
+    /// To `FormerPorts`: their descriptors travel beside it.
+    Ports,
 }
