@@ -60,12 +60,27 @@ pub fn fixed_cost(records: &[MigrationRecord], peer: Option<&str>, default: Dura
     })
 }
 
-/// What the link to `peer` carries, by its last migrations without a limit; none if there was none.
-pub fn goodput(records: &[MigrationRecord], peer: &str) -> Option<BytesPerSecond> {
-    let of =
-        |record: &MigrationRecord| record.goodput_bytes_per_second.filter(|_| record.limit_bytes_per_second.is_none());
-    let (carried, is_peers) = last(records, Some(peer), of);
-    median(carried).filter(|&carried| is_peers && carried > 0).map(BytesPerSecond)
+/// What the link to `peer` carries, by its last migrations without a limit, those by `strategy` if there were any: with no limit the hosts' processors are one, and a VM that runs has its
+/// part of them. None if there was none.
+pub fn goodput(records: &[MigrationRecord], peer: &str, strategy: Option<&str>) -> Option<BytesPerSecond> {
+    let of = |record: &MigrationRecord| {
+        record.goodput_bytes_per_second.filter(|&goodput| record.limit_bytes_per_second.is_none() && goodput > 0)
+    };
+    of_strategy(records, peer, strategy, of).map(BytesPerSecond)
+}
+
+/// The median of the last records to `peer` by `strategy`, else of all to it.
+fn of_strategy(
+    records: &[MigrationRecord],
+    peer: &str,
+    strategy: Option<&str>,
+    of: impl Fn(&MigrationRecord) -> Option<u64>,
+) -> Option<u64> {
+    let alike = |record: &MigrationRecord| of(record).filter(|_| Some(record.strategy.as_str()) == strategy);
+    [last(records, Some(peer), alike), last(records, Some(peer), &of)]
+        .into_iter()
+        .filter_map(|(values, is_peers)| median(values).filter(|_| is_peers))
+        .next()
 }
 
 /// The round trip to `peer`, by its last migrations; none if there was none.
@@ -74,10 +89,13 @@ pub fn rtt(records: &[MigrationRecord], peer: &str) -> Option<Duration> {
     median(trips).filter(|_| is_peers).map(Duration::from_nanos)
 }
 
-/// What a migration takes besides its rounds, its blackout and the pages that follow, by the last ones to `peer`, else to anybody; zero if there was none.
-pub fn setup(records: &[MigrationRecord], peer: &str) -> Duration {
-    let (setups, _) = last(records, Some(peer), |record| Some(record.setup_ns));
-    median(setups).map_or(Duration::ZERO, Duration::from_nanos)
+/// What a migration takes besides its rounds, its blackout and the pages that follow, by the last ones to `peer`, those by `strategy` if there were any, else to anybody; zero if there was
+/// none.
+pub fn setup(records: &[MigrationRecord], peer: &str, strategy: Option<&str>) -> Duration {
+    let of = |record: &MigrationRecord| Some(record.setup_ns);
+    of_strategy(records, peer, strategy, of)
+        .or_else(|| median(last(records, None, of).0))
+        .map_or(Duration::ZERO, Duration::from_nanos)
 }
 
 /// How far the predictions for one way of moving were off, without regard to the sign.
@@ -190,9 +208,20 @@ mod tests {
     #[test]
     fn a_limited_migration_says_nothing_of_the_link() {
         let records = [record("b", 4, None), record("b", 1, Some(1000)), record("c", 9, None)];
-        assert_eq!(goodput(&records, "b"), Some(BytesPerSecond(4000)));
-        assert_eq!((goodput(&records[1..], "b"), rtt(&records, "d")), (None, None));
+        assert_eq!(goodput(&records, "b", None), Some(BytesPerSecond(4000)));
+        assert_eq!((goodput(&records[1..], "b", None), rtt(&records, "d")), (None, None));
         assert_eq!(rtt(&records, "b"), Some(Duration::from_nanos(4)));
+    }
+
+    #[test]
+    fn migrations_by_the_same_strategy_count_before_others() {
+        let mut records = [record("b", 4, None), record("b", 6, None), record("b", 8, None), record("c", 9, None)];
+        (records[0].strategy, records[0].setup_ns) = ("stop-and-copy".to_owned(), 70);
+        records[3].strategy = "hybrid".to_owned();
+        let of = |strategy: &str| goodput(&records, "b", Some(strategy)).map(|goodput| goodput.0);
+        assert_eq!([of("stop-and-copy"), of("hybrid")], [Some(4000), Some(6000)], "another host's says nothing");
+        let setup_of = |strategy: &str| setup(&records, "b", Some(strategy)).as_nanos();
+        assert_eq!([setup_of("stop-and-copy"), setup_of("hybrid")], [70, 5]);
     }
 
     #[test]

@@ -69,8 +69,9 @@ impl Experience {
         FixedCost { cost: found.cost.min(downtime.mul_f64(MOST_FIXED)), ..found }
     }
 
-    fn goodput(&self) -> Option<BytesPerSecond> {
-        experience::goodput(&self.records, &self.peer)
+    /// What the link carries under a strategy, or under any.
+    fn goodput(&self, strategy: Option<Strategy>) -> Option<BytesPerSecond> {
+        experience::goodput(&self.records, &self.peer, strategy.map(|strategy| strategy.to_string()).as_deref())
     }
 }
 
@@ -201,8 +202,8 @@ impl Foresight {
             downtime: options.downtime,
             fixed: experience.fixed_cost(options.downtime),
             rtt: experience::rtt(&experience.records, &experience.peer).unwrap_or(USUAL_RTT),
-            setup: experience::setup(&experience.records, &experience.peer),
-            goodput: experience.goodput(),
+            setup: experience::setup(&experience.records, &experience.peer, Some(&options.strategy.to_string())),
+            goodput: experience.goodput(Some(options.strategy)),
             chosen: None,
             told: Mutex::default(),
         };
@@ -239,7 +240,7 @@ impl Foresight {
         may_be_slowed: bool,
     ) -> Self {
         let first = Self::new(experience, options, region);
-        let (bandwidth, source) = match (first.limit, first.goodput) {
+        let (bandwidth, source) = match (first.limit, experience.goodput(None)) {
             (Some(limit), _) => (limit, "the limit"),
             (None, Some(goodput)) => (goodput, "what earlier migrations to that host carried"),
             (None, None) => (USUAL_LINK, "nothing is known of the link, so 1 Gbit/s is taken"),
