@@ -7,6 +7,7 @@ mod guest;
 mod heartbeat;
 mod measure;
 mod migrate;
+mod network;
 mod ours;
 mod qemu;
 mod raw_tcp;
@@ -56,6 +57,7 @@ Examples:
   cargo xtask bench migrate --case idle --case unthrottled --runs 9 --json
   cargo xtask bench stun --case ring
   cargo xtask bench strategies --only 50k --only 1gbit --runs 3
+  cargo xtask bench network --runs 50
   cargo xtask bench tracking --quick
   cargo xtask bench tracking --case random-50k --case events
   cargo xtask bench reducers --case text
@@ -98,6 +100,8 @@ enum Name {
     Stun,
     /// Each strategy with writers of each rate on a link of 1 Gbit/s and one without a limit, beside QEMU's own ways.
     Strategies,
+    /// What a client of a VM sees of its moves: frames lost, doubled, turned round, and for how long nothing comes; with a relay and without.
+    Network,
     /// How exact the figures of a VM's writing are, and what they cost, beside QEMU's and the guest's own truth.
     Tracking,
     /// What each way of sending fewer bytes spares and costs at 1 Gbit/s, beside none of them.
@@ -110,8 +114,8 @@ impl Name {
     /// Runs of each case unless told otherwise.
     fn runs(self, quick: bool) -> usize {
         match (self, quick) {
-            (Self::Migrate | Self::Stun, false) => RUNS,
-            (Self::Migrate | Self::Stun, true) | (Self::Reducers, false) => QUICK_RUNS,
+            (Self::Migrate | Self::Network | Self::Stun, false) => RUNS,
+            (Self::Migrate | Self::Network | Self::Stun, true) | (Self::Reducers, false) => QUICK_RUNS,
             (Self::Reducers, true) | (Self::Strategies, _) => 1,
             (Self::ZeroScan, _) => ZERO_SCAN_RUNS,
             (Self::Tracking, false) => TRACKING_RUNS,
@@ -165,6 +169,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let (rows, definitions) = match arguments.name {
         Name::Migrate => (migrate::run(&places, &effort)?, migrate::DEFINITIONS),
         Name::Strategies => (strategies::run(&places, &effort)?, strategies::DEFINITIONS),
+        Name::Network => (network::run(&places, &effort)?, network::DEFINITIONS),
         Name::Stun => (stun::run(&places, &effort)?, stun::DEFINITIONS),
         Name::Tracking => (tracking::run(&places, &effort)?, tracking::DEFINITIONS),
         Name::Reducers => (reducers::run(&places, &effort)?, reducers::DEFINITIONS),
