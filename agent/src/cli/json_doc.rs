@@ -405,7 +405,7 @@ fn exits() -> Value {
 fn announcements() -> [Value; 2] {
     let error = Some(String::new());
     let round = AnnounceRound { round: 0, after_first_ns: 0, frames_sent: 0, frames_failed: 0, error };
-    let station = Station { mac: "02:00:00:00:00:01".parse().unwrap(), ips: vec!["10.0.0.1".parse().unwrap()] };
+    let station = "mac=02:00:00:00:00:01,ip=10.0.0.1,router=fd00::1,vlan=100.42".parse::<Station>().unwrap();
     let report = AnnounceReport {
         interface: String::new(),
         sent_on: String::new(),

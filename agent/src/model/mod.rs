@@ -32,6 +32,7 @@ pub mod shape;
 pub mod stage;
 pub mod stun;
 pub mod units;
+pub mod vlan;
 pub mod writer;
 
 pub use announce::{AnnounceReport, AnnounceRound, Station};
@@ -68,4 +69,5 @@ pub use stun::{
     VcpuWrites, VmWrites,
 };
 pub use units::{BytesPerSecond, HUGE_PAGE_BYTES, PAGE_SIZE, PageCount, PageIndex, PagesPerSecond};
+pub use vlan::{VlanId, VlanTags};
 pub use writer::Writer;

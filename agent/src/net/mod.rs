@@ -5,6 +5,7 @@
 
 pub mod bridge;
 pub mod fdb;
+pub mod listen;
 pub mod neighbour;
 mod netlink;
 pub mod pnet;

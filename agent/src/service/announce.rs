@@ -3,9 +3,12 @@
 //! Joins [`crate::announce`] and [`crate::net`]. A tap under a bridge leads to the VM, not to the network: then the frames
 //! are sent on the bridge, and the bridge itself is told what it would have learnt from a frame out of the tap.
 
+use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
 use super::clock::MonotonicClock;
+use super::pacing::{PacedPort, Pacer};
+use crate::announce::pace::Urgency;
 use crate::announce::{AddressError, Announcer, Schedule};
 use crate::model::{AnnounceReport, AnnounceRound, Station};
 use crate::net::bridge::{self, LinkKind};
@@ -21,6 +24,10 @@ pub struct AnnounceOrder {
     pub stations: Vec<Station>,
     /// When.
     pub schedule: Schedule,
+    /// What all who announce at this host may send together; none: no limit.
+    pub frames_per_second: Option<u32>,
+    /// Where those who announce at this host meet.
+    pub run_dir: PathBuf,
 }
 
 /// Refused before a frame was sent.
@@ -82,9 +89,12 @@ pub fn announce(
         on_round(round);
     };
     let clock = MonotonicClock;
-    let first = announcer.first_round(&mut port, &clock);
+    let pacer = Pacer::join(&order.run_dir, order.frames_per_second);
+    let mut paced = PacedPort { port: &mut port, pacer: &pacer, urgency: Urgency::First, clock: &clock, cancel };
+    let first = announcer.first_round(&mut paced, &clock, cancel);
     count(&first.round);
-    let cancelled = announcer.repeat(&first, &mut port, &clock, cancel, &mut count);
+    paced.urgency = Urgency::Later;
+    let cancelled = announcer.repeat(&first, &mut paced, &clock, cancel, &mut count);
     report.cancelled = cancelled;
     Ok(report)
 }

@@ -7,15 +7,18 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use super::clock::MonotonicClock;
+use super::config::AnnounceConfig;
 use super::control::{ControlError, ask_info};
 use super::events::{EventLog, Hold};
 use super::machine::Places;
+use super::pacing::Pacer;
 use super::registry::{MachineEntry, Registry, RegistryError};
 use super::session::{Creation, RemoteMachine, SESSION_VERSION};
-use crate::announce::Schedule;
+use crate::announce::pace::Urgency;
 use crate::link::{Arrival, Listener, TcpTarget};
 use crate::migrate::target::{Arrived, Host, Orphan, Reservation, Target, TargetError};
 use crate::migrate::{AnswerError, CancelFlag, ControlMessage, Offer, answer};
@@ -74,8 +77,8 @@ pub struct ReceiveRequest {
     pub serial: SerialSpec,
     /// Where things are.
     pub places: Places,
-    /// When announcements are repeated.
-    pub schedule: Schedule,
+    /// When announcements are repeated, and how many all VMs of the host may send.
+    pub announce: AnnounceConfig,
     /// Where events go.
     pub events: Option<PathBuf>,
     /// For tests: stop at a step.
@@ -346,7 +349,7 @@ fn attempt(
     match (arrived, child.zip(host.name.clone())) {
         (Ok(arrived), Some((child, name))) => {
             let (migration_id, verified_pages) = (arrived.migration_id, arrived.verified_pages);
-            repeat_announcements(arrived, request.schedule);
+            repeat_announcements(arrived, request);
             Ok(Some(Received { migration_id, name, process: MachineProcess::Child(child), verified_pages }))
         }
         (Ok(_), None) => unreachable!("a VM arrived without a machine process"),
@@ -396,7 +399,7 @@ pub fn recover(
         stall: request.stall,
     }
     .recover(orphan)?;
-    repeat_announcements(arrived, request.schedule);
+    repeat_announcements(arrived, request);
     let name = entry.name.clone();
     Ok(Received { migration_id, name, process: MachineProcess::Adopted(entry), verified_pages: 0 })
 }
@@ -415,18 +418,27 @@ fn end(child: &mut Child) {
 }
 
 /// The rounds of announcements that follow the first one, which left before the guest ran.
-fn repeat_announcements(arrived: Arrived, schedule: Schedule) {
+fn repeat_announcements(arrived: Arrived, request: &ReceiveRequest) {
     let mut machine = arrived.machine;
     let migration = arrived.migration_id;
+    let schedule = request.announce.schedule.seeded(migration.0.as_u64_pair().1);
+    let pacer = Pacer::join(&request.places.run_dir, request.announce.frames_per_second);
     let repeat = move || {
-        let clock = MonotonicClock;
+        let (clock, never) = (MonotonicClock, AtomicBool::new(false));
         let began = clock.now();
+        let mut unpaid_rounds = 1;
         for instant in schedule.instants().skip(1) {
             clock.sleep((began + instant).saturating_sub(clock.now()));
-            if let Err(error) = machine.announce() {
-                tracing::debug!(%migration, "announcing ended: {error}");
-                return;
+            pacer.wait(1, Urgency::Later, &clock, &never);
+            match machine.announce() {
+                // The machine says only now how many frames a round has: the rest of it, and the first round, are paid for afterwards.
+                Ok(frames) => pacer.charge((frames * (1 + unpaid_rounds)).saturating_sub(1), &clock),
+                Err(error) => {
+                    tracing::debug!(%migration, "announcing ended: {error}");
+                    return;
+                }
             }
+            unpaid_rounds = 0;
         }
     };
     if let Err(error) = std::thread::Builder::new().name("announce".into()).spawn(repeat) {
