@@ -12,7 +12,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use crate::btf::{KernelTypes, Kind};
-use crate::foreign::{maps, qmp};
+use crate::foreign::{maps, nics, qmp};
 use crate::guest_os;
 use crate::kvm;
 use crate::kvm::virtio::fuzz as virtio;
@@ -87,6 +87,7 @@ pub const TARGETS: &[Target] = &[
     target("guest_words", prove::fuzz_line, prove::fuzz_seeds),
     target("qmp", qmp::fuzz, qmp::fuzz_seeds),
     target("heard", crate::announce::heard::fuzz, crate::announce::heard::fuzz_seeds),
+    target("network_cards", nics::fuzz, nics::fuzz_seeds),
     target("holder", holder::fuzz, holder::fuzz_seeds),
     target("migration_report", reports::fuzz, || vec![reports::SAMPLE.to_vec()]),
 ];

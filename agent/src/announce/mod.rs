@@ -6,8 +6,11 @@
 //! The order around a hand-over, which the caller keeps: the source's egress is muted, then [`Announcer::first_round`]
 //! at the target, then the guest's first instruction, then [`Announcer::repeat`] beside the running guest.
 
+pub mod conflict;
+pub mod diagnose;
 pub mod frames;
 pub mod heard;
+pub mod learn;
 pub mod pace;
 pub mod schedule;
 

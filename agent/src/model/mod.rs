@@ -21,6 +21,7 @@ pub mod id;
 pub mod inventory;
 pub mod mac;
 pub mod migration_status;
+pub mod network;
 pub mod outcome;
 pub mod packing;
 pub mod process;

@@ -161,7 +161,7 @@ fn receive(socket: &Socket, frame: &mut Vec<u8>) -> io::Result<(usize, bool)> {
     // SAFETY: not null means that a whole header lies in the control memory.
     if let Some(first) = unsafe { header.as_ref() }
         && (first.cmsg_level, first.cmsg_type) == (libc::SOL_PACKET, libc::PACKET_AUXDATA)
-        && first.cmsg_len as usize >= size_of::<libc::cmsghdr>() + size_of::<AuxData>()
+        && first.cmsg_len >= size_of::<libc::cmsghdr>() + size_of::<AuxData>()
     {
         // SAFETY: the header says that so many bytes follow; they need not be aligned.
         let aux = unsafe { libc::CMSG_DATA(header).cast::<AuxData>().read_unaligned() };

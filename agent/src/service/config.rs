@@ -13,6 +13,7 @@ use toml::Spanned;
 
 use super::registry::{DEFAULT_RUN_DIR, DEFAULT_STATE_DIR};
 use crate::announce::Schedule;
+use crate::announce::conflict::OnConflict;
 use crate::cgroup;
 use crate::migrate::{OnStuck, SourceOptions};
 use crate::model::units::{display_duration, parse_duration};
@@ -51,6 +52,8 @@ pub struct AnnounceConfig {
     pub schedule: Schedule,
     /// What all who announce at this host may send together, at least 1; none: no limit.
     pub frames_per_second: Option<u32>,
+    /// What `dunlin announce` does when somebody else has the addresses.
+    pub on_conflict: OnConflict,
 }
 
 /// The table `[stun]`: whose writers may be slowed, and how far.
@@ -267,6 +270,7 @@ struct AnnounceTable {
     rounds: Option<Whole<1, 1000>>,
     jitter: Option<Time>,
     frames_per_second: Option<Whole<1, 1_000_000>>,
+    on_conflict: Option<OnConflict>,
 }
 
 /// A path that means the same in every working folder.
@@ -341,7 +345,8 @@ fn read(text: &str) -> Result<Config, Problem> {
         None => AnnounceConfig::default(),
         Some(table) => {
             let at = table.span().start;
-            let AnnounceTable { initial, step, max, rounds, jitter, frames_per_second } = table.into_inner();
+            let AnnounceTable { initial, step, max, rounds, jitter, frames_per_second, on_conflict } =
+                table.into_inner();
             let schedule = Schedule::new(
                 initial.map_or(schedule.initial(), |time| time.0),
                 step.map_or(schedule.step(), |time| time.0),
@@ -350,7 +355,11 @@ fn read(text: &str) -> Result<Config, Problem> {
             )
             .and_then(|schedule| schedule.with_jitter(jitter.map_or(Duration::ZERO, |time| time.0)))
             .map_err(|error| Problem { at, what: format!("announce: {error}") })?;
-            AnnounceConfig { schedule, frames_per_second: frames_per_second.map(|number| number.0 as u32) }
+            AnnounceConfig {
+                schedule,
+                frames_per_second: frames_per_second.map(|number| number.0 as u32),
+                on_conflict: on_conflict.unwrap_or_default(),
+            }
         }
     };
     Ok(Config {
@@ -475,6 +484,7 @@ mod tests {
             "rounds",
             "jitter",
             "frames_per_second",
+            "on_conflict",
         ];
         for key in keys {
             let shown = example.lines().any(|line| line.trim_start_matches("# ").starts_with(&format!("{key} =")));

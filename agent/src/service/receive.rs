@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use super::announce::follow;
 use super::clock::MonotonicClock;
 use super::config::AnnounceConfig;
 use super::control::{ControlError, ask_info};
@@ -23,6 +24,7 @@ use crate::link::{Arrival, Listener, TcpTarget};
 use crate::migrate::target::{Arrived, Host, Orphan, Reservation, Target, TargetError};
 use crate::migrate::{AnswerError, CancelFlag, ControlMessage, Offer, answer};
 use crate::model::id::VmName;
+use crate::model::network::{Followed, Verdict};
 use crate::model::{DiskSpec, MachineShape, MigrationId, NetSpec, SerialSpec, VmRef, WaitReport};
 use crate::net::tap::Tap;
 use crate::port::{Clock, JournalError, LinkError, MachineError, Region, TargetLink};
@@ -349,7 +351,7 @@ fn attempt(
     match (arrived, child.zip(host.name.clone())) {
         (Ok(arrived), Some((child, name))) => {
             let (migration_id, verified_pages) = (arrived.migration_id, arrived.verified_pages);
-            repeat_announcements(arrived, request);
+            repeat_announcements(arrived, request, &name);
             Ok(Some(Received { migration_id, name, process: MachineProcess::Child(child), verified_pages }))
         }
         (Ok(_), None) => unreachable!("a VM arrived without a machine process"),
@@ -399,8 +401,8 @@ pub fn recover(
         stall: request.stall,
     }
     .recover(orphan)?;
-    repeat_announcements(arrived, request);
     let name = entry.name.clone();
+    repeat_announcements(arrived, request, &name);
     Ok(Received { migration_id, name, process: MachineProcess::Adopted(entry), verified_pages: 0 })
 }
 
@@ -417,13 +419,14 @@ fn end(child: &mut Child) {
     let _ = child.wait();
 }
 
-/// The rounds of announcements that follow the first one, which left before the guest ran.
-fn repeat_announcements(arrived: Arrived, request: &ReceiveRequest) {
+/// The rounds of announcements that follow the first one, which left before the guest ran; says whether the bridges of the VM's taps have it there.
+fn repeat_announcements(arrived: Arrived, request: &ReceiveRequest, name: &VmName) {
     let mut machine = arrived.machine;
     let migration = arrived.migration_id;
     let schedule = request.announce.schedule.seeded(migration.0.as_u64_pair().1);
     let pacer = Pacer::join(&request.places.run_dir, request.announce.frames_per_second);
-    let repeat = move || {
+    let observe = Registry::new(&request.places.run_dir).socket(name, "observe");
+    let mut rounds = move || {
         let (clock, never) = (MonotonicClock, AtomicBool::new(false));
         let began = clock.now();
         let mut unpaid_rounds = 1;
@@ -441,8 +444,27 @@ fn repeat_announcements(arrived: Arrived, request: &ReceiveRequest) {
             unpaid_rounds = 0;
         }
     };
+    let repeat = move || {
+        let nets = ask_info(&observe).map(|info| info.nets).unwrap_or_default();
+        match follow::taps(&nets, &mut rounds) {
+            Ok(followed) => followed.iter().for_each(|one| tell_followed(migration, one)),
+            Err(error) => tracing::warn!(%migration, "whether the bridges have relearned is not known: {error}"),
+        }
+    };
     if let Err(error) = std::thread::Builder::new().name("announce".into()).spawn(repeat) {
         tracing::warn!("no thread for repeated announcements: {error}");
+    }
+}
+
+fn tell_followed(migration: MigrationId, followed: &Followed) {
+    let Followed { bridge, mac, expected_port, causes, .. } = followed;
+    let port = expected_port.as_deref().unwrap_or_default();
+    if followed.verdict != Verdict::NotRelearned {
+        tracing::info!(%migration, "bridge `{bridge}` has {mac} behind `{port}`");
+        return;
+    }
+    for cause in causes {
+        tracing::warn!(%migration, "bridge `{bridge}` has not relearned {mac} behind `{port}`: {}: {}", cause.sentence, cause.remedy);
     }
 }
 
