@@ -12,7 +12,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use crate::btf::{KernelTypes, Kind};
-use crate::foreign::{maps, qmp};
+use crate::foreign::{maps, nics, qmp};
 use crate::guest_os;
 use crate::kvm;
 use crate::kvm::virtio::fuzz as virtio;
@@ -27,7 +27,7 @@ use crate::model::shape::MAX_MEMORY_BYTES;
 use crate::model::units::{parse_duration, parse_size_bytes};
 use crate::model::{
     BlackoutLedger, BytesPerSecond, DirtyLogKind, DiskSpec, MacAddress, MachineShape, MigrationId, NetSpec, Packing,
-    PageCount, PageRun, RegionId, RelayedFrame, SerialSpec, Step, VmId, VmRef, WriteCurve, Writer,
+    PageCount, PageRun, RegionId, RelayedFrame, SerialSpec, Station, Step, VlanTags, VmId, VmRef, WriteCurve, Writer,
 };
 use crate::service::balloon::BalloonReport;
 use crate::service::config;
@@ -86,6 +86,8 @@ pub const TARGETS: &[Target] = &[
     target("kernel_symbols", guest_os::fuzz_symbols, guest_os::symbol_seeds),
     target("guest_words", prove::fuzz_line, prove::fuzz_seeds),
     target("qmp", qmp::fuzz, qmp::fuzz_seeds),
+    target("heard", crate::announce::heard::fuzz, crate::announce::heard::fuzz_seeds),
+    target("network_cards", nics::fuzz, nics::fuzz_seeds),
     target("holder", holder::fuzz, holder::fuzz_seeds),
     target("migration_report", reports::fuzz, || vec![reports::SAMPLE.to_vec()]),
 ];
@@ -301,6 +303,8 @@ fn words(input: &[u8]) {
     says_what_it_read::<Strategy>(text);
     says_what_it_read::<Compress>(text);
     says_what_it_read::<Step>(text);
+    says_what_it_read::<VlanTags>(text);
+    let _ = text.parse::<Station>();
     let _ = text.parse::<NetSpec>();
     let _ = text.parse::<DiskSpec>();
     let _ = text.parse::<SerialSpec>();
@@ -326,6 +330,8 @@ fn word_seeds() -> Vec<Vec<u8>> {
         "zstd:3",
         "state-moved",
         "tap=t0,mac=02:00:00:00:00:01,ip=10.0.0.2,ip=fd00::2",
+        "mac=02:00:00:00:00:01,ip=10.0.0.2,router=fd00::2,vlan=100.42",
+        "100.42",
         "path=/d.img,readonly",
         "socket=/s",
         "1.5GiB",
@@ -340,7 +346,7 @@ fn config_file(input: &[u8]) {
     if let Ok(config) = config::parse(Path::new("dunlin.toml"), text) {
         assert!(config.run_dir.is_absolute() && config.state_dir.is_absolute());
         assert!((1..=64).contains(&config.migrate.streams));
-        let _ = config.announce.instants().last();
+        let _ = config.announce.schedule.instants().last();
     }
 }
 

@@ -30,7 +30,7 @@ fn mac(text: &str) -> MacAddress {
 }
 
 fn guest() -> Station {
-    Station { mac: mac("02:00:00:00:00:64"), ips: Lan::GUEST_IPS.to_vec() }
+    Station::new(mac("02:00:00:00:00:64"), Lan::GUEST_IPS.to_vec())
 }
 
 /// Opens the host's tap, as its VMM does, and waits until the bridge takes frames from it.
@@ -57,7 +57,7 @@ impl FramePort for MachineTap {
 fn announce_once(port: &mut dyn FramePort) -> Duration {
     let announcer = Announcer::new(&[guest()], Schedule::default()).unwrap();
     let began = Duration::from_nanos(monotonic_ns());
-    let first = announcer.first_round(port, &MonotonicClock);
+    let first = announcer.first_round(port, &MonotonicClock, &AtomicBool::new(false));
     assert_eq!((first.round.frames_failed, first.round.error), (0, None));
     began
 }
@@ -216,6 +216,112 @@ fn the_command_finds_the_bridge_of_a_tap() {
     assert_eq!((entry.port.as_str(), entry.kind), (TAP, FdbKind::Learned));
 }
 
+/// Several stations, with tags and a router: each frame comes out of the bridge as it was built.
+#[test]
+fn the_command_announces_stations_with_their_tags() {
+    let netns = Netns::new("tags").unwrap();
+    netns.ip_batch(&["link add br0 type bridge mcast_snooping 0", "link set br0 addrgenmode none up"]).unwrap();
+    let tap = netns.enter(|| TestTap::open(TAP).unwrap());
+    netns.ip_batch(&[format!("link set {TAP} addrgenmode none"), format!("link set {TAP} master br0 up")]).unwrap();
+    netns.enter(|| bridge::wait_forwarding(TAP, LIMIT).unwrap());
+    let specs = [
+        "mac=02:00:00:00:00:01,ip=10.0.0.1,router=fd00::1,vlan=100.42",
+        "mac=02:00:00:00:00:02,ip=10.0.0.2",
+        "mac=02:00:00:00:00:03,ip=10.0.0.3,ip=fd00::3,vlan=42",
+    ];
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("stations");
+    std::fs::write(&file, format!("# the third\n\n{}\n", specs[2])).unwrap();
+    let mut command = dunlin_command();
+    command.args(["announce", "--interface", "br0", "--rounds", "1", "--json"]);
+    command.args(["--mac", "02:00:00:00:00:01", "--ip", "10.0.0.1", "--router", "fd00::1", "--vlan", "100.42"]);
+    command.args(["--station", specs[1], "--stations"]).arg(&file);
+    let output = netns.output(&mut command).unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let report: serde_json::Value =
+        serde_json::from_str(String::from_utf8(output.stdout).unwrap().lines().last().unwrap()).unwrap();
+    assert_eq!((report["frames_sent"].as_u64(), report["stations"].as_array().unwrap().len()), (Some(11), 3));
+    assert_eq!(report["stations"][0]["vlan"], "100.42");
+    for spec in specs {
+        for frame in frames::of_station(&spec.parse().unwrap()).unwrap() {
+            // The host itself may report its groups (MLD) meanwhile.
+            let heard = loop {
+                let heard = tap.receive(LIMIT).unwrap().expect("a frame");
+                if heard[6..11] == frame.bytes()[6..11] {
+                    break heard;
+                }
+            };
+            assert_eq!(heard, frame.bytes(), "{spec}: {}", frame.kind());
+        }
+    }
+
+    std::fs::write(&file, "mac=02:00:00:00:00:01\nmac=nonsense\n").unwrap();
+    let mut command = dunlin_command();
+    command.args(["announce", "--interface", "br0", "--stations"]).arg(&file);
+    let output = netns.output(&mut command).unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!((output.status.code(), error.contains("line 2")), (Some(2), true), "{error}");
+}
+
+/// A thousand network cards: every one is learnt.
+#[test]
+fn a_thousand_stations_are_relearned() {
+    let lan = Lan::new(LanConfig::default()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("stations");
+    let station =
+        |k: usize| format!("mac=02:00:00:01:{:02x}:{:02x},ip=10.9.{}.{}\n", k >> 8, k & 0xff, k >> 8, k & 0xff);
+    std::fs::write(&file, (0..1000).map(station).collect::<String>()).unwrap();
+    let mut command = dunlin_command();
+    command
+        .args(["announce", "--interface", BRIDGE, "--rounds", "2", "--initial", "1ms", "--json", "--stations"])
+        .arg(&file);
+    let output = lan.host_b.netns.output(&mut command).unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let behind_b = lan.switch.enter(|| {
+        let mut watch = FdbWatch::open(SWITCH).unwrap();
+        watch.wait_behind(mac("02:00:00:01:03:e7"), lan.host_b.switch_port, LIMIT).unwrap();
+        watch.entries().unwrap().iter().filter(|entry| entry.port == lan.host_b.switch_port).count()
+    });
+    assert!(behind_b >= 1000, "{behind_b} of 1000 stations were learnt");
+}
+
+/// Several announcers of one host share its limit, whatever processes they are.
+#[test]
+fn announcers_of_one_host_share_its_limit() {
+    let netns = Netns::new("pace").unwrap();
+    netns.ip_batch(&["link add v0 type veth peer name v1", "link set v0 up", "link set v1 up"]).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("stations");
+    let stations: Vec<String> = (0..20).map(|k| format!("mac=02:00:00:01:00:{k:02x}")).collect();
+    std::fs::write(&file, stations.join("\n")).unwrap();
+    let began = Instant::now();
+    let announcers: Vec<OwnProcess> = (0..3)
+        .map(|_| {
+            let mut command = dunlin_command();
+            command.args([
+                "announce",
+                "--interface",
+                "v0",
+                "--rounds",
+                "2",
+                "--initial",
+                "1ms",
+                "--frames-per-second",
+                "100",
+            ]);
+            command.arg("--run-dir").arg(folder.path()).arg("--stations").arg(&file).stdout(Stdio::null());
+            netns.spawn(&mut command).unwrap()
+        })
+        .collect();
+    for mut announcer in announcers {
+        assert_eq!(announcer.wait_for(LIMIT).unwrap().unwrap().code(), Some(0));
+    }
+    // 120 frames at 100 a second, of which a burst of 16 costs no time, nor does the last one.
+    let took = began.elapsed();
+    assert!(took > Duration::from_millis(1000), "120 frames at 100 a second took {took:?}");
+}
+
 /// What cannot work is refused, by name, before a frame leaves.
 #[test]
 fn the_command_refuses_and_says_why() {
@@ -305,9 +411,9 @@ fn the_schedule_holds_on_a_real_clock() {
     let mut port = netns.enter(|| PnetPort::open("lo").unwrap());
     let announcer = Announcer::new(&[guest()], Schedule::default()).unwrap();
     let clock = MonotonicClock;
-    let first = announcer.first_round(&mut port, &clock);
-    let mut times_ms = Vec::new();
     let never = AtomicBool::new(false);
+    let first = announcer.first_round(&mut port, &clock, &never);
+    let mut times_ms = Vec::new();
     announcer.repeat(&first, &mut port, &clock, &never, &mut |r| times_ms.push(r.after_first_ns / 1_000_000));
     assert_eq!(times_ms.len(), 4);
     for (time_ms, due_ms) in times_ms.iter().zip([50, 200, 450, 800]) {

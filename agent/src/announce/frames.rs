@@ -5,6 +5,10 @@
 //! - Gratuitous ARP (RFC 826, RFC 5227 §3, RFC 5944 §4.6): neighbours that hold an entry update it; some stacks take only
 //!   the request, some only the reply, so both are sent.
 //! - Unsolicited neighbour advertisement (RFC 4861 §7.2.6): the same for IPv6.
+//! - ARP probe (RFC 5227 §2.1.1) and the solicitation of duplicate address detection (RFC 4862 §5.4): they ask who has an
+//!   address, and teach nobody anything about it.
+//!
+//! VLAN tags (IEEE 802.1Q-2022 §9) are put into whole frames: these stay of the least length when a switch takes them out.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -14,7 +18,7 @@ use etherparse::{
     ArpHardwareId, ArpOperation, ArpPacket, EtherType, Ethernet2Header, Icmpv6Type, IpNumber, Ipv6FlowLabel, Ipv6Header,
 };
 
-use crate::model::{MacAddress, Station};
+use crate::model::{MacAddress, Station, VlanId, VlanTags};
 
 /// RARP's EtherType (RFC 903), which etherparse has no name for.
 pub const ETHER_TYPE_RARP: EtherType = EtherType(0x8035);
@@ -22,9 +26,9 @@ pub const ETHER_TYPE_RARP: EtherType = EtherType(0x8035);
 pub const OPERATION_REQUEST_REVERSE: ArpOperation = ArpOperation(3);
 /// Ethernet's least frame without its check sequence; shorter ones are padded with zeros.
 const LEAST_FRAME_BYTES: usize = 60;
+/// Destination and source address, at a frame's beginning.
+const ETHERNET_ADDRESSES_BYTES: usize = 12;
 const BROADCAST: [u8; 6] = [0xff; 6];
-/// The Ethernet group of the IPv6 group `ff02::1` (RFC 2464 §7).
-const ALL_NODES_MAC: [u8; 6] = [0x33, 0x33, 0, 0, 0, 1];
 /// All nodes of the link (RFC 4291 §2.7.1).
 const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
 /// Neighbour discovery refuses packets that a router has forwarded (RFC 4861 §7.1.2).
@@ -43,6 +47,10 @@ pub enum FrameKind {
     ArpReply,
     /// Unsolicited IPv6 neighbour advertisement.
     NeighbourAdvertisement,
+    /// ARP probe.
+    ArpProbe,
+    /// Neighbour solicitation of duplicate address detection.
+    NeighbourSolicitation,
 }
 
 impl fmt::Display for FrameKind {
@@ -52,6 +60,8 @@ impl fmt::Display for FrameKind {
             Self::ArpRequest => "gratuitous ARP request",
             Self::ArpReply => "gratuitous ARP reply",
             Self::NeighbourAdvertisement => "neighbour advertisement",
+            Self::ArpProbe => "ARP probe",
+            Self::NeighbourSolicitation => "neighbour solicitation",
         })
     }
 }
@@ -73,6 +83,21 @@ impl Frame {
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
+
+    /// The same frame with tags, which stand between the source address and the type.
+    #[must_use]
+    pub fn tagged(mut self, vlan: Option<VlanTags>) -> Self {
+        let tag = |kind: EtherType, id: VlanId| (u32::from(kind.0) << 16 | u32::from(id.number())).to_be_bytes();
+        let tags = match vlan {
+            None => return self,
+            Some(VlanTags::One(id)) => tag(EtherType::VLAN_TAGGED_FRAME, id).to_vec(),
+            Some(VlanTags::Two { outer, inner }) => {
+                [tag(EtherType::PROVIDER_BRIDGING, outer), tag(EtherType::VLAN_TAGGED_FRAME, inner)].concat()
+            }
+        };
+        self.bytes.splice(ETHERNET_ADDRESSES_BYTES..ETHERNET_ADDRESSES_BYTES, tags);
+        self
+    }
 }
 
 /// An address that no station can have.
@@ -93,13 +118,33 @@ pub fn of_station(station: &Station) -> Result<Vec<Frame>, AddressError> {
                 frames.push(gratuitous_arp_request(station.mac, *ip));
                 frames.push(gratuitous_arp_reply(station.mac, *ip));
             }
-            IpAddr::V6(ip) => frames.push(unsolicited_na(station.mac, *ip, RouterFlag::Host)),
+            IpAddr::V6(ip) => {
+                let router = if station.routers.contains(ip) { RouterFlag::Router } else { RouterFlag::Host };
+                frames.push(unsolicited_na(station.mac, *ip, router));
+            }
         }
     }
-    Ok(frames)
+    Ok(frames.into_iter().map(|frame| frame.tagged(station.vlan)).collect())
 }
 
-fn check(ip: IpAddr) -> Result<(), AddressError> {
+/// The question whether anybody has `ip`, from a station `asker` that has not.
+///
+/// # Errors
+/// An address that no station can have.
+pub fn question(asker: MacAddress, ip: IpAddr, vlan: Option<VlanTags>) -> Result<Frame, AddressError> {
+    check(ip)?;
+    let frame = match ip {
+        IpAddr::V4(ip) => arp_probe(asker, ip),
+        IpAddr::V6(ip) => duplicate_address_solicitation(asker, ip),
+    };
+    Ok(frame.tagged(vlan))
+}
+
+/// Refuses an address that no station can have.
+///
+/// # Errors
+/// It is one.
+pub fn check(ip: IpAddr) -> Result<(), AddressError> {
     let wrong = ip.is_unspecified()
         || ip.is_multicast()
         || ip.is_loopback()
@@ -149,9 +194,49 @@ pub fn unsolicited_na(mac: MacAddress, ip: Ipv6Addr, router: RouterFlag) -> Fram
     payload[..16].copy_from_slice(&ip.octets());
     payload[16..18].copy_from_slice(&TARGET_LINK_LAYER_ADDRESS);
     payload[18..].copy_from_slice(&mac.bytes());
-    let icmp = Icmpv6Type::NeighborAdvertisement(flags)
-        .to_header(ip.octets(), ALL_NODES.octets(), &payload)
-        .unwrap_or_else(|_| unreachable!("24 bytes fit into an IPv6 packet"))
+    icmpv6(FrameKind::NeighbourAdvertisement, (mac, ip), ALL_NODES, &Icmpv6Type::NeighborAdvertisement(flags), &payload)
+}
+
+/// An ARP probe (RFC 5227 §2.1.1): a request with no sender address, so that no neighbour table takes it.
+pub fn arp_probe(asker: MacAddress, ip: Ipv4Addr) -> Frame {
+    arp_like(FrameKind::ArpProbe, EtherType::ARP, ArpOperation::REQUEST, asker, Ipv4Addr::UNSPECIFIED, [0; 6], ip)
+}
+
+/// The solicitation of duplicate address detection (RFC 4862 §5.4.2): from no address, to the group of those whose
+/// address ends so, with no link-layer address option (RFC 4861 §4.3). Whoever has the address answers to all nodes.
+pub fn duplicate_address_solicitation(asker: MacAddress, ip: Ipv6Addr) -> Frame {
+    icmpv6(
+        FrameKind::NeighbourSolicitation,
+        (asker, Ipv6Addr::UNSPECIFIED),
+        solicited_node(ip),
+        &Icmpv6Type::NeighborSolicitation,
+        &ip.octets(),
+    )
+}
+
+/// The group of the nodes whose addresses end like `ip` (RFC 4291 §2.7.1).
+pub fn solicited_node(ip: Ipv6Addr) -> Ipv6Addr {
+    let [.., a, b, c] = ip.octets();
+    Ipv6Addr::from([0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0xff, a, b, c])
+}
+
+/// The Ethernet group of an IPv6 group (RFC 2464 §7).
+fn group_mac(group: Ipv6Addr) -> [u8; 6] {
+    let [.., a, b, c, d] = group.octets();
+    [0x33, 0x33, a, b, c, d]
+}
+
+/// A frame of ICMPv6 to a group; `payload` follows the first eight bytes of ICMP.
+fn icmpv6(
+    kind: FrameKind,
+    (mac, source): (MacAddress, Ipv6Addr),
+    group: Ipv6Addr,
+    what: &Icmpv6Type,
+    payload: &[u8],
+) -> Frame {
+    let icmp = what
+        .to_header(source.octets(), group.octets(), payload)
+        .unwrap_or_else(|_| unreachable!("a few bytes fit into an IPv6 packet"))
         .to_bytes();
     let ipv6 = Ipv6Header {
         traffic_class: 0,
@@ -159,13 +244,12 @@ pub fn unsolicited_na(mac: MacAddress, ip: Ipv6Addr, router: RouterFlag) -> Fram
         payload_length: (icmp.len() + payload.len()) as u16,
         next_header: IpNumber::IPV6_ICMP,
         hop_limit: HOP_LIMIT,
-        source: ip.octets(),
-        destination: ALL_NODES.octets(),
+        source: source.octets(),
+        destination: group.octets(),
     };
     let ethernet =
-        Ethernet2Header { source: mac.bytes(), destination: ALL_NODES_MAC, ether_type: EtherType::IPV6 }.to_bytes();
-    let bytes = [&ethernet[..], &ipv6.to_bytes(), &icmp, &payload].concat();
-    Frame { kind: FrameKind::NeighbourAdvertisement, bytes }
+        Ethernet2Header { source: mac.bytes(), destination: group_mac(group), ether_type: EtherType::IPV6 }.to_bytes();
+    Frame { kind, bytes: [&ethernet[..], &ipv6.to_bytes(), &icmp, payload].concat() }
 }
 
 /// A broadcast frame of ARP's form.
@@ -200,10 +284,19 @@ mod tests {
     use std::process::{Command, Stdio};
 
     use etherparse::icmpv6::{Icmpv6PayloadSlice, NdpOptionSlice};
-    use etherparse::{LinkSlice, NetSlice, SlicedPacket, TransportSlice};
+    use etherparse::{LinkExtSlice, LinkSlice, NetSlice, SlicedPacket, TransportSlice};
     use proptest::prelude::*;
 
     use super::*;
+
+    fn any_tags() -> impl Strategy<Value = Option<VlanTags>> {
+        let id = || (1u16..=4094).prop_map(|number| VlanId::new(number).unwrap());
+        prop_oneof![
+            Just(None),
+            id().prop_map(|id| Some(VlanTags::One(id))),
+            (id(), id()).prop_map(|(outer, inner)| Some(VlanTags::Two { outer, inner })),
+        ]
+    }
 
     fn any_mac() -> impl Strategy<Value = MacAddress> {
         any::<[u8; 6]>().prop_filter_map("unicast", |bytes| MacAddress::new(bytes).ok())
@@ -232,7 +325,7 @@ mod tests {
         let mac: MacAddress = "02:00:00:00:00:01".parse().unwrap();
         let kinds = |ips: &[&str]| -> Result<Vec<FrameKind>, AddressError> {
             let ips = ips.iter().map(|ip| ip.parse().unwrap()).collect();
-            Ok(of_station(&Station { mac, ips })?.iter().map(Frame::kind).collect())
+            Ok(of_station(&Station::new(mac, ips))?.iter().map(Frame::kind).collect())
         };
         use FrameKind::*;
         assert_eq!(kinds(&[]), Ok(vec![Rarp]));
@@ -242,6 +335,7 @@ mod tests {
         );
         for bad in ["0.0.0.0", "::", "224.0.0.1", "ff02::1", "127.0.0.1", "::1", "255.255.255.255", "::ffff:10.0.0.1"] {
             assert_eq!(kinds(&["10.0.0.2", bad]), Err(AddressError(bad.parse().unwrap())), "{bad} was accepted");
+            assert!(question(mac, bad.parse().unwrap(), None).is_err(), "{bad} was asked for");
         }
     }
 
@@ -275,6 +369,60 @@ mod tests {
                 prop_assert_eq!(arp.operation, operation);
                 prop_assert_eq!((arp.sender_mac, arp.target_mac), (mac.bytes(), target_mac));
                 prop_assert_eq!((arp.sender_ipv4, arp.target_ipv4), (ip.octets(), ip.octets()));
+            }
+        }
+
+        /// A question teaches nobody an address, and reaches those who may have it.
+        #[test]
+        fn questions_read_back(mac in any_mac(), v4 in any::<Ipv4Addr>(), v6 in any::<Ipv6Addr>()) {
+            let probe = arp_probe(mac, v4);
+            let packet = SlicedPacket::from_ethernet(probe.bytes()).unwrap();
+            let Some(NetSlice::Arp(arp)) = packet.net else { panic!("no ARP") };
+            let arp = arp.to_packet().try_eth_ipv4().unwrap();
+            prop_assert_eq!((arp.operation, arp.sender_mac, arp.target_mac), (ArpOperation::REQUEST, mac.bytes(), [0; 6]));
+            prop_assert_eq!((arp.sender_ipv4, arp.target_ipv4), ([0; 4], v4.octets()));
+
+            let solicitation = duplicate_address_solicitation(mac, v6);
+            let packet = SlicedPacket::from_ethernet(solicitation.bytes()).unwrap();
+            let [.., a, b, c] = v6.octets();
+            let Some(LinkSlice::Ethernet2(link)) = packet.link else { panic!("no Ethernet") };
+            prop_assert_eq!((link.source(), link.destination()), (mac.bytes(), [0x33, 0x33, 0xff, a, b, c]));
+            let Some(NetSlice::Ipv6(ipv6)) = packet.net else { panic!("no IPv6") };
+            let header = ipv6.header();
+            prop_assert_eq!(header.source_addr(), Ipv6Addr::UNSPECIFIED);
+            prop_assert_eq!(
+                header.destination_addr(),
+                Ipv6Addr::new(0xff02, 0, 0, 0, 0, 1, 0xff00 | u16::from(a), u16::from(b) << 8 | u16::from(c))
+            );
+            prop_assert_eq!(header.hop_limit(), 255);
+            let Some(TransportSlice::Icmpv6(icmp)) = packet.transport else { panic!("no ICMPv6") };
+            prop_assert!(icmp.is_checksum_valid(header.source(), header.destination()));
+            let Ok(Icmpv6PayloadSlice::NeighborSolicitation(ns)) = icmp.payload_slice() else { panic!("no NS") };
+            prop_assert_eq!((ns.target_address(), ns.options().len()), (v6, 0));
+        }
+
+        /// Tags stand where they belong, and without them each frame is what it was.
+        #[test]
+        fn tags_read_back(mac in any_mac(), v4 in any::<Ipv4Addr>(), v6 in any::<Ipv6Addr>(), tags in any_tags()) {
+            let plain = [
+                rarp(mac), gratuitous_arp_request(mac, v4), gratuitous_arp_reply(mac, v4), arp_probe(mac, v4),
+                unsolicited_na(mac, v6, RouterFlag::Router), duplicate_address_solicitation(mac, v6),
+            ];
+            for frame in plain {
+                let tagged = frame.clone().tagged(tags);
+                let packet = SlicedPacket::from_ethernet(tagged.bytes()).unwrap();
+                let read: Vec<(u16, u16)> = packet.link_exts.iter().map(|ext| {
+                    let LinkExtSlice::Vlan(tag) = ext else { panic!("no VLAN") };
+                    (tag.vlan_identifier().value(), u16::from(u8::from(tag.priority_code_point())))
+                }).collect();
+                let (kind, wanted) = match tags {
+                    None => (ethernet(&frame).ether_type, vec![]),
+                    Some(VlanTags::One(id)) => (EtherType(0x8100), vec![(id.number(), 0)]),
+                    Some(VlanTags::Two { outer, inner }) => (EtherType(0x88a8), vec![(outer.number(), 0), (inner.number(), 0)]),
+                };
+                prop_assert_eq!((ethernet(&tagged).ether_type, &read), (kind, &wanted));
+                let tags_end = 12 + 4 * wanted.len();
+                prop_assert_eq!([&tagged.bytes()[..12], &tagged.bytes()[tags_end..]].concat(), frame.bytes());
             }
         }
 
@@ -318,22 +466,32 @@ mod tests {
         file
     }
 
-    /// A second opinion: Wireshark's dissectors, where they are installed.
+    /// A second opinion on every kind of frame with every kind of tags: Wireshark's dissectors, where they are installed.
     #[test]
     fn tshark_reads_the_same() {
-        const FIELDS: [&str; 7] = [
+        const FIELDS: [&str; 10] = [
             "frame.protocols",
+            "ieee8021ad.id",
+            "vlan.id",
             "arp.opcode",
-            "arp.isgratuitous",
+            "arp.isprobe",
             "icmpv6.nd.na.target_address",
-            "icmpv6.nd.na.flag.o",
+            "icmpv6.nd.ns.target_address",
+            "icmpv6.nd.na.flag.r",
             "icmpv6.checksum.status",
-            "_ws.malformed",
+            "_ws.expert.message",
         ];
-        let mac = "02:00:00:00:00:01".parse().unwrap();
-        let station = Station { mac, ips: vec!["10.0.0.2".parse().unwrap(), "fd00::2".parse().unwrap()] };
+        let mac: MacAddress = "02:00:00:00:00:01".parse().unwrap();
+        let (v4, v6) = ("10.0.0.2".parse().unwrap(), "fd00::2".parse().unwrap());
+        let mut frames = Vec::new();
+        for vlan in [None, Some("42".parse().unwrap()), Some("100.42".parse().unwrap())] {
+            let mut station = Station { vlan, ..Station::new(mac, vec![v4]) };
+            station.add_router(v6);
+            frames.extend(of_station(&station).unwrap());
+            frames.extend([v4, v6.into()].map(|ip: IpAddr| question(mac, ip, vlan).unwrap()));
+        }
         let mut capture = tempfile::NamedTempFile::new().unwrap();
-        capture.write_all(&pcap(&of_station(&station).unwrap())).unwrap();
+        capture.write_all(&pcap(&frames)).unwrap();
         let mut tshark = Command::new("tshark");
         tshark.args(["-T", "fields", "-E", "separator=;", "-r"]).arg(capture.path()).stdin(Stdio::null());
         for field in FIELDS {
@@ -345,17 +503,27 @@ mod tests {
         };
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let output = String::from_utf8(output.stdout).unwrap();
-        let lines: Vec<_> = output.lines().collect();
         let truth = |text: &str| matches!(text, "1" | "True");
-        assert_eq!(lines.len(), 4, "{output}");
-        for (line, (protocols, opcode)) in lines.iter().zip([("arp", "3"), ("arp", "1"), ("arp", "2"), ("icmpv6", "")])
-        {
+        assert_eq!((frames.len(), output.lines().count()), (18, 18), "{output}");
+        for (k, (line, frame)) in output.lines().zip(&frames).enumerate() {
             let fields: Vec<_> = line.split(';').collect();
-            assert!(fields[0].ends_with(protocols), "{line}");
-            assert_eq!((fields[1], fields[6]), (opcode, ""), "{line}");
-            assert_eq!(truth(fields[2]), matches!(opcode, "1" | "2"), "{line}");
+            let [protocols, outer, inner, opcode, probe, na, ns, router, checksum, complaint] = fields[..] else {
+                panic!("{line}")
+            };
+            assert_eq!(complaint, "", "{line}");
+            assert_eq!((outer, inner), [("", ""), ("", "42"), ("100", "42")][k / 6], "{line}");
+            let (protocol, wanted) = match frame.kind() {
+                FrameKind::Rarp => ("arp", ("3", false, "", "", false)),
+                FrameKind::ArpRequest => ("arp", ("1", false, "", "", false)),
+                FrameKind::ArpReply => ("arp", ("2", false, "", "", false)),
+                FrameKind::ArpProbe => ("arp", ("1", true, "", "", false)),
+                FrameKind::NeighbourAdvertisement => ("icmpv6", ("", false, "fd00::2", "", true)),
+                FrameKind::NeighbourSolicitation => ("icmpv6", ("", false, "", "fd00::2", false)),
+            };
+            assert!(protocols.ends_with(protocol), "{line}");
+            assert_eq!((opcode, truth(probe), na, ns, truth(router)), wanted, "{line}");
+            // 1 is "good".
+            assert_eq!(checksum, if protocol == "icmpv6" { "1" } else { "" }, "{line}");
         }
-        let na: Vec<_> = lines[3].split(';').collect();
-        assert_eq!((na[3], truth(na[4]), na[5]), ("fd00::2", true, "1"), "target, override, good checksum");
     }
 }

@@ -6,7 +6,12 @@
 //! The order around a hand-over, which the caller keeps: the source's egress is muted, then [`Announcer::first_round`]
 //! at the target, then the guest's first instruction, then [`Announcer::repeat`] beside the running guest.
 
+pub mod conflict;
+pub mod diagnose;
 pub mod frames;
+pub mod heard;
+pub mod learn;
+pub mod pace;
 pub mod schedule;
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -56,10 +61,10 @@ impl Announcer {
     }
 
     /// Sends the first round at once: the call to make after the source is muted and before the guest's first instruction.
-    /// Never fails as a whole: a refused frame is counted, and the others are still sent.
-    pub fn first_round(&self, port: &mut dyn FramePort, clock: &dyn Clock) -> FirstRound {
+    /// Never fails as a whole: a refused frame is counted, and the others are still sent, unless `cancel` is set.
+    pub fn first_round(&self, port: &mut dyn FramePort, clock: &dyn Clock, cancel: &AtomicBool) -> FirstRound {
         let began = clock.now();
-        FirstRound { round: self.send_round(port, 0, Duration::ZERO), began }
+        FirstRound { round: self.send_round(port, 0, Duration::ZERO, cancel), began }
     }
 
     /// Sends the remaining rounds at their times after `first`, telling `on_round` of each. Returns early, with `true`,
@@ -84,12 +89,27 @@ impl Announcer {
                 clock.sleep(left.min(CANCEL_LATENCY));
             }
             let after_first = clock.now().saturating_sub(first.began);
-            on_round(&self.send_round(port, round, after_first));
+            let sent = self.send_round(port, round, after_first, cancel);
+            on_round(&sent);
+            if self.is_cut_short(&sent) {
+                return true;
+            }
         }
-        false
+        self.is_cut_short(&first.round)
     }
 
-    fn send_round(&self, port: &mut dyn FramePort, round: u32, after_first: Duration) -> AnnounceRound {
+    /// Whether a round was cancelled before its end.
+    fn is_cut_short(&self, round: &AnnounceRound) -> bool {
+        ((round.frames_sent + round.frames_failed) as usize) < self.frames.len()
+    }
+
+    fn send_round(
+        &self,
+        port: &mut dyn FramePort,
+        round: u32,
+        after_first: Duration,
+        cancel: &AtomicBool,
+    ) -> AnnounceRound {
         let mut result = AnnounceRound {
             round,
             after_first_ns: u64::try_from(after_first.as_nanos()).unwrap_or(u64::MAX),
@@ -98,8 +118,13 @@ impl Announcer {
             error: None,
         };
         for frame in &self.frames {
+            // A round of many frames, each of which waits for its turn, takes long.
+            if cancel.load(Ordering::Acquire) {
+                break;
+            }
             match port.send(frame.bytes()) {
                 Ok(()) => result.frames_sent += 1,
+                Err(_) if cancel.load(Ordering::Acquire) => break,
                 Err(error) => {
                     result.frames_failed += 1;
                     result.error.get_or_insert_with(|| format!("{}: {error}", frame.kind()));
@@ -151,10 +176,7 @@ mod tests {
     }
 
     fn station() -> Station {
-        Station {
-            mac: "02:00:00:00:00:01".parse().unwrap(),
-            ips: vec!["10.0.0.2".parse().unwrap(), "fd00::2".parse().unwrap()],
-        }
+        "mac=02:00:00:00:00:01,ip=10.0.0.2,ip=fd00::2".parse().unwrap()
     }
 
     static NEVER: AtomicBool = AtomicBool::new(false);
@@ -165,7 +187,7 @@ mod tests {
         clock.sleep(Duration::from_secs(1000));
         let mut port = FakePort { clock: &clock, sent: Vec::new(), refuse_length: None };
         let announcer = Announcer::new(&[station()], Schedule::default()).unwrap();
-        let first = announcer.first_round(&mut port, &clock);
+        let first = announcer.first_round(&mut port, &clock, &NEVER);
         assert_eq!((port.sent.len(), first.round.frames_sent), (4, 4), "RARP, two ARP, one NA before the guest runs");
         let mut rounds = Vec::new();
         let cancelled = announcer.repeat(&first, &mut port, &clock, &NEVER, &mut |round| rounds.push(round.clone()));
@@ -181,7 +203,7 @@ mod tests {
         let clock = FakeClock::default();
         let mut port = FakePort { clock: &clock, sent: Vec::new(), refuse_length: None };
         let announcer = Announcer::new(&[station()], Schedule::default()).unwrap();
-        let first = announcer.first_round(&mut port, &clock);
+        let first = announcer.first_round(&mut port, &clock, &NEVER);
         let cancel = AtomicBool::new(false);
         let cancelled = announcer.repeat(&first, &mut port, &clock, &cancel, &mut |round| {
             cancel.store(round.round == 2, Ordering::Release);
@@ -196,7 +218,7 @@ mod tests {
         let clock = FakeClock::default();
         let mut port = FakePort { clock: &clock, sent: Vec::new(), refuse_length: Some(86) };
         let announcer = Announcer::new(&[station()], Schedule::default()).unwrap();
-        let first = announcer.first_round(&mut port, &clock);
+        let first = announcer.first_round(&mut port, &clock, &NEVER);
         assert_eq!((first.round.frames_sent, first.round.frames_failed), (3, 1));
         assert!(first.round.error.as_ref().unwrap().starts_with("neighbour advertisement: "), "{first:?}");
         clock.sleep(Duration::from_millis(300));

@@ -2,16 +2,24 @@
 //!
 //! Owns the arithmetic; a pure iterator of instants. QEMU's rule (net/announce.c): the first round is not delayed, the gap
 //! after round k (from 0) is `min(initial + k·step, max)`. Its defaults, kept here, give 0, 50, 200, 450, 800 ms.
+//! Jitter, which QEMU has not, moves each later round by a random time, so that many VMs that arrive together do not go on together.
 
 use std::time::Duration;
 
-/// Initial gap, growth, cap and number of rounds.
+use crate::model::Random;
+
+/// No jitter is longer, like no gap.
+const LONGEST_JITTER: Duration = Duration::from_secs(100);
+
+/// Initial gap, growth, cap, number of rounds, and by how much these may be moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Schedule {
     initial: Duration,
     step: Duration,
     max: Duration,
     rounds: u32,
+    jitter: Duration,
+    seed: u64,
 }
 
 /// A schedule outside what QEMU's migration parameters allow.
@@ -26,6 +34,9 @@ pub enum ScheduleError {
     /// Too long a step.
     #[error("a step of {0:?} is longer than 10 s")]
     Step(Duration),
+    /// Too long a jitter.
+    #[error("a jitter of {0:?} is longer than 100 s")]
+    Jitter(Duration),
 }
 
 impl Default for Schedule {
@@ -35,6 +46,8 @@ impl Default for Schedule {
             step: Duration::from_millis(100),
             max: Duration::from_millis(550),
             rounds: 5,
+            jitter: Duration::ZERO,
+            seed: 0,
         }
     }
 }
@@ -54,7 +67,26 @@ impl Schedule {
         if step > Duration::from_secs(10) {
             return Err(ScheduleError::Step(step));
         }
-        Ok(Self { initial, step, max, rounds })
+        Ok(Self { initial, step, max, rounds, jitter: Duration::ZERO, seed: 0 })
+    }
+
+    /// The same, with each round after the first up to `jitter` later (at most 100 s, evenly spread).
+    ///
+    /// # Errors
+    /// A longer jitter.
+    pub fn with_jitter(self, jitter: Duration) -> Result<Self, ScheduleError> {
+        if jitter > LONGEST_JITTER { Err(ScheduleError::Jitter(jitter)) } else { Ok(Self { jitter, ..self }) }
+    }
+
+    /// The same, with the seed that its jitter is drawn from: one of its own for each announcement.
+    #[must_use]
+    pub const fn seeded(self, seed: u64) -> Self {
+        Self { seed, ..self }
+    }
+
+    /// By how much a round may be moved.
+    pub const fn jitter(&self) -> Duration {
+        self.jitter
     }
 
     /// The gap after the first round.
@@ -77,13 +109,17 @@ impl Schedule {
         self.rounds
     }
 
-    /// The time of each round after the first one's; begins with zero.
+    /// The time of each round after the first one's; begins with zero. No round comes before the one before it.
     pub fn instants(&self) -> impl Iterator<Item = Duration> + use<> {
-        let Self { initial, step, max, rounds } = *self;
-        (0..rounds).scan(Duration::ZERO, move |next, k| {
-            let now = *next;
-            *next += (initial + step * k).min(max);
-            Some(now)
+        let Self { initial, step, max, rounds, jitter, seed } = *self;
+        let (mut random, mut due, mut last) = (Random(seed), Duration::ZERO, Duration::ZERO);
+        let jitter_ns = u64::try_from(jitter.as_nanos()).unwrap_or(u64::MAX);
+        (0..rounds).map(move |k| {
+            if k > 0 {
+                last = last.max(due + Duration::from_nanos(random.below(jitter_ns)));
+            }
+            due += (initial + step * k).min(max);
+            last
         })
     }
 }
@@ -123,7 +159,32 @@ mod tests {
         assert!(Schedule::new(ms(1), ms(10_001), ms(1), 1).is_err());
     }
 
+    #[test]
+    fn jitter_moves_the_later_rounds_and_keeps_the_first() {
+        let schedule = Schedule::default().with_jitter(ms(40)).unwrap();
+        let times: Vec<Vec<Duration>> = (0..50).map(|seed| schedule.seeded(seed).instants().collect()).collect();
+        for times in &times {
+            assert_eq!(times[0], Duration::ZERO);
+            for (time, due) in times.iter().zip([0, 50, 200, 450, 800].map(ms)) {
+                assert!((due..due + ms(40)).contains(time), "{times:?}");
+            }
+        }
+        let seconds: std::collections::BTreeSet<_> = times.iter().map(|times| times[1]).collect();
+        assert!(seconds.len() > 40 && *seconds.first().unwrap() < ms(60) && *seconds.last().unwrap() > ms(80));
+        assert_eq!(times[7], schedule.seeded(7).instants().collect::<Vec<_>>(), "a seed says it all");
+        assert!(Schedule::default().with_jitter(ms(100_001)).is_err());
+    }
+
     proptest! {
+        /// A jitter longer than the gaps does not turn rounds round.
+        #[test]
+        fn rounds_stay_in_order(jitter in 0u64..=2000, seed in any::<u64>()) {
+            let schedule = Schedule::default().with_jitter(ms(jitter)).unwrap().seeded(seed);
+            let instants: Vec<_> = schedule.instants().collect();
+            prop_assert!(instants.is_sorted());
+            prop_assert!(instants.iter().zip(Schedule::default().instants()).all(|(time, due)| *time >= due));
+        }
+
         #[test]
         fn every_allowed_schedule_is_finite_and_grows(
             initial in 0u64..=100_000, step in 0u64..=10_000, max in 0u64..=100_000, rounds in 1u32..=1000,

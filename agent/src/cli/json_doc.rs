@@ -8,13 +8,16 @@ use serde_json::Value;
 
 use super::vm;
 use crate::kvm::virtio::GuestStats;
+use crate::model::network::{
+    Conflict, ConflictKind, Followed, FoundCard, FoundIp, FoundVm, LearntFrom, ProbeReport, Seen, StuckCause, Verdict,
+};
 use crate::model::schema::Schema;
 use crate::model::{
     AddressSpace, AnnounceReport, AnnounceRound, BlackoutLedger, BlackoutPhase, BytesPerSecond, Chosen, CurvePoint,
-    Ending, Gfn, Gpa, GuestProcess, GuestWrite, Gva, LinkReport, LoanReport, MemoryRange, MigrationId, MigrationRecord,
-    MigrationReport, MigrationStatus, Owner, PageCount, PostCopyReport, ReducerReport, RegionHeat, RelayReport,
-    RoundReport, SqueezeReport, Stage, Station, Step, StunReport, VcpuStun, VmId, WaitBucket, WaitReport, WriteCurve,
-    Writer,
+    Ending, Gfn, Gpa, GuestProcess, GuestWrite, Gva, LinkReport, LoanReport, MacAddress, MemoryRange, MigrationId,
+    MigrationRecord, MigrationReport, MigrationStatus, Owner, PageCount, PostCopyReport, ReducerReport, RegionHeat,
+    RelayReport, RoundReport, SqueezeReport, Stage, Station, Step, StunReport, VcpuStun, VmId, WaitBucket, WaitReport,
+    WriteCurve, Writer,
 };
 use crate::port::Protected;
 use crate::service::balloon::{BalloonReport, HintReport};
@@ -404,10 +407,43 @@ fn exits() -> Value {
     tagged(&ExitsReport { vm, interval_ns: 0, backend: "svm", exits: vec![row], missing_sources })
 }
 
+fn followed_announcements() -> [Value; 4] {
+    let mac: MacAddress = "02:00:00:00:00:01".parse().unwrap();
+    let ip = "fd00::1".parse().unwrap();
+    let ips = vec![FoundIp { ip, from: LearntFrom::Traffic, router: Some(true) }];
+    let vlan = "42".parse().ok();
+    let cards = vec![FoundCard { tap: String::new(), mac, from: LearntFrom::Given, vlan, ips }];
+    let found =
+        FoundVm { vm_name: String::new(), vm_id: VmId::random(), pid: 1, listened_ns: 0, frames_heard: 0, cards };
+    let (bridge, port) = (String::new(), Some(String::new()));
+    let seen = Seen { mac, after_first_ns: 0, bridge: Some(bridge.clone()), port: port.clone(), ip: Some(ip) };
+    let followed = Followed {
+        bridge,
+        expected_port: port.clone(),
+        mac,
+        verdict: Verdict::NotRelearned,
+        port,
+        after_first_ns: Some(0),
+        moves: 0,
+        causes: vec![StuckCause::Silence.diagnosis()],
+    };
+    let conflict = Conflict { kind: ConflictKind::Address, mac, ip: Some(ip), ports: Vec::new() };
+    let probe = ProbeReport {
+        interface: String::new(),
+        asked_on: String::new(),
+        addresses: 0,
+        questions_sent: 0,
+        waited_ns: 0,
+        own_answers: vec![ip],
+        conflicts: vec![conflict],
+    };
+    [tagged(&found), tagged(&seen), tagged(&followed), tagged(&probe)]
+}
+
 fn announcements() -> [Value; 2] {
     let error = Some(String::new());
     let round = AnnounceRound { round: 0, after_first_ns: 0, frames_sent: 0, frames_failed: 0, error };
-    let station = Station { mac: "02:00:00:00:00:01".parse().unwrap(), ips: vec!["10.0.0.1".parse().unwrap()] };
+    let station = "mac=02:00:00:00:00:01,ip=10.0.0.1,router=fd00::1,vlan=100.42".parse::<Station>().unwrap();
     let report = AnnounceReport {
         interface: String::new(),
         sent_on: String::new(),
@@ -492,6 +528,7 @@ fn samples() -> Vec<Value> {
     all.push(tagged(&inventory::sample()));
     all.extend(machines());
     all.extend(announcements());
+    all.extend(followed_announcements());
     all.extend(fleet());
     all.extend(vm::receive::samples());
     all.extend(events::samples());

@@ -3,6 +3,7 @@
 
 pub mod maps;
 pub mod memory;
+pub mod nics;
 mod permission;
 pub mod process;
 pub mod qmp;

@@ -76,7 +76,7 @@ pub struct SpecError {
 }
 
 impl SpecError {
-    fn new(text: &str, problem: impl Into<String>) -> Self {
+    pub(super) fn new(text: &str, problem: impl Into<String>) -> Self {
         Self { text: text.to_owned(), problem: problem.into() }
     }
 }

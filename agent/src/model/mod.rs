@@ -21,6 +21,7 @@ pub mod id;
 pub mod inventory;
 pub mod mac;
 pub mod migration_status;
+pub mod network;
 pub mod outcome;
 pub mod packing;
 pub mod process;
@@ -33,6 +34,7 @@ pub mod shape;
 pub mod stage;
 pub mod stun;
 pub mod units;
+pub mod vlan;
 pub mod writer;
 
 pub use announce::{AnnounceReport, AnnounceRound, Station};
@@ -70,4 +72,5 @@ pub use stun::{
     VcpuWrites, VmWrites,
 };
 pub use units::{BytesPerSecond, HUGE_PAGE_BYTES, PAGE_SIZE, PageCount, PageIndex, PagesPerSecond};
+pub use vlan::{VlanId, VlanTags};
 pub use writer::Writer;

@@ -11,6 +11,8 @@ use netlink_packet_route::link::{
 
 use super::NetError;
 use super::netlink::{Event, Events, Requests};
+use crate::model::MacAddress;
+use crate::model::network::{PortFacts, PortState};
 use crate::time::monotonic_now;
 
 /// `RTNLGRP_LINK`.
@@ -42,8 +44,10 @@ pub struct Link {
     pub up: bool,
     /// Has a carrier; a tap has one while somebody holds it open.
     pub carrier: bool,
-    /// Under a bridge: whether frames from it are learnt from and passed on.
-    pub forwarding: bool,
+    /// Its own address.
+    pub mac: Option<MacAddress>,
+    /// Under a bridge: what the bridge does with frames from it.
+    pub port: Option<PortFacts>,
 }
 
 impl Link {
@@ -55,13 +59,17 @@ impl Link {
             master: None,
             up: message.header.flags.contains(LinkFlags::Up),
             carrier: message.header.flags.contains(LinkFlags::LowerUp),
-            forwarding: false,
+            mac: None,
+            port: None,
         };
         for attribute in &message.attributes {
             match attribute {
                 LinkAttribute::IfName(name) => link.name.clone_from(name),
                 LinkAttribute::Controller(index) => link.master = Some(*index),
                 LinkAttribute::LinkInfo(infos) => link.take(infos),
+                LinkAttribute::Address(bytes) => {
+                    link.mac = <[u8; 6]>::try_from(&bytes[..]).ok().and_then(|bytes| MacAddress::new(bytes).ok());
+                }
                 _ => {}
             }
         }
@@ -73,13 +81,39 @@ impl Link {
             match info {
                 LinkInfo::Kind(InfoKind::Bridge) => self.kind = LinkKind::Bridge,
                 LinkInfo::Kind(InfoKind::Tun) => self.kind = LinkKind::Tap,
-                LinkInfo::PortData(InfoPortData::BridgePort(port)) => {
-                    self.forwarding = port.contains(&InfoBridgePort::State(BridgePortState::Forwarding));
-                }
+                LinkInfo::PortData(InfoPortData::BridgePort(port)) => self.port = Some(port_facts(port)),
                 _ => {}
             }
         }
     }
+
+    /// Under a bridge: whether frames from it are learnt from and passed on.
+    pub fn forwards(&self) -> bool {
+        self.port.is_some_and(|port| port.state == PortState::Forwarding)
+    }
+}
+
+/// What a port's attributes say (`IFLA_BRPORT_*`, include/uapi/linux/if_link.h).
+fn port_facts(attributes: &[InfoBridgePort]) -> PortFacts {
+    let mut facts = PortFacts { state: PortState::Disabled, learning: false, locked: false, mab: false };
+    for attribute in attributes {
+        match attribute {
+            InfoBridgePort::State(state) => {
+                facts.state = match state {
+                    BridgePortState::Forwarding => PortState::Forwarding,
+                    BridgePortState::Learning => PortState::Learning,
+                    BridgePortState::Listening => PortState::Listening,
+                    BridgePortState::Blocking => PortState::Blocking,
+                    _ => PortState::Disabled,
+                }
+            }
+            InfoBridgePort::Learning(on) => facts.learning = *on,
+            InfoBridgePort::Locked(on) => facts.locked = *on,
+            InfoBridgePort::Mab(on) => facts.mab = *on,
+            _ => {}
+        }
+    }
+    facts
 }
 
 /// All interfaces of this namespace.
@@ -133,7 +167,7 @@ pub fn wait_forwarding(name: &str, limit: Duration) -> Result<(), NetError> {
     loop {
         // Read the table after each event rather than trust one: bridge and link tell of a port in different messages.
         let link = link(name)?;
-        if link.forwarding {
+        if link.forwards() {
             return Ok(());
         }
         let concerned = loop {
@@ -163,7 +197,7 @@ mod tests {
     #[test]
     fn loopback_is_there_and_nonsense_is_not() {
         let lo = link("lo").unwrap();
-        assert_eq!((lo.kind, lo.master, lo.forwarding), (LinkKind::Other, None, false));
+        assert_eq!((lo.kind, lo.master, lo.forwards()), (LinkKind::Other, None, false));
         assert_eq!(bridge_of("lo").unwrap(), None);
         assert!(matches!(link("nonesuch0"), Err(NetError::NoSuchInterface { .. })));
         assert!(matches!(wait_forwarding("lo", Duration::from_millis(1)), Err(NetError::TimedOut { .. })));

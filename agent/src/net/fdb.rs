@@ -6,7 +6,9 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState};
+use netlink_packet_route::neighbour::{
+    NeighbourAttribute, NeighbourExtFlags, NeighbourFlags, NeighbourMessage, NeighbourState,
+};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
 
@@ -14,6 +16,7 @@ use super::NetError;
 use super::bridge::{self, Link, LinkKind};
 use super::netlink::{Event, Events, Requests};
 use crate::model::MacAddress;
+use crate::model::network::EntryFacts;
 use crate::time::monotonic_now;
 
 /// `RTNLGRP_NEIGH`.
@@ -41,6 +44,26 @@ pub struct FdbEntry {
     pub vlan: Option<u16>,
     /// How it came here.
     pub kind: FdbKind,
+    /// Does not move to another port (`NTF_STICKY`).
+    pub sticky: bool,
+    /// Set by another control plane (`NTF_EXT_LEARNED`).
+    pub external: bool,
+    /// Waits for authentication (`NTF_EXT_LOCKED`).
+    pub locked: bool,
+}
+
+impl FdbEntry {
+    /// What it says of why it does not move.
+    pub fn facts(&self) -> EntryFacts {
+        EntryFacts {
+            port: self.port.clone(),
+            local: self.kind == FdbKind::Local,
+            fixed: self.kind == FdbKind::Static,
+            sticky: self.sticky,
+            external: self.external,
+            locked: self.locked,
+        }
+    }
 }
 
 /// A change of the table.
@@ -70,6 +93,9 @@ struct RawEntry {
     mac: MacAddress,
     vlan: Option<u16>,
     kind: FdbKind,
+    sticky: bool,
+    external: bool,
+    locked: bool,
 }
 
 impl RawEntry {
@@ -78,7 +104,7 @@ impl RawEntry {
         if message.header.family != AddressFamily::Bridge {
             return None;
         }
-        let (mut bridge_index, mut mac, mut vlan) = (None, None, None);
+        let (mut bridge_index, mut mac, mut vlan, mut locked) = (None, None, None, false);
         for attribute in &message.attributes {
             match attribute {
                 NeighbourAttribute::Controller(index) => bridge_index = Some(*index),
@@ -86,6 +112,7 @@ impl RawEntry {
                     mac = <[u8; 6]>::try_from(&bytes[..]).ok().and_then(|bytes| MacAddress::new(bytes).ok());
                 }
                 NeighbourAttribute::Vlan(id) => vlan = Some(*id),
+                NeighbourAttribute::ExtFlags(flags) => locked = flags.contains(NeighbourExtFlags::Locked),
                 _ => {}
             }
         }
@@ -94,7 +121,17 @@ impl RawEntry {
             NeighbourState::Noarp => FdbKind::Static,
             _ => FdbKind::Learned,
         };
-        Some(Self { bridge_index: bridge_index?, port_index: message.header.ifindex, mac: mac?, vlan, kind })
+        let flags = message.header.flags;
+        Some(Self {
+            bridge_index: bridge_index?,
+            port_index: message.header.ifindex,
+            mac: mac?,
+            vlan,
+            kind,
+            sticky: flags.contains(NeighbourFlags::Sticky),
+            external: flags.contains(NeighbourFlags::ExtLearned),
+            locked,
+        })
     }
 }
 
@@ -119,6 +156,11 @@ impl FdbWatch {
         let mut watch = Self { bridge, names: HashMap::new(), events };
         watch.read_names()?;
         Ok(watch)
+    }
+
+    /// The bridge's name.
+    pub fn bridge(&self) -> &str {
+        &self.bridge.name
     }
 
     /// The table as it is.
@@ -217,7 +259,8 @@ impl FdbWatch {
         }
         // A port that is gone by now has no name any more; its entries are going too.
         let port = self.names.get(&raw.port_index).cloned().unwrap_or_else(|| format!("if{}", raw.port_index));
-        Ok(Some(FdbEntry { mac: raw.mac, port, vlan: raw.vlan, kind: raw.kind }))
+        let RawEntry { mac, vlan, kind, sticky, external, locked, .. } = raw;
+        Ok(Some(FdbEntry { mac, port, vlan, kind, sticky, external, locked }))
     }
 
     fn read_names(&mut self) -> Result<(), NetError> {
@@ -242,7 +285,7 @@ pub fn entries(name: &str) -> Result<Vec<FdbEntry>, NetError> {
 pub fn learn(mac: MacAddress, port: &str) -> Result<(), NetError> {
     let link = bridge::link(port)?;
     // A port in another state is refused by the kernel with EPERM, which would read as a lack of rights.
-    if !link.forwarding {
+    if !link.forwards() {
         return Err(NetError::WrongKind { name: port.to_owned(), expected: "forwarding port of a bridge" });
     }
     let mut message = NeighbourMessage::default();

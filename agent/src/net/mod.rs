@@ -6,6 +6,7 @@
 pub mod bridge;
 pub mod fdb;
 pub mod former;
+pub mod listen;
 pub mod neighbour;
 mod netlink;
 pub mod pnet;

@@ -5,7 +5,9 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage};
+use netlink_packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
+};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::NetError;
@@ -14,20 +16,66 @@ use super::netlink::{Event, Events, Requests};
 use crate::model::MacAddress;
 use crate::time::monotonic_now;
 
+/// One line of the tables that names an Ethernet address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Neighbour {
+    /// The neighbour's address.
+    pub ip: IpAddr,
+    /// Its Ethernet address.
+    pub mac: MacAddress,
+    /// Whether it said that it routes (`NTF_ROUTER`; IPv6).
+    pub router: bool,
+    /// Whether the last attempt to reach it failed, or the entry was set by hand: it says nothing of where the address is.
+    pub doubtful: bool,
+}
+
+impl Neighbour {
+    fn from_message(message: &NeighbourMessage) -> Option<Self> {
+        let (mut ip, mut mac) = (None, None);
+        for attribute in &message.attributes {
+            match attribute {
+                NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => ip = Some(IpAddr::V4(*v4)),
+                NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => ip = Some(IpAddr::V6(*v6)),
+                NeighbourAttribute::LinkLayerAddress(bytes) => {
+                    mac = <[u8; 6]>::try_from(&bytes[..]).ok().and_then(|bytes| MacAddress::new(bytes).ok());
+                }
+                _ => {}
+            }
+        }
+        Some(Self {
+            ip: ip?,
+            mac: mac?,
+            router: message.header.flags.contains(NeighbourFlags::Router),
+            doubtful: matches!(
+                message.header.state,
+                NeighbourState::Failed | NeighbourState::Incomplete | NeighbourState::Noarp
+            ),
+        })
+    }
+}
+
 /// The Ethernet address that `message` gives for `ip`; `None` if it is about another address or knows none.
 fn mac_of(message: &NeighbourMessage, ip: IpAddr) -> Option<MacAddress> {
-    let (mut about, mut mac) = (None, None);
-    for attribute in &message.attributes {
-        match attribute {
-            NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => about = Some(IpAddr::V4(*v4)),
-            NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => about = Some(IpAddr::V6(*v6)),
-            NeighbourAttribute::LinkLayerAddress(bytes) => {
-                mac = <[u8; 6]>::try_from(&bytes[..]).ok().and_then(|bytes| MacAddress::new(bytes).ok());
-            }
-            _ => {}
-        }
+    Neighbour::from_message(message).filter(|neighbour| neighbour.ip == ip).map(|neighbour| neighbour.mac)
+}
+
+/// All that this namespace has an Ethernet address for, on any interface.
+///
+/// # Errors
+/// The kernel does not answer.
+pub fn all() -> Result<Vec<Neighbour>, NetError> {
+    let mut found = Vec::new();
+    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+        let mut request = NeighbourMessage::default();
+        request.header.family = family;
+        let request = RouteNetlinkMessage::GetNeighbour(request);
+        let objects = Requests::open()?.dump(&request, "read the neighbour tables")?;
+        found.extend(objects.iter().filter_map(|object| match object {
+            RouteNetlinkMessage::NewNeighbour(message) => Neighbour::from_message(message),
+            _ => None,
+        }));
     }
-    mac.filter(|_| about == Some(ip))
+    Ok(found)
 }
 
 /// The Ethernet address that this namespace has for `ip` on any interface.
@@ -56,6 +104,28 @@ impl NeighbourWatch {
     /// The kernel refuses.
     pub fn open() -> Result<Self, NetError> {
         Ok(Self { events: Events::open(GROUP_NEIGH)? })
+    }
+
+    /// The next neighbour whose entry changed, and when that was seen (`CLOCK_MONOTONIC`); `None` if there is none within `limit`. After an overrun of notifications,
+    /// changes may be missing.
+    ///
+    /// # Errors
+    /// The kernel does not answer.
+    pub fn next_change(&mut self, limit: Duration) -> Result<Option<(Neighbour, Duration)>, NetError> {
+        let deadline = monotonic_now() + limit;
+        loop {
+            match self.events.next(deadline)? {
+                None => return Ok(None),
+                Some(Event::Message(RouteNetlinkMessage::NewNeighbour(message), seen_at))
+                    if matches!(message.header.family, AddressFamily::Inet | AddressFamily::Inet6) =>
+                {
+                    if let Some(neighbour) = Neighbour::from_message(&message) {
+                        return Ok(Some((neighbour, seen_at)));
+                    }
+                }
+                Some(_) => {}
+            }
+        }
     }
 
     /// Waits until the table has `mac` for `ip`; returns when that was seen (`CLOCK_MONOTONIC`).

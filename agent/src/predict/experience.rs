@@ -79,8 +79,7 @@ fn of_strategy(
     let alike = |record: &MigrationRecord| of(record).filter(|_| Some(record.strategy.as_str()) == strategy);
     [last(records, Some(peer), alike), last(records, Some(peer), &of)]
         .into_iter()
-        .filter_map(|(values, is_peers)| median(values).filter(|_| is_peers))
-        .next()
+        .find_map(|(values, is_peers)| median(values).filter(|_| is_peers))
 }
 
 /// The round trip to `peer`, by its last migrations; none if there was none.

@@ -13,6 +13,7 @@ use toml::Spanned;
 
 use super::registry::{DEFAULT_RUN_DIR, DEFAULT_STATE_DIR};
 use crate::announce::Schedule;
+use crate::announce::conflict::OnConflict;
 use crate::cgroup;
 use crate::migrate::{OnStuck, SourceOptions};
 use crate::model::units::{display_duration, parse_duration};
@@ -36,12 +37,23 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// Of `dunlin migrate`, and as far as it has them of `dunlin vm receive`.
     pub migrate: MigrateConfig,
-    /// When announcements are repeated.
-    pub announce: Schedule,
+    /// When announcements are repeated, and how many.
+    pub announce: AnnounceConfig,
     /// Of everything that watches VMs.
     pub track: TrackConfig,
     /// Of everything that slows writers.
     pub stun: StunConfig,
+}
+
+/// The table `[announce]`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct AnnounceConfig {
+    /// When rounds are repeated.
+    pub schedule: Schedule,
+    /// What all who announce at this host may send together, at least 1; none: no limit.
+    pub frames_per_second: Option<u32>,
+    /// What `dunlin announce` does when somebody else has the addresses.
+    pub on_conflict: OnConflict,
 }
 
 /// The table `[stun]`: whose writers may be slowed, and how far.
@@ -118,7 +130,7 @@ impl Default for Config {
             run_dir: DEFAULT_RUN_DIR.into(),
             state_dir: DEFAULT_STATE_DIR.into(),
             migrate: MigrateConfig::default(),
-            announce: Schedule::default(),
+            announce: AnnounceConfig::default(),
             track: TrackConfig::default(),
             stun: StunConfig::default(),
         }
@@ -256,6 +268,9 @@ struct AnnounceTable {
     step: Option<Time>,
     max: Option<Time>,
     rounds: Option<Whole<1, 1000>>,
+    jitter: Option<Time>,
+    frames_per_second: Option<Whole<1, 1_000_000>>,
+    on_conflict: Option<OnConflict>,
 }
 
 /// A path that means the same in every working folder.
@@ -327,17 +342,24 @@ fn read(text: &str) -> Result<Config, Problem> {
     let MigrateConfig { streams, downtime, bandwidth, max_rounds, on_stuck, stall, insecure_plaintext } =
         defaults.migrate;
     let announce = match file.announce {
-        None => schedule,
+        None => AnnounceConfig::default(),
         Some(table) => {
             let at = table.span().start;
-            let AnnounceTable { initial, step, max, rounds } = table.into_inner();
-            Schedule::new(
+            let AnnounceTable { initial, step, max, rounds, jitter, frames_per_second, on_conflict } =
+                table.into_inner();
+            let schedule = Schedule::new(
                 initial.map_or(schedule.initial(), |time| time.0),
                 step.map_or(schedule.step(), |time| time.0),
                 max.map_or(schedule.max(), |time| time.0),
                 rounds.map_or(schedule.rounds(), |number| number.0 as u32),
             )
-            .map_err(|error| Problem { at, what: format!("announce: {error}") })?
+            .and_then(|schedule| schedule.with_jitter(jitter.map_or(Duration::ZERO, |time| time.0)))
+            .map_err(|error| Problem { at, what: format!("announce: {error}") })?;
+            AnnounceConfig {
+                schedule,
+                frames_per_second: frames_per_second.map(|number| number.0 as u32),
+                on_conflict: on_conflict.unwrap_or_default(),
+            }
         }
     };
     Ok(Config {
@@ -429,7 +451,10 @@ mod tests {
         assert_eq!(config.state_dir, Config::default().state_dir);
         assert_eq!((config.migrate.streams, config.migrate.bandwidth), (4, Some(BytesPerSecond(125_000_000))));
         assert_eq!(config.migrate.downtime, MigrateConfig::default().downtime);
-        assert_eq!((config.announce.rounds(), config.announce.initial()), (9, Duration::from_millis(50)));
+        let schedule = config.announce.schedule;
+        assert_eq!((schedule.rounds(), schedule.initial()), (9, Duration::from_millis(50)));
+        let config = parsed("version = 1\n[announce]\njitter = '20ms'\nframes_per_second = 500").unwrap().announce;
+        assert_eq!((config.schedule.jitter(), config.frames_per_second), (Duration::from_millis(20), Some(500)));
     }
 
     #[test]
@@ -457,6 +482,9 @@ mod tests {
             "step",
             "max",
             "rounds",
+            "jitter",
+            "frames_per_second",
+            "on_conflict",
         ];
         for key in keys {
             let shown = example.lines().any(|line| line.trim_start_matches("# ").starts_with(&format!("{key} =")));
@@ -480,6 +508,8 @@ mod tests {
             ("version = 1\n[stun]\nmax_share = 1.5", 3, "at most 1"),
             ("version = 1\n[stun]\nlongest_hold = '5ms'", 3, "from 10ms to 1s"),
             ("version = 1\n\n[announce]\nmax = '200s'", 3, "longer than 100 s"),
+            ("version = 1\n\n[announce]\njitter = '200s'", 3, "longer than 100 s"),
+            ("version = 1\n[announce]\nframes_per_second = 0", 3, "from 1 to 1000000"),
             ("version = 1\nversion = 1", 2, "duplicate"),
             ("version = 1\n[migrate", 2, ""),
         ] {

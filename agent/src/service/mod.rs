@@ -5,7 +5,7 @@
 //! - [`registry`] knows which VMs this host runs.
 //! - [`config`] reads the configuration file.
 //! - [`balloon`] answers for a guest's memory.
-//! - [`announce`] announces by hand, on an interface that an operator names.
+//! - [`announce`] announces by hand, on an interface that an operator names; [`pacing`] is the limit that all announcements of a host share.
 //! - [`inventory`] finds every KVM VM of this host.
 //! - [`observe`] watches how one VM writes its memory, [`exits`] why it leaves its guest, [`profile`] measures its curve and its writers, [`rogues`] says who keeps it from migrating, [`prediction`] what moving it would take; [`doctor`] tries what this host can do.
 //! - [`recording`] keeps what [`observe`] sees in a file, and makes its figures again.
@@ -37,6 +37,7 @@ pub mod machine;
 pub mod migration;
 pub mod observe;
 pub(crate) mod out;
+pub mod pacing;
 pub mod prediction;
 pub mod profile;
 pub mod progress;

@@ -7,19 +7,24 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use super::announce::follow;
 use super::clock::MonotonicClock;
+use super::config::AnnounceConfig;
 use super::control::{ControlError, ask_info};
 use super::events::{EventLog, Hold};
 use super::machine::Places;
+use super::pacing::Pacer;
 use super::registry::{MachineEntry, Registry, RegistryError};
 use super::session::{Creation, RemoteMachine, SESSION_VERSION};
-use crate::announce::Schedule;
+use crate::announce::pace::Urgency;
 use crate::link::{Arrival, Listener, TcpTarget};
 use crate::migrate::target::{Arrived, Host, Orphan, RelayPhase, Reservation, Target, TargetError};
 use crate::migrate::{AnswerError, CancelFlag, ControlMessage, Offer, answer};
 use crate::model::id::VmName;
+use crate::model::network::{Followed, Verdict};
 use crate::model::{DiskSpec, MachineShape, MigrationId, NetSpec, SerialSpec, VmRef, WaitReport};
 use crate::net::tap::Tap;
 use crate::port::{Clock, JournalError, LinkError, MachineError, Region, TargetLink};
@@ -74,8 +79,8 @@ pub struct ReceiveRequest {
     pub serial: SerialSpec,
     /// Where things are.
     pub places: Places,
-    /// When announcements are repeated.
-    pub schedule: Schedule,
+    /// When announcements are repeated, and how many all VMs of the host may send.
+    pub announce: AnnounceConfig,
     /// Where events go.
     pub events: Option<PathBuf>,
     /// For tests: stop at a step.
@@ -347,7 +352,7 @@ fn attempt(
     match (arrived, child.zip(host.name.clone())) {
         (Ok(arrived), Some((child, name))) => {
             let (migration_id, verified_pages) = (arrived.migration_id, arrived.verified_pages);
-            repeat_announcements(arrived, request.schedule);
+            repeat_announcements(arrived, request, &name);
             Ok(Some(Received { migration_id, name, process: MachineProcess::Child(child), verified_pages }))
         }
         (Ok(_), None) => unreachable!("a VM arrived without a machine process"),
@@ -398,8 +403,8 @@ pub fn recover(
         relay: RelayPhase::default(),
     }
     .recover(orphan)?;
-    repeat_announcements(arrived, request.schedule);
     let name = entry.name.clone();
+    repeat_announcements(arrived, request, &name);
     Ok(Received { migration_id, name, process: MachineProcess::Adopted(entry), verified_pages: 0 })
 }
 
@@ -416,23 +421,52 @@ fn end(child: &mut Child) {
     let _ = child.wait();
 }
 
-/// The rounds of announcements that follow the first one, which left before the guest ran.
-fn repeat_announcements(arrived: Arrived, schedule: Schedule) {
+/// The rounds of announcements that follow the first one, which left before the guest ran; says whether the bridges of the VM's taps have it there.
+fn repeat_announcements(arrived: Arrived, request: &ReceiveRequest, name: &VmName) {
     let mut machine = arrived.machine;
     let migration = arrived.migration_id;
-    let repeat = move || {
-        let clock = MonotonicClock;
+    let schedule = request.announce.schedule.seeded(migration.0.as_u64_pair().1);
+    let pacer = Pacer::join(&request.places.run_dir, request.announce.frames_per_second);
+    let observe = Registry::new(&request.places.run_dir).socket(name, "observe");
+    let mut rounds = move || {
+        let (clock, never) = (MonotonicClock, AtomicBool::new(false));
         let began = clock.now();
+        let mut unpaid_rounds = 1;
         for instant in schedule.instants().skip(1) {
             clock.sleep((began + instant).saturating_sub(clock.now()));
-            if let Err(error) = machine.announce() {
-                tracing::debug!(%migration, "announcing ended: {error}");
-                return;
+            pacer.wait(1, Urgency::Later, &clock, &never);
+            match machine.announce() {
+                // The machine says only now how many frames a round has: the rest of it, and the first round, are paid for afterwards.
+                Ok(frames) => pacer.charge((frames * (1 + unpaid_rounds)).saturating_sub(1), &clock),
+                Err(error) => {
+                    tracing::debug!(%migration, "announcing ended: {error}");
+                    return;
+                }
             }
+            unpaid_rounds = 0;
+        }
+    };
+    let repeat = move || {
+        let nets = ask_info(&observe).map(|info| info.nets).unwrap_or_default();
+        match follow::taps(&nets, &mut rounds) {
+            Ok(followed) => followed.iter().for_each(|one| tell_followed(migration, one)),
+            Err(error) => tracing::warn!(%migration, "whether the bridges have relearned is not known: {error}"),
         }
     };
     if let Err(error) = std::thread::Builder::new().name("announce".into()).spawn(repeat) {
         tracing::warn!("no thread for repeated announcements: {error}");
+    }
+}
+
+fn tell_followed(migration: MigrationId, followed: &Followed) {
+    let Followed { bridge, mac, expected_port, causes, .. } = followed;
+    let port = expected_port.as_deref().unwrap_or_default();
+    if followed.verdict != Verdict::NotRelearned {
+        tracing::info!(%migration, "bridge `{bridge}` has {mac} behind `{port}`");
+        return;
+    }
+    for cause in causes {
+        tracing::warn!(%migration, "bridge `{bridge}` has not relearned {mac} behind `{port}`: {}: {}", cause.sentence, cause.remedy);
     }
 }
 

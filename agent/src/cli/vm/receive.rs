@@ -125,7 +125,7 @@ impl ReceiveArgs {
             disks: self.disks,
             serial: self.serial,
             places: Places { run_dir: self.run_dir.path(config), state_dir: self.state_dir.path(config) },
-            schedule: config.announce,
+            announce: config.announce.clone(),
             events: self.watch.events,
             hold: self.watch.hold_at,
             stall: self.watch.stall.unwrap_or(config.migrate.stall),

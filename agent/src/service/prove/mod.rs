@@ -23,7 +23,6 @@ use serde::Serialize;
 use self::lab::{
     Folder, Guest, LIMIT, Lab, MEMORY_BYTES, NAME, Obstacle, OwnChild, failed, file, heartbeat, kill_machines,
 };
-use crate::announce::Schedule;
 use crate::link::{Address, Listener};
 use crate::migrate::{CancelFlag, SourceOptions};
 use crate::model::id::VmName;
@@ -34,6 +33,7 @@ use crate::port::Arm;
 use crate::probe::{KernelCounters, ProbeOptions};
 use crate::service::arm::ControlSocketArm;
 use crate::service::clock::MonotonicClock;
+use crate::service::config::AnnounceConfig;
 use crate::service::doctor::{Finding, ResultKind, Tier};
 use crate::service::foresight::Foresee;
 use crate::service::migration::{MigrateRequest, migrate};
@@ -414,7 +414,7 @@ fn migration(lab: &Lab<'_>, verify: bool) -> Result<Success, Obstacle> {
         disks: Vec::new(),
         serial: SerialSpec::File(console.clone()),
         places: places.clone(),
-        schedule: Schedule::default(),
+        announce: AnnounceConfig::default(),
         events: None,
         hold: None,
         stall: Duration::from_secs(5),
