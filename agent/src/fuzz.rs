@@ -326,6 +326,7 @@ fn word_seeds() -> Vec<Vec<u8>> {
         "pid:17",
         "02:00:00:00:00:01",
         "tcp://[fd00::7]:4460",
+        "tls://host-b:4460",
         "stop-and-copy",
         "zstd:3",
         "state-moved",
@@ -353,7 +354,7 @@ fn config_file(input: &[u8]) {
 fn config_seeds() -> Vec<Vec<u8>> {
     let all = "version = 1\nrun_dir = \"/r\"\nstate_dir = \"/s\"\n[migrate]\nstreams = 2\ndowntime = \"30ms\"\n\
                bandwidth = \"1Gbit\"\nmax_rounds = 30\nstall = \"10s\"\ninsecure_plaintext = false\n[announce]\n\
-               initial = \"50ms\"\nstep = \"100ms\"\nmax = \"550ms\"\nrounds = 5\n";
+               initial = \"50ms\"\nstep = \"100ms\"\nmax = \"550ms\"\nrounds = 5\n[tls]\nca = \"/c\"\n";
     vec![all.into(), "version = 1\n".into()]
 }
 

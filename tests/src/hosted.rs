@@ -156,13 +156,16 @@ impl TestHost {
         self.start("receive", &["vm", "receive", "--json", "--listen", address], true)
     }
 
-    /// Starts a receiver, and waits until it listens.
+    /// Starts a receiver, at an own port in the clear unless the options say where, and waits until it listens.
     ///
     /// # Errors
     /// It does not listen.
     pub fn receive(&self, options: &[&str]) -> Result<Receiver> {
         let serial = format!("file={}", self.serial().path().display());
-        let mut words = vec!["vm", "receive", "--json", "--listen", "tcp://127.0.0.1:0", "--serial", &serial];
+        let mut words = vec!["vm", "receive", "--json", "--serial", &serial];
+        if !options.contains(&"--listen") {
+            words.extend(["--listen", "tcp://127.0.0.1:0"]);
+        }
         words.extend(options);
         let running = self.start("receive", &words, true)?;
         let listening = wait_for("the receiver's address", START_LIMIT, || {
@@ -370,7 +373,7 @@ impl Running {
 pub struct Receiver {
     /// The process.
     pub running: Running,
-    /// `tcp://ADDR:PORT`
+    /// `tcp://ADDR:PORT` or `tls://ADDR:PORT`
     pub address: String,
 }
 
@@ -380,7 +383,7 @@ impl Receiver {
     /// # Panics
     /// If it is none.
     pub fn socket_address(&self) -> SocketAddr {
-        self.address.trim_start_matches("tcp://").parse().expect("the receiver prints its address")
+        self.address["tcp://".len()..].parse().expect("the receiver prints its address")
     }
 }
 

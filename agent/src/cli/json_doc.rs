@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::vm;
+use super::{pki, vm};
 use crate::kvm::virtio::GuestStats;
 use crate::model::network::{
     Conflict, ConflictKind, Followed, FoundCard, FoundIp, FoundVm, LearntFrom, ProbeReport, Seen, StuckCause, Verdict,
@@ -76,6 +76,7 @@ fn migration() -> Value {
         stun: Some(stun_report()),
         link: Some(LinkReport {
             interface: String::new(),
+            encryption: String::new(),
             other_bytes_per_second: Some(0),
             other_before_bytes_per_second: Some(0),
         }),
@@ -105,6 +106,7 @@ fn migration_status() -> Value {
         vm_name: "a".parse().unwrap(),
         pid: 1,
         target: String::new(),
+        encryption: String::new(),
         strategy: String::new(),
         chosen: Some(chosen()),
         since_unix_ms: 0,
@@ -531,6 +533,7 @@ fn samples() -> Vec<Value> {
     all.extend(followed_announcements());
     all.extend(fleet());
     all.extend(vm::receive::samples());
+    all.extend(pki::samples());
     all.extend(events::samples());
     all.extend(crate::store::fuzz_seeds().iter().map(|line| serde_json::from_slice::<Value>(line).unwrap()));
     all.push(tagged(&Outcome { error: String::new() }));

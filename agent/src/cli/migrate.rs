@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::places::{Plaintext, RunDir};
+use super::places::{Plaintext, RunDir, TlsFileArgs};
 use super::reducers::ReducerArgs;
 use super::signals::cancel_on_signals;
 use super::watch::Watch;
@@ -32,6 +32,7 @@ use crate::service::steering::{SteerError, ask_status, cancel_migration, finish_
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
+  dunlin migrate web1 --to tls://host-b.example:4460
   dunlin migrate web1 --to tcp://192.0.2.7:4460 --insecure-plaintext
   dunlin migrate web1 --to tcp://127.0.0.1:4460 --bandwidth 1Gbit --downtime 50ms --json
   dunlin migrate web1 --to tcp://127.0.0.1:4460 --on-stuck stun
@@ -41,7 +42,7 @@ Examples:
   dunlin migrate web1 --set bandwidth=200Mbit
   dunlin migrate web1 --cancel
   dunlin migrate web1 --finish
-  dunlin migrate web1 --recover --insecure-plaintext
+  dunlin migrate web1 --recover
 
 Exit codes: 0 it runs there, 1 the VM died, 2 wrong arguments, 3 refused, 4 failed and it runs here, 5 in doubt (see
 `dunlin resolve`), 6 cancelled and it runs here. Of --status, --set, --finish and --cancel: 0 done, 3 refused, there is no migration
@@ -50,7 +51,7 @@ pub(super) struct MigrateArgs {
     /// The VM: NAME, uuid:U or pid:P.
     vm: VmRef,
 
-    /// The target: tcp://ADDR:PORT.
+    /// The target: tls://ADDR:PORT, or tcp://ADDR:PORT in the clear.
     #[arg(long, value_name = "ADDRESS", required_unless_present_any = WITHOUT_TARGET)]
     to: Option<Address>,
 
@@ -139,6 +140,13 @@ pub(super) struct MigrateArgs {
     relay: Duration,
 
     #[command(flatten)]
+    tls: TlsFileArgs,
+
+    /// Of tls:// links: the name or address that the target's certificate must have [default: that of the address].
+    #[arg(long, value_name = "NAME")]
+    tls_name: Option<String>,
+
+    #[command(flatten)]
     plaintext: Plaintext,
 
     #[command(flatten)]
@@ -153,7 +161,7 @@ const WITHOUT_TARGET: [&str; 5] = ["status", "set", "finish", "cancel", "recover
 /// Options that begin nothing.
 const STEERING: [&str; 4] = ["status", "set", "finish", "cancel"];
 /// Options of a migration that is to begin.
-const BEGINNING: [&str; 26] = [
+const BEGINNING: [&str; 31] = [
     "to",
     "strategy",
     "predict",
@@ -177,6 +185,11 @@ const BEGINNING: [&str; 26] = [
     "verify",
     "doubt",
     "relay",
+    "tls_ca",
+    "tls_cert",
+    "tls_key",
+    "tls_crl",
+    "tls_name",
     "insecure_plaintext",
     "stall",
     "events",
@@ -306,6 +319,7 @@ impl MigrateArgs {
             never_stunned: config.stun.never.clone(),
             run_dir: self.run_dir.path(config),
             insecure_plaintext: self.plaintext.is_allowed(config),
+            tls: self.tls.options(config, self.tls_name),
             events: self.watch.events,
             show_progress: !json,
             hold: self.watch.hold_at,
@@ -353,6 +367,7 @@ impl MigrateArgs {
             options,
             run_dir: self.run_dir.path(config),
             insecure_plaintext: self.plaintext.is_allowed(config),
+            tls: self.tls.options(config, self.tls_name),
             events: self.watch.events,
             show_progress: !json,
             hold: self.watch.hold_at,
@@ -656,9 +671,16 @@ fn describe(report: &MigrationReport) -> String {
         let rate = |bytes: u64| format!("{}/s", display_bytes(bytes));
         let before =
             link.other_before_bytes_per_second.map_or_else(String::new, |other| format!("; before {}", rate(other)));
+        let secured = match link.encryption.as_str() {
+            "none" => "in the clear",
+            how => how,
+        };
+        let parts: Vec<&str> = [link.interface.as_str(), secured].into_iter().filter(|part| !part.is_empty()).collect();
+        let link_of_it = parts.join(", ");
         text += &match link.other_bytes_per_second {
-            Some(other) => format!("  link       {}: others sent {} meanwhile{before}\n", link.interface, rate(other)),
-            None => format!("  link       {}: what others send cannot be told apart\n", link.interface),
+            Some(other) => format!("  link       {link_of_it}: others sent {} meanwhile{before}\n", rate(other)),
+            None if link.interface.is_empty() => format!("  link       {link_of_it}\n"),
+            None => format!("  link       {link_of_it}: what others send cannot be told apart\n"),
         };
     }
     if let Some(chosen) = &report.chosen {
@@ -733,7 +755,7 @@ mod tests {
         }
         let one = ["--to tcp://127.0.0.1:1", "--status", "--cancel", "--set bandwidth=1Gbit"];
         for (index, first) in one.iter().enumerate() {
-            let begins = ["--bandwidth 1Gbit", "--verify", "--events f", "--insecure-plaintext"];
+            let begins = ["--bandwidth 1Gbit", "--verify", "--events f", "--insecure-plaintext", "--tls-name b"];
             let others = one.iter().skip(index + 1).chain(begins.iter().filter(|_| index > 0));
             for other in others {
                 assert!(!parses(&format!("dunlin migrate a {first} {other}")), "{first} {other}");

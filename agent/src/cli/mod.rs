@@ -9,6 +9,7 @@ mod heat;
 #[cfg(test)]
 mod json_doc;
 mod migrate;
+mod pki;
 mod places;
 mod predict;
 mod profiling;
@@ -70,6 +71,8 @@ enum Command {
     #[command(hide = true)]
     StunHolder,
     Agent(agent::AgentArgs),
+    #[command(subcommand)]
+    Pki(pki::PkiCommand),
     Doctor(doctor::DoctorArgs),
 }
 
@@ -110,6 +113,7 @@ impl Cli {
             Command::Stun(arguments) => arguments.run(json, &config),
             Command::StunHolder => stun::hold(),
             Command::Agent(arguments) => arguments.run(json, &config),
+            Command::Pki(command) => command.run(json),
             Command::Doctor(arguments) => arguments.run(json, &config),
         }
     }

@@ -22,6 +22,9 @@ pub struct MigrationStatus {
     pub pid: u32,
     /// The target's address.
     pub target: String,
+    /// How what is sent is encrypted: `tls1.3` and the cipher suite, or `none`; empty of an older version.
+    #[serde(default)]
+    pub encryption: String,
     /// The strategy's name.
     pub strategy: String,
     /// Which strategy was taken by itself, and why; absent where it was given.

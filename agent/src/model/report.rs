@@ -144,11 +144,14 @@ pub struct LoanReport {
     pub taken_back_increment: Option<u64>,
 }
 
-/// What else went over the interface that a migration went over.
+/// How the link of a migration was secured, and what else went over its interface.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LinkReport {
-    /// The source's interface toward the target.
+    /// The source's interface toward the target; empty where it cannot be told.
     pub interface: String,
+    /// How what was sent was encrypted: `tls1.3` and the cipher suite, or `none`; empty of an older version.
+    #[serde(default)]
+    pub encryption: String,
     /// What others sent over it while the migration went on, per second: all that it sent, less what the migration did, reckoned with headers of full segments. Absent of loopback, whose
     /// traffic cannot be told apart.
     #[serde(default, skip_serializing_if = "Option::is_none")]

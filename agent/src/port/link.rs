@@ -28,6 +28,9 @@ pub enum LinkError {
         /// The limit.
         after: Duration,
     },
+    /// The link is not encrypted as it should be, or the peers do not trust one another.
+    #[error("the link is not secured: {0}")]
+    Encryption(String),
     /// Bytes that this protocol version cannot mean.
     #[error("the peer broke the protocol: {0}")]
     Protocol(String),

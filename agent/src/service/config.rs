@@ -43,6 +43,21 @@ pub struct Config {
     pub track: TrackConfig,
     /// Of everything that slows writers.
     pub stun: StunConfig,
+    /// Of encrypted links.
+    pub tls: TlsConfig,
+}
+
+/// The table `[tls]`: where the files of encrypted links are; those that are not named where `dunlin pki` says.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TlsConfig {
+    /// Certificates of the CAs whose hosts are trusted.
+    pub ca: Option<PathBuf>,
+    /// This host's certificate.
+    pub cert: Option<PathBuf>,
+    /// Its private key.
+    pub key: Option<PathBuf>,
+    /// Revocation lists.
+    pub crl: Option<PathBuf>,
 }
 
 /// The table `[announce]`.
@@ -133,6 +148,7 @@ impl Default for Config {
             announce: AnnounceConfig::default(),
             track: TrackConfig::default(),
             stun: StunConfig::default(),
+            tls: TlsConfig::default(),
         }
     }
 }
@@ -182,6 +198,17 @@ struct File {
     track: TrackTable,
     #[serde(default)]
     stun: StunTable,
+    #[serde(default)]
+    tls: TlsTable,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TlsTable {
+    ca: Option<Absolute>,
+    cert: Option<Absolute>,
+    key: Option<Absolute>,
+    crl: Option<Absolute>,
 }
 
 #[derive(Default, Deserialize)]
@@ -388,6 +415,12 @@ fn read(text: &str) -> Result<Config, Problem> {
             ramp: file.stun.ramp.map_or(defaults.stun.ramp, |time| time.0),
             longest_hold: file.stun.longest_hold.map_or(defaults.stun.longest_hold, |hold| hold.0),
         },
+        tls: TlsConfig {
+            ca: file.tls.ca.map(|path| path.0),
+            cert: file.tls.cert.map(|path| path.0),
+            key: file.tls.key.map(|path| path.0),
+            crl: file.tls.crl.map(|path| path.0),
+        },
     })
 }
 
@@ -485,6 +518,10 @@ mod tests {
             "jitter",
             "frames_per_second",
             "on_conflict",
+            "ca",
+            "cert",
+            "key",
+            "crl",
         ];
         for key in keys {
             let shown = example.lines().any(|line| line.trim_start_matches("# ").starts_with(&format!("{key} =")));
@@ -506,6 +543,8 @@ mod tests {
             ("version = 1\n[announce]\nround = 1", 3, "unknown field `round`"),
             ("version = 1\n[migrate]\non_stuck = 'pray'", 3, "unknown variant `pray`"),
             ("version = 1\n[stun]\nmax_share = 1.5", 3, "at most 1"),
+            ("version = 1\n[tls]\nca = 'ca.pem'", 3, "must begin with `/`"),
+            ("version = 1\n[tls]\npem = '/ca.pem'", 3, "unknown field `pem`"),
             ("version = 1\n[stun]\nlongest_hold = '5ms'", 3, "from 10ms to 1s"),
             ("version = 1\n\n[announce]\nmax = '200s'", 3, "longer than 100 s"),
             ("version = 1\n\n[announce]\njitter = '200s'", 3, "longer than 100 s"),

@@ -17,11 +17,12 @@ use super::registry::{MachineEntry, Registry, RegistryError};
 use super::session::RemoteMachine;
 use super::steering::{self, Steered};
 use super::traffic::Traffic;
-use crate::link::{Address, TcpSource};
+use super::trust::{TlsOptions, tls_for};
+use crate::link::{Address, TcpSource, TlsError};
 use crate::migrate::source::Source;
 use crate::migrate::{CancelFlag, ControlMessage, Observer, OnStuck, Pace, SourceOptions};
 use crate::model::id::VmName;
-use crate::model::{MigrationId, MigrationRecord, MigrationReport, VmRef, WriteCurve};
+use crate::model::{LinkReport, MigrationId, MigrationRecord, MigrationReport, VmRef, WriteCurve};
 use crate::port::{JournalError, JournalRecord, LinkError, MachineError, Region};
 use crate::store::{FileJournal, HistoryLog};
 
@@ -47,10 +48,13 @@ pub enum BeginError {
     },
     /// Plain TCP would leave this machine.
     #[error(
-        "{0} would carry guest memory in the clear over a network; add --insecure-plaintext if that network is trusted \
-         (allowed without it: loopback, and network namespaces other than the host's own)"
+        "{0} would carry guest memory in the clear over a network; write tls:// at both ends (certificates by `dunlin pki`), \
+         or add --insecure-plaintext if that network is trusted (allowed without it: loopback, and network namespaces other than the host's own)"
     )]
     Plaintext(Address),
+    /// What the link is to be encrypted with.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// Its writers must not be slowed.
     #[error(
         "the writers of `{0}` are never slowed: `never` in [stun] of the configuration names it; migrate it with another --on-stuck"
@@ -89,6 +93,8 @@ pub struct MigrateRequest {
     pub run_dir: PathBuf,
     /// Plain TCP beyond loopback is fine.
     pub insecure_plaintext: bool,
+    /// What an encrypted link is made with.
+    pub tls: TlsOptions,
     /// Where events go, one JSON object a line.
     pub events: Option<PathBuf>,
     /// Show progress on a terminal.
@@ -110,6 +116,8 @@ pub struct RecoverRequest {
     pub run_dir: PathBuf,
     /// Plain TCP beyond loopback is fine.
     pub insecure_plaintext: bool,
+    /// What an encrypted link is made with.
+    pub tls: TlsOptions,
     /// Where events go, one JSON object a line.
     pub events: Option<PathBuf>,
     /// Show progress on a terminal.
@@ -151,7 +159,7 @@ fn in_private_namespace() -> bool {
 /// # Errors
 /// [`BeginError::Plaintext`].
 pub fn check_plaintext(address: &Address, allowed: bool) -> Result<(), BeginError> {
-    if allowed || address.is_loopback() || in_private_namespace() {
+    if allowed || address.is_encrypted() || address.is_loopback() || in_private_namespace() {
         Ok(())
     } else {
         Err(BeginError::Plaintext(address.clone()))
@@ -189,6 +197,7 @@ fn keep(state_dir: &Path, report: &MigrationReport, peer: &str, options: &Source
 /// What kept the migration from beginning.
 pub fn migrate(request: MigrateRequest, cancel: CancelFlag) -> Result<MigrationReport, BeginError> {
     check_plaintext(&request.to, request.insecure_plaintext)?;
+    let tls = tls_for(&request.to, &request.tls)?;
     let registry = Registry::new(&request.run_dir);
     let entry = registry.find(&request.vm)?;
     let never = names(&request.never_stunned, entry.name.as_str(), entry.vm_id, entry.pid);
@@ -227,7 +236,8 @@ pub fn migrate(request: MigrateRequest, cancel: CancelFlag) -> Result<MigrationR
         complain!("auto: {}: {}", chosen.plan, chosen.reason);
     }
     let unreachable = |source| BeginError::Link { address: request.to.clone(), source };
-    let link = TcpSource::<ControlMessage>::dial(request.to.clone(), migration, options.stall).map_err(unreachable)?;
+    let link =
+        TcpSource::<ControlMessage>::dial(request.to.clone(), tls, migration, options.stall).map_err(unreachable)?;
     let kind = options.strategy.to_string();
     let host = request.to.host().to_owned();
     let foresight = Some(foresight);
@@ -262,12 +272,14 @@ pub fn recover(request: RecoverRequest, cancel: CancelFlag) -> Result<MigrationR
         })?,
     };
     check_plaintext(&to, request.insecure_plaintext)?;
+    let tls = tls_for(&to, &request.tls)?;
     let events = request.events.as_deref();
     let log = EventLog::new(migration, "source", events, request.hold.clone())
         .map_err(|source| BeginError::Events { path: format!("{events:?}"), source })?;
     let machine = RemoteMachine::reattach(&registry.socket(&entry.name, "session"), migration, journal)?;
     let unreachable = |source| BeginError::Link { address: to.clone(), source };
-    let link = TcpSource::<ControlMessage>::dial(to.clone(), migration, request.options.stall).map_err(unreachable)?;
+    let link =
+        TcpSource::<ControlMessage>::dial(to.clone(), tls, migration, request.options.stall).map_err(unreachable)?;
     let options = SourceOptions { peer: to.to_string(), ..request.options };
     let kind = "recovery".to_owned();
     let (host, show_progress) = (to.host().to_owned(), request.show_progress);
@@ -312,6 +324,7 @@ fn drive(
         memory_bytes: shape.memory_bytes,
         downtime: options.downtime,
         fixed_cost: options.fixed_cost,
+        encryption: link.encryption(),
         chosen: foresight.as_ref().and_then(|foresight| foresight.chosen().cloned()),
     };
     let progress = Arc::new(Progress::new(plan, pace.clone(), show_progress));
@@ -345,7 +358,8 @@ fn drive(
         cancel: cancel.clone(),
         pace,
     });
-    report.link = traffic.map(|traffic| traffic.report(report.wire_bytes));
+    let seen = traffic.map(|traffic| traffic.report(report.wire_bytes)).unwrap_or_default();
+    report.link = Some(LinkReport { encryption: link.encryption(), ..seen });
     if let Some(foresight) = &foresight {
         foresight.complete(&mut report);
         keep(&entry.state_dir, &report, &host, &options);

@@ -4,6 +4,7 @@
 //! - [`migration`] is the manager at a source, [`receive`] the one at a target; [`progress`] knows how far a migration is, and [`steering`] lets others see and steer it; [`foresight`] says what is to be expected of it; [`reports`] reads what it said at its end.
 //! - [`registry`] knows which VMs this host runs.
 //! - [`config`] reads the configuration file.
+//! - [`trust`] finds what encrypted links are made with, [`pki`] makes it.
 //! - [`balloon`] answers for a guest's memory.
 //! - [`announce`] announces by hand, on an interface that an operator names; [`pacing`] is the limit that all announcements of a host share.
 //! - [`inventory`] finds every KVM VM of this host.
@@ -38,6 +39,7 @@ pub mod migration;
 pub mod observe;
 pub(crate) mod out;
 pub mod pacing;
+pub mod pki;
 pub mod prediction;
 pub mod profile;
 pub mod progress;
@@ -55,4 +57,5 @@ pub mod steering;
 pub mod stun;
 mod throttling;
 mod traffic;
+pub mod trust;
 pub mod watch;

@@ -35,6 +35,8 @@ pub struct Plan {
     pub vm_name: VmName,
     /// The target's address.
     pub target: String,
+    /// How what is sent is encrypted.
+    pub encryption: String,
     /// The strategy's name.
     pub strategy: String,
     /// Guest RAM.
@@ -162,6 +164,7 @@ impl Progress {
             vm_name: self.plan.vm_name.clone(),
             pid: std::process::id(),
             target: self.plan.target.clone(),
+            encryption: self.plan.encryption.clone(),
             strategy: self.plan.strategy.clone(),
             chosen: self.plan.chosen.clone(),
             since_unix_ms: self.since_unix_ms,
@@ -330,6 +333,7 @@ pub(super) mod tests {
             vm_id: VmId::random(),
             vm_name: "a".parse().unwrap(),
             target: "tcp://192.0.2.1:1".to_owned(),
+            encryption: "none".to_owned(),
             strategy: "pre-copy".to_owned(),
             memory_bytes: 64 << 20,
             downtime: Duration::from_millis(30),

@@ -59,6 +59,7 @@ impl Traffic {
         let own = (own_bytes as f64 * HEADERS) as u64;
         LinkReport {
             interface,
+            encryption: String::new(),
             other_bytes_per_second: self.count().and_then(|now| per_second(&self.began, &now, own)),
             other_before_bytes_per_second: per_second(&self.first, &self.began, 0),
         }

@@ -4,7 +4,7 @@ use anyhow::Context;
 use clap::Args;
 use serde::Serialize;
 
-use super::super::places::{Plaintext, RunDir, StateDir};
+use super::super::places::{Plaintext, RunDir, StateDir, TlsFileArgs};
 use super::super::signals::cancel_on_signals;
 use super::super::watch::Watch;
 use crate::link::{Address, Listener};
@@ -17,6 +17,7 @@ use crate::service::machine::Places;
 use crate::service::migration::check_plaintext;
 use crate::service::out::{complain, say};
 use crate::service::receive::{ReceiveError, ReceiveRequest, answer_questions, receive, recover};
+use crate::service::trust::tls_for;
 
 /// Wait for one VM that `dunlin migrate` sends, then run it.
 ///
@@ -26,13 +27,14 @@ use crate::service::receive::{ReceiveError, ReceiveRequest, answer_questions, re
 #[command(after_help = "\
 Examples:
   dunlin vm receive --listen tcp://127.0.0.1:4460
+  dunlin vm receive --listen tls://192.0.2.7:4460
   dunlin vm receive --listen tcp://192.0.2.7:4460 --insecure-plaintext \\
       --net tap=tap7,mac=52:54:00:00:00:01 --disk path=/srv/disk.img --serial file=web1.log
   dunlin vm receive --listen tcp://192.0.2.7:4460 --insecure-plaintext --recover web1
 
 Exit codes: 0 the VM came and has ended, or moved on; 1 it crashed; 2 wrong arguments; 3 refused; 6 cancelled.")]
 pub(in crate::cli) struct ReceiveArgs {
-    /// Where to listen: tcp://ADDR:PORT; port 0 lets the kernel choose, and the choice is printed.
+    /// Where to listen: tls://ADDR:PORT, or tcp://ADDR:PORT in the clear; port 0 lets the kernel choose, and the choice is printed.
     #[arg(long, value_name = "ADDRESS")]
     listen: Address,
 
@@ -55,6 +57,9 @@ pub(in crate::cli) struct ReceiveArgs {
     /// Console: stdio, none, file=F or socket=F.
     #[arg(long, value_name = "SPEC", default_value = "none")]
     serial: SerialSpec,
+
+    #[command(flatten)]
+    tls: TlsFileArgs,
 
     #[command(flatten)]
     plaintext: Plaintext,
@@ -105,8 +110,15 @@ impl ReceiveArgs {
             complain!("dunlin: refused: {error}");
             return Ok(exit::REFUSED);
         }
+        let tls = match tls_for(&self.listen, &self.tls.options(config, None)) {
+            Ok(tls) => tls,
+            Err(error) => {
+                complain!("dunlin: refused: {error}");
+                return Ok(exit::REFUSED);
+            }
+        };
         let cancel = cancel_on_signals()?;
-        let listener = match Listener::bind(&self.listen) {
+        let listener = match Listener::bind(&self.listen, tls) {
             Ok(listener) => listener,
             Err(error) => {
                 complain!("dunlin: refused: cannot listen at {}: {error}", self.listen);

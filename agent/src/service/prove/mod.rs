@@ -39,6 +39,7 @@ use crate::service::foresight::Foresee;
 use crate::service::migration::{MigrateRequest, migrate};
 use crate::service::receive::{ReceiveRequest, receive};
 use crate::service::registry::Registry;
+use crate::service::trust::TlsOptions;
 use crate::track::Observer;
 
 /// The guest inside this binary; empty if it was built without.
@@ -406,7 +407,7 @@ fn migration(lab: &Lab<'_>, verify: bool) -> Result<Success, Obstacle> {
     let host = if verify { "c" } else { "b" };
     let (places, console) = (lab.places(host), lab.folder.join(format!("console-{host}")));
     let address: Address = "tcp://127.0.0.1:0".parse().map_err(|e| Obstacle::Failed(format!("loopback: {e}")))?;
-    let listener = Listener::bind(&address).map_err(|e| failed("listening on loopback", &e))?;
+    let listener = Listener::bind(&address, None).map_err(|e| failed("listening on loopback", &e))?;
     let to = listener.local_address().map_err(|e| failed("listening on loopback", &e))?;
     let target = ReceiveRequest {
         name: None,
@@ -427,6 +428,7 @@ fn migration(lab: &Lab<'_>, verify: bool) -> Result<Success, Obstacle> {
         never_stunned: Vec::new(),
         run_dir: guest.places.run_dir.clone(),
         insecure_plaintext: false,
+        tls: TlsOptions::default(),
         events: None,
         show_progress: false,
         hold: None,
