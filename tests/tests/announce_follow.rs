@@ -9,10 +9,13 @@ use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use dunlin::announce::frames::{self, RouterFlag};
+use dunlin::announce::heard;
 use dunlin::model::{MacAddress, Station};
 use dunlin::net::bridge;
 use dunlin::net::fdb::{self, FdbWatch};
+use dunlin::net::listen::Listener;
 use dunlin::port::FramePort;
+use dunlin_tests::client::gap::monotonic_ns;
 use dunlin_tests::hosted::{self, TestHost};
 use dunlin_tests::monitor::Monitor;
 use dunlin_tests::tap::TestTap;
@@ -207,7 +210,9 @@ fn neighbours_that_relearn_are_seen_to() {
         let frames = frames::of_station(&station).unwrap();
         lan.client.enter(|| {
             let mut port = dunlin::net::pnet::PnetPort::open("eth0").unwrap();
-            frames.iter().for_each(|frame| port.send(frame.bytes()).unwrap());
+            for frame in &frames {
+                port.send(frame.bytes()).unwrap();
+            }
         });
     }
     let mut text = String::new();
@@ -332,7 +337,9 @@ fn a_vms_addresses_are_learnt_from_its_traffic() {
     // Frames of the VM, for as long as it is listened to. One is of another station behind it.
     let own = [frames::gratuitous_arp_request(mac(VM), v4), frames::unsolicited_na(mac(VM), v6, RouterFlag::Router)];
     while announcer.wait_for(Duration::from_millis(50)).unwrap().is_none() {
-        own.iter().for_each(|frame| tap.send(frame.bytes()).unwrap());
+        for frame in &own {
+            tap.send(frame.bytes()).unwrap();
+        }
     }
     let mut text = String::new();
     std::io::Read::read_to_string(&mut announcer.child_mut().stdout.take().unwrap(), &mut text).unwrap();
@@ -353,6 +360,28 @@ fn a_vms_addresses_are_learnt_from_its_traffic() {
     lan.switch.enter(|| FdbWatch::open(SWITCH).unwrap().wait_behind(mac(VM), host.switch_port, LIMIT).unwrap());
     let audit = fs::read_to_string(state.path().join("audit.log")).unwrap();
     assert!(audit.contains(r#""what":"announce""#), "{audit}");
+}
+
+/// The kernel takes the outer tag out of what it hands over: it is put back.
+#[test]
+fn tags_are_heard_as_they_were_sent() {
+    let netns = Netns::new("heard").unwrap();
+    let mut tap = netns.enter(|| TestTap::open(TAP).unwrap());
+    netns.ip(&format!("link set {TAP} addrgenmode none up")).unwrap();
+    let mut listener = netns.enter(|| Listener::open(TAP).unwrap());
+    let deadline = Duration::from_nanos(monotonic_ns()) + LIMIT;
+    for tags in [None, Some("42"), Some("100.42")] {
+        let sent = frames::rarp(mac(VM)).tagged(tags.map(|tags| tags.parse().unwrap()));
+        tap.send(sent.bytes()).unwrap();
+        let passing = loop {
+            let passing = listener.next(deadline).unwrap().expect("a frame");
+            if !passing.outgoing {
+                break passing.frame.to_vec();
+            }
+        };
+        assert_eq!(passing, sent.bytes(), "{tags:?}");
+        assert_eq!(heard::read(&passing).unwrap().vlan, tags.map(|tags| tags.parse().unwrap()));
+    }
 }
 
 /// A VM that dunlin runs is known by its configuration; when it has been moved, the receiver says that its bridge has not relearned it, and why.
@@ -432,8 +461,23 @@ fn qemus_cards_are_found() {
     };
     let qemu: OwnProcess = qemu;
     // Its monitor answers when its tap is open.
-    drop(Monitor::connect(&socket, errors).unwrap());
-    host.netns.enter(|| bridge::wait_forwarding(TAP, LIMIT).unwrap());
+    let mut monitor = Monitor::connect(&socket, errors).unwrap();
+    host.netns.enter(|| {
+        bridge::wait_forwarding(TAP, LIMIT).unwrap();
+        // What it announces itself comes out of the tap, byte for byte as ours.
+        let mut listener = Listener::open(TAP).unwrap();
+        monitor.order("announce-self", json!({ "initial": 50, "max": 550, "rounds": 1, "step": 100 })).unwrap();
+        let deadline = Duration::from_nanos(monotonic_ns()) + LIMIT;
+        loop {
+            let passing = listener.next(deadline).unwrap().expect("a frame of QEMU's");
+            if !passing.outgoing {
+                assert_eq!(passing.frame, frames::rarp(mac(VM)).bytes());
+                break;
+            }
+        }
+    });
+    // It serves one client at a time.
+    drop(monitor);
     let vm = format!("pid:{}", qemu.id());
     let state = tempfile::tempdir().unwrap();
     let announce = |netns: &Netns, more: &[&str]| {
