@@ -9,13 +9,18 @@ use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use dunlin::announce::frames::{self, RouterFlag};
+use dunlin::announce::heard;
 use dunlin::model::{MacAddress, Station};
 use dunlin::net::bridge;
 use dunlin::net::fdb::{self, FdbWatch};
+use dunlin::net::listen::Listener;
 use dunlin::port::FramePort;
+use dunlin_tests::client::gap::monotonic_ns;
+use dunlin_tests::hosted::{self, TestHost};
 use dunlin_tests::monitor::Monitor;
 use dunlin_tests::tap::TestTap;
 use dunlin_tests::topology::{BRIDGE, SWITCH, TAP};
+use dunlin_tests::wait::wait_for;
 use dunlin_tests::{Lan, LanConfig, Netns, OwnProcess, dunlin as dunlin_command};
 use serde_json::{Value, json};
 
@@ -357,6 +362,83 @@ fn a_vms_addresses_are_learnt_from_its_traffic() {
     assert!(audit.contains(r#""what":"announce""#), "{audit}");
 }
 
+/// The kernel takes the outer tag out of what it hands over: it is put back.
+#[test]
+fn tags_are_heard_as_they_were_sent() {
+    let netns = Netns::new("heard").unwrap();
+    let mut tap = netns.enter(|| TestTap::open(TAP).unwrap());
+    netns.ip(&format!("link set {TAP} addrgenmode none up")).unwrap();
+    let mut listener = netns.enter(|| Listener::open(TAP).unwrap());
+    let deadline = Duration::from_nanos(monotonic_ns()) + LIMIT;
+    for tags in [None, Some("42"), Some("100.42")] {
+        let sent = frames::rarp(mac(VM)).tagged(tags.map(|tags| tags.parse().unwrap()));
+        tap.send(sent.bytes()).unwrap();
+        let passing = loop {
+            let passing = listener.next(deadline).unwrap().expect("a frame");
+            if !passing.outgoing {
+                break passing.frame.to_vec();
+            }
+        };
+        assert_eq!(passing, sent.bytes(), "{tags:?}");
+        assert_eq!(heard::read(&passing).unwrap().vlan, tags.map(|tags| tags.parse().unwrap()));
+    }
+}
+
+/// A VM that dunlin runs is known by its configuration; when it has been moved, the receiver says that its bridge has not relearned it, and why.
+#[test]
+fn a_receiver_says_that_its_bridge_has_not_relearned() {
+    let netns = Netns::new("arrive").unwrap();
+    netns.ip_batch(&["link add br0 type bridge forward_delay 0", "link set br0 addrgenmode none up"]).unwrap();
+    for tap in ["tap0", "tap1"] {
+        netns
+            .ip_batch(&[format!("tuntap add {tap} mode tap"), format!("link set {tap} master br0 addrgenmode none up")])
+            .unwrap();
+    }
+    netns.run("bridge link set dev tap1 learning off").unwrap();
+    let (source, target) = (TestHost::new().unwrap(), TestHost::new().unwrap());
+    netns.enter(|| {
+        let net = |tap: &str| format!("tap={tap},mac={VM},ip=10.0.0.7");
+        let _vm = source.boot(&["--net", &net("tap0")]).unwrap();
+        bridge::wait_forwarding("tap0", LIMIT).unwrap();
+        let mut command = dunlin_command();
+        command.args(["announce", hosted::VM, "--listen", "0s", "--rounds", "1", "--watch", "br0=tap0", "--json"]);
+        command.arg("--run-dir").arg(source.run_dir()).arg("--state-dir").arg(source.state_dir());
+        let output = command.output().unwrap();
+        let lines = Lines::of(&output);
+        let card = &lines.one("-found")["cards"][0];
+        assert_eq!(
+            (&card["from"], &card["ips"][0]["from"]),
+            (&json!("configuration"), &json!("configuration")),
+            "{card}"
+        );
+        assert_eq!((output.status.code(), lines.one("")["frames_sent"].as_u64()), (Some(0), Some(3)));
+
+        let receiver = target.receive(&["--net", &net("tap1")]).unwrap();
+        let mut migration = source.migrate(&receiver.address, &["--strategy", "stop-and-copy"]).unwrap();
+        assert_eq!(migration.exit_code(LIMIT * 3).unwrap(), Some(0), "{}", migration.output.text());
+        wait_for("the receiver's warning", LIMIT, || {
+            receiver.running.output.text().contains("the port does not learn addresses").then_some(())
+        })
+        .unwrap();
+    });
+}
+
+/// A thousand stations are all followed.
+#[test]
+fn a_thousand_stations_are_followed() {
+    let netns = switch();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("stations");
+    let stations: Vec<String> = (0..1000).map(|k| format!("mac=02:00:00:01:{:02x}:{:02x}", k >> 8, k & 0xff)).collect();
+    fs::write(&file, stations.join("\n")).unwrap();
+    let file = file.to_string_lossy();
+    let output = announce(&netns, &["--interface", "new-up", "--watch", "sw0=new", "--stations", &file]);
+    let lines = Lines::of(&output);
+    let followed = lines.all("-followed");
+    let relearned = followed.iter().filter(|one| one["verdict"] == "relearned").count();
+    assert_eq!((output.status.code(), followed.len(), relearned), (Some(0), 1001, 1001));
+}
+
 /// QEMU's cards are known by its command line and by its monitor; from another namespace it is refused.
 #[test]
 fn qemus_cards_are_found() {
@@ -379,8 +461,23 @@ fn qemus_cards_are_found() {
     };
     let qemu: OwnProcess = qemu;
     // Its monitor answers when its tap is open.
-    drop(Monitor::connect(&socket, errors).unwrap());
-    host.netns.enter(|| bridge::wait_forwarding(TAP, LIMIT).unwrap());
+    let mut monitor = Monitor::connect(&socket, errors).unwrap();
+    host.netns.enter(|| {
+        bridge::wait_forwarding(TAP, LIMIT).unwrap();
+        // What it announces itself comes out of the tap, byte for byte as ours.
+        let mut listener = Listener::open(TAP).unwrap();
+        monitor.order("announce-self", json!({ "initial": 50, "max": 550, "rounds": 1, "step": 100 })).unwrap();
+        let deadline = Duration::from_nanos(monotonic_ns()) + LIMIT;
+        loop {
+            let passing = listener.next(deadline).unwrap().expect("a frame of QEMU's");
+            if !passing.outgoing {
+                assert_eq!(passing.frame, frames::rarp(mac(VM)).bytes());
+                break;
+            }
+        }
+    });
+    // It serves one client at a time.
+    drop(monitor);
     let vm = format!("pid:{}", qemu.id());
     let state = tempfile::tempdir().unwrap();
     let announce = |netns: &Netns, more: &[&str]| {

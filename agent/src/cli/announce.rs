@@ -423,8 +423,9 @@ fn print_followed(followed: &[Followed], json: bool, cancelled: bool) -> anyhow:
         let port = one.port.as_deref().unwrap_or("no port");
         match one.verdict {
             Verdict::Relearned => {
-                let after = display_duration(Duration::from_nanos(one.after_first_ns.unwrap_or_default()));
-                say!("{bridge} relearned {mac} behind {port} after {after}");
+                let after = one.after_first_ns.map(|ns| display_duration(Duration::from_nanos(ns)));
+                let after = after.map_or_else(String::new, |after| format!(" after {after}"));
+                say!("{bridge} relearned {mac} behind {port}{after}");
             }
             Verdict::WasThere => say!("{bridge} had {mac} behind {port} before"),
             Verdict::Unchanged => say!("{bridge} has {mac} behind {port}, as before"),

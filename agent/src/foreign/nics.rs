@@ -202,6 +202,7 @@ mod tests {
             ("cloud-hypervisor", format!("cloud-hypervisor --net tap=ch0,mac={mac}"), vec![card("ch0", mac)]),
             ("firecracker", "firecracker --net tap=x".to_owned(), vec![]),
             ("qemu", "qemu -nic tap,ifname=../../etc,mac=01:00:00:00:00:00".to_owned(), vec![]),
+            ("qemu", "qemu -nic tap,ifname=averyveryverylongname -nic tap,ifname=".to_owned(), vec![]),
         ] {
             assert_eq!(of(vmm, &line), wanted, "{line}");
         }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use super::{Listener, News};
 use crate::announce::diagnose;
-use crate::model::network::{EntryFacts, Followed, PortFacts, Seen, Verdict};
+use crate::model::network::{EntryFacts, Followed, PortFacts, Seen, StuckCause, Verdict};
 use crate::model::{MacAddress, NetSpec, Station};
 use crate::net::fdb::{FdbChange, FdbWatch};
 use crate::net::neighbour::NeighbourWatch;
@@ -254,28 +254,20 @@ fn judge(state: &State<'_>, at: usize, follow: &Follow, watch: &mut FdbWatch) ->
         let port = own.iter().find(|entry| Some(&entry.port) == expected && !entry.locked).or(own.first());
         let port = port.map(|entry| entry.port.clone());
         let waits = own.iter().any(|entry| Some(&entry.port) == expected && entry.locked);
+        // A change whose notification was lost shows in the table alone.
+        let moved = position.seen_at.is_some() || position.port != port;
         let verdict = match (expected, &port) {
-            (Some(expected), Some(port)) if expected == port && !waits => {
-                if position.seen_at.is_some() {
-                    Verdict::Relearned
-                } else {
-                    Verdict::WasThere
-                }
-            }
-            (None, Some(_)) => {
-                if position.seen_at.is_some() {
-                    Verdict::Relearned
-                } else {
-                    Verdict::Unchanged
-                }
-            }
-            _ => Verdict::NotRelearned,
+            (_, None) => Verdict::NotRelearned,
+            (Some(expected), Some(port)) if expected != port || waits => Verdict::NotRelearned,
+            _ if moved => Verdict::Relearned,
+            (Some(_), _) => Verdict::WasThere,
+            (None, _) => Verdict::Unchanged,
         };
         let causes = match (verdict, expected) {
             (Verdict::NotRelearned, Some(expected)) => {
                 diagnose::causes(expected, port_facts.as_ref(), &own, position.was_expected)
             }
-            (Verdict::NotRelearned, None) => vec![crate::model::network::StuckCause::Silence],
+            (Verdict::NotRelearned, None) => vec![StuckCause::Silence],
             _ => Vec::new(),
         };
         let seen_at = position.seen_at.filter(|_| verdict == Verdict::Relearned);

@@ -100,7 +100,9 @@ pub enum AnnounceError {
     #[error(transparent)]
     Find(#[from] FindCardsError),
     /// A tap whose bridge takes no frames from it, so that it cannot hold a VM that talks.
-    #[error("bridge `{bridge}` takes no frames from tap `{tap}`: does a VM hold the tap open, and is it up?")]
+    #[error(
+        "bridge `{bridge}` takes no frames from tap `{tap}`: does a VM hold the tap open, is it up, and does STP let it forward?"
+    )]
     DeadTap {
         /// Its name.
         tap: String,
