@@ -148,7 +148,7 @@ fn is_tls(bytes: &[u8]) -> bool {
 /// Sends our greeting and reads theirs. A peer that ends the connection may have said why before our greeting came.
 fn greet(stream: &Stream, hello: &Hello) -> Result<Hello, LinkError> {
     let sent = (&mut &*stream).write_all(&hello.encode());
-    let theirs = match (read_hello(stream), sent) {
+    let theirs = match (read_hello(stream, GREETING_LIMIT), sent) {
         (Ok(theirs), Ok(())) => theirs,
         (Err(error @ LinkError::Encryption(_)), _) => return Err(error),
         (_, Err(error)) => return Err(io_error("greeting")(error)),
@@ -157,8 +157,9 @@ fn greet(stream: &Stream, hello: &Hello) -> Result<Hello, LinkError> {
     Ok(Hello::decode(&theirs)?)
 }
 
-/// Reads a greeting as far as it is worth reading.
-fn read_hello(mut stream: &Stream) -> Result<[u8; HELLO_BYTES], LinkError> {
+/// Reads a greeting as far as it is worth reading, for about as long as `limit`: also one that comes in drops.
+fn read_hello(mut stream: &Stream, limit: Duration) -> Result<[u8; HELLO_BYTES], LinkError> {
+    let until = Instant::now() + limit;
     let mut bytes = [0; HELLO_BYTES];
     let mut filled = 0;
     while filled < HELLO_BYTES {
@@ -172,6 +173,9 @@ fn read_hello(mut stream: &Stream) -> Result<[u8; HELLO_BYTES], LinkError> {
             return Err(LinkError::Encryption(
                 "the peer speaks TLS, and this end plain TCP; write tls:// at both ends (`dunlin vm receive --listen`, `dunlin migrate --to`)".to_owned(),
             ));
+        }
+        if Instant::now() >= until {
+            return Err(LinkError::Stalled { doing: "greeting", after: limit });
         }
     }
     Ok(bytes)
@@ -408,7 +412,7 @@ impl Listener {
             }
         };
         let ours = |migration| Hello::new(Purpose::Control, migration).encode();
-        let bytes = match read_hello(&stream) {
+        let bytes = match read_hello(&stream, ANSWER_LIMIT) {
             Ok(bytes) => bytes,
             Err(error) => {
                 // One that speaks TLS sees by that that we do not.
@@ -804,6 +808,24 @@ mod tests {
         ] {
             assert!(bad.parse::<Address>().is_err(), "{bad} was accepted");
         }
+    }
+
+    #[test]
+    fn a_greeting_that_comes_in_drops_is_not_waited_for() {
+        let (near, far) = sockets();
+        let limit = Duration::from_millis(20);
+        let error = std::thread::scope(|scope| {
+            // A byte at a time, until the other end has gone.
+            scope.spawn(|| {
+                for byte in Hello::new(Purpose::Control, MigrationId::random()).encode() {
+                    if (&near).write_all(&[byte]).is_err() || poll_for(&near, PollFlags::IN, limit).is_err() {
+                        break;
+                    }
+                }
+            });
+            read_hello(&Stream::plain(far), limit).unwrap_err()
+        });
+        assert!(matches!(error, LinkError::Stalled { .. }), "{error}");
     }
 
     #[test]
