@@ -329,7 +329,8 @@ impl Source<'_> {
             Strategy::Hybrid => {
                 self.start_log(progress)?;
                 for _ in 0..self.options.hybrid_rounds {
-                    self.one_round(progress, &mut way)?;
+                    let (left, took) = self.one_round(progress, &mut way)?;
+                    self.follow_dirtying(progress, left, took);
                 }
             }
             Strategy::StopAndCopy | Strategy::DemandPaging | Strategy::PostCopy => {}
@@ -427,13 +428,10 @@ impl Source<'_> {
         let mut convergence = Convergence::new(self.options.downtime, self.options.fixed_cost, self.options.max_rounds);
         loop {
             let (left, took) = self.one_round(progress, way)?;
+            let followed = self.follow_dirtying(progress, left, took);
             let stretched = |bytes: BytesPerSecond| BytesPerSecond((bytes.0 as f64 * progress.stretch) as u64);
-            let goodput = match &mut progress.adaptive {
-                Some(adaptive) => {
-                    let carried = progress.rounds.last().filter(|round| round.wire_bytes >= ENOUGH_BYTES);
-                    let carried = carried.map(|round| BytesPerSecond::over(round.wire_bytes, took));
-                    stretched(adaptive.follow(left, took, carried, &self.pace))
-                }
+            let goodput = match followed {
+                Some(last) => stretched(last),
                 // The round may have been faster than what is allowed by now.
                 None => self.pace.limit().map_or(progress.goodput, |limit| stretched(limit).min(progress.goodput)),
             };
@@ -459,6 +457,13 @@ impl Source<'_> {
                 }
             }
         }
+    }
+
+    /// A limit that follows what the VM dirties does, behind a round that has left so much. What the last pages may be expected to go at; none if there is no such limit.
+    fn follow_dirtying(&self, progress: &mut Progress, left: PageCount, took: Duration) -> Option<BytesPerSecond> {
+        let carried = progress.rounds.last().filter(|round| round.wire_bytes >= ENOUGH_BYTES);
+        let carried = carried.map(|round| BytesPerSecond::over(round.wire_bytes, took));
+        progress.adaptive.as_mut().map(|adaptive| adaptive.follow(left, took, carried, &self.pace))
     }
 
     /// Sends what is due, and finds out what is due then: how many pages, and how long the round took.

@@ -3,8 +3,11 @@
 //!
 //! Only writes show in a curve: pages that a guest reads and never writes are waited for as well, so what it loses is a lower bound.
 
+use std::time::Duration;
+
 use super::writing::{Due, Protected};
-use super::{Case, Course, nanos, wire_bytes};
+use super::{Case, Course, Goodput, nanos, wire_bytes};
+use crate::model::PageCount;
 
 /// Halvings that settle how far the guest gets.
 const STEPS: u32 = 60;
@@ -25,15 +28,16 @@ pub(super) fn post_copy(case: &Case<'_>) -> Course {
     }
 }
 
-/// So many rounds while the VM runs at the source, then post-copy of what the last one left. A limit that follows what the VM dirties stays at its least in them, and is the most behind them.
+/// So many rounds while the VM runs at the source, then post-copy of what the last one left. A limit that follows what the VM dirties is the most behind them.
 pub(super) fn hybrid(case: &Case<'_>, rounds: u32, protected: Protected) -> Course {
-    let rate = case.least.unwrap_or(case.bandwidth);
+    let mut goodput = Goodput::of(case);
     let (mut due, mut left, mut total, mut sent) = (case.writing.all_due(), case.filled, 0.0, 0.0);
     for _ in 0..rounds {
-        let round = left / rate + case.rtt();
+        let round = left / goodput.now() + case.rtt();
         (total, sent) = (total + round, sent + left);
         due = case.writing.after_round(&due, round, 1.0, protected);
         left = case.writing.due_pages(&due);
+        goodput.follow(PageCount(left.round() as u64), Duration::from_secs_f64(round));
     }
     Course { converges: true, ..follow(case, &due, (total, sent, rounds)) }
 }

@@ -200,8 +200,19 @@ fn a_limit_that_follows_makes_rounds_longer_and_the_blackout_no_longer() {
             [least(0.1), Asked::default()].map(|more| asked(&even(1.0), Mover::Dunlin, terms, &more, plan).expected);
         assert_eq!((with.total_ns, with.blackout_ns), (without.total_ns, without.blackout_ns));
     }
-    let hybrid = asked(&even(1.0), Mover::Dunlin, terms, &least(0.1), Plan::Hybrid).expected;
-    assert!((seconds(hybrid.total_ns) - 10.003).abs() < 0.01, "{hybrid:?}");
+    // Hybrid's rounds follow as well; what the last one leaves goes at the most.
+    let more = Asked { hybrid_rounds: 3, ..least(0.2) };
+    let found = asked(&writer, Mover::Dunlin, terms, &more, Plan::Hybrid).expected;
+    let (mut rates, mut left, mut total) = (vec![0.2f64], 1.0f64, 0.0);
+    for round in 0..3 {
+        let took = left / rates[round];
+        total += took;
+        let writes = (took * part).min(1.0);
+        left = left * writes / 2.0 + (1.0 - left) * writes;
+        rates.push((left / took * 1.5).clamp(0.2, 1.0));
+    }
+    assert!(rates[2] > 0.2, "{rates:?}");
+    close(seconds(found.total_ns), total + left + 0.003);
 }
 
 #[test]
