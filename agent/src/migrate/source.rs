@@ -770,10 +770,7 @@ impl Source<'_> {
     fn moved(&mut self, progress: &mut Progress, target: &BlackoutLedger, rest: Rest<'_>) -> (Ending, String) {
         self.note_running(progress, target);
         self.pass(progress, Step::Running, "");
-        let ports = progress.ports.take();
-        let (ended, relay) = self.beside_relay(ports, |source| source.let_go(progress, rest));
-        progress.relay = relay.or(progress.relay.take());
-        ended
+        self.beside_relay(progress, |source, progress| source.let_go(progress, rest))
     }
 
     /// The VM runs at the target: sends it what it is owed, and lets go of what is here.

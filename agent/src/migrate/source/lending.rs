@@ -107,11 +107,7 @@ impl Source<'_> {
         if let Err(error) = self.send_lend(progress, lending, target) {
             return Lent::Lost(error);
         }
-        let ports = progress.ports.take();
-        let (lent, relay) =
-            self.beside_relay(ports, |source| source.keep_lending(progress, (push, gathering), lending));
-        progress.relay = relay.or(progress.relay.take());
-        lent
+        self.beside_relay(progress, |source, progress| source.keep_lending(progress, (push, gathering), lending))
     }
 
     /// Has the target run the VM on loan.

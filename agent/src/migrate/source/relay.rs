@@ -4,11 +4,11 @@
 //! back leaves it to the VM here.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use super::Source;
+use super::{Progress, Source};
 use crate::migrate::message::ControlMessage;
 use crate::model::{RelayReport, RelayedFrame};
 use crate::port::{Clock, ControlChannel, FormerPorts, Job};
@@ -24,31 +24,30 @@ const MOST_BYTES: u64 = 32 << 20;
 
 /// A relay.
 struct Relaying<'a> {
-    ports: Mutex<Box<dyn FormerPorts>>,
+    ports: Box<dyn FormerPorts>,
     control: Arc<dyn ControlChannel<ControlMessage>>,
     clock: &'a dyn Clock,
     limit: Duration,
-    over: AtomicBool,
-    report: Mutex<RelayReport>,
+    over: &'a AtomicBool,
+    report: RelayReport,
 }
 
 impl Relaying<'_> {
-    fn run(&self) {
+    fn run(mut self) -> RelayReport {
         let began = self.clock.now();
         let ended = self.carry(began);
-        let mut report = self.report.lock().unwrap_or_else(PoisonError::into_inner);
-        report.lasted_ns = self.clock.now().saturating_sub(began).as_nanos() as u64;
+        self.report.lasted_ns = self.clock.now().saturating_sub(began).as_nanos() as u64;
         if let Err(error) = ended {
             tracing::warn!("frames are relayed no more: {error}");
-            report.error = error.to_string();
+            self.report.error = error.to_string();
         }
+        self.report
     }
 
-    fn carry(&self, began: Duration) -> io::Result<()> {
-        let mut ports = self.ports.lock().unwrap_or_else(PoisonError::into_inner);
+    fn carry(&mut self, began: Duration) -> io::Result<()> {
         let mut frames = Vec::new();
         loop {
-            ports.take(&mut frames, MOST_FRAMES, Duration::ZERO)?;
+            self.ports.take(&mut frames, MOST_FRAMES, Duration::ZERO)?;
             if frames.is_empty() {
                 break;
             }
@@ -57,7 +56,7 @@ impl Relaying<'_> {
         self.say(&ControlMessage::CaughtUp)?;
         let mut heard = began;
         while !self.over.load(Ordering::Acquire) {
-            ports.take(&mut frames, MOST_FRAMES, TICK)?;
+            self.ports.take(&mut frames, MOST_FRAMES, TICK)?;
             let now = self.clock.now();
             // What is for a group comes to the VM's new place by itself.
             frames.retain(RelayedFrame::is_unicast);
@@ -72,21 +71,19 @@ impl Relaying<'_> {
         self.say(&ControlMessage::RelayOver)
     }
 
-    fn send(&self, mut frames: Vec<RelayedFrame>, late: bool) -> io::Result<()> {
-        {
-            let mut report = self.report.lock().unwrap_or_else(PoisonError::into_inner);
-            frames.retain(|frame| {
-                let fits = report.bytes + frame.bytes.len() as u64 <= MOST_BYTES;
-                if fits {
-                    report.frames += 1;
-                    report.bytes += frame.bytes.len() as u64;
-                    report.late_frames += u64::from(late);
-                } else {
-                    report.dropped_frames += 1;
-                }
-                fits
-            });
-        }
+    fn send(&mut self, mut frames: Vec<RelayedFrame>, late: bool) -> io::Result<()> {
+        let report = &mut self.report;
+        frames.retain(|frame| {
+            let fits = report.bytes + frame.bytes.len() as u64 <= MOST_BYTES;
+            if fits {
+                report.frames += 1;
+                report.bytes += frame.bytes.len() as u64;
+                report.late_frames += u64::from(late);
+            } else {
+                report.dropped_frames += 1;
+            }
+            fits
+        });
         if frames.is_empty() { Ok(()) } else { self.say(&ControlMessage::Frames(frames)) }
     }
 
@@ -110,30 +107,31 @@ impl Source<'_> {
     /// The VM runs at the target: does `work`, and relays meanwhile, and as long afterwards as that is of use.
     pub(super) fn beside_relay<R: Send>(
         &mut self,
-        ports: Option<Box<dyn FormerPorts>>,
-        work: impl FnOnce(&mut Self) -> R + Send,
-    ) -> (R, Option<RelayReport>) {
-        let Some(ports) = ports else { return (work(self), None) };
+        progress: &mut Progress,
+        work: impl FnOnce(&mut Self, &mut Progress) -> R + Send,
+    ) -> R {
+        let Some(ports) = progress.ports.take() else { return work(self, progress) };
+        let over = AtomicBool::new(false);
         let relaying = Relaying {
-            ports: Mutex::new(ports),
+            ports,
             control: self.link.control(),
             clock: self.clock,
             limit: self.options.relay,
-            over: AtomicBool::new(false),
-            report: Mutex::default(),
+            over: &over,
+            report: RelayReport::default(),
         };
-        let (clock, mut result) = (self.clock, None);
-        let job: Job<'_> = Box::new(|| relaying.run());
+        let (clock, mut report, mut result) = (self.clock, None, None);
+        let job: Job<'_> = Box::new(|| report = Some(relaying.run()));
         let lead = || {
-            result = Some(work(self));
+            result = Some(work(self, progress));
             if self.cancel.is_set() {
-                relaying.over.store(true, Ordering::Release);
+                over.store(true, Ordering::Release);
             }
         };
         clock.run_beside(vec![job], Box::new(lead));
-        let report = relaying.report.into_inner().unwrap_or_else(PoisonError::into_inner);
+        progress.relay = report;
         match result {
-            Some(result) => (result, Some(report)),
+            Some(result) => result,
             None => unreachable!("the lead has returned"),
         }
     }

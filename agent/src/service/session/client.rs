@@ -143,13 +143,18 @@ impl RemoteMachine {
     }
 
     fn call(&mut self, action: &'static str, request: &Request) -> Result<Reply, MachineError> {
-        let exchange = |socket: &mut SessionSocket| -> Result<Reply, SessionError> {
+        Ok(self.call_for_fds(action, request)?.0)
+    }
+
+    /// The same, of what is answered with descriptors beside it.
+    fn call_for_fds(&mut self, action: &'static str, request: &Request) -> Result<(Reply, Vec<OwnedFd>), MachineError> {
+        let exchange = |socket: &mut SessionSocket| -> Result<(Reply, Vec<OwnedFd>), SessionError> {
             socket.send(request, &[])?;
-            Ok(socket.recv::<Reply>()?.0)
+            socket.recv::<Reply>()
         };
         match exchange(&mut self.socket) {
-            Ok(Reply::Failed(reason)) => Err(MachineError::Refused { action, reason }),
-            Ok(reply) => Ok(reply),
+            Ok((Reply::Failed(reason), _)) => Err(MachineError::Refused { action, reason }),
+            Ok(answer) => Ok(answer),
             Err(error) => Err(gone(action, error.to_string())),
         }
     }
@@ -164,8 +169,7 @@ impl RemoteMachine {
     /// Takes over the descriptors of its faults, if there are any.
     fn faults(&mut self, request: &Request) -> Result<Option<Arc<dyn Faults>>, MachineError> {
         let fail = |error: &dyn std::fmt::Display| gone(CATCH, error.to_string());
-        self.socket.send(request, &[]).map_err(|error| fail(&error))?;
-        let (reply, fds) = self.socket.recv::<Reply>().map_err(|error| fail(&error))?;
+        let (reply, fds) = self.call_for_fds(CATCH, request)?;
         match (reply, <[OwnedFd; 2]>::try_from(fds)) {
             (Reply::Faults(mapped), Ok([faults, here])) => {
                 let faults =
@@ -173,7 +177,6 @@ impl RemoteMachine {
                 Ok(Some(Arc::new(faults)))
             }
             (Reply::Done, _) => Ok(None),
-            (Reply::Failed(reason), _) => Err(MachineError::Refused { action: CATCH, reason }),
             (other, _) => Err(fail(&format!("unexpected answer {other:?}"))),
         }
     }
@@ -306,12 +309,9 @@ impl Relay for RemoteMachine {
         if self.shape.nets.is_empty() {
             return Ok(None);
         }
-        let fail = |error: &dyn std::fmt::Display| gone(ACTION, error.to_string());
-        self.socket.send(&Request::FormerPorts, &[]).map_err(|error| fail(&error))?;
-        match self.socket.recv::<Reply>().map_err(|error| fail(&error))? {
+        match self.call_for_fds(ACTION, &Request::FormerPorts)? {
             (Reply::Ports, taps) => Ok(Some(Box::new(FormerTaps::new(taps)))),
-            (Reply::Failed(reason), _) => Err(MachineError::Refused { action: ACTION, reason }),
-            (other, _) => Err(fail(&format!("unexpected answer {other:?}"))),
+            (other, _) => Err(gone(ACTION, format!("unexpected answer {other:?}"))),
         }
     }
 
@@ -335,10 +335,12 @@ impl Relay for RemoteMachine {
 impl FreePages for RemoteMachine {
     fn name_free_pages(&mut self, into: &mut PageBitmap, patience: Duration) -> Result<(), MachineError> {
         const ACTION: &str = "name its free pages";
+        let pages = into.len();
         match self.call(ACTION, &Request::NameFreePages(patience.as_nanos() as u64))? {
             Reply::FreePages(runs) => {
-                let fit = runs.into_iter().filter(|run| run.fits(into.len())).collect::<Vec<PageRun>>();
-                fit.into_iter().flat_map(PageRun::indices).for_each(|page| into.insert(page));
+                for run in runs.into_iter().filter(|run| run.fits(pages)) {
+                    into.insert_run(run);
+                }
                 Ok(())
             }
             other => Err(gone(ACTION, format!("unexpected answer {other:?}"))),
@@ -377,14 +379,12 @@ impl Loan for RemoteMachine {
     fn staging(&mut self) -> Result<Arc<dyn Region>, MachineError> {
         const ACTION: &str = "make room for increments";
         let fail = |error: &dyn std::fmt::Display| gone(ACTION, error.to_string());
-        self.socket.send(&Request::Staging, &[]).map_err(|error| fail(&error))?;
-        let (reply, fds) = self.socket.recv::<Reply>().map_err(|error| fail(&error))?;
+        let (reply, fds) = self.call_for_fds(ACTION, &Request::Staging)?;
         match (reply, <[OwnedFd; 1]>::try_from(fds)) {
             (Reply::Staging, Ok([file])) => {
                 let region = RamRegion::new(self.region.spec().clone(), file).map_err(|error| fail(&error))?;
                 Ok(Arc::new(region))
             }
-            (Reply::Failed(reason), _) => Err(MachineError::Refused { action: ACTION, reason }),
             (other, _) => Err(fail(&format!("unexpected answer {other:?}"))),
         }
     }
