@@ -76,18 +76,18 @@ impl Arrivals {
     /// A frame came by the relay. `false` if it is dropped: it has come through the port, or there is no room.
     pub(super) fn relay(&mut self, frame: Vec<u8>) -> bool {
         let hash = xxh3_64(&frame);
-        match self.phase {
-            Phase::Waiting => *self.relayed.entry(hash).or_default() += 1,
-            Phase::Late => {
-                if let Some(at) = self.remembered.iter().position(|&seen| seen == hash) {
-                    self.remembered.remove(at);
-                    return false;
-                }
-            }
-            Phase::Off => {}
+        if self.phase == Phase::Late
+            && let Some(at) = self.remembered.iter().position(|&seen| seen == hash)
+        {
+            self.remembered.remove(at);
+            return false;
         }
+        // One that has no room here excuses none that came through the port.
         if self.due_bytes + frame.len() > MOST_BYTES {
             return false;
+        }
+        if self.phase == Phase::Waiting {
+            *self.relayed.entry(hash).or_default() += 1;
         }
         self.push(frame);
         true
@@ -179,6 +179,12 @@ mod tests {
         arrivals.await_relay();
         let taken = (0..10_000).filter(|_| arrivals.relay(vec![0; 1500])).count();
         assert_eq!(taken, MOST_BYTES / 1500);
+        // What had no room there is not taken for a copy of what came through the port.
+        assert!(!arrivals.relay(vec![1; 1500]));
+        arrivals.keep_back(vec![1; 1500]);
+        assert_eq!(arrivals.caught_up(), 0);
+        assert_eq!(taken(&mut arrivals).len(), MOST_BYTES / 1500 + 1);
+        arrivals.await_relay();
         let mut kept = 0;
         while arrivals.has_room() {
             arrivals.keep_back(vec![0; 1500]);

@@ -142,6 +142,16 @@ impl Costs {
                 Action::Keep | Action::StayAway => {}
             }
         }
+        self.shown.attached_as(&probes.costs());
+    }
+}
+
+impl Shown {
+    /// After what was shed or came back: one look does not show a source as shed and its programs as attached.
+    fn attached_as(&mut self, now: &[Spent]) {
+        for program in &mut self.programs {
+            program.attached = now.iter().any(|cost| cost.hook.program == program.program && cost.attached);
+        }
     }
 }
 
