@@ -7,6 +7,7 @@ pub mod agent;
 pub mod bare;
 pub mod binary;
 pub mod bpf;
+pub mod capture;
 pub mod client;
 pub mod disk;
 pub mod foreign;

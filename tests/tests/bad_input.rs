@@ -104,7 +104,7 @@ fn sound_image() -> Vec<u8> {
 }
 
 fn net(tap: &str) -> NetSpec {
-    NetSpec { tap: tap.to_owned(), mac: "52:54:00:00:00:01".parse().expect("an address"), ips: Vec::new() }
+    format!("tap={tap},mac=52:54:00:00:00:01").parse().expect("a port")
 }
 
 fn pages(first: u64, count: u32) -> BulkFrame {

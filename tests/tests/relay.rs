@@ -1,11 +1,19 @@
 //! Frames that reach a VM's former place when it has left: they are carried to it, once and in order.
 
-use std::time::Duration;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use dunlin::migrate::Strategy;
+use dunlin::model::MacAddress;
+use dunlin::net::pnet::PnetPort;
+use dunlin::port::FramePort as _;
+use dunlin_tests::capture::Capture;
 use dunlin_tests::client::{PingReport, Pinger};
 use dunlin_tests::wait::wait_for;
-use dunlin_tests::{Hop, HopOptions, Rig, VmSpec, guest};
+use dunlin_tests::{Hop, HopOptions, Rig, VmSpec, guest, rig};
 
 const LIMIT: Duration = Duration::from_secs(30);
 /// Frames come this often; none fits into no blackout.
@@ -62,4 +70,114 @@ fn without_it_what_comes_while_the_vm_stands_is_lost() {
     println!("shows {} of {} pings unanswered, blackout {stood_ms} ms", pings.unanswered.len(), pings.sent);
     assert_eq!(hop.report.relay, None);
     assert!(pings.unanswered.len() as u64 > stood_ms / 2, "{} unanswered in {stood_ms} ms", pings.unanswered.len());
+}
+
+/// A second opinion on all that passes a move, from both hosts' cables: Wireshark knows each frame, finds none malformed, and sees the guest's own answers, each once.
+#[test]
+fn whole_captures_hold_no_unknown_and_no_malformed_frame() {
+    let mut rig = Rig::boot(&VmSpec::default()).unwrap();
+    let captures = ["host-a", "host-b"].map(|port| Capture::start(&rig.switch, port).unwrap());
+    let udp = SocketAddr::new(Rig::guest_ip6(), 7);
+    let pinger = rig.client.enter(|| Pinger::start(Rig::guest_ip(), EVERY)).unwrap();
+    let packets = rig.client.enter(|| Pinger::start_udp(udp, EVERY)).unwrap();
+    let answered = || pinger.report().answered.min(packets.report().answered);
+    wait_for("some answers", LIMIT, || (answered() > 100).then_some(())).unwrap();
+    rig.hop(&HopOptions::default()).unwrap();
+    let so_far = answered();
+    wait_for("answers from there", LIMIT, || (answered() > so_far + 1000).then_some(())).unwrap();
+    let reports = [pinger, packets].map(|client| client.finish(Duration::from_secs(2)));
+    let [before, after] = captures.map(|capture| capture.finish().unwrap());
+    for captured in [&before, &after] {
+        let wrong = "_ws.malformed || _ws.expert.severity == \"Error\" || eth.type && !(arp || ip || ipv6)";
+        assert_eq!(captured.read(wrong, &["frame.number", "frame.protocols"]).unwrap(), Vec::<String>::new());
+    }
+    let own = format!("eth.src == {} && (icmp.type == 0 || udp.srcport == 7)", rig::MAC);
+    let answers: usize =
+        [&before, &after].map(|captured| captured.read(&own, &["frame.number"]).unwrap().len()).iter().sum();
+    let sum: u64 = reports.iter().map(|report| report.answered).sum();
+    assert_eq!((answers as u64, reports.each_ref().map(|report| report.duplicates)), (sum, [0, 0]));
+    // In their order: the announcement of each kind, before anything that the guest itself says there.
+    let first = after.read(&format!("eth.src == {}", rig::MAC), &["eth.type", "arp.opcode", "icmpv6.type"]).unwrap();
+    assert_eq!(first[..4], ["0x8035;3;", "0x0806;1;", "0x0806;2;", "0x86dd;;136"], "{:?}", &first[..8]);
+    println!(
+        "shows {answers} answers of a guest in two captures, {} frames of it at its new place, none unknown or malformed",
+        first.len()
+    );
+    assert!(rig.stop().unwrap().success());
+}
+
+/// Frames of a protocol that nobody speaks, each millisecond so many, until it is dropped.
+struct Flood {
+    stop: Arc<AtomicBool>,
+    sender: Option<JoinHandle<u64>>,
+}
+
+impl Flood {
+    const FRAME_BYTES: usize = 1400;
+
+    /// From the only interface of the namespace that it is called in.
+    fn start(from: MacAddress, to: MacAddress, frames_per_ms: u64) -> Self {
+        // 0x88b5 is for local experiments (IEEE 802-2014, 9.2.3).
+        let mut frame = [&to.bytes()[..], &from.bytes(), &[0x88, 0xb5]].concat();
+        frame.resize(Self::FRAME_BYTES, 0);
+        let mut port = PnetPort::open("eth0").unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let sender = thread::spawn({
+            let stop = Arc::clone(&stop);
+            move || {
+                let (began, mut sent) = (Instant::now(), 0);
+                while !stop.load(Ordering::Acquire) {
+                    if sent < began.elapsed().as_millis() as u64 * frames_per_ms {
+                        port.send(&frame).unwrap();
+                        sent += 1;
+                    } else {
+                        thread::sleep(Duration::from_micros(500));
+                    }
+                }
+                sent
+            }
+        });
+        Self { stop, sender: Some(sender) }
+    }
+
+    /// Ends it; how many frames it has sent.
+    fn end(mut self) -> u64 {
+        self.stop.store(true, Ordering::Release);
+        self.sender.take().map_or(0, |sender| sender.join().unwrap())
+    }
+}
+
+impl Drop for Flood {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+    }
+}
+
+/// A switch that never relearns, and a sender that does not care: the relay carries what it may, counts the rest, and ends in its time.
+#[test]
+fn a_flood_is_bounded_and_counted() {
+    const MOST_BYTES: u64 = 32 << 20;
+    let spec = VmSpec { guest: "dunlin.wl0=ws:8M,rate:1000,fill:random".to_owned(), ..VmSpec::default() };
+    let mut rig = Rig::boot(&spec).unwrap();
+    let table = |what: &str| {
+        rig.switch.run(&format!("bridge fdb {what} {} dev host-a master static sticky", rig::MAC)).unwrap();
+    };
+    table("replace");
+    let client = "02:00:00:00:00:c1".parse().unwrap();
+    let flood = rig.client.enter(|| Flood::start(client, Rig::mac(), 30));
+    let hop = rig.hop(&HopOptions::default()).unwrap();
+    let sent = flood.end();
+    let relay = hop.report.relay.clone().unwrap();
+    println!(
+        "shows {sent} frames sent at 336 Mbit/s, relayed {relay:?}, blackout {} us",
+        hop.report.blackout_ns / 1000
+    );
+    assert!(relay.bytes <= MOST_BYTES && relay.bytes > MOST_BYTES - Flood::FRAME_BYTES as u64, "{relay:?}");
+    assert!(relay.dropped_frames > 1000 && relay.error.is_empty(), "{relay:?}");
+    assert!((2_000_000_000..3_000_000_000).contains(&relay.lasted_ns), "{relay:?}");
+    rig.switch.run(&format!("bridge fdb del {} dev host-a master", rig::MAC)).unwrap();
+    let pinger = rig.client.enter(|| Pinger::start(Rig::guest_ip(), EVERY)).unwrap();
+    wait_for("answers from there", LIMIT, || (pinger.report().answered > 20).then_some(())).unwrap();
+    assert_eq!(guest::errors(&rig.counters().unwrap()), Vec::<String>::new());
+    assert!(rig.stop().unwrap().success());
 }

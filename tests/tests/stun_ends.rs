@@ -27,16 +27,11 @@ fn boot(dirty_log: DirtyLogKind) -> Rig {
     Rig::boot(&VmSpec { cpus: 2, dirty_log, guest, ..VmSpec::default() }).unwrap()
 }
 
-fn info(rig: &Rig) -> Value {
-    let output = rig.dunlin_here(&["vm", "info", "wader", "--json"]).output().unwrap();
-    serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", String::from_utf8_lossy(&output.stderr)))
-}
-
 /// The throttle, once the rogue has been held for most of the last 300 ms, and for a second in all: at the beginning of a migration it may be let go again.
 fn stunned(rig: &Rig) -> Value {
     let (mut first, mut since) = (None, None);
     wait_for("the rogue to be slowed", LIMIT, || {
-        let throttle = info(rig)["throttle"].clone();
+        let throttle = rig.info().unwrap()["throttle"].clone();
         let held = throttle["vcpus"][1]["held_ns"].as_f64().unwrap_or(0.0) / 1e9;
         let in_all = held - *first.get_or_insert(held);
         let is_limited = throttle["vcpus"][1]["limit_pages_per_second"].is_f64();
@@ -136,7 +131,7 @@ fn end(rig: &mut Rig, end: End, free: f64) {
     assert!(full <= after + Duration::from_secs(1), "{end:?}: let go after {after:?}, at its full rate after {full:?}");
     if end == End::ManagerStopped {
         // It was lifted by itself, and goes on when it may.
-        assert_eq!(info(rig)["throttle"]["stunned"], false);
+        assert_eq!(rig.info().unwrap()["throttle"]["stunned"], false);
         manager.signal(Signal::CONT).unwrap();
         stunned(rig);
         manager.signal(Signal::INT).unwrap();
@@ -155,7 +150,7 @@ fn end(rig: &mut Rig, end: End, free: f64) {
     }
     drop(receiver);
     // Nobody is held, the log is off, what was lost is still known.
-    let after = info(rig);
+    let after = rig.info().unwrap();
     assert_eq!((&after["throttle"]["stunned"], &after["dirty_log_on"]), (&false.into(), &false.into()), "{after:#}");
     assert!(after["throttle"].get("holder").is_none(), "{after:#}");
     assert!(after["throttle"]["guest_time_lost_ns"].as_u64() >= throttle["guest_time_lost_ns"].as_u64());
@@ -258,14 +253,14 @@ fn of_two_who_would_slow_a_vm_the_later_is_refused_and_so_are_targets_that_are_n
     assert!(code == Some(3) && words.contains("never slowed") && words.contains("not touched"), "{code:?} {words}");
     let (code, words) = said(&rig, &["stun", "wader", "--target", "40MiB/s", "--config", &config]);
     assert!(code == Some(3) && words.contains("never slowed"), "{code:?} {words}");
-    assert_eq!(info(&rig)["dirty_log_on"], false);
+    assert_eq!(rig.info().unwrap()["dirty_log_on"], false);
     assert!(rig.stop().unwrap().success());
 }
 
 #[test]
 fn a_stunned_vm_shows_in_info_list_top_and_metrics() {
     let mut rig = boot(DirtyLogKind::Ring);
-    let pid = info(&rig)["pid"].as_u64().unwrap() as u32;
+    let pid = rig.info().unwrap()["pid"].as_u64().unwrap() as u32;
     let run_dir = rig.run_dir(rig.at());
     let agent = Agent::start(&run_dir, "200ms", 0.5, &["--vcpu-metrics"]).unwrap();
     let metric = |name: &str, labels: &[&str]| agent.metric(name, labels).unwrap();
@@ -310,7 +305,7 @@ fn a_stunned_vm_shows_in_info_list_top_and_metrics() {
 
 /// What all vCPUs wrote by the guest's count, what each was held, and the guest's time.
 fn totals(rig: &Rig) -> (f64, Vec<f64>, f64) {
-    let held = info(rig)["throttle"]["vcpus"].as_array().unwrap().clone();
+    let held = rig.info().unwrap()["throttle"]["vcpus"].as_array().unwrap().clone();
     let counters = rig.counters().unwrap();
     let vcpus = counters["vcpus"].as_array().unwrap();
     let pages = vcpus.iter().map(|vcpu| vcpu["pages_written"].as_f64().unwrap()).sum();

@@ -5,6 +5,8 @@
 //! - Gratuitous ARP (RFC 826, RFC 5227 §3, RFC 5944 §4.6): neighbours that hold an entry update it; some stacks take only
 //!   the request, some only the reply, so both are sent.
 //! - Unsolicited neighbour advertisement (RFC 4861 §7.2.6): the same for IPv6.
+//! - Question for a gateway (RFC 826; RFC 4861 §7.2.2), in the station's name: the answer goes to the station, which so learns the Ethernet address that its router has at the new place. Linux takes it although it has not asked
+//!   (net/ipv4/arp.c `arp_process`, net/ipv6/ndisc.c `ndisc_recv_na`): for IPv4 where its entry is older than `locktime`, 1 s.
 //! - ARP probe (RFC 5227 §2.1.1) and the solicitation of duplicate address detection (RFC 4862 §5.4): they ask who has an
 //!   address, and teach nobody anything about it.
 //!
@@ -35,6 +37,8 @@ const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
 const HOP_LIMIT: u8 = 255;
 /// Option "target link-layer address" of one unit of eight bytes (RFC 4861 §4.6.1).
 const TARGET_LINK_LAYER_ADDRESS: [u8; 2] = [2, 1];
+/// The same of the source (RFC 4861 §4.6.1).
+const SOURCE_LINK_LAYER_ADDRESS: [u8; 2] = [1, 1];
 
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +55,8 @@ pub enum FrameKind {
     ArpProbe,
     /// Neighbour solicitation of duplicate address detection.
     NeighbourSolicitation,
+    /// A station's question for the Ethernet address of a router that it sends by.
+    GatewayQuestion,
 }
 
 impl fmt::Display for FrameKind {
@@ -62,6 +68,7 @@ impl fmt::Display for FrameKind {
             Self::NeighbourAdvertisement => "neighbour advertisement",
             Self::ArpProbe => "ARP probe",
             Self::NeighbourSolicitation => "neighbour solicitation",
+            Self::GatewayQuestion => "question for a gateway",
         })
     }
 }
@@ -105,7 +112,7 @@ impl Frame {
 #[error("{0} is no address of a single station on a link; it cannot be announced")]
 pub struct AddressError(pub IpAddr);
 
-/// All frames of one round for `station`: RARP first (it teaches the switches, which the others then cross).
+/// All frames of one round for `station`: RARP first (it teaches the switches, which the others then cross), questions for its gateways last.
 ///
 /// # Errors
 /// An address that no station can have.
@@ -124,7 +131,28 @@ pub fn of_station(station: &Station) -> Result<Vec<Frame>, AddressError> {
             }
         }
     }
+    for gateway in &station.gateways {
+        check(*gateway)?;
+        let from = station.asks_from(*gateway).ok_or(AddressError(*gateway))?;
+        frames.extend(gateway_question(station.mac, from, *gateway));
+    }
     Ok(frames.into_iter().map(|frame| frame.tagged(station.vlan)).collect())
+}
+
+/// A station's question for the Ethernet address of `gateway`; none where they are of two families.
+pub fn gateway_question(mac: MacAddress, ip: IpAddr, gateway: IpAddr) -> Option<Frame> {
+    let kind = FrameKind::GatewayQuestion;
+    match (ip, gateway) {
+        (IpAddr::V4(ip), IpAddr::V4(gateway)) => {
+            Some(arp_like(kind, EtherType::ARP, ArpOperation::REQUEST, mac, ip, [0; 6], gateway))
+        }
+        (IpAddr::V6(ip), IpAddr::V6(gateway)) => {
+            let payload = [&gateway.octets()[..], &SOURCE_LINK_LAYER_ADDRESS, &mac.bytes()].concat();
+            let group = solicited_node(gateway);
+            Some(icmpv6(kind, (mac, ip), group, &Icmpv6Type::NeighborSolicitation, &payload))
+        }
+        _ => None,
+    }
 }
 
 /// The question whether anybody has `ip`, from a station `asker` that has not.
@@ -401,6 +429,31 @@ mod tests {
             prop_assert_eq!((ns.target_address(), ns.options().len()), (v6, 0));
         }
 
+        /// A question for a gateway comes from the station itself, so that the answer goes to it.
+        #[test]
+        fn questions_for_gateways_read_back(mac in any_mac(), v4: [Ipv4Addr; 2], v6: [Ipv6Addr; 2]) {
+            let question = gateway_question(mac, v4[0].into(), v4[1].into()).unwrap();
+            let packet = SlicedPacket::from_ethernet(question.bytes()).unwrap();
+            let Some(NetSlice::Arp(arp)) = packet.net else { panic!("no ARP") };
+            let arp = arp.to_packet().try_eth_ipv4().unwrap();
+            prop_assert_eq!((arp.operation, arp.sender_mac, arp.target_mac), (ArpOperation::REQUEST, mac.bytes(), [0; 6]));
+            prop_assert_eq!((arp.sender_ipv4, arp.target_ipv4), (v4[0].octets(), v4[1].octets()));
+
+            let question = gateway_question(mac, v6[0].into(), v6[1].into()).unwrap();
+            let packet = SlicedPacket::from_ethernet(question.bytes()).unwrap();
+            let Some(NetSlice::Ipv6(ipv6)) = packet.net else { panic!("no IPv6") };
+            let (source, destination) = (ipv6.header().source_addr(), ipv6.header().destination_addr());
+            prop_assert_eq!((source, destination), (v6[0], solicited_node(v6[1])));
+            let Some(TransportSlice::Icmpv6(icmp)) = packet.transport else { panic!("no ICMPv6") };
+            prop_assert!(icmp.is_checksum_valid(source.octets(), destination.octets()));
+            let Ok(Icmpv6PayloadSlice::NeighborSolicitation(ns)) = icmp.payload_slice() else { panic!("no NS") };
+            prop_assert_eq!(ns.target_address(), v6[1]);
+            let options: Vec<_> = ns.options_iterator().map(Result::unwrap).collect();
+            let [NdpOptionSlice::SourceLinkLayerAddress(option)] = &options[..] else { panic!("{options:?}") };
+            prop_assert_eq!(option.link_layer_address(), &mac.bytes()[..]);
+            prop_assert!(gateway_question(mac, v4[0].into(), v6[1].into()).is_none());
+        }
+
         /// Tags stand where they belong, and without them each frame is what it was.
         #[test]
         fn tags_read_back(mac in any_mac(), v4 in any::<Ipv4Addr>(), v6 in any::<Ipv6Addr>(), tags in any_tags()) {
@@ -487,6 +540,7 @@ mod tests {
         for vlan in [None, Some("42".parse().unwrap()), Some("100.42".parse().unwrap())] {
             let mut station = Station { vlan, ..Station::new(mac, vec![v4]) };
             station.add_router(v6);
+            station.gateways = vec!["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()];
             frames.extend(of_station(&station).unwrap());
             frames.extend([v4, v6.into()].map(|ip: IpAddr| question(mac, ip, vlan).unwrap()));
         }
@@ -504,14 +558,14 @@ mod tests {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let output = String::from_utf8(output.stdout).unwrap();
         let truth = |text: &str| matches!(text, "1" | "True");
-        assert_eq!((frames.len(), output.lines().count()), (18, 18), "{output}");
+        assert_eq!((frames.len(), output.lines().count()), (24, 24), "{output}");
         for (k, (line, frame)) in output.lines().zip(&frames).enumerate() {
             let fields: Vec<_> = line.split(';').collect();
             let [protocols, outer, inner, opcode, probe, na, ns, router, checksum, complaint] = fields[..] else {
                 panic!("{line}")
             };
             assert_eq!(complaint, "", "{line}");
-            assert_eq!((outer, inner), [("", ""), ("", "42"), ("100", "42")][k / 6], "{line}");
+            assert_eq!((outer, inner), [("", ""), ("", "42"), ("100", "42")][k / 8], "{line}");
             let (protocol, wanted) = match frame.kind() {
                 FrameKind::Rarp => ("arp", ("3", false, "", "", false)),
                 FrameKind::ArpRequest => ("arp", ("1", false, "", "", false)),
@@ -519,6 +573,8 @@ mod tests {
                 FrameKind::ArpProbe => ("arp", ("1", true, "", "", false)),
                 FrameKind::NeighbourAdvertisement => ("icmpv6", ("", false, "fd00::2", "", true)),
                 FrameKind::NeighbourSolicitation => ("icmpv6", ("", false, "", "fd00::2", false)),
+                FrameKind::GatewayQuestion if protocols.ends_with("arp") => ("arp", ("1", false, "", "", false)),
+                FrameKind::GatewayQuestion => ("icmpv6", ("", false, "", "fd00::1", false)),
             };
             assert!(protocols.ends_with(protocol), "{line}");
             assert_eq!((opcode, truth(probe), na, ns, truth(router)), wanted, "{line}");

@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv6Addr};
 use super::frames;
 use super::heard::{Evidence, Heard};
 use crate::model::network::{FoundCard, FoundIp, LearntFrom};
-use crate::model::{MacAddress, Station};
+use crate::model::{MacAddress, Station, VlanTags};
 
 /// No card has more addresses; others are left out.
 pub const MOST_IPS: usize = 64;
@@ -28,6 +28,11 @@ impl Learner {
         if !known && self.cards.len() < MOST_CARDS {
             self.cards.push(FoundCard { tap: tap.to_owned(), mac, from, vlan: None, ips: Vec::new() });
         }
+    }
+
+    /// The tags of what the cards that have `mac` send, as far as it is known before a frame is heard.
+    pub fn tags(&mut self, mac: MacAddress, vlan: Option<VlanTags>) {
+        self.cards.iter_mut().filter(|card| card.mac == mac).for_each(|card| card.vlan = vlan.or(card.vlan));
     }
 
     /// Whether a card behind `tap` is known.

@@ -158,7 +158,8 @@ fn machines() -> [Value; 2] {
         vcpu_thread_ids: vec![1],
         dirty_log: crate::model::DirtyLogKind::Ring,
         dirty_log_on: false,
-        nets: vec!["tap=t,mac=02:00:00:00:00:01,ip=10.0.0.1".parse().unwrap()],
+        nets: vec!["tap=t,mac=02:00:00:00:00:01,router=fd00::2,ip=10.0.0.1,gateway=10.0.0.2,vlan=7".parse().unwrap()],
+        ports: vec![crate::model::network::PortCounters::default()],
         disks: vec!["path=/d".parse().unwrap()],
         rng: false,
         balloon: true,
@@ -445,7 +446,8 @@ fn followed_announcements() -> [Value; 4] {
 fn announcements() -> [Value; 2] {
     let error = Some(String::new());
     let round = AnnounceRound { round: 0, after_first_ns: 0, frames_sent: 0, frames_failed: 0, error };
-    let station = "mac=02:00:00:00:00:01,ip=10.0.0.1,router=fd00::1,vlan=100.42".parse::<Station>().unwrap();
+    let station =
+        "mac=02:00:00:00:00:01,ip=10.0.0.1,router=fd00::1,gateway=10.0.0.2,vlan=100.42".parse::<Station>().unwrap();
     let report = AnnounceReport {
         interface: String::new(),
         sent_on: String::new(),

@@ -9,6 +9,8 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::model::network::PortCounters;
+
 /// Guest-physical address of the first device's window.
 pub const MMIO_BASE: u64 = 0xd000_0000;
 /// Bytes of one device's window.
@@ -164,6 +166,14 @@ pub trait Device: MmioDevice + Any {
     fn former_port(&self) -> io::Result<Option<OwnedFd>> {
         Ok(None)
     }
+
+    /// What passed through a network port; none for another device.
+    fn counters(&self) -> Option<PortCounters> {
+        None
+    }
+
+    /// The guest is to announce itself, if its driver can be asked. Only network devices can.
+    fn ask_to_announce(&self) {}
 
     /// Sends a frame into the network as if the guest had sent it, also while the device stands (announcements). Only
     /// network devices can.

@@ -598,6 +598,9 @@ impl Source<'_> {
         let paused_at = self.clock.now();
         progress.paused_at = Some(paused_at);
         self.machine.pause()?;
+        if let Some(ports) = &mut progress.ports {
+            ports.keep();
+        }
         let mut lap = Lap::since(self.clock, paused_at);
         progress.ledger.add(BlackoutPhase::Pause, lap.next());
         self.pass(progress, Step::Paused, "");
@@ -802,6 +805,7 @@ impl Source<'_> {
 
     /// The target has journaled `never-owner`: the VM is the source's again.
     fn take_back(&mut self, progress: &mut Progress) -> (Ending, String) {
+        self.give_frames_back(progress);
         let resumed = self.machine.reclaim(self.id).and_then(|()| self.run_here_again());
         progress.blackout = self.clock.now().saturating_sub(progress.paused_at.unwrap_or_default());
         let reason = "the target lost the VM after it was released and journaled that it never owned it";
@@ -838,6 +842,7 @@ impl Source<'_> {
         tracing::warn!(vm = %self.shape.name, migration = %self.id, step = %progress.step, "rolled back: {error}");
         // A log that cannot be switched off must not keep the VM from running.
         let log = self.machine.stop_log();
+        self.give_frames_back(progress);
         let resumed = self.machine.resume();
         if let Some(paused_at) = progress.paused_at {
             progress.blackout = self.clock.now().saturating_sub(paused_at);

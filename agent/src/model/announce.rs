@@ -23,12 +23,15 @@ pub struct Station {
     /// The tags that its frames carry where they are announced; none: they have no tag.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vlan: Option<VlanTags>,
+    /// Routers that the station sends by: each is asked, in the station's name, for its Ethernet address, which may be another one at a new place. The station hears the answer.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gateways: Vec<IpAddr>,
 }
 
 impl Station {
     /// A station with no tags, of which no address is a router's.
     pub fn new(mac: MacAddress, ips: Vec<IpAddr>) -> Self {
-        Self { mac, ips, routers: Vec::new(), vlan: None }
+        Self { mac, ips, routers: Vec::new(), vlan: None, gateways: Vec::new() }
     }
 
     /// Adds an address, once.
@@ -47,13 +50,85 @@ impl Station {
     }
 }
 
-impl From<&NetSpec> for Station {
-    fn from(spec: &NetSpec) -> Self {
-        Self::new(spec.mac, spec.ips.clone())
+impl Station {
+    /// Takes what is said of it for another place: whatever is not said there stays as it was.
+    pub fn place_as(&mut self, there: &Self) {
+        if !there.ips.is_empty() {
+            (self.ips, self.routers) = (there.ips.clone(), there.routers.clone());
+        }
+        if !there.gateways.is_empty() {
+            self.gateways.clone_from(&there.gateways);
+        }
+        self.vlan = there.vlan.or(self.vlan);
+    }
+
+    /// Which of its addresses it asks for `gateway` from: one of the same family, for a link-local one a link-local one. None if it has no such.
+    pub fn asks_from(&self, gateway: IpAddr) -> Option<IpAddr> {
+        let is_local = |ip: &IpAddr| matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
+        let mut of_family = self.ips.iter().filter(|ip| ip.is_ipv4() == gateway.is_ipv4());
+        of_family.clone().find(|ip| is_local(ip) == is_local(&gateway)).or_else(|| of_family.next()).copied()
+    }
+
+    /// What it has beyond its addresses, as it is written; empty if it has nothing.
+    pub fn further(&self) -> String {
+        let routers = self.routers.iter().map(|ip| format!("router={ip}"));
+        let gateways = self.gateways.iter().map(|ip| format!("gateway={ip}"));
+        let vlan = self.vlan.iter().map(|tags| format!("vlan={tags}"));
+        routers.chain(gateways).chain(vlan).collect::<Vec<_>>().join(",")
+    }
+
+    /// Takes what [`Station::further`] has written.
+    ///
+    /// # Errors
+    /// Text that is none of it.
+    pub fn take_further(&mut self, text: &str) -> Result<(), SpecError> {
+        text.split(',').try_for_each(|part| self.take(text, part))
+    }
+
+    /// Takes one `part` of `text`.
+    fn take(&mut self, text: &str, part: &str) -> Result<(), SpecError> {
+        let wrong = |problem: String| SpecError::new(text, problem);
+        let address = |text: &str| text.parse().map_err(|_| wrong(format!("has a bad address `{text}`")));
+        match part.split_once('=') {
+            Some(("ip", ip)) => self.add_ip(address(ip)?),
+            Some(("router", ip)) => {
+                self.add_router(ip.parse().map_err(|_| wrong(format!("has `{ip}`, which is no IPv6 address")))?);
+            }
+            Some(("gateway", ip)) => {
+                let gateway = address(ip)?;
+                if !self.gateways.contains(&gateway) {
+                    self.gateways.push(gateway);
+                }
+            }
+            Some(("vlan", tags)) if self.vlan.is_none() => {
+                self.vlan = Some(tags.parse().map_err(|error| wrong(format!("has a bad VLAN: {error}")))?);
+            }
+            _ => return Err(wrong(format!("has `{part}`; write {FORM}"))),
+        }
+        Ok(())
+    }
+
+    /// Whether each of its gateways can be asked.
+    fn check(&self, text: &str) -> Result<(), SpecError> {
+        match self.gateways.iter().find(|gateway| self.asks_from(**gateway).is_none()) {
+            None => Ok(()),
+            Some(gateway) => {
+                Err(SpecError::new(text, format!("names the gateway {gateway} and no ip= of its family to ask from")))
+            }
+        }
     }
 }
 
-/// `mac=M[,ip=A]...[,router=A]...[,vlan=V]`; `router=` is an IPv6 address of a station that routes.
+impl From<&NetSpec> for Station {
+    fn from(spec: &NetSpec) -> Self {
+        spec.station.clone()
+    }
+}
+
+/// How a station is written.
+const FORM: &str = "mac=M[,ip=A]...[,router=A]...[,gateway=A]...[,vlan=V]";
+
+/// `mac=M[,ip=A]...[,router=A]...[,gateway=A]...[,vlan=V]`; `router=` is an IPv6 address of a station that routes, `gateway=` a router that it sends by.
 impl FromStr for Station {
     type Err = SpecError;
 
@@ -64,20 +139,8 @@ impl FromStr for Station {
         let mac = mac.ok_or_else(|| wrong("must begin with mac=".to_owned()))?;
         let mac = mac.parse().map_err(|error| wrong(format!("has a bad MAC: {error}")))?;
         let mut station = Self::new(mac, Vec::new());
-        for part in parts {
-            match part.split_once('=') {
-                Some(("ip", address)) => {
-                    station.add_ip(address.parse().map_err(|_| wrong(format!("has a bad address `{address}`")))?);
-                }
-                Some(("router", address)) => station.add_router(
-                    address.parse().map_err(|_| wrong(format!("has `{address}`, which is no IPv6 address")))?,
-                ),
-                Some(("vlan", tags)) if station.vlan.is_none() => {
-                    station.vlan = Some(tags.parse().map_err(|error| wrong(format!("has a bad VLAN: {error}")))?);
-                }
-                _ => return Err(wrong(format!("has `{part}`; write mac=M[,ip=A]...[,router=A]...[,vlan=V]"))),
-            }
-        }
+        parts.try_for_each(|part| station.take(text, part))?;
+        station.check(text)?;
         Ok(station)
     }
 }
@@ -134,14 +197,18 @@ mod tests {
     #[test]
     fn stations_read_as_documented() {
         let station: Station =
-            "mac=02:00:00:00:00:01,ip=10.0.0.2,router=fd00::2,ip=fd00::2,vlan=100.42".parse().unwrap();
+            "mac=02:00:00:00:00:01,ip=10.0.0.2,router=fd00::2,ip=fd00::2,vlan=100.42,gateway=10.0.0.1".parse().unwrap();
         assert_eq!(station.ips, ["10.0.0.2", "fd00::2"].map(|ip| ip.parse::<IpAddr>().unwrap()));
         assert_eq!(station.routers, ["fd00::2".parse::<Ipv6Addr>().unwrap()]);
         let json = serde_json::to_string(&station).unwrap();
         assert_eq!(
             json,
-            r#"{"mac":"02:00:00:00:00:01","ips":["10.0.0.2","fd00::2"],"routers":["fd00::2"],"vlan":"100.42"}"#
+            r#"{"mac":"02:00:00:00:00:01","ips":["10.0.0.2","fd00::2"],"routers":["fd00::2"],"vlan":"100.42","gateways":["10.0.0.1"]}"#
         );
+        assert_eq!(station.further(), "router=fd00::2,gateway=10.0.0.1,vlan=100.42");
+        let mut again = Station::new(station.mac, station.ips.clone());
+        again.take_further(&station.further()).unwrap();
+        assert_eq!(again, station);
         assert_eq!(serde_json::from_str::<Station>(&json).unwrap(), station);
         for bad in [
             "",
@@ -152,9 +219,20 @@ mod tests {
             "mac=02:00:00:00:00:01,vlan=1,vlan=2",
             "mac=02:00:00:00:00:01,vlan=5000",
             "mac=02:00:00:00:00:01,ip=nowhere",
+            "mac=02:00:00:00:00:01,gateway=10.0.0.1",
+            "mac=02:00:00:00:00:01,ip=10.0.0.2,gateway=fe80::1",
         ] {
             assert!(bad.parse::<Station>().is_err(), "{bad} was accepted");
         }
+    }
+
+    #[test]
+    fn a_gateway_is_asked_for_from_an_address_that_it_can_answer() {
+        let station: Station = "mac=02:00:00:00:00:01,ip=fd00::2,ip=10.0.0.2,ip=fe80::2".parse().unwrap();
+        let asks = |gateway: &str| station.asks_from(gateway.parse().unwrap()).map(|ip| ip.to_string());
+        let from = ["10.0.0.1", "fd00::1", "fe80::1"].map(asks);
+        assert_eq!(from, ["10.0.0.2", "fd00::2", "fe80::2"].map(|ip| Some(ip.to_owned())));
+        assert_eq!(Station::new(station.mac, Vec::new()).asks_from("10.0.0.1".parse().unwrap()), None);
     }
 
     #[test]

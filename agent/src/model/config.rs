@@ -1,12 +1,11 @@
 //! What an operator asks of a machine: its network ports, disks, console and dirty log.
 
-use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::mac::MacAddress;
+use super::announce::Station;
 
 /// How a machine learns which pages its guest wrote. Chosen when the VM is created: KVM cannot switch the ring on
 /// once a vCPU exists.
@@ -32,15 +31,42 @@ impl FromStr for DirtyLogKind {
     }
 }
 
-/// One network port: `tap=T,mac=M[,ip=A]...`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// One network port: `tap=T,mac=M[,ip=A]...[,router=A]...[,gateway=A]...[,vlan=V]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetSpec {
     /// The tap interface's name (it must exist, or be creatable, in the machine's network namespace).
     pub tap: String,
-    /// The guest's address on it.
-    pub mac: MacAddress,
-    /// Addresses to announce for it.
-    pub ips: Vec<IpAddr>,
+    /// Who the guest is on it, and with what it is announced.
+    pub station: Station,
+}
+
+/// As JSON has it.
+#[derive(Serialize, Deserialize)]
+struct Readable {
+    tap: String,
+    #[serde(flatten)]
+    station: Station,
+}
+
+/// On the wire tap, MAC and addresses, as it always was; the rest travels as [`super::MachineShape`] says.
+impl Serialize for NetSpec {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        if serializer.is_human_readable() {
+            return Readable { tap: self.tap.clone(), station: self.station.clone() }.serialize(serializer);
+        }
+        (&self.tap, &self.station.mac, &self.station.ips).serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for NetSpec {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        if deserializer.is_human_readable() {
+            let Readable { tap, station } = Readable::deserialize(deserializer)?;
+            return Ok(Self { tap, station });
+        }
+        let (tap, mac, ips) = Deserialize::deserialize(deserializer)?;
+        Ok(Self { tap, station: Station::new(mac, ips) })
+    }
 }
 
 /// One disk: `path=F[,readonly]`.
@@ -85,25 +111,21 @@ impl FromStr for NetSpec {
     type Err = SpecError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let (mut tap, mut mac, mut ips) = (None, None, Vec::new());
+        let (mut tap, mut station) = (None, Vec::new());
         for part in text.split(',') {
             match part.split_once('=') {
                 // IFNAMSIZ is 16 with the closing zero.
                 Some(("tap", name)) if (1..16).contains(&name.len()) && !name.contains('/') => {
                     tap = Some(name.to_owned());
                 }
-                Some(("mac", address)) => {
-                    mac = Some(address.parse().map_err(|e| SpecError::new(text, format!("has a bad MAC: {e}")))?);
-                }
-                Some(("ip", address)) => ips
-                    .push(address.parse().map_err(|_| SpecError::new(text, format!("has a bad address `{address}`")))?),
-                _ => return Err(SpecError::new(text, format!("has `{part}`; write tap=T,mac=M[,ip=A]..."))),
+                Some(("tap", name)) => return Err(SpecError::new(text, format!("has `{name}`, which names no tap"))),
+                // The station's text begins with it.
+                Some(("mac", _)) => station.insert(0, part),
+                _ => station.push(part),
             }
         }
-        match (tap, mac) {
-            (Some(tap), Some(mac)) => Ok(Self { tap, mac, ips }),
-            _ => Err(SpecError::new(text, "needs both tap= and mac=")),
-        }
+        let tap = tap.ok_or_else(|| SpecError::new(text, "needs both tap= and mac="))?;
+        Ok(Self { tap, station: station.join(",").parse()? })
     }
 }
 
@@ -143,8 +165,11 @@ mod tests {
 
     #[test]
     fn machine_options_read_as_documented() {
-        let net: NetSpec = "tap=t0,mac=02:00:00:00:00:01,ip=10.0.0.2,ip=fd00::2".parse().unwrap();
-        assert_eq!((net.tap.as_str(), net.ips.len()), ("t0", 2));
+        let net: NetSpec = "ip=10.0.0.2,tap=t0,mac=02:00:00:00:00:01,ip=fd00::2,vlan=7".parse().unwrap();
+        assert_eq!((net.tap.as_str(), net.station.ips.len()), ("t0", 2));
+        let json = serde_json::to_string(&net).unwrap();
+        assert_eq!(json, r#"{"tap":"t0","mac":"02:00:00:00:00:01","ips":["10.0.0.2","fd00::2"],"vlan":"7"}"#);
+        assert_eq!(serde_json::from_str::<NetSpec>(&json).unwrap(), net);
         for bad in [
             "",
             "tap=t0",

@@ -1,14 +1,40 @@
-//! What is known of a VM's place in a network: where its addresses were learnt, which table has relearned them, who else claims them.
+//! What is known of a VM's place in a network: where its addresses were learnt, which table has relearned them, who else claims them, what passed through its ports.
 
 use std::fmt;
 use std::net::IpAddr;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::id::VmId;
 use super::mac::MacAddress;
 use super::schema::Schema;
 use super::vlan::VlanTags;
+
+/// What passed through a port since the machine started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PortCounters {
+    /// Frames given to the guest.
+    pub rx_frames: u64,
+    /// Their bytes.
+    pub rx_bytes: u64,
+    /// Frames that fit no buffer of the guest, or found a malformed one.
+    pub rx_dropped_frames: u64,
+    /// Frames sent for the guest.
+    pub tx_frames: u64,
+    /// Their bytes.
+    pub tx_bytes: u64,
+    /// Frames of the guest that were malformed or that the tap refused (is it up?).
+    pub tx_dropped_frames: u64,
+    /// Frames sent on the guest's behalf, such as announcements.
+    pub announced_frames: u64,
+    /// Times that the guest's driver, asked to, has announced the guest itself, in all its VLANs.
+    pub guest_announcements: u64,
+    /// Of the frames given to the guest, those that came by a relay from its former place.
+    pub relayed_frames: u64,
+    /// Frames that came both through the port and by a relay, and were given to the guest once; or that had no room while they waited.
+    pub relay_dropped_frames: u64,
+}
 
 /// How an address of a VM became known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

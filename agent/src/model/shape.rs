@@ -29,9 +29,11 @@ pub const TSC_KHZ: std::ops::RangeInclusive<u32> = 10_000..=100_000_000;
 /// Set in the number of vCPUs on the wire when names of further devices follow the last field.
 const MORE: u32 = 1 << 31;
 /// The most names that may follow.
-const MAX_NAMES: usize = 16;
+const MAX_NAMES: usize = 16 + MAX_DEVICES;
 /// The names: never changed, never given to anything else.
 const RNG: &str = "rng";
+/// Before a port's number and `:`, what its station has beyond its addresses.
+const NET: &str = "net";
 const BALLOON: &str = "balloon";
 const HUGEPAGES: &str = "hugepages";
 
@@ -80,12 +82,21 @@ pub struct MachineShape {
 
 impl MachineShape {
     /// What the wire's version 1 at first had no place for.
-    fn names(&self) -> Vec<&'static str> {
-        [(self.rng, RNG), (self.balloon, BALLOON), (self.hugepages, HUGEPAGES)]
-            .into_iter()
-            .filter(|(there, _)| *there)
-            .map(|(_, name)| name)
-            .collect()
+    fn names(&self) -> Vec<String> {
+        let named = [(self.rng, RNG), (self.balloon, BALLOON), (self.hugepages, HUGEPAGES)];
+        let named = named.into_iter().filter(|(there, _)| *there).map(|(_, name)| name.to_owned());
+        let further = self.nets.iter().map(|net| net.station.further()).enumerate();
+        let further = further.filter(|(_, text)| !text.is_empty()).map(|(port, text)| format!("{NET}{port}:{text}"));
+        named.chain(further).collect()
+    }
+
+    /// What a port's station has beyond its addresses, as [`MachineShape::names`] has written it; `false` if `name` is none of that.
+    fn take_further(&mut self, name: &str) -> Result<bool, String> {
+        let Some((port, text)) = name.strip_prefix(NET).and_then(|rest| rest.split_once(':')) else { return Ok(false) };
+        let port = port.parse().ok().and_then(|port: usize| self.nets.get_mut(port));
+        let port = port.ok_or_else(|| format!("the VM has no port for `{}`", name.escape_debug()))?;
+        port.station.take_further(text).map_err(|error| error.to_string())?;
+        Ok(true)
     }
 
     fn take_names(&mut self, names: &[String]) -> Result<(), String> {
@@ -97,6 +108,7 @@ impl MachineShape {
                 RNG => self.rng = true,
                 BALLOON => self.balloon = true,
                 HUGEPAGES => self.hugepages = true,
+                other if self.take_further(other)? => {}
                 other => {
                     return Err(format!(
                         "the VM has a device `{}`, which this build does not know",
@@ -298,6 +310,18 @@ mod tests {
         let both = MachineShape { rng: true, balloon: true, ..shape() };
         assert_eq!(postcard::to_stdvec(&both).unwrap(), NEW);
         assert_eq!(postcard::from_bytes::<MachineShape>(NEW).unwrap(), both);
+    }
+
+    #[test]
+    fn what_a_port_has_beyond_its_addresses_travels() {
+        let mut shape = MachineShape { rng: true, ..shape() };
+        let further = "tap=t1,mac=02:00:00:00:00:02,ip=fd00::2,router=fd00::2,gateway=fe80::1,vlan=100.42";
+        shape.nets.push(further.parse().unwrap());
+        assert_eq!(shape.names(), ["rng", "net1:router=fd00::2,gateway=fe80::1,vlan=100.42"]);
+        assert_eq!(postcard::from_bytes::<MachineShape>(&postcard::to_stdvec(&shape).unwrap()).unwrap(), shape);
+        for bad in ["net7:vlan=3", "net0:vlan=5000", "net0:", "netx:vlan=3", "net0:tap=t1"] {
+            assert!(shape.take_names(&[bad.to_owned()]).is_err(), "{bad} was accepted");
+        }
     }
 
     #[test]

@@ -13,6 +13,14 @@ pub trait FormerPorts: Send {
     /// # Errors
     /// A port that cannot be read any more.
     fn take(&mut self, frames: &mut Vec<RelayedFrame>, most: usize, timeout: Duration) -> io::Result<()>;
+
+    /// The VM stands: frames are taken out of the ports as they come, and kept for [`FormerPorts::take`], since ports hold few.
+    fn keep(&mut self) {}
+
+    /// The VM goes on here: what was kept, and what is still in the ports is theirs again.
+    fn give_back(&mut self) -> Vec<RelayedFrame> {
+        Vec::new()
+    }
 }
 
 /// A machine whose VM gets what the network brings to its former place.

@@ -29,6 +29,7 @@ use crate::kvm::machine::{BootConfig, HostedError, Hosting, Machine};
 use crate::kvm::memory::Memory;
 use crate::kvm::sys::KvmError;
 use crate::kvm::virtio::{VirtioBalloon, VirtioBlk, VirtioNet, VirtioRng};
+use crate::model::network::PortCounters;
 use crate::model::schema::Schema;
 use crate::model::{
     DirtyLogKind, DiskSpec, MachineShape, MigrationId, NetSpec, Owner, PageCount, PageRun, PageSubset, SerialSpec,
@@ -153,6 +154,9 @@ pub struct VmInfo {
     pub dirty_log_on: bool,
     /// Network ports.
     pub nets: Vec<NetSpec>,
+    /// What passed through them since the machine's process began, in their order; none where that process is of an older version.
+    #[serde(default)]
+    pub ports: Vec<PortCounters>,
     /// Disks.
     pub disks: Vec<DiskSpec>,
     /// Whether it has a source of entropy.
@@ -242,7 +246,7 @@ fn devices(parts: &Parts, memory: &Memory) -> Result<Vec<Arc<dyn Device>>, Devic
     for (index, net) in nets.iter().enumerate() {
         let failed = |problem: String| DeviceError::Worker { device: format!("net{index}"), problem };
         let tap = Tap::open(&net.tap).map_err(|error| failed(chain(&error)))?;
-        devices.push(Arc::new(VirtioNet::new(index, memory.ram().clone(), tap, net.mac)?));
+        devices.push(Arc::new(VirtioNet::new(index, memory.ram().clone(), tap, net.station.mac)?));
     }
     for (index, disk) in disks.iter().enumerate() {
         let failed = |problem: String| DeviceError::Worker { device: format!("disk{index}"), problem };
@@ -415,6 +419,7 @@ impl Host {
             dirty_log: shape.dirty_log,
             dirty_log_on: self.machine.log().is_on(),
             nets: shape.nets.clone(),
+            ports: self.machine.devices().iter().filter_map(|device| device.counters()).collect(),
             disks: shape.disks.clone(),
             rng: shape.rng,
             balloon: shape.balloon,
@@ -678,14 +683,18 @@ impl Host {
         }
     }
 
-    /// Sends one round of announcements out of every network port, as if from the guest. Returns the frames sent.
+    /// Sends one round of announcements out of every network port, as if from the guest, and asks the guest to announce itself when it runs: only it knows all its
+    /// addresses and VLANs. Returns the frames sent.
     fn announce(&self) -> u32 {
         let devices = self.machine.devices();
+        for device in devices {
+            device.ask_to_announce();
+        }
         let nets = &self.machine.shape().nets;
         let mut sent = 0;
         for frame in self.announcer.frames() {
             let source = &frame.bytes()[6..12];
-            let port = nets.iter().position(|net| net.mac.bytes() == source);
+            let port = nets.iter().position(|net| net.station.mac.bytes() == source);
             let Some(device) = port.and_then(|index| devices.get(index)) else { continue };
             match device.send_frame(frame.bytes()) {
                 Ok(()) => sent += 1,

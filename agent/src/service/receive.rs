@@ -110,13 +110,11 @@ impl LocalHost<'_> {
                 return Err(format!("the VM has {} network ports, --net names {}", shape.nets.len(), nets.len()));
             }
             for net in &mut shape.nets {
-                let Some(own) = nets.iter().find(|own| own.mac == net.mac) else {
-                    return Err(format!("no --net here has the VM's MAC address {}", net.mac));
+                let Some(own) = nets.iter().find(|own| own.station.mac == net.station.mac) else {
+                    return Err(format!("no --net here has the VM's MAC address {}", net.station.mac));
                 };
                 net.tap.clone_from(&own.tap);
-                if !own.ips.is_empty() {
-                    net.ips.clone_from(&own.ips);
-                }
+                net.station.place_as(&own.station);
             }
         }
         // Whoever can reach this port could have any file of this host written to, with this process's rights.

@@ -28,6 +28,33 @@ pub struct Address {
     pub prefix: u8,
 }
 
+/// An IPv6 address with its prefix length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Address6 {
+    /// The address.
+    pub octets: [u8; 16],
+    /// Length of the network's prefix.
+    pub prefix: u8,
+}
+
+/// The network interface's place.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Network {
+    /// Its IPv4 address.
+    pub address: Option<Address>,
+    /// Its IPv6 address.
+    pub address6: Option<Address6>,
+    /// Default gateway of IPv4.
+    pub gateway: Option<[u8; 4]>,
+}
+
+impl Network {
+    /// True when it has an address.
+    pub fn is_there(&self) -> bool {
+        self.address.is_some() || self.address6.is_some()
+    }
+}
+
 /// Everything that the command line says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -41,10 +68,8 @@ pub struct Config {
     pub block: block::Spec,
     /// Memory that it can do without.
     pub pool: pool::Spec,
-    /// Address of the network interface.
-    pub address: Option<Address>,
-    /// Default gateway.
-    pub gateway: Option<[u8; 4]>,
+    /// The network interface.
+    pub network: Network,
     /// Time between two heartbeats; 0 is off.
     pub heartbeat_ns: u64,
     /// Time between two status lines.
@@ -77,8 +102,7 @@ impl Default for Config {
             workloads: [workload::Spec::default(); MAX_CPUS],
             block: block::Spec::default(),
             pool: pool::Spec::default(),
-            address: None,
-            gateway: None,
+            network: Network::default(),
             heartbeat_ns: 10_000_000,
             stat_ns: 1_000_000_000,
             ipi_ns: 20_000_000,
@@ -128,8 +152,9 @@ impl Config {
             "tsc_khz" => self.tsc_khz = Some(value.parse().ok().filter(|khz| *khz > 0)?),
             "blk" => return self.block.set_list(value).then_some(()),
             "pool" => return self.pool.set_list(value).then_some(()),
-            "ip" => self.address = Some(address(value)?),
-            "gw" => self.gateway = Some(octets(value)?),
+            "ip" => self.network.address = Some(address(value)?),
+            "ip6" => self.network.address6 = Some(address6(value)?),
+            "gw" => self.network.gateway = Some(octets(value)?),
             "stat" => self.stat_ns = bounded_ns(value, 10_000_000, 1_000_000_000)?,
             "heartbeat" => self.heartbeat_ns = bounded_ns(value, 1_000_000, 1_000_000_000)?,
             "ipi" => self.ipi_ns = bounded_ns(value, 1_000_000, 1_000_000_000)?,
@@ -191,6 +216,12 @@ fn address(value: &str) -> Option<Address> {
     Some(Address { octets: octets(ip)?, prefix })
 }
 
+fn address6(value: &str) -> Option<Address6> {
+    let (ip, prefix) = value.split_once('/').unwrap_or((value, "64"));
+    let prefix = prefix.parse().ok().filter(|prefix| *prefix <= 128)?;
+    Some(Address6 { octets: ip.parse::<core::net::Ipv6Addr>().ok()?.octets(), prefix })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -200,7 +231,7 @@ mod tests {
     fn a_full_line_is_understood() {
         let config = Config::parse(
             "console=ttyS0 dunlin.cpus=2 dunlin.tsc_khz=2450000 dunlin.wl0=ws:64M,rate:50000,pattern:random \
-             dunlin.wl1=rate:max,share:5 dunlin.ip=10.0.0.2/16 dunlin.gw=10.0.0.1 dunlin.blk=rate:100,span:8M dunlin.pool=size:8M,churn:50 \
+             dunlin.wl1=rate:max,share:5 dunlin.ip=10.0.0.2/16 dunlin.gw=10.0.0.1 dunlin.ip6=fd00::2 dunlin.blk=rate:100,span:8M dunlin.pool=size:8M,churn:50 \
              dunlin.stat=50ms dunlin.heartbeat=1ms dunlin.spin=1 dunlin.stun=1 dunlin.ipi=0 dunlin.tick=1ms dunlin.slice=500us dunlin.window=1280ms \
              virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=512@0xfeb00000:16:3",
         );
@@ -209,8 +240,10 @@ mod tests {
         assert_eq!(config.workloads[0].rate_pages_per_second, 50_000);
         assert_eq!(config.workloads[0].pattern, Pattern::Random);
         assert_eq!(config.workloads[1].rate_pages_per_second, UNTHROTTLED);
-        assert_eq!(config.address, Some(Address { octets: [10, 0, 0, 2], prefix: 16 }));
-        assert_eq!(config.gateway, Some([10, 0, 0, 1]));
+        assert_eq!(config.network.address, Some(Address { octets: [10, 0, 0, 2], prefix: 16 }));
+        assert_eq!(config.network.gateway, Some([10, 0, 0, 1]));
+        let octets = [0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2];
+        assert_eq!(config.network.address6, Some(Address6 { octets, prefix: 64 }));
         assert_eq!((config.pool.bytes, config.pool.churn_pages_per_second), (8 << 20, 50));
         assert_eq!(config.stat_ns, 50_000_000);
         assert_eq!((config.heartbeat_ns, config.spin, config.ipi_ns), (1_000_000, true, 0));
@@ -231,11 +264,11 @@ mod tests {
 
     #[test]
     fn bad_values_are_counted_and_change_nothing() {
-        let bad = "dunlin.cpus=0 dunlin.cpus=99 dunlin.tsc_khz=0 dunlin.ip=1.2.3 dunlin.ip=1.2.3.4/33 dunlin.gw=x \
+        let bad = "dunlin.cpus=0 dunlin.cpus=99 dunlin.tsc_khz=0 dunlin.ip=1.2.3 dunlin.ip=1.2.3.4/33 dunlin.ip6=1.2.3.4 dunlin.ip6=::1/129 dunlin.gw=x \
                    dunlin.heartbeat=2us dunlin.heartbeat=5 dunlin.window=1ms dunlin.wl99=rate:1 dunlin.tick=0 dunlin.spin=yes dunlin.what=1 \
                    virtio_mmio.device=4K virtio_mmio.device=4K@zz:1";
         let config = Config::parse(bad);
-        assert_eq!(config.bad_options, 15);
+        assert_eq!(config.bad_options, 17);
         assert_eq!(Config { bad_options: 0, ..config }, Config::default());
         assert_eq!(Config::parse(""), Config::default());
         assert_eq!(Config::parse("root=/dev/vda quiet"), Config::default());

@@ -8,6 +8,7 @@
 mod apic;
 mod balloon;
 mod blk;
+mod bulk;
 mod clock;
 mod cpu;
 mod entry;
@@ -17,6 +18,7 @@ mod mem;
 mod monitor;
 mod net;
 mod once;
+mod packets;
 mod paging;
 mod panic;
 mod power;

@@ -43,7 +43,7 @@ pub fn run(cpu: &'static Cpu, config: &Config, tsc_source: &'static str, pool: &
         let started = match id {
             ID_NET if web.is_none() => {
                 let device = NetDevice::start(transport, slot);
-                web = device.zip(config.address).map(|(device, address)| Web::start(device, address, config.gateway));
+                web = device.filter(|_| config.network.is_there()).map(|device| Web::start(device, &config.network));
                 web.is_some()
             }
             ID_BLOCK if block.is_none() => {

@@ -1,21 +1,23 @@
-//! Owns the TCP services on smoltcp: the echo service with sequence numbers and the small HTTP server.
+//! Owns the network interface on smoltcp, and two of its services: the TCP echo with sequence numbers and the small HTTP server.
 
 use core::fmt::Write;
 use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
 
-use dunlin_guest::cmdline::Address;
+use dunlin_guest::cmdline::Network;
 use dunlin_guest::http::{self, Request};
 use dunlin_guest::text::{self, Buffer};
 use dunlin_guest::units::cycles_to_ns;
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet, SocketStorage};
 use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
 use smoltcp::time::{Duration, Instant};
-use smoltcp::wire::{EthernetAddress, IpCidr, Ipv4Address};
+use smoltcp::wire::{EthernetAddress, IpCidr, Ipv4Address, Ipv6Address};
 
 use crate::balloon::{self, Balloon};
 use crate::blk::Block;
+use crate::bulk::Bulk;
 use crate::net::NetDevice;
 use crate::once::Once;
+use crate::packets::Packets;
 use crate::report::{self, Extras};
 use crate::writer::VERIFY;
 use crate::{clock, cpu, io};
@@ -25,6 +27,8 @@ const HTTP_PORT: u16 = 80;
 const ECHO_SOCKETS: usize = 8;
 const HTTP_SOCKETS: usize = 6;
 const SOCKETS: usize = ECHO_SOCKETS + HTTP_SOCKETS;
+/// With those of the other services.
+const ALL_SOCKETS: usize = SOCKETS + Bulk::SOCKETS + 1;
 const RECEIVE_BYTES: usize = 2048;
 const SEND_BYTES: usize = 8192;
 const RESPONSE_BYTES: usize = 24 << 10;
@@ -33,7 +37,7 @@ const LINE_BYTES: usize = 20;
 /// Longest answer of the echo service.
 const ANSWER_BYTES: usize = 64;
 
-static STORAGE: Once<[SocketStorage<'static>; SOCKETS]> = Once::new([SocketStorage::EMPTY; SOCKETS]);
+static STORAGE: Once<[SocketStorage<'static>; ALL_SOCKETS]> = Once::new([SocketStorage::EMPTY; ALL_SOCKETS]);
 static RECEIVE: Once<[[u8; RECEIVE_BYTES]; SOCKETS]> = Once::new([[0; RECEIVE_BYTES]; SOCKETS]);
 static SEND: Once<[[u8; SEND_BYTES]; SOCKETS]> = Once::new([[0; SEND_BYTES]; SOCKETS]);
 static SCRATCH: Once<Response> = Once::new(Buffer::new());
@@ -78,6 +82,8 @@ pub struct Web {
     sockets: SocketSet<'static>,
     echos: [Echo; ECHO_SOCKETS],
     https: [Http; HTTP_SOCKETS],
+    packets: Packets,
+    bulk: Bulk,
     /// Lines answered by the echo service.
     pub echo_lines: u64,
     order: Option<(Order, u64)>,
@@ -86,15 +92,18 @@ pub struct Web {
 
 impl Web {
     /// Starts the services on a card.
-    pub fn start(mut device: NetDevice, address: Address, gateway: Option<[u8; 4]>) -> Self {
+    pub fn start(mut device: NetDevice, network: &Network) -> Self {
         let mut config = Config::new(EthernetAddress(device.mac).into());
         config.random_seed = io::tsc();
         let mut interface = Interface::new(config, &mut device, Instant::ZERO);
-        let ip = Ipv4Address::from_octets(address.octets);
+        let v4 = network.address.map(|it| IpCidr::new(Ipv4Address::from_octets(it.octets).into(), it.prefix));
+        let v6 = network.address6.map(|it| IpCidr::new(Ipv6Address::from_octets(it.octets).into(), it.prefix));
         interface.update_ip_addrs(|addresses| {
-            let _ = addresses.push(IpCidr::new(ip.into(), address.prefix));
+            for address in v4.into_iter().chain(v6) {
+                let _ = addresses.push(address);
+            }
         });
-        if let Some(gateway) = gateway {
+        if let Some(gateway) = network.gateway {
             let _ = interface.routes_mut().add_default_ipv4_route(Ipv4Address::from_octets(gateway));
         }
         let mut sockets = SocketSet::new(&mut STORAGE.take()[..]);
@@ -113,7 +122,9 @@ impl Web {
             stage: Stage::Reading,
             response: responses.next().expect("a response buffer for each socket"),
         });
-        Self { device, interface, sockets, echos, https, echo_lines: 0, order: None, scratch: SCRATCH.take() }
+        let (packets, bulk) = (Packets::start(&mut sockets), Bulk::start(&mut sockets));
+        let (order, scratch) = (None, SCRATCH.take());
+        Self { device, interface, sockets, echos, https, packets, bulk, echo_lines: 0, order, scratch }
     }
 
     /// One round. Time is the run clock, so that a pause of the machine runs out no time-out. Returns the cycles until the
@@ -130,6 +141,8 @@ impl Web {
         self.interface.poll(now, &mut self.device, &mut self.sockets);
         let mut again = self.serve_echo();
         again |= self.serve_http(run_cycles, heartbeats, block, balloon);
+        again |= self.packets.serve(&mut self.sockets);
+        again |= self.bulk.serve(&mut self.sockets);
         if again {
             self.interface.poll(now, &mut self.device, &mut self.sockets);
         }
@@ -264,7 +277,7 @@ impl Echo {
 }
 
 /// Listens again on a socket whose connection is over; true when it did.
-fn reopen(socket: &mut Socket, port: u16) -> bool {
+pub fn reopen(socket: &mut Socket, port: u16) -> bool {
     if socket.state() == State::TimeWait {
         socket.abort();
     }

@@ -1,6 +1,6 @@
-//! ICMP echo at a steady pace: what is lost, repeated and late.
+//! Echoes at a steady pace, of ICMP or of UDP: what is lost, repeated and late.
 //!
-//! Raw sockets (the ping socket's group range is empty in new namespaces), so it needs CAP_NET_RAW. Numbers are 64 bits
+//! ICMP takes raw sockets (the ping socket's group range is empty in new namespaces), so it needs CAP_NET_RAW. Numbers are 64 bits
 //! in the payload; ICMP's own sequence number is their low half-word.
 
 use std::collections::BTreeSet;
@@ -22,9 +22,9 @@ use super::gap::{Gap, GapMeter, monotonic_ns};
 /// "dunlin" and two bytes of version in front of the number and the sending time.
 const MAGIC: [u8; 8] = *b"dunlin\0\x01";
 const PAYLOAD_BYTES: usize = 24;
-/// How often a waiting receiver looks whether it should end.
 /// Room for what has come and was not read.
 const RECEIVE_BYTES: usize = 16 << 20;
+/// How often a waiting receiver looks whether it should end.
 const RECEIVE_SLICE: Duration = Duration::from_millis(20);
 
 static NEXT_ID: AtomicU16 = AtomicU16::new(0);
@@ -97,21 +97,35 @@ impl Pinger {
             IpAddr::V6(_) => (Domain::IPV6, Protocol::ICMPV6),
         };
         let socket = Socket::new(domain, Type::RAW, Some(protocol)).context("raw ICMP socket (needs CAP_NET_RAW)")?;
+        // Distinguishes pingers of one process, and most likely of two.
+        let id = (std::process::id() as u16).wrapping_add(NEXT_ID.fetch_add(1, Ordering::Relaxed).wrapping_mul(257));
+        Self::send_to(socket, SocketAddr::new(target, 0), Form::Icmp { id }, interval)
+    }
+
+    /// Starts to send packets to the UDP echo service at `target` every `interval`.
+    ///
+    /// # Errors
+    /// No socket is left.
+    pub fn start_udp(target: SocketAddr, interval: Duration) -> Result<Self> {
+        let socket =
+            Socket::new(Domain::for_address(target), Type::DGRAM, Some(Protocol::UDP)).context("UDP socket")?;
+        Self::send_to(socket, target, Form::Udp, interval)
+    }
+
+    fn send_to(socket: Socket, target: SocketAddr, form: Form, interval: Duration) -> Result<Self> {
         socket.set_read_timeout(Some(RECEIVE_SLICE))?;
         // What a VM answers at once that stood for a while is not to be dropped here.
         rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, RECEIVE_BYTES)?;
         let receiver_socket = socket.try_clone()?;
-        // Distinguishes pingers of one process, and most likely of two.
-        let id = (std::process::id() as u16).wrapping_add(NEXT_ID.fetch_add(1, Ordering::Relaxed).wrapping_mul(257));
         let state = Arc::new(Mutex::new(State::default()));
         let (stop_sending, stop_receiving) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
         let sender = thread::spawn({
             let (state, stop) = (Arc::clone(&state), Arc::clone(&stop_sending));
-            move || send_loop(&socket, target, id, interval, &state, &stop)
+            move || send_loop(&socket, target, form, interval, &state, &stop)
         });
         let receiver = thread::spawn({
             let (state, stop) = (Arc::clone(&state), Arc::clone(&stop_receiving));
-            move || receive_loop(&receiver_socket, target, id, &state, &stop)
+            move || receive_loop(&receiver_socket, target, form, &state, &stop)
         });
         Ok(Self { state, stop_sending, stop_receiving, threads: vec![sender, receiver] })
     }
@@ -162,8 +176,24 @@ fn lock(state: &Mutex<State>) -> std::sync::MutexGuard<'_, State> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn send_loop(socket: &Socket, target: IpAddr, id: u16, interval: Duration, state: &Mutex<State>, stop: &AtomicBool) {
-    let address = SocketAddr::new(target, 0).into();
+/// What is sent, and comes back.
+#[derive(Clone, Copy, Debug)]
+enum Form {
+    /// Echo requests of ICMP.
+    Icmp { id: u16 },
+    /// Packets of UDP.
+    Udp,
+}
+
+fn send_loop(
+    socket: &Socket,
+    target: SocketAddr,
+    form: Form,
+    interval: Duration,
+    state: &Mutex<State>,
+    stop: &AtomicBool,
+) {
+    let address = target.into();
     let start = Instant::now();
     let mut slot = 0u32;
     loop {
@@ -181,7 +211,7 @@ fn send_loop(socket: &Socket, target: IpAddr, id: u16, interval: Duration, state
             state.unanswered.insert(number);
             number
         };
-        if socket.send_to(&request(target, id, number, monotonic_ns()), &address).is_err() {
+        if socket.send_to(&request(target.ip(), form, number, monotonic_ns()), &address).is_err() {
             // Counted as sent and never answered would read as loss in the network; it never left.
             let mut state = lock(state);
             state.unanswered.remove(&number);
@@ -190,7 +220,7 @@ fn send_loop(socket: &Socket, target: IpAddr, id: u16, interval: Duration, state
     }
 }
 
-fn receive_loop(socket: &Socket, target: IpAddr, id: u16, state: &Mutex<State>, stop: &AtomicBool) {
+fn receive_loop(socket: &Socket, target: SocketAddr, form: Form, state: &Mutex<State>, stop: &AtomicBool) {
     let mut buffer = [MaybeUninit::<u8>::uninit(); 2048];
     while !stop.load(Ordering::Acquire) {
         let (length, from) = match socket.recv_from(&mut buffer) {
@@ -206,23 +236,24 @@ fn receive_loop(socket: &Socket, target: IpAddr, id: u16, state: &Mutex<State>, 
             }
         };
         let now_ns = monotonic_ns();
-        if from.as_socket().map(|from| from.ip()) != Some(target) {
+        if from.as_socket().map(|from| from.ip()) != Some(target.ip()) {
             continue;
         }
         // SAFETY: the kernel has written the first `length` bytes.
         let packet = unsafe { std::slice::from_raw_parts(buffer.as_ptr().cast::<u8>(), length) };
-        if let Some((number, sent_ns)) = reply(target, id, packet) {
+        if let Some((number, sent_ns)) = reply(target.ip(), form, packet) {
             lock(state).reply(number, sent_ns, now_ns);
         }
     }
 }
 
 /// An echo request with its payload.
-fn request(target: IpAddr, id: u16, number: u64, now_ns: u64) -> Vec<u8> {
+fn request(target: IpAddr, form: Form, number: u64, now_ns: u64) -> Vec<u8> {
     let mut payload = [0; PAYLOAD_BYTES];
     payload[..8].copy_from_slice(&MAGIC);
     payload[8..16].copy_from_slice(&number.to_be_bytes());
     payload[16..].copy_from_slice(&now_ns.to_be_bytes());
+    let Form::Icmp { id } = form else { return payload.to_vec() };
     let echo = IcmpEchoHeader { id, seq: number as u16 };
     let mut packet = match target {
         IpAddr::V4(_) => Icmpv4Header::with_checksum(Icmpv4Type::EchoRequest(echo), &payload).to_bytes().to_vec(),
@@ -234,7 +265,8 @@ fn request(target: IpAddr, id: u16, number: u64, now_ns: u64) -> Vec<u8> {
 }
 
 /// Number and sending time of a reply to us; `None` for anything else.
-fn reply(target: IpAddr, id: u16, packet: &[u8]) -> Option<(u64, u64)> {
+fn reply(target: IpAddr, form: Form, packet: &[u8]) -> Option<(u64, u64)> {
+    let Form::Icmp { id } = form else { return numbers(packet) };
     let (echo, payload) = match target {
         IpAddr::V4(_) => {
             let ip = Ipv4HeaderSlice::from_slice(packet).ok()?;
@@ -248,7 +280,12 @@ fn reply(target: IpAddr, id: u16, packet: &[u8]) -> Option<(u64, u64)> {
             (echo, payload)
         }
     };
-    if echo.id != id || payload.len() != PAYLOAD_BYTES || payload[..8] != MAGIC {
+    if echo.id == id { numbers(payload) } else { None }
+}
+
+/// Number and sending time in a payload of ours.
+fn numbers(payload: &[u8]) -> Option<(u64, u64)> {
+    if payload.len() != PAYLOAD_BYTES || payload[..8] != MAGIC {
         return None;
     }
     let word = |at: usize| Some(u64::from_be_bytes(payload.get(at..at + 8)?.try_into().ok()?));
@@ -272,6 +309,26 @@ mod tests {
             assert_eq!((report.unanswered.len(), report.duplicates, report.refused), (0, 0, 0), "{target}");
             assert!(report.largest_gap.length_ns > 0 && report.largest_round_trip_ns > 0);
         }
+    }
+
+    #[test]
+    fn udp_is_numbered_like_pings() {
+        let echo = std::net::UdpSocket::bind("[::1]:0").unwrap();
+        let target = echo.local_addr().unwrap();
+        let server = thread::spawn(move || {
+            let mut packet = [0; 100];
+            for turn in 0..20 {
+                let (len, from) = echo.recv_from(&mut packet).unwrap();
+                // The fourth is lost, the tenth answered twice.
+                for _ in 0..[1, usize::from(turn != 3), 1 + usize::from(turn == 9)].into_iter().product() {
+                    echo.send_to(&packet[..len], from).unwrap();
+                }
+            }
+        });
+        let pinger = Pinger::start_udp(target, Duration::from_millis(1)).unwrap();
+        server.join().unwrap();
+        let report = pinger.finish(Duration::from_millis(200));
+        assert_eq!((report.duplicates, report.reordered, report.unanswered.first()), (1, 0, Some(&3)), "{report:?}");
     }
 
     #[test]

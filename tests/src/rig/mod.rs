@@ -119,7 +119,7 @@ impl Rig {
             fs::create_dir_all(rig.state_dir(side))?;
         }
         let mut command = dunlin();
-        command.args(["vm", "run", "--name", VM_NAME]).args(spec.arguments()?).args(rig.device_arguments());
+        command.args(["vm", "run", "--name", VM_NAME]).args(spec.arguments()?).args(rig.device_arguments(&spec.net));
         rig.add_places(&mut command, Side::A);
         rig.machine = Some(rig.start(Side::A, &mut command, "run")?);
         rig.ready = rig.wait_ready()?;
@@ -154,9 +154,19 @@ impl Rig {
         Lan::GUEST_IPS[0]
     }
 
+    /// The guest's IPv6 address; Linux has none.
+    pub fn guest_ip6() -> IpAddr {
+        Lan::GUEST_IPS[1]
+    }
+
     /// The guest's echo service.
     pub fn echo_address() -> SocketAddr {
         SocketAddr::new(Self::guest_ip(), 7)
+    }
+
+    /// The guest's source of bytes.
+    pub fn bulk_address() -> SocketAddr {
+        SocketAddr::new(Self::guest_ip6(), 19)
     }
 
     /// The guest's Ethernet address.
@@ -203,6 +213,15 @@ impl Rig {
         let mut command = dunlin();
         command.args(arguments).arg("--run-dir").arg(self.run_dir(self.at));
         command
+    }
+
+    /// What `dunlin vm info` says of the VM.
+    ///
+    /// # Errors
+    /// It says nothing.
+    pub fn info(&self) -> Result<serde_json::Value> {
+        let output = self.host(self.at).netns.output(&mut self.dunlin_here(&["vm", "info", VM_NAME, "--json"]))?;
+        serde_json::from_slice(&output.stdout).with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())
     }
 
     /// The heartbeats of all consoles so far, in the order of the hosts that the guest was on. A line that a move cut goes
@@ -292,8 +311,10 @@ impl Rig {
         command.arg("--serial").arg(format!("file={}", self.console(self.hops).display()));
     }
 
-    fn device_arguments(&self) -> Vec<String> {
-        let mut arguments = vec!["--net".to_owned(), format!("tap={TAP},mac={MAC},ip={}", Self::guest_ip())];
+    /// `net` is what more is said of the port.
+    fn device_arguments(&self, net: &str) -> Vec<String> {
+        let port = format!("tap={TAP},mac={MAC},ip={},ip={}{net}", Self::guest_ip(), Self::guest_ip6());
+        let mut arguments = vec!["--net".to_owned(), port];
         if let Some(disk) = &self.disk {
             arguments.extend(["--disk".to_owned(), format!("path={}", disk.display())]);
         }

@@ -21,6 +21,8 @@ pub struct VmSpec {
     pub disk_bytes: Option<u64>,
     /// Linux instead of the test guest; its disk then has a file system.
     pub linux: Option<LinuxGuest>,
+    /// What more is said of its network port when it is started: `,gateway=A` and the like.
+    pub net: String,
     /// Further options of `dunlin vm run`.
     pub more: Vec<String>,
     /// Options of the guest besides its addresses and number of vCPUs.
@@ -35,6 +37,7 @@ impl Default for VmSpec {
             dirty_log: DirtyLogKind::Bitmap,
             disk_bytes: None,
             linux: None,
+            net: String::new(),
             more: Vec::new(),
             guest: "dunlin.wl=ws:32M,rate:5000".to_owned(),
         }
@@ -64,7 +67,8 @@ impl VmSpec {
         let (system, cmdline) = match &self.linux {
             None => {
                 let kernel = guest::elf()?.display().to_string();
-                (vec!["--kernel".to_owned(), kernel], format!("dunlin.cpus={} {options}", self.cpus))
+                let own = format!("dunlin.cpus={} dunlin.ip6={}/64", self.cpus, Rig::guest_ip6());
+                (vec!["--kernel".to_owned(), kernel], format!("{own} {options}"))
             }
             Some(linux) => (linux.arguments(), format!("{} {options}", linux.cmdline())),
         };

@@ -16,8 +16,12 @@ use crate::workspace::root;
 
 const BENCH: &str = "network";
 const PROGRAM: &str = "dunlin-bench-network";
+/// Moves in a run: so many there, and so many back.
+const MOVES: u32 = 10;
 /// How long a move may take, with what is waited for before and after.
 const MOVE_LIMIT: Duration = Duration::from_secs(15);
+/// How long before the guest runs it is announced, in milliseconds, at most.
+const AIM_ANNOUNCED_MS: f64 = 1.0;
 /// What a client may miss beyond the blackout, in milliseconds.
 const AIM_BEYOND_MS: f64 = 2.0;
 
@@ -27,14 +31,16 @@ const STRATEGIES: [&str; 2] = ["pre-copy", "post-copy"];
 
 /// What the footer says of the metrics.
 pub(super) const DEFINITIONS: &str = "\
-A guest of 256 MiB that writes 2000 pages/s moves there and back between two hosts (network namespaces with a bridge and a tap each) behind one switch; from a third place a client pings it and asks it over one
-TCP connection, each 1000 times a second. Each run is a move there and one back.
-  lost             pings without an answer, of all moves of a run
+A guest of 256 MiB that writes 2000 pages/s moves there and back between two hosts (network namespaces with a bridge and a tap each) behind one switch. From a third place clients send it numbered packets of UDP over IPv4
+and over IPv6, each 1000 a second, ask it over one TCP connection 1000 times a second, and take 16 Mbit/s from it over another one (IPv6), all of it compared byte by byte. Each run is five moves there and five back.
+  lost             packets without an answer, of all moves of a run
   doubled          answers that came twice
-  turned_round     answers that came behind one to a later ping
-  ping_beyond      the longest time between two answers to pings less the blackout and the pings' interval, of the worse move of a run
-  tcp_beyond       the same of the TCP connection
-  blackout         by the source's clock, of the worse move of a run
+  turned_round     answers that came behind one to a later packet
+  udp_beyond       the longest time between two answers less the blackout and the interval, of the worse family: the median move of a run
+  tcp_beyond       the same of the TCP requests
+  bulk_beyond      the same of the bulk: between two pieces of it
+  announced        from the beginning of the first announcement to the guest's going on, of the worst move of a run
+  blackout         by the source's clock, of the median move of a run
   relayed          frames that were carried on
 The peer is the same without a relay. Values are medians of so many runs.";
 
@@ -42,12 +48,14 @@ The peer is the same without a relay. Values are medians of so many runs.";
 #[derive(Debug, Deserialize)]
 struct Move {
     blackout_ns: u64,
-    pings: u64,
+    packets: u64,
     lost: u64,
     doubled: u64,
     turned_round: u64,
-    ping_gap_ns: u64,
+    udp_gap_ns: u64,
     tcp_gap_ns: u64,
+    bulk_gap_ns: u64,
+    announce_ns: u64,
     relayed: u64,
     relay_dropped: u64,
     announced_first: bool,
@@ -58,31 +66,42 @@ struct Side {
     lost: Samples,
     doubled: Samples,
     turned_round: Samples,
-    ping_beyond: Samples,
+    udp_beyond: Samples,
     tcp_beyond: Samples,
+    bulk_beyond: Samples,
+    announced: Samples,
     blackout: Samples,
     relayed: Samples,
     moves: u64,
-    pings: u64,
+    packets: u64,
     all_lost: u64,
 }
 
 impl Side {
-    /// Adds a run: a move there and one back.
+    /// Adds a run.
     fn push(&mut self, moves: &[Move]) -> Result<()> {
         ensure!(moves.iter().all(|one| one.announced_first), "a guest ran before it was announced");
         ensure!(moves.iter().all(|one| one.relay_dropped == 0), "a relay dropped frames");
         let sum = |of: fn(&Move) -> u64| moves.iter().map(of).sum::<u64>();
         let most = |of: fn(&Move) -> f64| moves.iter().map(of).fold(0.0, f64::max);
+        let middle = |of: fn(&Move) -> f64| {
+            let mut of_moves = Samples::default();
+            for one in moves {
+                of_moves.push(of(one));
+            }
+            of_moves.median().unwrap_or_default()
+        };
         self.lost.push(sum(|one| one.lost) as f64);
         self.doubled.push(sum(|one| one.doubled) as f64);
         self.turned_round.push(sum(|one| one.turned_round) as f64);
         self.relayed.push(sum(|one| one.relayed) as f64);
-        self.blackout.push(most(|one| one.blackout_ns as f64 / 1e6));
-        self.ping_beyond.push(most(|one| beyond_ms(one.ping_gap_ns, one.blackout_ns)));
-        self.tcp_beyond.push(most(|one| beyond_ms(one.tcp_gap_ns, one.blackout_ns)));
+        self.blackout.push(middle(|one| one.blackout_ns as f64 / 1e6));
+        self.udp_beyond.push(middle(|one| beyond_ms(one.udp_gap_ns, one.blackout_ns)));
+        self.tcp_beyond.push(middle(|one| beyond_ms(one.tcp_gap_ns, one.blackout_ns)));
+        self.bulk_beyond.push(middle(|one| beyond_ms(one.bulk_gap_ns, one.blackout_ns)));
+        self.announced.push(most(|one| one.announce_ns as f64 / 1e6));
         self.moves += moves.len() as u64;
-        self.pings += sum(|one| one.pings);
+        self.packets += sum(|one| one.packets);
         self.all_lost += sum(|one| one.lost);
         Ok(())
     }
@@ -105,9 +124,13 @@ pub(super) fn run(places: &Places, effort: &Effort) -> Result<Vec<Row>> {
         for turn in 0..effort.runs {
             let mut said = Vec::new();
             for ((name, relay), side) in RELAYS.iter().zip(&mut sides) {
-                let moves = measure(&program, places, &["--moves", "2", "--strategy", strategy, "--relay", relay])?;
+                let moves = measure(
+                    &program,
+                    places,
+                    &["--moves", &MOVES.to_string(), "--strategy", strategy, "--relay", relay],
+                )?;
                 side.push(&moves)?;
-                said.push(format!("{name} {} of {} pings lost", side.all_lost, side.pings));
+                said.push(format!("{name} {} of {} packets lost", side.all_lost, side.packets));
             }
             eprintln!("{strategy} {}/{}: {} so far", turn + 1, effort.runs, said.join(", "));
             interrupt::check()?;
@@ -126,8 +149,10 @@ fn rows_of(strategy: &str, [ours, theirs]: &[Side; 2]) -> Vec<Row> {
         row("lost", "frames", |side| &side.lost, Aim::AtMost(0.0)),
         row("doubled", "frames", |side| &side.doubled, Aim::AtMost(0.0)),
         row("turned_round", "frames", |side| &side.turned_round, Aim::AtMost(0.0)),
-        row("ping_beyond", "ms", |side| &side.ping_beyond, Aim::AtMost(AIM_BEYOND_MS)),
+        row("udp_beyond", "ms", |side| &side.udp_beyond, Aim::AtMost(AIM_BEYOND_MS)),
         row("tcp_beyond", "ms", |side| &side.tcp_beyond, Aim::AtMost(AIM_BEYOND_MS)),
+        row("bulk_beyond", "ms", |side| &side.bulk_beyond, Aim::AtMost(AIM_BEYOND_MS)),
+        row("announced", "ms", |side| &side.announced, Aim::AtMost(AIM_ANNOUNCED_MS)),
         row("blackout", "ms", |side| &side.blackout, Aim::None),
         row("relayed", "frames", |side| &side.relayed, Aim::None),
     ]
@@ -143,7 +168,7 @@ fn build() -> Result<PathBuf> {
 fn measure(program: &Path, places: &Places, arguments: &[&str]) -> Result<Vec<Move>> {
     let mut command = Command::new(program);
     command.args(arguments).env("DUNLIN_BIN", &places.dunlin);
-    let text = answer(command, &places.scratch, MOVE_LIMIT * 4)?;
+    let text = answer(command, &places.scratch, MOVE_LIMIT * MOVES)?;
     let lines = text.lines().map(|line| serde_json::from_str(line).with_context(|| format!("`{line}`")));
     lines.collect()
 }
@@ -153,20 +178,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_run_counts_all_of_its_moves_and_its_worst() {
+    fn a_run_counts_all_of_its_moves_and_its_median() {
         let line = |lost, gap_ms: u64| {
             format!(
-                r#"{{"blackout_ns":3000000,"pings":900,"lost":{lost},"doubled":0,"turned_round":1,"ping_gap_ns":{},"tcp_gap_ns":2000000,"relayed":4,"relay_dropped":0,"announced_first":true}}"#,
+                r#"{{"blackout_ns":3000000,"packets":900,"lost":{lost},"doubled":0,"turned_round":1,"udp_gap_ns":{},"tcp_gap_ns":2000000,"bulk_gap_ns":0,"announce_ns":400000,"relayed":4,"relay_dropped":0,"announced_first":true}}"#,
                 gap_ms * 1_000_000
             )
         };
         let moves: Vec<Move> =
-            [line(2, 9), line(3, 5)].iter().map(|line| serde_json::from_str(line).unwrap()).collect();
+            [line(2, 9), line(3, 7), line(0, 4)].iter().map(|line| serde_json::from_str(line).unwrap()).collect();
         let mut side = Side::default();
         side.push(&moves).unwrap();
         let medians =
-            [&side.lost, &side.turned_round, &side.ping_beyond, &side.tcp_beyond, &side.relayed].map(Samples::median);
-        assert_eq!(medians, [5.0, 2.0, 5.0, 0.0, 8.0].map(Some));
-        assert_eq!((side.moves, side.pings, side.all_lost), (2, 1800, 5));
+            [&side.lost, &side.turned_round, &side.udp_beyond, &side.tcp_beyond, &side.relayed].map(Samples::median);
+        assert_eq!(medians, [5.0, 3.0, 3.0, 0.0, 12.0].map(Some));
+        assert_eq!((side.announced.median(), side.moves, side.packets, side.all_lost), (Some(0.4), 3, 2700, 5));
     }
 }

@@ -162,7 +162,9 @@ impl InfoArgs {
         let log = if info.dirty_log_on { "on" } else { "off" };
         say!("dirty log    {}, {log}", serde_json::to_string(&info.dirty_log)?.trim_matches('"'));
         for net in &info.nets {
-            say!("net          {} on {}, announces {:?}", net.mac, net.tap, net.ips);
+            let (station, further) = (&net.station, net.station.further());
+            let further = if further.is_empty() { further } else { format!(", {further}") };
+            say!("net          {} on {}, announces {:?}{further}", station.mac, net.tap, station.ips);
         }
         for disk in &info.disks {
             say!("disk         {}{}", disk.path.display(), if disk.readonly { ", readonly" } else { "" });

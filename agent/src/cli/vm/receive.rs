@@ -46,7 +46,7 @@ pub(in crate::cli) struct ReceiveArgs {
     #[arg(long, value_name = "N")]
     name: Option<VmName>,
 
-    /// This host's tap for the VM's port with that MAC: tap=T,mac=M[,ip=A]...; the source's names if absent.
+    /// This host's tap for the VM's port with that MAC: tap=T,mac=M[,ip=A]...[,router=A]...[,gateway=A]...[,vlan=V]; the source's names if absent. What is not said stays as the source has it.
     #[arg(long = "net", value_name = "SPEC")]
     nets: Vec<NetSpec>,
 

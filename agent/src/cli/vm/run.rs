@@ -74,7 +74,7 @@ pub(in crate::cli) struct RunArgs {
     #[arg(long, value_name = "U")]
     uuid: Option<VmId>,
 
-    /// Network port tap=T,mac=M[,ip=A]...; may be given several times. Addresses are announced after a migration.
+    /// Network port tap=T,mac=M[,ip=A]...[,router=A]...[,gateway=A]...[,vlan=V]; may be given several times. Addresses are announced after a migration (router=: an IPv6 address of a VM that routes; vlan=: tags that the VM's frames carry), and the VM hears from its gateways.
     #[arg(long = "net", value_name = "SPEC")]
     nets: Vec<NetSpec>,
 

@@ -12,6 +12,7 @@ use super::mmio::{Backend, Served, Transport, register};
 use super::worker::{Job, Worker, WorkerGone};
 use crate::kvm::bus::{Device, DeviceError, IoEvent, IrqLine, MmioDevice};
 use crate::kvm::memory::GuestRam;
+use crate::model::network::PortCounters;
 
 /// A device with its worker. Made standing.
 pub struct VirtioDevice<B: Backend> {
@@ -180,6 +181,18 @@ impl<B: Backend> Device for VirtioDevice<B> {
 
     fn former_port(&self) -> io::Result<Option<OwnedFd>> {
         self.transport.with_backend(|backend| backend.former_port().map(|port| port.try_clone_to_owned()).transpose())
+    }
+
+    fn counters(&self) -> Option<PortCounters> {
+        self.transport.with_backend(|backend| backend.counters())
+    }
+
+    fn ask_to_announce(&self) {
+        self.transport.with_live(|backend, features| {
+            if let Some(features) = features {
+                backend.ask_to_announce(features);
+            }
+        });
     }
 
     fn send_frame(&self, frame: &[u8]) -> io::Result<()> {

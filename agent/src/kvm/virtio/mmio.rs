@@ -19,6 +19,7 @@ use super::state::{DeviceState, QueueState, StateError};
 use super::warn::Complaints;
 use crate::kvm::bus::MmioDevice;
 use crate::kvm::memory::GuestRam;
+use crate::model::network::PortCounters;
 
 /// Register offsets (virtio 1.2, 4.2.2, table 4.1).
 pub(super) mod register {
@@ -119,6 +120,8 @@ pub struct Served {
     pub readable: bool,
     /// Come again when the backend's descriptor can be written.
     pub writable: bool,
+    /// A request has changed the configuration space; its driver knows.
+    pub configured: bool,
 }
 
 /// One pass over the queues: what it may touch, and when it must stop.
@@ -240,6 +243,14 @@ pub trait Backend: Send + 'static {
     fn former_port(&self) -> Option<BorrowedFd<'_>> {
         None
     }
+
+    /// What passed through a network port; none for another device.
+    fn counters(&self) -> Option<PortCounters> {
+        None
+    }
+
+    /// The guest is to say itself, to whom it knows, where it is: if its driver, which accepted `features`, can be asked.
+    fn ask_to_announce(&mut self, _features: u64) {}
 
     /// Sends a frame as if the guest had.
     ///
@@ -440,6 +451,10 @@ impl<B: Backend> Transport<B> {
             }
             Ok(served)
         });
+        if served.as_ref().is_ok_and(|served| served.configured) {
+            self.publish_config(&engine);
+        }
+        let Engine { rings, live, .. } = &mut *engine;
         served.unwrap_or_else(|fault| {
             *live = false;
             *rings = no_rings(self.queue_sizes);
@@ -511,7 +526,8 @@ impl<B: Backend> Transport<B> {
         {
             return Err(RestoreError::Status(state.status));
         }
-        if state.queues.len() != self.queue_sizes.len() {
+        // A device of an earlier build has fewer where its type has learnt something: its driver knows of no more.
+        if state.queues.is_empty() || state.queues.len() > self.queue_sizes.len() {
             return Err(RestoreError::Queues(state.queues.len(), self.queue_sizes.len()));
         }
         let live = status_is_live(state.status) && !state.needs_reset;
@@ -534,7 +550,15 @@ impl<B: Backend> Transport<B> {
             driver_features: state.driver_features,
             queue_select: state.queue_select,
             status: state.status,
-            queues: state.queues.iter().map(|q| QueueRegisters { geometry: q.geometry(), ready: q.ready }).collect(),
+            queues: self
+                .queue_sizes
+                .iter()
+                .enumerate()
+                .map(|(index, _)| {
+                    let queue = state.queues.get(index).copied().unwrap_or_default();
+                    QueueRegisters { geometry: queue.geometry(), ready: queue.ready }
+                })
+                .collect(),
         };
         engine.backend.reset();
         engine.backend.restore(&state.config);
@@ -1136,7 +1160,8 @@ mod tests {
         assert!(matches!(change(|s| s.status = 12), RestoreError::Status(12)));
         assert!(matches!(change(|s| s.status |= 64), RestoreError::Status(_)));
         assert!(matches!(change(|s| s.interrupt_status = 4), RestoreError::Status(_)));
-        assert!(matches!(change(|s| s.queues.truncate(1)), RestoreError::Queues(1, 2)));
+        assert!(matches!(change(|s| s.queues.clear()), RestoreError::Queues(0, 2)));
+        assert!(matches!(change(|s| s.queues.push(s.queues[1])), RestoreError::Queues(3, 2)));
         assert!(matches!(change(|s| s.queues[1].size = 5), RestoreError::Ring(1, RingFault::Size(5, SIZE))));
         assert!(matches!(change(|s| s.queues[0].used = 2 << 20), RestoreError::Ring(0, RingFault::Place { .. })));
         assert!(matches!(change(|s| s.queues[0].next_avail = 99), RestoreError::Ring(0, RingFault::Position { .. })));

@@ -36,5 +36,5 @@ mod worker;
 pub use balloon::{BalloonError, BalloonStatus, GuestStats, HintRound, VirtioBalloon};
 pub use blk::{DiskStats, VirtioBlk};
 pub use device::VirtioDevice;
-pub use net::{NetStats, VirtioNet};
+pub use net::VirtioNet;
 pub use rng::{RngStats, VirtioRng};

@@ -1,4 +1,4 @@
-//! The virtio network device (virtio 1.2, 5.1): frames between a tap and the guest's two queues.
+//! The virtio network device (virtio 1.2, 5.1): frames between a tap and the guest's two queues, and the request that the guest announce itself.
 //!
 //! Owns the frame path in both directions and its counters. Each frame goes by one system call straight from or into guest
 //! memory. No offload is offered, so every header is zero but for `num_buffers` (5.1.6.4.1).
@@ -13,8 +13,6 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use serde::Serialize;
-
 use super::arrivals::Arrivals;
 use super::device::VirtioDevice;
 use super::held::HeldFrames;
@@ -24,20 +22,34 @@ use super::warn::Complaints;
 use crate::kvm::bus::DeviceError;
 use crate::kvm::memory::GuestRam;
 use crate::model::MacAddress;
+use crate::model::network::PortCounters;
 use crate::net::tap::{HEADER_BYTES, Tap};
 use crate::shm::{Sink, Source};
 
 /// Device type of a network card (virtio 1.2, 5.1.1).
 const DEVICE_ID: u32 = 1;
-/// receiveq1, transmitq1 (5.1.2).
+/// receiveq1, transmitq1, controlq (5.1.2).
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
-const QUEUE_SIZES: [u16; 2] = [256, 256];
-/// `VIRTIO_NET_F_MAC` (bit 5), `VIRTIO_NET_F_STATUS` (bit 16) (5.1.3).
+const CONTROL: usize = 2;
+const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
+/// `VIRTIO_NET_F_MAC` (bit 5), `VIRTIO_NET_F_STATUS` (bit 16), `VIRTIO_NET_F_CTRL_VQ` (bit 17), `VIRTIO_NET_F_GUEST_ANNOUNCE` (bit 21) (5.1.3).
 const FEATURE_MAC: u64 = 1 << 5;
 const FEATURE_STATUS: u64 = 1 << 16;
-/// `VIRTIO_NET_S_LINK_UP` (5.1.4).
+const FEATURE_CONTROL: u64 = 1 << 17;
+const FEATURE_GUEST_ANNOUNCE: u64 = 1 << 21;
+/// What a driver must have accepted to be asked to announce its guest (5.1.3.1; it answers by the control queue).
+const ANNOUNCES: u64 = FEATURE_STATUS | FEATURE_CONTROL | FEATURE_GUEST_ANNOUNCE;
+/// `VIRTIO_NET_S_LINK_UP`, `VIRTIO_NET_S_ANNOUNCE` (5.1.4).
 const LINK_UP: u16 = 1;
+const ANNOUNCE: u16 = 2;
+/// `VIRTIO_NET_CTRL_ANNOUNCE`, `VIRTIO_NET_CTRL_ANNOUNCE_ACK` (5.1.6.5.4).
+const ANNOUNCE_DONE: [u8; 2] = [3, 0];
+/// `VIRTIO_NET_OK`, `VIRTIO_NET_ERR` (5.1.6.5).
+const CONTROL_OK: u8 = 0;
+const CONTROL_ERROR: u8 = 1;
+/// Requests of the control queue in one pass.
+const REQUESTS_PER_PASS: usize = 16;
 /// Ethernet header without FCS; a tap refuses less.
 const MIN_FRAME_BYTES: usize = 14;
 /// The largest frame a tap takes.
@@ -51,29 +63,6 @@ const TRANSMIT_HEADER: [u8; HEADER_BYTES] = [0; HEADER_BYTES];
 /// A network port of the guest.
 pub type VirtioNet = VirtioDevice<NetBackend>;
 
-/// What passed through a port since the machine started.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct NetStats {
-    /// Frames given to the guest.
-    pub rx_frames: u64,
-    /// Their bytes.
-    pub rx_bytes: u64,
-    /// Frames that fit no buffer of the guest, or found a malformed one.
-    pub rx_dropped_frames: u64,
-    /// Frames sent for the guest.
-    pub tx_frames: u64,
-    /// Their bytes.
-    pub tx_bytes: u64,
-    /// Frames of the guest that were malformed or that the tap refused (is it up?).
-    pub tx_dropped_frames: u64,
-    /// Frames sent on the guest's behalf, such as announcements.
-    pub announced_frames: u64,
-    /// Of the frames given to the guest, those that came by a relay from its former place.
-    pub relayed_frames: u64,
-    /// Frames that came both through the port and by a relay, and were given to the guest once; or that had no room while they waited.
-    pub relay_dropped_frames: u64,
-}
-
 #[derive(Debug, Default)]
 struct Counters {
     rx_frames: AtomicU64,
@@ -83,6 +72,7 @@ struct Counters {
     tx_bytes: AtomicU64,
     tx_dropped: AtomicU64,
     announced: AtomicU64,
+    guest_announced: AtomicU64,
     relayed: AtomicU64,
     relay_dropped: AtomicU64,
 }
@@ -104,6 +94,8 @@ pub struct NetBackend {
     held: HeldFrames,
     /// Frames that came otherwise than straight through the port, or wait for those.
     arrivals: Arrivals,
+    /// The guest is asked to announce itself, and has not said that it did.
+    is_to_announce: bool,
 }
 
 impl VirtioNet {
@@ -132,19 +124,25 @@ impl VirtioNet {
     }
 
     /// What passed through it.
-    pub fn stats(&self) -> NetStats {
-        let counters = self.transport().with_backend(|backend| backend.counters.clone());
+    pub fn stats(&self) -> PortCounters {
+        self.transport().with_backend(|backend| backend.counters.read())
+    }
+}
+
+impl Counters {
+    fn read(&self) -> PortCounters {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        NetStats {
-            rx_frames: get(&counters.rx_frames),
-            rx_bytes: get(&counters.rx_bytes),
-            rx_dropped_frames: get(&counters.rx_dropped),
-            tx_frames: get(&counters.tx_frames),
-            tx_bytes: get(&counters.tx_bytes),
-            tx_dropped_frames: get(&counters.tx_dropped),
-            announced_frames: get(&counters.announced),
-            relayed_frames: get(&counters.relayed),
-            relay_dropped_frames: get(&counters.relay_dropped),
+        PortCounters {
+            rx_frames: get(&self.rx_frames),
+            rx_bytes: get(&self.rx_bytes),
+            rx_dropped_frames: get(&self.rx_dropped),
+            tx_frames: get(&self.tx_frames),
+            tx_bytes: get(&self.tx_bytes),
+            tx_dropped_frames: get(&self.tx_dropped),
+            announced_frames: get(&self.announced),
+            guest_announcements: get(&self.guest_announced),
+            relayed_frames: get(&self.relayed),
+            relay_dropped_frames: get(&self.relay_dropped),
         }
     }
 }
@@ -169,7 +167,48 @@ impl NetBackend {
             lost: false,
             held: HeldFrames::default(),
             arrivals: Arrivals::default(),
+            is_to_announce: false,
         }
+    }
+
+    /// Requests of the guest's driver. The only one that is known says that it has announced the guest.
+    fn control(&mut self, pass: &mut Pass<'_>, served: &mut Served) -> Result<(), RingFault> {
+        let Some(ring) = &mut pass.rings[CONTROL] else { return Ok(()) };
+        for _ in 0..REQUESTS_PER_PASS {
+            if (pass.hold)() {
+                break;
+            }
+            ring.silence(pass.ram)?;
+            match ring.pop(pass.ram)? {
+                Popped::Empty => {
+                    if !ring.listen(pass.ram)? {
+                        return Ok(());
+                    }
+                }
+                Popped::Malformed(head, fault) => {
+                    pass.complaints.warn(&format_args!("dropped a control request of the guest: {fault}"));
+                    ring.complete(pass.ram, head, 0)?;
+                }
+                Popped::Chain(chain) => {
+                    let mut command = [0; 2];
+                    let whole = chain.readable.len() >= command.len() && !chain.writable.is_empty();
+                    if whole {
+                        chain.readable.read(0, &mut command);
+                    }
+                    let is_done = whole && command == ANNOUNCE_DONE && pass.features & ANNOUNCES == ANNOUNCES;
+                    if is_done && std::mem::take(&mut self.is_to_announce) {
+                        count(&self.counters.guest_announced, 1);
+                        served.configured = true;
+                    }
+                    if whole {
+                        chain.writable.write(0, &[if is_done { CONTROL_OK } else { CONTROL_ERROR }]);
+                    }
+                    ring.complete(pass.ram, chain.head, u32::from(whole))?;
+                }
+            }
+        }
+        served.more = true;
+        Ok(())
     }
 
     /// Guest to network, until the ring is empty, the tap is full, or the pass is over. Sets what to come back for.
@@ -398,18 +437,29 @@ impl Backend for NetBackend {
     }
 
     fn features(&self) -> u64 {
-        FEATURE_MAC | FEATURE_STATUS
+        FEATURE_MAC | ANNOUNCES
     }
 
     /// `struct virtio_net_config` up to `status` (5.1.4).
     fn config(&self) -> Vec<u8> {
+        let status = LINK_UP | if self.is_to_announce { ANNOUNCE } else { 0 };
+        [&self.mac.bytes()[..], &status.to_le_bytes()].concat()
+    }
+
+    /// Without the request to announce: whoever takes the VM asks anew.
+    fn save(&self) -> Vec<u8> {
         [&self.mac.bytes()[..], &LINK_UP.to_le_bytes()].concat()
+    }
+
+    fn reset(&mut self) {
+        self.is_to_announce = false;
     }
 
     fn serve(&mut self, pass: &mut Pass<'_>) -> Result<Served, RingFault> {
         let mut served = Served::default();
         self.transmit(pass, &mut served)?;
         self.receive(pass, &mut served)?;
+        self.control(pass, &mut served)?;
         Ok(served)
     }
 
@@ -457,6 +507,14 @@ impl Backend for NetBackend {
 
     fn former_port(&self) -> Option<BorrowedFd<'_>> {
         Some(self.wire.as_fd())
+    }
+
+    fn counters(&self) -> Option<PortCounters> {
+        Some(self.counters.read())
+    }
+
+    fn ask_to_announce(&mut self, features: u64) {
+        self.is_to_announce |= features & ANNOUNCES == ANNOUNCES;
     }
 
     fn send_frame(&mut self, frame: &[u8]) -> io::Result<()> {
@@ -584,9 +642,53 @@ mod tests {
             assert!(dirty.contains(&page), "page {page:#x} was written and not marked: {dirty:x?}");
         }
         device.pause().unwrap();
-        let expected = NetStats { rx_frames: 1, rx_bytes: 100, tx_frames: 1, tx_bytes: 60, ..NetStats::default() };
+        let expected =
+            PortCounters { rx_frames: 1, rx_bytes: 100, tx_frames: 1, tx_bytes: 60, ..PortCounters::default() };
         assert_eq!(device.stats(), expected);
         assert!(irq.read().is_ok());
+    }
+
+    /// Queues a request of two bytes and their answer's place; what the answer was.
+    fn request(driver: &mut Driver<'_>, memory: &Memory, command: [u8; 2]) -> u8 {
+        let at = BUFFERS + (1 << 20);
+        memory.ram().write_slice(&[command[0], command[1], 0xee], GuestAddress(at)).unwrap();
+        driver.post(CONTROL, &[(at, 2, false), (at + 2, 1, true)]);
+        driver.kick(CONTROL);
+        driver.wait(CONTROL);
+        memory.ram().read_obj(GuestAddress(at + 2)).unwrap()
+    }
+
+    #[test]
+    fn a_driver_that_can_is_asked_to_announce_its_guest_until_it_has() {
+        let memory = memory();
+        let status = |device: &VirtioNet| {
+            let mut status = [0; 2];
+            crate::kvm::bus::MmioDevice::read(device, register::CONFIG + 6, &mut status);
+            u16::from_le_bytes(status)
+        };
+        for (features, expected) in [(FEATURES | ANNOUNCES, LINK_UP | ANNOUNCE), (FEATURES | FEATURE_STATUS, LINK_UP)] {
+            let (device, _network) = port(&memory);
+            let irq = listen(&device);
+            device.ask_to_announce();
+            assert_eq!(status(&device), LINK_UP, "nobody is there to be asked");
+            device.resume().unwrap();
+            let mut driver = Driver::new(&device, memory.ram(), 3, 16);
+            driver.start(features);
+            device.pause().unwrap();
+            let saved = device.save().unwrap();
+            let _ = irq.read();
+            device.ask_to_announce();
+            assert_eq!((status(&device), irq.read().is_ok()), (expected, expected != LINK_UP));
+            assert_eq!(device.save().unwrap()[3..12], saved[3..12], "the request does not move: it is made anew there");
+            device.resume().unwrap();
+            let is_asked = expected != LINK_UP;
+            assert_eq!(request(&mut driver, &memory, [3, 1]), CONTROL_ERROR);
+            assert_eq!(request(&mut driver, &memory, [0, 0]), CONTROL_ERROR);
+            assert_eq!(status(&device), expected);
+            let answer = request(&mut driver, &memory, ANNOUNCE_DONE);
+            assert_eq!((answer == CONTROL_OK, status(&device)), (is_asked, LINK_UP));
+            assert_eq!(device.stats().guest_announcements, u64::from(is_asked));
+        }
     }
 
     /// Of a VM on loan: what it sends waits until it is safe, across pauses, and goes in order.

@@ -1,6 +1,6 @@
 //! What the network still brings to a VM's former place is carried to its new one: switches relearn late, and what was on its way comes here.
 //!
-//! Owns what is carried, how much, and for how long. Begins when the VM runs at the target: what has come since the pause waits in the ports until then, so that a migration that is rolled
+//! Owns what is carried, how much, and for how long. Begins when the VM runs at the target: what has come since the pause is kept until then, so that a migration that is rolled
 //! back leaves it to the VM here.
 
 use std::io;
@@ -102,6 +102,17 @@ impl Source<'_> {
             tracing::warn!(migration = %self.id, "nothing will be relayed: {error}");
             None
         })
+    }
+
+    /// The VM goes on here: what came while it stood is its own.
+    pub(super) fn give_frames_back(&mut self, progress: &mut Progress) {
+        let Some(mut ports) = progress.ports.take() else { return };
+        for frames in ports.give_back().chunks(MOST_FRAMES) {
+            if let Err(error) = self.machine.relay(frames.to_vec()) {
+                tracing::warn!(migration = %self.id, "frames that came while the VM stood are lost: {error}");
+                return;
+            }
+        }
     }
 
     /// The VM runs at the target: does `work`, and relays meanwhile, and as long afterwards as that is of use.

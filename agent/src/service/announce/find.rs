@@ -126,8 +126,13 @@ pub fn find(order: &FindCards, cancel: &AtomicBool) -> Result<(FoundVm, Vec<Plac
         let info = ask_info(&Registry::new(&order.run_dir).socket(&entry.name, "observe"))?;
         for net in &info.nets {
             taps.insert(net.tap.clone());
-            learner.card(&net.tap, net.mac, LearntFrom::Configuration);
-            net.ips.iter().for_each(|ip| learner.ip(net.mac, *ip, LearntFrom::Configuration, None));
+            let station = &net.station;
+            learner.card(&net.tap, station.mac, LearntFrom::Configuration);
+            learner.tags(station.mac, station.vlan);
+            for ip in &station.ips {
+                let routes = matches!(ip, IpAddr::V6(ip) if station.routers.contains(ip)).then_some(true);
+                learner.ip(station.mac, *ip, LearntFrom::Configuration, routes);
+            }
         }
     } else {
         for (card, from) in foreign_cards(&vm, order.qmp.as_ref(), &mut taps)? {

@@ -1,22 +1,28 @@
-//! What a client of a VM sees of its moves between two hosts on a LAN of namespaces: frames lost, doubled, turned round, and for how long nothing comes.
+//! What clients of a VM see of its moves between two hosts on a LAN of namespaces: frames lost, doubled, turned round, and for how long nothing comes.
 //!
 //! Started by `cargo xtask bench network`, which reads the lines that it prints and says what they mean.
 
 use std::io::Write as _;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use dunlin::migrate::Strategy;
-use dunlin_tests::client::{EchoClient, Pinger};
-use dunlin_tests::{HopOptions, Rig, VmSpec, guest};
+use dunlin::model::BlackoutPhase;
+use dunlin_tests::client::{BulkClient, EchoClient, PingReport, Pinger};
+use dunlin_tests::{HopOptions, Rig, VmSpec, guest, interrupt};
 
-/// Pings and TCP requests each come this often.
+/// Packets of UDP and TCP requests each come this often.
 const EVERY: Duration = Duration::from_millis(1);
+/// Bytes of bulk each millisecond: 16 Mbit/s.
+const BULK_BYTES_PER_MS: u64 = 2000;
 /// How long clients may take to hear of the VM.
 const LIMIT: Duration = Duration::from_secs(10);
-/// Answers before each move.
-const BEFORE: u64 = 200;
+/// Answers, and bytes of bulk, before each move and after it.
+const AROUND: u64 = 200;
+/// How long after the end of the sending an answer may come.
+const LATE: Duration = Duration::from_secs(1);
 
 /// Moves a VM there and back, and says what became of what was sent to it. Needs /dev/kvm, and the right to make network namespaces.
 #[derive(Debug, Parser)]
@@ -33,6 +39,42 @@ struct Cli {
     relay: String,
 }
 
+/// All that speak with the guest, from one place: UDP of both families, TCP requests and bulk.
+struct Clients {
+    packets: [Pinger; 2],
+    requests: EchoClient,
+    bulk: BulkClient,
+}
+
+impl Clients {
+    fn start() -> Result<Self> {
+        let udp = |ip| Pinger::start_udp(SocketAddr::new(ip, 7), EVERY);
+        Ok(Self {
+            packets: [udp(Rig::guest_ip())?, udp(Rig::guest_ip6())?],
+            requests: EchoClient::start(Rig::echo_address(), EVERY)?,
+            bulk: BulkClient::start(Rig::bulk_address(), BULK_BYTES_PER_MS)?,
+        })
+    }
+
+    /// Waits until each of them has heard more.
+    fn wait(&self) -> Result<()> {
+        let answered = || self.packets.each_ref().map(|client| client.report().answered);
+        let (before, bulk) = (answered(), self.bulk.report().bytes);
+        self.requests.wait_answers(AROUND, LIMIT)?;
+        let all = || {
+            let packets = answered().iter().zip(before).all(|(now, before)| *now >= before + AROUND);
+            Ok((packets && self.bulk.report().bytes >= bulk + AROUND * BULK_BYTES_PER_MS).then_some(()))
+        };
+        interrupt::wait(LIMIT, all)?.with_context(|| format!("no answers: {:?}, {:?}", answered(), self.bulk.report()))
+    }
+
+    fn restart_measurement(&self) {
+        self.packets.iter().for_each(Pinger::restart_measurement);
+        self.requests.restart_measurement();
+        self.bulk.restart_measurement();
+    }
+}
+
 fn main() -> Result<()> {
     let cli = Cli::parse();
     let spec = VmSpec { guest: "dunlin.wl0=ws:16M,rate:2000,fill:random".to_owned(), ..VmSpec::default() };
@@ -41,25 +83,31 @@ fn main() -> Result<()> {
     let options = HopOptions { strategy: cli.strategy, more, ..HopOptions::default() };
     let mut out = std::io::stdout().lock();
     for _ in 0..cli.moves {
-        let echo = rig.client.enter(|| EchoClient::start(Rig::echo_address(), EVERY))?;
-        let pinger = rig.client.enter(|| Pinger::start(Rig::guest_ip(), EVERY))?;
-        echo.wait_answers(BEFORE, LIMIT)?;
-        pinger.restart_measurement();
-        echo.restart_measurement();
+        let clients = rig.client.enter(Clients::start)?;
+        clients.wait()?;
+        clients.restart_measurement();
         let hop = rig.hop(&options)?;
         ensure!(hop.exit_code == Some(0), "the VM did not move: {}", hop.report.reason);
-        echo.wait_answers(BEFORE, LIMIT)?;
-        let (pings, requests) = (pinger.finish(Duration::from_secs(1)), echo.finish(LIMIT));
-        ensure!(requests.fault.is_none(), "the connection did not live on: {:?}", requests.fault);
+        clients.wait()?;
+        let Clients { packets, requests, bulk } = clients;
+        let packets = packets.map(|client| client.finish(LATE));
+        let (requests, bulk) = (requests.finish(LIMIT), bulk.report());
+        let faults = (&requests.fault, &bulk.fault);
+        ensure!(faults == (&None, &None), "a connection did not live on: {faults:?}");
         let relay = hop.report.relay.clone().unwrap_or_default();
+        let sum = |of: fn(&PingReport) -> u64| packets.iter().map(of).sum::<u64>();
+        let announcing = [BlackoutPhase::Announce, BlackoutPhase::Resume];
+        let announcing = hop.report.blackout.phases.iter().filter(|entry| announcing.contains(&entry.phase));
         let line = serde_json::json!({
             "blackout_ns": hop.report.blackout_ns,
-            "pings": pings.sent,
-            "lost": pings.unanswered.len(),
-            "doubled": pings.duplicates,
-            "turned_round": pings.reordered,
-            "ping_gap_ns": pings.largest_gap.length_ns,
+            "packets": sum(|one| one.sent),
+            "lost": sum(|one| one.unanswered.len() as u64),
+            "doubled": sum(|one| one.duplicates),
+            "turned_round": sum(|one| one.reordered),
+            "udp_gap_ns": packets.each_ref().map(|one| one.largest_gap.length_ns).into_iter().max(),
             "tcp_gap_ns": requests.largest_gap.length_ns,
+            "bulk_gap_ns": bulk.largest_gap.length_ns,
+            "announce_ns": announcing.map(|entry| entry.duration_ns).sum::<u64>(),
             "relayed": relay.frames,
             "relay_dropped": relay.dropped_frames,
             "announced_first": hop.announced_before_running(),
