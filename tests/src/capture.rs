@@ -49,15 +49,18 @@ impl Capture {
         Ok(Self { process, folder })
     }
 
-    /// Ends it.
+    /// Ends it when it has taken a frame with these `last` bytes: what came before that is taken, too.
     ///
     /// # Errors
-    /// It does not end well.
-    pub fn finish(mut self) -> Result<Captured> {
+    /// No such frame comes, or it does not end well.
+    pub fn finish(mut self, last: &[u8]) -> Result<Captured> {
+        let file = self.folder.path().join("frames");
+        let has = |bytes: Vec<u8>| bytes.windows(last.len()).any(|window| window == last);
+        wait_for("the last frame", LIMIT, || std::fs::read(&file).is_ok_and(has).then_some(()))?;
         self.process.signal(Signal::INT)?;
         let status = self.process.wait_for(LIMIT)?.context("dumpcap does not end")?;
         ensure!(status.success(), "dumpcap ended with {status}");
-        Ok(Captured { file: self.folder.path().join("frames"), _folder: self.folder })
+        Ok(Captured { file, _folder: self.folder })
     }
 }
 

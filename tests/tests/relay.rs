@@ -1,6 +1,6 @@
 //! Frames that reach a VM's former place when it has left: they are carried to it, once and in order.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
@@ -12,6 +12,8 @@ use dunlin::net::pnet::PnetPort;
 use dunlin::port::FramePort as _;
 use dunlin_tests::capture::Capture;
 use dunlin_tests::client::{PingReport, Pinger};
+use dunlin_tests::rig::Side;
+use dunlin_tests::topology::TAP;
 use dunlin_tests::wait::wait_for;
 use dunlin_tests::{Hop, HopOptions, Rig, VmSpec, guest, rig};
 
@@ -86,7 +88,13 @@ fn whole_captures_hold_no_unknown_and_no_malformed_frame() {
     let so_far = answered();
     wait_for("answers from there", LIMIT, || (answered() > so_far + 1000).then_some(())).unwrap();
     let reports = [pinger, packets].map(|client| client.finish(Duration::from_secs(2)));
-    let [before, after] = captures.map(|capture| capture.finish().unwrap());
+    let last = b"the last frame of all";
+    rig.client.enter(|| {
+        let socket = UdpSocket::bind("10.77.0.1:0").unwrap();
+        socket.set_broadcast(true).unwrap();
+        socket.send_to(last, "10.77.0.255:9").unwrap();
+    });
+    let [before, after] = captures.map(|capture| capture.finish(last).unwrap());
     for captured in [&before, &after] {
         let wrong = "_ws.malformed || _ws.expert.severity == \"Error\" || eth.type && !(arp || ip || ipv6)";
         assert_eq!(captured.read(wrong, &["frame.number", "frame.protocols"]).unwrap(), Vec::<String>::new());
@@ -159,10 +167,11 @@ fn a_flood_is_bounded_and_counted() {
     const MOST_BYTES: u64 = 32 << 20;
     let spec = VmSpec { guest: "dunlin.wl0=ws:8M,rate:1000,fill:random".to_owned(), ..VmSpec::default() };
     let mut rig = Rig::boot(&spec).unwrap();
-    let table = |what: &str| {
-        rig.switch.run(&format!("bridge fdb {what} {} dev host-a master static sticky", rig::MAC)).unwrap();
-    };
-    table("replace");
+    // Both bridges on the way to the former place.
+    let places = [(&rig.switch, "host-a"), (&rig.host(Side::A).netns, TAP)];
+    for (bridge, port) in places {
+        bridge.run(&format!("bridge fdb replace {} dev {port} master static sticky", rig::MAC)).unwrap();
+    }
     let client = "02:00:00:00:00:c1".parse().unwrap();
     let flood = rig.client.enter(|| Flood::start(client, Rig::mac(), 30));
     let hop = rig.hop(&HopOptions::default()).unwrap();
@@ -175,7 +184,9 @@ fn a_flood_is_bounded_and_counted() {
     assert!(relay.bytes <= MOST_BYTES && relay.bytes > MOST_BYTES - Flood::FRAME_BYTES as u64, "{relay:?}");
     assert!(relay.dropped_frames > 1000 && relay.error.is_empty(), "{relay:?}");
     assert!((2_000_000_000..3_000_000_000).contains(&relay.lasted_ns), "{relay:?}");
-    rig.switch.run(&format!("bridge fdb del {} dev host-a master", rig::MAC)).unwrap();
+    for (bridge, port) in [(&rig.switch, "host-a"), (&rig.host(Side::A).netns, TAP)] {
+        bridge.run(&format!("bridge fdb del {} dev {port} master", rig::MAC)).unwrap();
+    }
     let pinger = rig.client.enter(|| Pinger::start(Rig::guest_ip(), EVERY)).unwrap();
     wait_for("answers from there", LIMIT, || (pinger.report().answered > 20).then_some(())).unwrap();
     assert_eq!(guest::errors(&rig.counters().unwrap()), Vec::<String>::new());

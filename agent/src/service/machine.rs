@@ -53,7 +53,7 @@ const JOURNAL_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
 const PROTECT_PAGES: u64 = 1 << 20;
 
 /// For how long at most what comes through the VM's ports waits for a relay.
-const RELAY_LIMIT: Duration = Duration::from_millis(25);
+const RELAY_LIMIT: Duration = Duration::from_millis(100);
 /// How long before it begins a window of write protection may be ordered.
 const LONGEST_LEAD: Duration = Duration::from_secs(1);
 /// What a sleep may oversleep: the rest is waited for without sleeping.
