@@ -26,8 +26,9 @@ use crate::model::id::VmName;
 use crate::model::shape::MAX_MEMORY_BYTES;
 use crate::model::units::{parse_duration, parse_size_bytes};
 use crate::model::{
-    BlackoutLedger, BytesPerSecond, DirtyLogKind, DiskSpec, MacAddress, MachineShape, MigrationId, NetSpec, Packing,
-    PageCount, PageRun, RegionId, RelayedFrame, SerialSpec, Station, Step, VlanTags, VmId, VmRef, WriteCurve, Writer,
+    AskedReport, BlackoutLedger, BytesPerSecond, DirtyLogKind, DiskSpec, MacAddress, MachineShape, MigrationId,
+    NetSpec, NetworkPlace, NetworkReport, NetworkWord, Packing, PageCount, PageRun, RegionId, RelayedFrame, SerialSpec,
+    Station, Step, VlanTags, VmId, VmRef, WriteCurve, Writer,
 };
 use crate::service::balloon::BalloonReport;
 use crate::service::config;
@@ -89,6 +90,7 @@ pub const TARGETS: &[Target] = &[
     target("heard", crate::announce::heard::fuzz, crate::announce::heard::fuzz_seeds),
     target("network_cards", nics::fuzz, nics::fuzz_seeds),
     target("holder", holder::fuzz, holder::fuzz_seeds),
+    target("network_word", network_word, network_word_seeds),
     target("migration_report", reports::fuzz, || vec![reports::SAMPLE.to_vec()]),
 ];
 
@@ -195,8 +197,27 @@ fn control_seeds() -> Vec<Vec<u8>> {
         ControlMessage::State(TargetState::Owner),
         ControlMessage::Frames(vec![RelayedFrame { port: 1, bytes: vec![2; 60] }]),
         ControlMessage::Reducing(vec!["lz4".to_owned(), "dedup".to_owned()]),
+        ControlMessage::Place(NetworkPlace { boot_id: Uuid::nil(), device: 4, inode: 5 }),
+        ControlMessage::Network(NetworkWord::Asking.to_text()),
     ];
     messages.iter().map(|message| postcard::to_stdvec(message).unwrap_or_default()).collect()
+}
+
+/// What a target says of the network: read as it is written, or not at all.
+fn network_word(input: &[u8]) {
+    let Ok(text) = std::str::from_utf8(input) else { return };
+    if let Some(word) = NetworkWord::read(text) {
+        assert_eq!(NetworkWord::read(&word.to_text()), Some(word));
+    }
+}
+
+fn network_word_seeds() -> Vec<Vec<u8>> {
+    let report = NetworkReport { asked: Some(AskedReport::default()), ..NetworkReport::default() };
+    let last = r#"{"last":{"rounds_sent":1,"frames_sent":4,"target":[{"bridge":"br0","expected_port":"tap0","mac":"02:00:00:00:00:01","verdict":"not-relearned","moves":0,"causes":[{"cause":"silence"}]}],"source":[]}}"#;
+    let words = [NetworkWord::Asking, NetworkWord::Asked(AskedReport::default()), NetworkWord::Last(report)];
+    let mut seeds: Vec<Vec<u8>> = words.iter().map(|word| word.to_text().into_bytes()).collect();
+    seeds.push(last.into());
+    seeds
 }
 
 /// Type information, a guest's among them.

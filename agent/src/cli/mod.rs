@@ -9,6 +9,7 @@ mod heat;
 #[cfg(test)]
 mod json_doc;
 mod migrate;
+mod network;
 mod pki;
 mod places;
 mod predict;

@@ -9,6 +9,7 @@ pub mod former;
 pub mod listen;
 pub mod neighbour;
 mod netlink;
+pub mod place;
 pub mod pnet;
 pub mod tap;
 pub mod traffic;

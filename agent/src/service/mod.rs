@@ -50,6 +50,7 @@ pub mod registry;
 pub mod reports;
 pub mod resolve;
 pub mod rogues;
+mod rounds;
 mod seat;
 pub mod session;
 pub mod sources;
