@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
+use crate::announce::directory::{self, Directory};
 use crate::btf::{KernelTypes, Kind};
 use crate::foreign::{maps, nics, qmp};
 use crate::guest_os;
@@ -91,6 +92,7 @@ pub const TARGETS: &[Target] = &[
     target("network_cards", nics::fuzz, nics::fuzz_seeds),
     target("holder", holder::fuzz, holder::fuzz_seeds),
     target("network_word", network_word, network_word_seeds),
+    target("addresses", addresses, || vec![ADDRESSES.as_bytes().to_vec()]),
     target("migration_report", reports::fuzz, || vec![reports::SAMPLE.to_vec()]),
 ];
 
@@ -218,6 +220,17 @@ fn network_word_seeds() -> Vec<Vec<u8>> {
     let mut seeds: Vec<Vec<u8>> = words.iter().map(|word| word.to_text().into_bytes()).collect();
     seeds.push(last.into());
     seeds
+}
+
+/// A map of VMs, as an agent writes it.
+const ADDRESSES: &str = r#"{"schema":"dunlin.addresses/v1","unix_ms":1,"host":"h","vms":[{"vm_id":"00000000-0000-0000-0000-000000000001","vm_name":"a","is_hosted":true,"pid":1,"since_unix_ms":1,"cards":[{"tap":"tap0","bridge":"br0","mac":"02:00:00:00:00:01","from":"configuration","vlan":"42","ips":[{"ip":"10.0.0.1","from":"configuration"}]}]}],"left":[{"vm_id":"00000000-0000-0000-0000-000000000002","vm_name":"b","left_unix_ms":1,"went_to":"h2","macs":["02:00:00:00:00:02"]}],"conflicts":[]}"#;
+
+/// The map is bounded whatever is read, and what it has is what it would write.
+fn addresses(input: &[u8]) {
+    let Ok(book) = crate::service::addresses::parse(input) else { return };
+    let restored = Directory::restore(book).book(0, "h");
+    assert!(restored.left.len() <= directory::MOST_LEFT && restored.vms.len() <= directory::MOST_VMS);
+    assert_eq!(Directory::restore(restored.clone()).book(0, "h"), restored);
 }
 
 /// Type information, a guest's among them.

@@ -546,6 +546,9 @@ fn samples() -> Vec<Value> {
     all.extend(announcements());
     all.extend(followed_announcements());
     all.extend(fleet());
+    all.push(tagged(&crate::service::fleet::address_sample()));
+    let host = String::new();
+    all.push(tagged(&crate::service::addresses::Origin { migration_id: MigrationId::random(), host }));
     all.extend(vm::receive::samples());
     all.extend(pki::samples());
     all.extend(events::samples());

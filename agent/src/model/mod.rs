@@ -3,6 +3,7 @@
 //! Owns what things are called and how they are written as text and JSON. Must not know any kernel
 //! interface, any trait of [`crate::port`], or how anything is done.
 
+pub mod addresses;
 pub mod announce;
 pub mod bitmap;
 pub mod blackout;

@@ -4,6 +4,7 @@
 //! namespace of the calling thread; who wants another one enters it first (a socket keeps the namespace it was opened in).
 
 pub mod bridge;
+pub mod changes;
 pub mod fdb;
 pub mod former;
 pub mod listen;

@@ -1,6 +1,7 @@
 //! The manager at a target: listens, starts a machine process for an offer, runs [`crate::migrate::target`], repeats the
 //! announcements, and answers sources that ask later.
 
+use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -10,6 +11,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
+use super::addresses::Origin;
 use super::announce::follow::Watching;
 use super::announce::inquiry::{self, Inquiry, InquiryOrder};
 use super::clock::MonotonicClock;
@@ -102,6 +104,8 @@ struct LocalHost<'a> {
     child: Option<Child>,
     /// What the machine is called here, once one was asked for.
     name: Option<VmName>,
+    /// Where the source is.
+    peer: Option<IpAddr>,
     /// What is seen of the network meanwhile.
     seen: SeenOfNetwork,
 }
@@ -156,7 +160,7 @@ impl SeenOfNetwork {
 
 impl<'a> LocalHost<'a> {
     fn new(request: &'a ReceiveRequest) -> Self {
-        Self { request, child: None, name: None, seen: SeenOfNetwork::default() }
+        Self { request, child: None, name: None, peer: None, seen: SeenOfNetwork::default() }
     }
 }
 
@@ -269,6 +273,10 @@ impl LocalHost<'_> {
         };
         let mut machine = RemoteMachine::create(stream, creation, journal).map_err(|error| error.to_string())?;
         machine.set_process(pid).map_err(|error| error.to_string())?;
+        if let Some(peer) = self.peer {
+            let origin = Origin { migration_id: offer.migration_id, host: peer.to_string() };
+            origin.write(&Registry::new(&places.run_dir), &own_shape.name);
+        }
         self.seen = SeenOfNetwork::begin(self.request, &own_shape, former);
         Ok(machine)
     }
@@ -435,7 +443,7 @@ fn attempt(
     journal: &FileJournal,
     cancel: &CancelFlag,
 ) -> Result<Option<Received>, ReceiveError> {
-    let migration = arrival.migration();
+    let (migration, peer) = (arrival.migration(), arrival.peer());
     let mut link = TcpTarget::<ControlMessage>::new(listener, arrival, request.stall)?;
     let control = link.control();
     let Some(first) = control.recv(GREETING_LIMIT)? else {
@@ -447,7 +455,7 @@ fn attempt(
     }
     let observer = EventLog::new(migration, "target", request.events.as_deref(), request.hold.clone())
         .map_err(ReceiveError::Events)?;
-    let mut host = LocalHost::new(request);
+    let mut host = LocalHost { peer, ..LocalHost::new(request) };
     let arrived = Target {
         link: &mut link,
         host: &mut host,
