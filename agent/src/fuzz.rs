@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
+use crate::announce::directory::{self, Directory};
 use crate::btf::{KernelTypes, Kind};
 use crate::foreign::{maps, nics, qmp};
 use crate::guest_os;
@@ -26,8 +27,9 @@ use crate::model::id::VmName;
 use crate::model::shape::MAX_MEMORY_BYTES;
 use crate::model::units::{parse_duration, parse_size_bytes};
 use crate::model::{
-    BlackoutLedger, BytesPerSecond, DirtyLogKind, DiskSpec, MacAddress, MachineShape, MigrationId, NetSpec, Packing,
-    PageCount, PageRun, RegionId, RelayedFrame, SerialSpec, Station, Step, VlanTags, VmId, VmRef, WriteCurve, Writer,
+    AskedReport, BlackoutLedger, BytesPerSecond, DirtyLogKind, DiskSpec, MacAddress, MachineShape, MigrationId,
+    NetSpec, NetworkPlace, NetworkReport, NetworkWord, Packing, PageCount, PageRun, RegionId, RelayedFrame, SerialSpec,
+    Station, Step, VlanTags, VmId, VmRef, WriteCurve, Writer,
 };
 use crate::service::balloon::BalloonReport;
 use crate::service::config;
@@ -89,6 +91,8 @@ pub const TARGETS: &[Target] = &[
     target("heard", crate::announce::heard::fuzz, crate::announce::heard::fuzz_seeds),
     target("network_cards", nics::fuzz, nics::fuzz_seeds),
     target("holder", holder::fuzz, holder::fuzz_seeds),
+    target("network_word", network_word, network_word_seeds),
+    target("addresses", addresses, || vec![ADDRESSES.as_bytes().to_vec()]),
     target("migration_report", reports::fuzz, || vec![reports::SAMPLE.to_vec()]),
 ];
 
@@ -195,8 +199,38 @@ fn control_seeds() -> Vec<Vec<u8>> {
         ControlMessage::State(TargetState::Owner),
         ControlMessage::Frames(vec![RelayedFrame { port: 1, bytes: vec![2; 60] }]),
         ControlMessage::Reducing(vec!["lz4".to_owned(), "dedup".to_owned()]),
+        ControlMessage::Place(NetworkPlace { boot_id: Uuid::nil(), device: 4, inode: 5 }),
+        ControlMessage::Network(NetworkWord::Asking.to_text()),
     ];
     messages.iter().map(|message| postcard::to_stdvec(message).unwrap_or_default()).collect()
+}
+
+/// What a target says of the network: read as it is written, or not at all.
+fn network_word(input: &[u8]) {
+    let Ok(text) = std::str::from_utf8(input) else { return };
+    if let Some(word) = NetworkWord::read(text) {
+        assert_eq!(NetworkWord::read(&word.to_text()), Some(word));
+    }
+}
+
+fn network_word_seeds() -> Vec<Vec<u8>> {
+    let report = NetworkReport { asked: Some(AskedReport::default()), ..NetworkReport::default() };
+    let last = r#"{"last":{"rounds_sent":1,"frames_sent":4,"target":[{"bridge":"br0","expected_port":"tap0","mac":"02:00:00:00:00:01","verdict":"not-relearned","moves":0,"causes":[{"cause":"silence"}]}],"source":[]}}"#;
+    let words = [NetworkWord::Asking, NetworkWord::Asked(AskedReport::default()), NetworkWord::Last(report)];
+    let mut seeds: Vec<Vec<u8>> = words.iter().map(|word| word.to_text().into_bytes()).collect();
+    seeds.push(last.into());
+    seeds
+}
+
+/// A map of VMs, as an agent writes it.
+const ADDRESSES: &str = r#"{"schema":"dunlin.addresses/v1","unix_ms":1,"host":"h","vms":[{"vm_id":"00000000-0000-0000-0000-000000000001","vm_name":"a","is_hosted":true,"pid":1,"since_unix_ms":1,"cards":[{"tap":"tap0","bridge":"br0","mac":"02:00:00:00:00:01","from":"configuration","vlan":"42","ips":[{"ip":"10.0.0.1","from":"configuration"}]}]}],"left":[{"vm_id":"00000000-0000-0000-0000-000000000002","vm_name":"b","left_unix_ms":1,"went_to":"h2","macs":["02:00:00:00:00:02"]}],"conflicts":[]}"#;
+
+/// The map is bounded whatever is read, and what it has is what it would write.
+fn addresses(input: &[u8]) {
+    let Ok(book) = crate::service::addresses::parse(input) else { return };
+    let restored = Directory::restore(book).book(0, "h");
+    assert!(restored.left.len() <= directory::MOST_LEFT && restored.vms.len() <= directory::MOST_VMS);
+    assert_eq!(Directory::restore(restored.clone()).book(0, "h"), restored);
 }
 
 /// Type information, a guest's among them.

@@ -90,6 +90,11 @@ impl WireWatch {
         Ok(Self { seen, stop, reader: Some(reader) })
     }
 
+    /// Those that have come so far.
+    pub fn frames(&self) -> Vec<SeenFrame> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// The first frames, in the order of their arrival.
     pub fn finish(mut self) -> Vec<SeenFrame> {
         self.end();

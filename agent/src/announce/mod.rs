@@ -8,6 +8,7 @@
 
 pub mod conflict;
 pub mod diagnose;
+pub mod directory;
 pub mod frames;
 pub mod heard;
 pub mod learn;

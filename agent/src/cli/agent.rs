@@ -109,6 +109,7 @@ impl AgentArgs {
             terms,
             budget: config.track.budget,
             read_memory: config.track.read_memory.clone(),
+            keep_addresses: true,
             ..FleetOptions::new(run_dir.path(config))
         };
         Ok(AgentOptions { fleet, listen, vcpu_metrics })

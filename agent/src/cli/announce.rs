@@ -200,7 +200,7 @@ impl AnnounceArgs {
             schedule,
             frames_per_second: self.frames_per_second.or(config.announce.frames_per_second),
             run_dir,
-            on_conflict: self.on_conflict.unwrap_or(config.announce.on_conflict),
+            on_conflict: self.on_conflict.or(config.announce.on_conflict).unwrap_or_default(),
             probe_for: self.probe_for,
             follow: self.watch,
             within: self.within.unwrap_or(last + AFTER_LAST_ROUND),

@@ -13,11 +13,11 @@ use crate::model::network::{
 };
 use crate::model::schema::Schema;
 use crate::model::{
-    AddressSpace, AnnounceReport, AnnounceRound, BlackoutLedger, BlackoutPhase, BytesPerSecond, Chosen, CurvePoint,
-    Ending, Gfn, Gpa, GuestProcess, GuestWrite, Gva, LinkReport, LoanReport, MacAddress, MemoryRange, MigrationId,
-    MigrationRecord, MigrationReport, MigrationStatus, Owner, PageCount, PostCopyReport, ReducerReport, RegionHeat,
-    RelayReport, RoundReport, SqueezeReport, Stage, Station, Step, StunReport, VcpuStun, VmId, WaitBucket, WaitReport,
-    WriteCurve, Writer,
+    AddressSpace, AnnounceReport, AnnounceRound, AskedReport, BlackoutLedger, BlackoutPhase, BytesPerSecond, Chosen,
+    CurvePoint, Ending, Gfn, Gpa, GuestProcess, GuestWrite, Gva, LinkReport, LoanReport, MacAddress, MemoryRange,
+    MigrationId, MigrationRecord, MigrationReport, MigrationStatus, NetworkReport, Owner, PageCount, PostCopyReport,
+    ReducerReport, RegionHeat, RelayReport, RoundReport, SqueezeReport, Stage, Station, Step, StunReport, VcpuStun,
+    VmId, WaitBucket, WaitReport, WriteCurve, Writer,
 };
 use crate::port::Protected;
 use crate::service::balloon::{BalloonReport, HintReport};
@@ -73,6 +73,7 @@ fn migration() -> Value {
         }),
         loan: Some(LoanReport { taken_back_increment: Some(0), ..LoanReport::default() }),
         relay: Some(RelayReport::default()),
+        network: Some(network()),
         stun: Some(stun_report()),
         link: Some(LinkReport {
             interface: String::new(),
@@ -83,6 +84,30 @@ fn migration() -> Value {
         chosen: Some(chosen()),
         prediction: record().prediction,
     })
+}
+
+fn network() -> NetworkReport {
+    let asked = AskedReport { conflicts: vec![conflict()], not_asked: vec![String::new()], ..AskedReport::default() };
+    NetworkReport { asked: Some(asked), target: vec![followed()], source: vec![followed()], ..NetworkReport::default() }
+}
+
+fn conflict() -> Conflict {
+    let (mac, ip) = ("02:00:00:00:00:01".parse().unwrap(), "fd00::1".parse().ok());
+    Conflict { kind: ConflictKind::Address, mac, ip, ports: Vec::new() }
+}
+
+fn followed() -> Followed {
+    let port = Some(String::new());
+    Followed {
+        bridge: String::new(),
+        expected_port: port.clone(),
+        mac: "02:00:00:00:00:01".parse().unwrap(),
+        verdict: Verdict::NotRelearned,
+        port,
+        after_first_ns: Some(0),
+        moves: 0,
+        causes: vec![StuckCause::Silence.diagnosis()],
+    }
 }
 
 fn chosen() -> Chosen {
@@ -418,19 +443,8 @@ fn followed_announcements() -> [Value; 4] {
     let cards = vec![FoundCard { tap: String::new(), mac, from: LearntFrom::Given, vlan, ips }];
     let found =
         FoundVm { vm_name: String::new(), vm_id: VmId::random(), pid: 1, listened_ns: 0, frames_heard: 0, cards };
-    let (bridge, port) = (String::new(), Some(String::new()));
-    let seen = Seen { mac, after_first_ns: 0, bridge: Some(bridge.clone()), port: port.clone(), ip: Some(ip) };
-    let followed = Followed {
-        bridge,
-        expected_port: port.clone(),
-        mac,
-        verdict: Verdict::NotRelearned,
-        port,
-        after_first_ns: Some(0),
-        moves: 0,
-        causes: vec![StuckCause::Silence.diagnosis()],
-    };
-    let conflict = Conflict { kind: ConflictKind::Address, mac, ip: Some(ip), ports: Vec::new() };
+    let (bridge, port) = (Some(String::new()), Some(String::new()));
+    let seen = Seen { mac, after_first_ns: 0, bridge, port, ip: Some(ip) };
     let probe = ProbeReport {
         interface: String::new(),
         asked_on: String::new(),
@@ -438,9 +452,9 @@ fn followed_announcements() -> [Value; 4] {
         questions_sent: 0,
         waited_ns: 0,
         own_answers: vec![ip],
-        conflicts: vec![conflict],
+        conflicts: vec![conflict()],
     };
-    [tagged(&found), tagged(&seen), tagged(&followed), tagged(&probe)]
+    [tagged(&found), tagged(&seen), tagged(&followed()), tagged(&probe)]
 }
 
 fn announcements() -> [Value; 2] {
@@ -534,6 +548,9 @@ fn samples() -> Vec<Value> {
     all.extend(announcements());
     all.extend(followed_announcements());
     all.extend(fleet());
+    all.push(tagged(&crate::service::fleet::address_sample()));
+    let host = String::new();
+    all.push(tagged(&crate::service::addresses::Origin { migration_id: MigrationId::random(), host }));
     all.extend(vm::receive::samples());
     all.extend(pki::samples());
     all.extend(events::samples());

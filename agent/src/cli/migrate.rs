@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::network;
 use super::places::{Plaintext, RunDir, TlsFileArgs};
 use super::reducers::ReducerArgs;
 use super::signals::cancel_on_signals;
@@ -316,6 +317,7 @@ impl MigrateArgs {
             to,
             options,
             foresee,
+            announce: config.announce.clone(),
             never_stunned: config.stun.never.clone(),
             run_dir: self.run_dir.path(config),
             insecure_plaintext: self.plaintext.is_allowed(config),
@@ -365,6 +367,7 @@ impl MigrateArgs {
             vm: self.vm,
             to: self.to,
             options,
+            announce: config.announce.clone(),
             run_dir: self.run_dir.path(config),
             insecure_plaintext: self.plaintext.is_allowed(config),
             tls: self.tls.options(config, self.tls_name),
@@ -652,6 +655,9 @@ fn describe(report: &MigrationReport) -> String {
             ns(relay.lasted_ns),
             because(&relay.error)
         );
+    }
+    if let Some(network) = &report.network {
+        text += &network::describe(network);
     }
     for vcpu in report.stun.iter().flat_map(|stun| &stun.vcpus) {
         text += &format!(

@@ -1,5 +1,6 @@
 //! The command line: arguments in, human text or JSON out. One file a subcommand; calls [`crate::service`], has no logic.
 
+mod addresses;
 mod agent;
 mod announce;
 mod dirty_rate;
@@ -9,6 +10,7 @@ mod heat;
 #[cfg(test)]
 mod json_doc;
 mod migrate;
+mod network;
 mod pki;
 mod places;
 mod predict;
@@ -53,6 +55,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Announce(announce::AnnounceArgs),
+    Addresses(addresses::AddressesArgs),
     Migrate(migrate::MigrateArgs),
     Report(report::ReportArgs),
     Resolve(resolve::ResolveArgs),
@@ -97,6 +100,7 @@ impl Cli {
         };
         match self.command {
             Command::Announce(arguments) => arguments.run(json, &config),
+            Command::Addresses(arguments) => arguments.run(json, &config),
             Command::Migrate(arguments) => arguments.run(json, &config),
             Command::Report(arguments) => arguments.run(json),
             Command::Resolve(arguments) => arguments.run(json, &config),

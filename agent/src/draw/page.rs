@@ -39,6 +39,7 @@ pub fn migration_html(report: &MigrationReport) -> String {
     reducers(&mut page, report);
     blackout(&mut page, report);
     waits(&mut page, report);
+    network(&mut page, report);
     writers(&mut page, report);
     members(&mut page, report);
     page + "</body>\n</html>\n"
@@ -108,6 +109,29 @@ fn waits(page: &mut String, report: &MigrationReport) {
     let asked = owed.asked_pages as f64 * 100.0 / came;
     let heading = format!("Waits for pages: {:.1} % of {} came because they were asked for", asked, owed.sent_pages);
     table(page, &heading, &["up to", "waits", ""], owed.waits.histogram.iter().map(row).collect());
+}
+
+/// Which bridges have relearned where the VM is, and who else has its addresses.
+fn network(page: &mut String, report: &MigrationReport) {
+    let Some(network) = &report.network else { return };
+    let sides = [("target", &network.target), ("source", &network.source)];
+    let rows = sides.iter().flat_map(|(side, bridges)| bridges.iter().map(move |followed| (side, followed)));
+    let rows = rows.map(|(side, followed)| {
+        vec![
+            (*side).to_owned(),
+            followed.bridge.clone(),
+            followed.mac.to_string(),
+            word(&followed.verdict),
+            followed.port.clone().unwrap_or_default(),
+            followed.after_first_ns.map_or_else(String::new, time),
+            followed.causes.first().map_or_else(String::new, |cause| cause.sentence.to_owned()),
+        ]
+    });
+    let headings = ["host", "bridge", "Ethernet address", "", "behind", "after", "why not"];
+    table(page, "Bridges", &headings, rows.collect());
+    let conflicts = network.asked.iter().flat_map(|asked| &asked.conflicts);
+    let rows = conflicts.map(|conflict| vec![conflict.to_string(), conflict.remedy().to_owned()]);
+    table(page, "Who else has its addresses", &["", "what to do"], rows.collect());
 }
 
 fn writers(page: &mut String, report: &MigrationReport) {
@@ -202,6 +226,19 @@ mod tests {
             let row = format!("<code>{}</code></td><td><code>{}</code>", sentence_xml(&member), sentence_xml(&value));
             assert!(page.contains(&row), "{row}");
         }
+    }
+
+    #[test]
+    fn what_the_network_did_is_on_the_page() {
+        use crate::model::NetworkWord;
+        let text = r#"{"last":{"asked":{"policy":"warn","addresses":1,"questions_sent":3,"waited_ns":1,"conflicts":[{"kind":"address","mac":"02:00:00:00:00:02","ip":"10.0.0.1","ports":["<up0>"]}],"not_asked":[]},
+            "rounds_sent":1,"frames_sent":4,"target":[{"bridge":"<br0>","mac":"02:00:00:00:00:01","verdict":"not-relearned","moves":0,"causes":[{"cause":"silence"}]}],"source":[]}}"#;
+        let Some(NetworkWord::Last(network)) = NetworkWord::read(text) else { panic!() };
+        let page = migration_html(&MigrationReport { network: Some(network), ..sample() });
+        for words in ["&lt;br0&gt;", "no announcement has come in", "answers for 10.0.0.1", "&lt;up0&gt;"] {
+            assert!(page.contains(words), "{words}");
+        }
+        assert!(!page.contains("<br0>") && !page.contains("<up0>"));
     }
 
     #[test]

@@ -363,6 +363,11 @@ impl Arrival {
     pub fn migration(&self) -> MigrationId {
         self.hello.migration
     }
+
+    /// Where the peer is; none if it has gone.
+    pub fn peer(&self) -> Option<IpAddr> {
+        self.stream.socket().peer_addr().ok().map(|address| address.ip())
+    }
 }
 
 impl Listener {

@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::{BlackoutLedger, MachineShape, MigrationId, RegionSpec, RelayedFrame, WaitReport};
+use crate::model::{BlackoutLedger, MachineShape, MigrationId, NetworkPlace, RegionSpec, RelayedFrame, WaitReport};
 
 /// The source's offer: everything that the target must be able to provide.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -153,6 +153,10 @@ pub enum ControlMessage {
     CaughtUp,
     /// Source → target: no more will follow.
     RelayOver,
+    /// Source → target, before the first ping: the VM's ports are there, and what is seen of the network may be told.
+    Place(NetworkPlace),
+    /// Target → source, to one that has said `Place`: a [`crate::model::NetworkWord`].
+    Network(String),
 }
 
 impl ControlMessage {
@@ -190,6 +194,8 @@ impl ControlMessage {
             Self::Frames(_) => "frames",
             Self::CaughtUp => "caught-up",
             Self::RelayOver => "relay-over",
+            Self::Place(_) => "place",
+            Self::Network(_) => "network",
         }
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::reduce::Reducers;
-use crate::model::{BytesPerSecond, PageCount};
+use crate::model::{BytesPerSecond, NetworkPlace, PageCount};
 use crate::stun::{STRETCH, StunPolicy};
 
 /// How memory moves.
@@ -174,6 +174,8 @@ pub struct SourceOptions {
     pub relay: Duration,
     /// The target's address, kept in the journal for reconnecting.
     pub peer: String,
+    /// Where the VM's network ports are; `None`: the target is not told, and tells nothing of the network.
+    pub place: Option<NetworkPlace>,
 }
 
 impl SourceOptions {
@@ -206,6 +208,7 @@ impl Default for SourceOptions {
             doubt: Duration::from_secs(20),
             relay: Duration::from_secs(2),
             peer: String::new(),
+            place: None,
         }
     }
 }

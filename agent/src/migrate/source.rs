@@ -5,6 +5,7 @@
 
 mod hot;
 mod lending;
+mod network;
 mod owing;
 mod relay;
 mod spare;
@@ -12,6 +13,7 @@ mod spare;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+pub use self::network::Heard;
 use self::owing::Rest;
 use super::adapt::Adaptive;
 use super::converge::{Convergence, Verdict};
@@ -104,6 +106,8 @@ pub struct Source<'a> {
     pub cancel: CancelFlag,
     /// How fast it may send; what the options say is where it begins.
     pub pace: Pace,
+    /// What the target has told of the network; nothing at first.
+    pub heard: Heard,
 }
 
 /// What is known so far; becomes the report.
@@ -237,6 +241,7 @@ impl Source<'_> {
             },
             Err(error) => self.roll_back(&mut progress, &error),
         };
+        self.await_last_word(ending);
         self.report(progress, started, ending, reason)
     }
 
@@ -272,6 +277,7 @@ impl Source<'_> {
             verified_pages: progress.verified_pages,
             post_copy: progress.post_copy,
             loan: progress.loan,
+            network: self.network_report(),
             relay: progress.relay,
             stun: progress.steward.map(|steward| steward.report()),
             link: None,
@@ -364,10 +370,11 @@ impl Source<'_> {
         self.pass(progress, Step::Offered, "");
         let accept = match self.expect(control, self.options.stall * RESERVATION_STALLS, "the target's reservation")? {
             ControlMessage::Accept(accept) => accept,
-            ControlMessage::Refuse(reason) => return Err(SourceError::Refused(reason)),
             other => return Err(unexpected(&other, "accept")),
         };
         let streams = self.open_streams(self.streams())?;
+        // It has read this, too, when it answers.
+        self.tell_place(control)?;
         let packings = self.options.reducers.packings();
         if !packings.is_empty() {
             // It has read this, or refused, when it answers the first ping.
@@ -590,6 +597,7 @@ impl Source<'_> {
         if self.cancel.is_set() {
             return Err(SourceError::Cancelled);
         }
+        self.await_inquiry(way.control.as_ref())?;
         if let Some(adaptive) = &mut progress.adaptive {
             adaptive.open(&self.pace);
         }
@@ -828,9 +836,7 @@ impl Source<'_> {
             tracing::warn!(migration = %self.id, "the dirty log could not be switched off: {error}");
         }
         // The target may have announced the VM.
-        if let Err(error) = self.machine.announce() {
-            tracing::warn!(migration = %self.id, "the announcement of the old place failed: {error}");
-        }
+        self.announce_here();
         self.machine.resume()
     }
 
@@ -843,9 +849,15 @@ impl Source<'_> {
         // A log that cannot be switched off must not keep the VM from running.
         let log = self.machine.stop_log();
         self.give_frames_back(progress);
+        if progress.paused_at.is_some() {
+            self.announce_here();
+        }
         let resumed = self.machine.resume();
         if let Some(paused_at) = progress.paused_at {
             progress.blackout = self.clock.now().saturating_sub(paused_at);
+        }
+        if matches!(error, SourceError::Refused(_)) {
+            self.hear_why();
         }
         let mut reason = format!("at {}: {error}", progress.step);
         if !self.tell_of_rollback(progress, error) {
@@ -946,7 +958,12 @@ impl Source<'_> {
             }
             match control.recv(TICK)? {
                 Some(ControlMessage::Cancel(reason)) => return Err(SourceError::PeerCancelled(reason)),
-                Some(message) => return Ok(message),
+                Some(ControlMessage::Refuse(reason)) => return Err(SourceError::Refused(reason)),
+                Some(message) => {
+                    if let Some(other) = self.hear_network(message) {
+                        return Ok(other);
+                    }
+                }
                 None if self.clock.now() >= deadline => {
                     return Err(LinkError::Stalled { doing, after: patience }.into());
                 }
@@ -960,7 +977,11 @@ impl Source<'_> {
         let control: Arc<dyn ControlChannel<ControlMessage>> = self.link.control();
         loop {
             match control.recv(TICK)? {
-                Some(message) => return Ok(message),
+                Some(message) => {
+                    if let Some(other) = self.hear_network(message) {
+                        return Ok(other);
+                    }
+                }
                 None if self.clock.now() >= deadline => {
                     return Err(LinkError::Stalled { doing: "activation", after: self.options.stall }.into());
                 }
@@ -978,6 +999,7 @@ fn peers_reason(control: &dyn ControlChannel<ControlMessage>, error: SourceError
     loop {
         match control.recv(TICK) {
             Ok(Some(ControlMessage::Cancel(reason))) => return SourceError::PeerCancelled(reason),
+            Ok(Some(ControlMessage::Refuse(reason))) => return SourceError::Refused(reason),
             Ok(Some(_)) => {}
             Ok(None) | Err(_) => return error,
         }

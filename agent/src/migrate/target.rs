@@ -4,6 +4,7 @@
 //! without the source's word, its known rollback, or an operator's decision.
 
 mod borrowing;
+mod network;
 mod owing;
 mod relay;
 
@@ -12,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use self::borrowing::Borrowing;
+pub use self::network::{Asked, Telling};
 pub use self::owing::Orphan;
 pub use self::relay::RelayPhase;
 use super::digest::{chunk_hashes, run_digest, zeros_digest};
@@ -23,8 +25,8 @@ use super::options::Safety;
 use super::owed::{Owed, check_run, owed_pages};
 use super::reduce::{Unpacker, known_packings};
 use crate::model::{
-    BlackoutLedger, BlackoutPhase, MAX_BOOT_IMAGE_BYTES, MigrationId, Owner, Packing, PageBitmap, PageRun, Step, VmId,
-    WaitReport,
+    BlackoutLedger, BlackoutPhase, MAX_BOOT_IMAGE_BYTES, MigrationId, NetworkPlace, NetworkReport, Owner, Packing,
+    PageBitmap, PageRun, Step, VmId, WaitReport,
 };
 use crate::port::{
     Bell, BulkItem, BulkReceiver, BulkSender, Clock, ControlChannel, Fate, Faults, Job, LinkError, Machine,
@@ -56,6 +58,9 @@ pub enum TargetError {
     /// This host cannot or will not take the VM.
     #[error("refused: {0}")]
     Refused(String),
+    /// Somebody else has what the VM has.
+    #[error("refused: {0}")]
+    Conflict(String),
     /// The source gave up.
     #[error("the source gave up: {0}")]
     PeerCancelled(String),
@@ -112,6 +117,30 @@ pub trait Host: Send {
     /// # Errors
     /// A reason for the source's operator.
     fn reserve(&mut self, offer: &Offer) -> Result<Reservation, String>;
+
+    /// Whether a VM is refused if somebody else has what it has.
+    fn may_refuse(&self) -> bool {
+        false
+    }
+
+    /// The source's ports of the VM are in this network: where that is the host's own they are nobody else's.
+    fn note_former_place(&mut self, _place: NetworkPlace) {}
+
+    /// Whether somebody else has what the VM has, which is asked from its reservation on. Does not wait.
+    fn asked(&mut self) -> Asked {
+        Asked::Not
+    }
+
+    /// The first announcement is about to leave: bridges are watched from before it. Takes no time.
+    fn announces(&mut self) {}
+
+    /// A round of announcements of so many frames has left.
+    fn announced(&mut self, _frames: u32) {}
+
+    /// What has become of the host's bridges, and of asking: if all have relearned where the VM is and whoever was asked has had the time to answer, or it `is_late`. None if it is not known yet.
+    fn network(&mut self, _is_late: bool) -> Option<NetworkReport> {
+        Some(NetworkReport::default())
+    }
 }
 
 /// Whether a prepared VM can run on loan.
@@ -161,6 +190,8 @@ pub struct Target<'a> {
     pub stall: Duration,
     /// How far a relay of frames is; there is none at first.
     pub relay: RelayPhase,
+    /// What was told of the network; nothing at first.
+    pub telling: Telling,
 }
 
 impl Target<'_> {
@@ -194,7 +225,7 @@ impl Target<'_> {
             Err(error) => {
                 tracing::warn!(migration = %offer.migration_id, "gave up before `prepared`: {error}");
                 if !matches!(error, TargetError::PeerCancelled(_)) {
-                    let _ = self.link.control().send(&ControlMessage::Cancel(error.to_string()));
+                    self.tell_end(&error);
                 }
                 let gone = machine.discard(offer.migration_id);
                 if gone.is_err() {
@@ -207,6 +238,7 @@ impl Target<'_> {
             self.until_it_runs(offer.migration_id, machine.as_mut(), &mut ledger, &mut None)?;
         }
         self.stay_for_relay(offer.migration_id, machine.as_mut());
+        self.tell_last(offer.migration_id);
         Ok(Arrived { migration_id: offer.migration_id, vm_id: offer.shape.vm_id, machine, ledger, verified_pages })
     }
 
@@ -311,6 +343,7 @@ impl Target<'_> {
         if self.cancel.is_set() {
             return Err(TargetError::Cancelled);
         }
+        self.settle_inquiry()?;
         let journaling = self.clock.now();
         machine.prepared(offer.migration_id)?;
         ledger.add(BlackoutPhase::JournalPrepared, self.clock.now().saturating_sub(journaling));
@@ -349,11 +382,13 @@ impl Target<'_> {
                 let reason = "its process has ended".to_owned();
                 return Err(MachineError::Gone { action: "wait for the VM", reason }.into());
             }
-            match control.recv(TICK)? {
+            self.look_at_inquiry(control)?;
+            match control.recv(self.look_pause())? {
                 Some(ControlMessage::Ping(number)) => {
                     inflow.touch();
                     control.send(&ControlMessage::Pong(number))?;
                 }
+                Some(ControlMessage::Place(place)) => self.hear_place(place, control)?,
                 Some(ControlMessage::BootImage { part, last }) => {
                     inflow.touch();
                     let Some(mut so_far) = image.take() else {
@@ -532,8 +567,12 @@ impl Target<'_> {
     ) -> Result<bool, TargetError> {
         let mut lap = Lap::since(self.clock, self.clock.now());
         self.begin_relay(id, machine);
+        self.host.announces();
         match machine.announce() {
-            Ok(frames) => self.pass(id, Step::Announced, &format!("{frames} frames")),
+            Ok(frames) => {
+                self.host.announced(frames);
+                self.pass(id, Step::Announced, &format!("{frames} frames"));
+            }
             Err(error) => tracing::warn!(migration = %id, "the first announcement failed: {error}"),
         }
         ledger.add(BlackoutPhase::Announce, lap.next());
@@ -544,6 +583,7 @@ impl Target<'_> {
         }
         machine.resume().map_err(|error| TargetError::LostOwned(error.to_string()))?;
         ledger.add(BlackoutPhase::Resume, lap.next());
+        self.note_run();
         // If this is lost the source asks again, and the journal answers.
         if let Err(error) = self.link.control().send(&ControlMessage::Running(ledger.clone())) {
             tracing::warn!(migration = %id, "`running` could not be sent: {error}");

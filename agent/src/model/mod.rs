@@ -3,6 +3,7 @@
 //! Owns what things are called and how they are written as text and JSON. Must not know any kernel
 //! interface, any trait of [`crate::port`], or how anything is done.
 
+pub mod addresses;
 pub mod announce;
 pub mod bitmap;
 pub mod blackout;
@@ -22,6 +23,7 @@ pub mod inventory;
 pub mod mac;
 pub mod migration_status;
 pub mod network;
+pub mod network_report;
 pub mod outcome;
 pub mod packing;
 pub mod process;
@@ -55,6 +57,7 @@ pub use id::{MigrationId, VmId, VmRef};
 pub use inventory::{KernelVm, KvmDescriptors, MemorySlot, VcpuFacts};
 pub use mac::MacAddress;
 pub use migration_status::MigrationStatus;
+pub use network_report::{AskedReport, NetworkPlace, NetworkReport, NetworkWord};
 pub use outcome::{Ending, Owner};
 pub use packing::Packing;
 pub use process::GuestProcess;

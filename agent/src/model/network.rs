@@ -37,7 +37,7 @@ pub struct PortCounters {
 }
 
 /// How an address of a VM became known.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum LearntFrom {
     /// The operator said so.
@@ -71,14 +71,14 @@ impl fmt::Display for LearntFrom {
 }
 
 /// An IP address of a VM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FoundIp {
     /// The address.
     pub ip: IpAddr,
     /// How it became known.
     pub from: LearntFrom,
     /// Whether it said that it routes (IPv6); none if it has not said either.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub router: Option<bool>,
 }
 
@@ -165,7 +165,7 @@ pub struct EntryFacts {
 }
 
 /// Why a bridge has not relearned where a station is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum StuckCause {
     /// The bridge has no such port.
@@ -256,7 +256,7 @@ impl StuckCause {
     }
 }
 
-/// A cause with its words.
+/// A cause with its words. Where it is read, the words are those of this version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Diagnosis {
     /// Which.
@@ -265,6 +265,16 @@ pub struct Diagnosis {
     pub sentence: &'static str,
     /// What to do.
     pub remedy: &'static str,
+}
+
+impl<'de> Deserialize<'de> for Diagnosis {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        struct Read {
+            cause: StuckCause,
+        }
+        Read::deserialize(deserializer).map(|read| read.cause.diagnosis())
+    }
 }
 
 /// A table of this network namespace was seen to change for an announced station.
@@ -290,7 +300,7 @@ impl Schema for Seen {
 }
 
 /// What became of one station in one bridge's table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verdict {
     /// It was relearned behind the port that was named, or behind another one where none was.
@@ -304,7 +314,7 @@ pub enum Verdict {
 }
 
 /// A bridge's table at the end of an announcement.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Followed {
     /// The bridge.
     pub bridge: String,
@@ -332,7 +342,7 @@ impl Schema for Followed {
 }
 
 /// How somebody else claims what a VM has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ConflictKind {
     /// Another Ethernet address answers for the IP address.
@@ -344,7 +354,7 @@ pub enum ConflictKind {
 }
 
 /// Somebody else claims what a VM has.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Conflict {
     /// What about.
     pub kind: ConflictKind,
@@ -357,12 +367,28 @@ pub struct Conflict {
     pub ports: Vec<String>,
 }
 
+impl Conflict {
+    /// What an operator can do about it.
+    pub const fn remedy(&self) -> &'static str {
+        match self.kind {
+            ConflictKind::Address => {
+                "find who has that Ethernet address (`bridge fdb` on the switches leads to it) and give one of the two another IP address"
+            }
+            ConflictKind::Mac => "give one of the two another Ethernet address, or remove the interface that has it",
+            ConflictKind::Flapping => "end one of the two, or give it another Ethernet address",
+        }
+    }
+}
+
 impl fmt::Display for Conflict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ports = self.ports.join("`, `");
         match (self.kind, self.ip) {
-            (ConflictKind::Address, Some(ip)) => {
+            (ConflictKind::Address, Some(ip)) if self.ports.is_empty() => {
                 write!(f, "{} answers for {ip}: another station has that address", self.mac)
+            }
+            (ConflictKind::Address, Some(ip)) => {
+                write!(f, "{} behind `{ports}` answers for {ip}: another station has that address", self.mac)
             }
             (ConflictKind::Flapping, _) => {
                 write!(f, "{} is seen behind `{ports}` in turn: two stations have that address", self.mac)

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::blackout::BlackoutLedger;
 use super::foretold::{Chosen, Foretold};
 use super::id::{MigrationId, VmId, VmName};
+use super::network_report::NetworkReport;
 use super::outcome::{Ending, Owner};
 use super::relay::RelayReport;
 use super::schema::Schema;
@@ -255,6 +256,9 @@ pub struct MigrationReport {
     /// Frames that came to the VM's former place and were carried to it; absent where nothing could come.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub relay: Option<RelayReport>,
+    /// Who claimed the VM's addresses, and which bridges have relearned where it is; absent where nothing is known of that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetworkReport>,
     /// What was done to writers; absent where that was not asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stun: Option<StunReport>,

@@ -4,11 +4,13 @@
 //! namespace of the calling thread; who wants another one enters it first (a socket keeps the namespace it was opened in).
 
 pub mod bridge;
+pub mod changes;
 pub mod fdb;
 pub mod former;
 pub mod listen;
 pub mod neighbour;
 mod netlink;
+pub mod place;
 pub mod pnet;
 pub mod tap;
 pub mod traffic;

@@ -67,8 +67,8 @@ pub struct AnnounceConfig {
     pub schedule: Schedule,
     /// What all who announce at this host may send together, at least 1; none: no limit.
     pub frames_per_second: Option<u32>,
-    /// What `dunlin announce` does when somebody else has the addresses.
-    pub on_conflict: OnConflict,
+    /// What is done when somebody else has the addresses: of `dunlin announce`, `vm receive` and `vm run`; none: each as it is used to.
+    pub on_conflict: Option<OnConflict>,
 }
 
 /// The table `[stun]`: whose writers may be slowed, and how far.
@@ -382,11 +382,7 @@ fn read(text: &str) -> Result<Config, Problem> {
             )
             .and_then(|schedule| schedule.with_jitter(jitter.map_or(Duration::ZERO, |time| time.0)))
             .map_err(|error| Problem { at, what: format!("announce: {error}") })?;
-            AnnounceConfig {
-                schedule,
-                frames_per_second: frames_per_second.map(|number| number.0 as u32),
-                on_conflict: on_conflict.unwrap_or_default(),
-            }
+            AnnounceConfig { schedule, frames_per_second: frames_per_second.map(|number| number.0 as u32), on_conflict }
         }
     };
     Ok(Config {

@@ -16,7 +16,9 @@ use super::clock::MonotonicClock;
 use super::gate::{GateError, GateState, OnLoss, OwnershipGate};
 use super::lease::Lease;
 use super::loan::Loan;
+use super::pacing::Pacer;
 use super::registry::{MachineEntry, Registry, RegistryError, boot_id, start_time_ticks};
+use super::rounds;
 use super::seat::{Seat, Turn};
 use super::session::{Creation, MAX_FDS, Reply, Request, SESSION_VERSION, SessionError, SessionSocket};
 use super::throttling::{Change, Throttling};
@@ -54,6 +56,8 @@ const PROTECT_PAGES: u64 = 1 << 20;
 
 /// For how long at most what comes through the VM's ports waits for a relay.
 const RELAY_LIMIT: Duration = Duration::from_millis(100);
+/// No schedule of announcements has more rounds ([`Schedule::new`]).
+const MOST_ROUNDS: usize = 1000;
 /// How long before it begins a window of write protection may be ordered.
 const LONGEST_LEAD: Duration = Duration::from_secs(1);
 /// What a sleep may oversleep: the rest is waited for without sleeping.
@@ -205,6 +209,8 @@ pub struct Host {
     /// Whose turn it is: a migration's, or an order's.
     seat: Seat,
     announcer: Announcer,
+    /// Ends the rounds of announcements that are being sent by themselves, when others take their place.
+    announcing: Mutex<Arc<AtomicBool>>,
     paused_by_operator: AtomicBool,
     /// Who tracks has the dirty log switched on.
     tracking: Arc<Lease>,
@@ -349,6 +355,7 @@ impl Host {
             me: me.clone(),
             seat: Seat::default(),
             announcer,
+            announcing: Mutex::default(),
             paused_by_operator: AtomicBool::new(false),
             tracking: Arc::default(),
             throttler: Mutex::default(),
@@ -582,8 +589,10 @@ impl Host {
         }
         self.announce();
         if let Err(error) = self.start() {
-            tracing::error!("the VM could not be resumed: {}", chain(&error));
+            return tracing::error!("the VM could not be resumed: {}", chain(&error));
         }
+        // Nobody is left who knows another schedule.
+        self.announce_on(Schedule::default().instants().skip(1).collect(), None);
     }
 
     /// Switches the dirty log on for tracking outside a migration, and write-protects `subset` at the time `at_ns` by the monotonic
@@ -702,6 +711,24 @@ impl Host {
             }
         }
         sent
+    }
+
+    /// Sends rounds of announcements at these times from now, for as long as the VM is here, on a thread of its own; those that were being sent so end.
+    fn announce_on(&self, instants: Vec<Duration>, frames_per_second: Option<u32>) {
+        let Some(host) = self.me.upgrade() else { return };
+        let cancel = Arc::new(AtomicBool::new(false));
+        let before = std::mem::replace(&mut *lock(&self.announcing), Arc::clone(&cancel));
+        before.store(true, Ordering::Release);
+        let pacer = Pacer::join(self.registry.run_dir(), frames_per_second);
+        let announce = move || {
+            rounds::repeat(instants, &pacer, &MonotonicClock, &cancel, || {
+                let is_here = lock(&host.gate).may_run() && host.machine.exit().is_none();
+                if is_here { Ok(host.announce()) } else { Err("the VM is not here") }
+            });
+        };
+        if let Err(error) = std::thread::Builder::new().name("announce".into()).spawn(announce) {
+            tracing::warn!("no thread for repeated announcements: {error}");
+        }
     }
 
     fn welcome(&self, socket: &mut SessionSocket) -> Result<(), SessionError> {
@@ -1065,6 +1092,14 @@ impl Host {
             // A VM that has gone on from here must not be announced here.
             Request::Announce if !lock(&self.gate).may_run() => Err("the VM is not here".to_owned()),
             Request::Announce => Ok(Reply::Frames(self.announce())),
+            Request::RepeatAnnouncements { .. } if !lock(&self.gate).may_run() => Err("the VM is not here".to_owned()),
+            Request::RepeatAnnouncements { instants_ns, frames_per_second } => {
+                if instants_ns.len() > MOST_ROUNDS {
+                    return Err(format!("{} rounds are more than {MOST_ROUNDS}", instants_ns.len()));
+                }
+                self.announce_on(instants_ns.into_iter().map(Duration::from_nanos).collect(), frames_per_second);
+                Ok(Reply::Done)
+            }
             Request::Discard => {
                 // It runs elsewhere by now: here is time to write down how it was slowed.
                 self.end_throttling();

@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use super::announce::follow::Watching;
 use super::audit::{self, Action};
 use super::clock::MonotonicClock;
-use super::config::names;
+use super::config::{AnnounceConfig, names};
 use super::events::{EventLog, Hold};
 use super::foresight::{self, Experience, Foresee, Foresight};
 use super::out::complain;
@@ -19,10 +20,13 @@ use super::steering::{self, Steered};
 use super::traffic::Traffic;
 use super::trust::{TlsOptions, tls_for};
 use crate::link::{Address, TcpSource, TlsError};
-use crate::migrate::source::Source;
+use crate::migrate::source::{Heard, Source};
 use crate::migrate::{CancelFlag, ControlMessage, Observer, OnStuck, Pace, SourceOptions};
 use crate::model::id::VmName;
-use crate::model::{LinkReport, MigrationId, MigrationRecord, MigrationReport, VmRef, WriteCurve};
+use crate::model::{
+    Ending, LinkReport, MigrationId, MigrationRecord, MigrationReport, RoundReport, Step, VmRef, WriteCurve,
+};
+use crate::net::place;
 use crate::port::{JournalError, JournalRecord, LinkError, MachineError, Region};
 use crate::store::{FileJournal, HistoryLog};
 
@@ -87,6 +91,8 @@ pub struct MigrateRequest {
     pub options: SourceOptions,
     /// What is wanted to be known of it first.
     pub foresee: Foresee,
+    /// When announcements are repeated of a VM that runs here again, and how many all VMs of the host may send.
+    pub announce: AnnounceConfig,
     /// VMs whose writers are never slowed, as the configuration names them.
     pub never_stunned: Vec<String>,
     /// Where this host's VMs are.
@@ -112,6 +118,8 @@ pub struct RecoverRequest {
     pub to: Option<Address>,
     /// How; the strategy is what it was.
     pub options: SourceOptions,
+    /// When announcements are repeated of a VM that runs here again, and how many all VMs of the host may send.
+    pub announce: AnnounceConfig,
     /// Where this host's VMs are.
     pub run_dir: PathBuf,
     /// Plain TCP beyond loopback is fine.
@@ -141,7 +149,23 @@ struct Begun {
     /// What is expected of it.
     foresight: Option<Foresight>,
     traffic: Option<Traffic>,
+    announce: AnnounceConfig,
     show_progress: bool,
+}
+
+/// From when on bridges here may have the VM elsewhere.
+struct Leaving<'a>(&'a Watching);
+
+impl Observer for Leaving<'_> {
+    fn step(&self, step: Step, _detail: &str) {
+        if matches!(step, Step::Released | Step::Lent) {
+            self.0.begin();
+        }
+    }
+
+    fn round(&self, _round: &RoundReport) {}
+
+    fn progress(&self, _round: u32, _sent_pages: u64, _due_pages: u64) {}
 }
 
 /// Whether this process is in another network namespace than the host's first process: what it sends stays in what
@@ -214,7 +238,8 @@ pub fn migrate(request: MigrateRequest, cancel: CancelFlag) -> Result<MigrationR
     let machine = RemoteMachine::attach(&registry.socket(&entry.name, "session"), migration, journal)?;
     let region = machine.region();
     let experience = Experience::read(&entry.state_dir, request.to.host());
-    let mut options = SourceOptions { peer: request.to.to_string(), ..request.options };
+    let (peer, place) = (request.to.to_string(), place::of_process(entry.pid));
+    let mut options = SourceOptions { peer, place, ..request.options };
     options.fixed_cost = experience.fixed_cost(options.downtime).cost;
     let foresight = match (&request.foresee, &curve) {
         (Foresee::Choose(_), Some(Ok(curve))) => {
@@ -241,8 +266,21 @@ pub fn migrate(request: MigrateRequest, cancel: CancelFlag) -> Result<MigrationR
     let kind = options.strategy.to_string();
     let host = request.to.host().to_owned();
     let foresight = Some(foresight);
-    let show_progress = request.show_progress;
-    let begun = Begun { migration, entry, machine, link, log, options, kind, host, foresight, traffic, show_progress };
+    let (announce, show_progress) = (request.announce, request.show_progress);
+    let begun = Begun {
+        migration,
+        entry,
+        machine,
+        link,
+        log,
+        options,
+        kind,
+        host,
+        foresight,
+        traffic,
+        announce,
+        show_progress,
+    };
     Ok(drive(begun, &registry, &cancel, "migrate", |source| source.run()))
 }
 
@@ -283,12 +321,47 @@ pub fn recover(request: RecoverRequest, cancel: CancelFlag) -> Result<MigrationR
     let options = SourceOptions { peer: to.to_string(), ..request.options };
     let kind = "recovery".to_owned();
     let (host, show_progress) = (to.host().to_owned(), request.show_progress);
-    let (foresight, traffic) = (None, Traffic::toward(&to));
-    let begun = Begun { migration, entry, machine, link, log, options, kind, host, foresight, traffic, show_progress };
+    let (foresight, traffic, announce) = (None, Traffic::toward(&to), request.announce);
+    let begun = Begun {
+        migration,
+        entry,
+        machine,
+        link,
+        log,
+        options,
+        kind,
+        host,
+        foresight,
+        traffic,
+        announce,
+        show_progress,
+    };
     Ok(drive(begun, &registry, &cancel, "recover", |source| match lease {
         Some(lease) => source.recover_loan(lease),
         None => source.recover(),
     }))
+}
+
+/// What the network does when the source's end has done its work: whether bridges here have let go of a VM that has left, and the announcements that follow of one that runs here again.
+fn complete_network(
+    report: &mut MigrationReport,
+    watching: Option<&Watching>,
+    machine: &mut RemoteMachine,
+    announce: &AnnounceConfig,
+) {
+    if report.ending == Ending::Moved {
+        let source = watching.map(Watching::judge).unwrap_or_default();
+        if !source.is_empty() {
+            report.network.get_or_insert_default().source = source;
+        }
+        return;
+    }
+    let Some(network) = report.network.as_mut().filter(|network| network.rounds_here > 0) else { return };
+    let schedule = announce.schedule.seeded(report.migration_id.0.as_u64_pair().1);
+    match machine.repeat_announcements(schedule.instants().skip(1), announce.frames_per_second) {
+        Ok(()) => network.rounds_here = schedule.rounds(),
+        Err(error) => tracing::warn!("the VM is announced only once here: {error}"),
+    }
 }
 
 /// Lets the source's end do its work, seen and steered from outside.
@@ -310,6 +383,7 @@ fn drive(
         host,
         foresight,
         mut traffic,
+        announce,
         show_progress,
     } = begun;
     let shape = machine.shape().clone();
@@ -346,6 +420,13 @@ fn drive(
     if let Some(foresight) = &foresight {
         observers.insert(0, foresight);
     }
+    let watching = Watching::departure(&shape.nets)
+        .inspect_err(|error| tracing::warn!("the bridges of the VM's taps are not watched: {error}"))
+        .ok();
+    let leaving = watching.as_ref().map(Leaving);
+    if let Some(leaving) = &leaving {
+        observers.push(leaving);
+    }
     let mut report = go(Source {
         id: migration,
         options: &options,
@@ -357,7 +438,9 @@ fn drive(
         observer: &All(&observers),
         cancel: cancel.clone(),
         pace,
+        heard: Heard::default(),
     });
+    complete_network(&mut report, watching.as_ref(), &mut machine, &announce);
     let seen = traffic.map(|traffic| traffic.report(report.wire_bytes)).unwrap_or_default();
     report.link = Some(LinkReport { encryption: link.encryption(), ..seen });
     if let Some(foresight) = &foresight {

@@ -7,13 +7,14 @@
 //! - [`trust`] finds what encrypted links are made with, [`pki`] makes it.
 //! - [`balloon`] answers for a guest's memory.
 //! - [`announce`] announces by hand, on an interface that an operator names; [`pacing`] is the limit that all announcements of a host share.
-//! - [`inventory`] finds every KVM VM of this host.
+//! - [`inventory`] finds every KVM VM of this host, [`addresses`] knows their addresses, whence they came and where they went.
 //! - [`observe`] watches how one VM writes its memory, [`exits`] why it leaves its guest, [`profile`] measures its curve and its writers, [`rogues`] says who keeps it from migrating, [`prediction`] what moving it would take; [`doctor`] tries what this host can do.
 //! - [`recording`] keeps what [`observe`] sees in a file, and makes its figures again.
 //! - [`agent`] serves what [`fleet`] sees, which watches all VMs together; [`sources`] is the plan of what can be seen of them.
 //!
 //! Everything that acts on a VM passes [`audit::record`].
 
+pub mod addresses;
 pub mod agent;
 pub mod announce;
 pub mod arm;
@@ -50,6 +51,7 @@ pub mod registry;
 pub mod reports;
 pub mod resolve;
 pub mod rogues;
+mod rounds;
 mod seat;
 pub mod session;
 pub mod sources;

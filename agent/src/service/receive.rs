@@ -1,16 +1,19 @@
 //! The manager at a target: listens, starts a machine process for an offer, runs [`crate::migrate::target`], repeats the
 //! announcements, and answers sources that ask later.
 
+use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use super::announce::follow;
+use super::addresses::Origin;
+use super::announce::follow::Watching;
+use super::announce::inquiry::{self, Inquiry, InquiryOrder};
 use super::clock::MonotonicClock;
 use super::config::AnnounceConfig;
 use super::control::{ControlError, ask_info};
@@ -18,16 +21,20 @@ use super::events::{EventLog, Hold};
 use super::machine::Places;
 use super::pacing::Pacer;
 use super::registry::{MachineEntry, Registry, RegistryError};
+use super::rounds;
 use super::session::{Creation, RemoteMachine, SESSION_VERSION};
-use crate::announce::pace::Urgency;
+use crate::announce::conflict::OnConflict;
 use crate::link::{Arrival, Listener, TcpTarget};
-use crate::migrate::target::{Arrived, Host, Orphan, RelayPhase, Reservation, Target, TargetError};
+use crate::migrate::target::{Arrived, Asked, Host, Orphan, RelayPhase, Reservation, Target, TargetError, Telling};
 use crate::migrate::{AnswerError, CancelFlag, ControlMessage, Offer, answer};
 use crate::model::id::VmName;
 use crate::model::network::{Followed, Verdict};
-use crate::model::{DiskSpec, MachineShape, MigrationId, NetSpec, SerialSpec, VmRef, WaitReport};
+use crate::model::{
+    DiskSpec, MachineShape, MigrationId, NetSpec, NetworkPlace, NetworkReport, SerialSpec, VmId, VmRef, WaitReport,
+};
+use crate::net::place;
 use crate::net::tap::Tap;
-use crate::port::{Clock, JournalError, LinkError, MachineError, Region, TargetLink};
+use crate::port::{JournalError, LinkError, MachineError, Region, TargetLink};
 use crate::service::out::complain;
 use crate::shm::hugetlb;
 use crate::store::FileJournal;
@@ -81,6 +88,8 @@ pub struct ReceiveRequest {
     pub places: Places,
     /// When announcements are repeated, and how many all VMs of the host may send.
     pub announce: AnnounceConfig,
+    /// What is done when somebody else has the VM's addresses.
+    pub on_conflict: OnConflict,
     /// Where events go.
     pub events: Option<PathBuf>,
     /// For tests: stop at a step.
@@ -95,6 +104,64 @@ struct LocalHost<'a> {
     child: Option<Child>,
     /// What the machine is called here, once one was asked for.
     name: Option<VmName>,
+    /// Where the source is.
+    peer: Option<IpAddr>,
+    /// What is seen of the network meanwhile.
+    seen: SeenOfNetwork,
+}
+
+/// What is asked of the network for a VM that comes, and what is seen of its bridges.
+#[derive(Default)]
+struct SeenOfNetwork {
+    vm_id: Option<VmId>,
+    /// The VM's taps at its source.
+    former: Vec<String>,
+    inquiry: Option<Inquiry>,
+    /// Whether what came of it was told.
+    is_told: bool,
+    watching: Option<Watching>,
+    rounds: u32,
+    frames: u32,
+}
+
+impl SeenOfNetwork {
+    /// Begins: the machine of `shape` waits here, whose taps were `former`.
+    fn begin(request: &ReceiveRequest, shape: &MachineShape, former: Vec<String>) -> Self {
+        let nets = shape.nets.clone();
+        let watching = Watching::arrival(&nets);
+        let inquiry = Inquiry::begin(InquiryOrder {
+            policy: request.on_conflict,
+            vm_id: shape.vm_id,
+            nets,
+            run_dir: request.places.run_dir.clone(),
+        });
+        Self {
+            vm_id: Some(shape.vm_id),
+            former,
+            inquiry,
+            watching: watching
+                .inspect_err(|error| tracing::warn!("the bridges of the VM's taps are not watched: {error}"))
+                .ok(),
+            ..Self::default()
+        }
+    }
+
+    /// What is known by now.
+    fn report(&mut self) -> NetworkReport {
+        NetworkReport {
+            asked: self.inquiry.as_mut().and_then(|inquiry| inquiry.poll().cloned()),
+            rounds_sent: self.rounds,
+            frames_sent: self.frames,
+            target: self.watching.as_ref().map(Watching::judge).unwrap_or_default(),
+            ..NetworkReport::default()
+        }
+    }
+}
+
+impl<'a> LocalHost<'a> {
+    fn new(request: &'a ReceiveRequest) -> Self {
+        Self { request, child: None, name: None, peer: None, seen: SeenOfNetwork::default() }
+    }
 }
 
 impl LocalHost<'_> {
@@ -193,6 +260,7 @@ impl LocalHost<'_> {
         let pid = child.id();
         self.child = Some(child);
         self.name = Some(shape.name.clone());
+        let (own_shape, former) = (shape.clone(), offer.shape.nets.iter().map(|net| net.tap.clone()).collect());
         let creation = Creation {
             version: SESSION_VERSION,
             migration: offer.migration_id,
@@ -203,6 +271,11 @@ impl LocalHost<'_> {
         };
         let mut machine = RemoteMachine::create(stream, creation, journal).map_err(|error| error.to_string())?;
         machine.set_process(pid).map_err(|error| error.to_string())?;
+        if let Some(peer) = self.peer {
+            let origin = Origin { migration_id: offer.migration_id, host: peer.to_string() };
+            origin.write(&Registry::new(&places.run_dir), &own_shape.name);
+        }
+        self.seen = SeenOfNetwork::begin(self.request, &own_shape, former);
         Ok(machine)
     }
 }
@@ -240,6 +313,49 @@ impl Host for LocalHost<'_> {
                 Err(reason)
             }
         }
+    }
+
+    fn may_refuse(&self) -> bool {
+        self.seen.inquiry.as_ref().is_some_and(Inquiry::may_refuse)
+    }
+
+    fn note_former_place(&mut self, place: NetworkPlace) {
+        if place::own() == Some(place)
+            && let Some(inquiry) = &mut self.seen.inquiry
+        {
+            inquiry.comes_from(self.seen.former.iter().cloned());
+        }
+    }
+
+    fn asked(&mut self) -> Asked {
+        let Some(inquiry) = self.seen.inquiry.as_mut().filter(|_| !self.seen.is_told) else { return Asked::Not };
+        let Some(report) = inquiry.poll().cloned() else { return Asked::Pending };
+        self.seen.is_told = true;
+        let refusal = inquiry.refusal().map(|why| {
+            format!("{why}; or have the VM taken all the same by `dunlin vm receive --on-conflict warn` there")
+        });
+        if let Some(vm_id) = self.seen.vm_id {
+            inquiry::audit(&self.request.places.state_dir, "receive", vm_id, &report, refusal.is_some());
+        }
+        Asked::Known { report, refusal }
+    }
+
+    fn announces(&mut self) {
+        if let Some(watching) = &self.seen.watching {
+            watching.begin();
+        }
+    }
+
+    fn announced(&mut self, frames: u32) {
+        // A VM without cards has nothing to say.
+        self.seen.rounds += u32::from(frames > 0);
+        self.seen.frames += frames;
+    }
+
+    fn network(&mut self, is_late: bool) -> Option<NetworkReport> {
+        let has_asked = self.seen.inquiry.as_mut().is_none_or(|inquiry| inquiry.poll().is_some());
+        let is_settled = has_asked && self.seen.watching.as_ref().is_none_or(Watching::is_settled);
+        (is_settled || is_late).then(|| self.seen.report())
     }
 }
 
@@ -287,6 +403,8 @@ pub struct Received {
     pub process: MachineProcess,
     /// Pages compared under `--verify`.
     pub verified_pages: u64,
+    /// What the network had to do with it comes here when all announcements have been sent.
+    network: mpsc::Receiver<NetworkReport>,
 }
 
 /// Waits for one VM. Attempts that fail before the VM is here are reported, and waited on for the next.
@@ -323,7 +441,7 @@ fn attempt(
     journal: &FileJournal,
     cancel: &CancelFlag,
 ) -> Result<Option<Received>, ReceiveError> {
-    let migration = arrival.migration();
+    let (migration, peer) = (arrival.migration(), arrival.peer());
     let mut link = TcpTarget::<ControlMessage>::new(listener, arrival, request.stall)?;
     let control = link.control();
     let Some(first) = control.recv(GREETING_LIMIT)? else {
@@ -335,7 +453,7 @@ fn attempt(
     }
     let observer = EventLog::new(migration, "target", request.events.as_deref(), request.hold.clone())
         .map_err(ReceiveError::Events)?;
-    let mut host = LocalHost { request, child: None, name: None };
+    let mut host = LocalHost { peer, ..LocalHost::new(request) };
     let arrived = Target {
         link: &mut link,
         host: &mut host,
@@ -344,14 +462,15 @@ fn attempt(
         cancel: cancel.clone(),
         stall: request.stall,
         relay: RelayPhase::default(),
+        telling: Telling::default(),
     }
     .run(first);
     let child = host.child.take();
     match (arrived, child.zip(host.name.clone())) {
         (Ok(arrived), Some((child, name))) => {
             let (migration_id, verified_pages) = (arrived.migration_id, arrived.verified_pages);
-            repeat_announcements(arrived, request, &name);
-            Ok(Some(Received { migration_id, name, process: MachineProcess::Child(child), verified_pages }))
+            let network = repeat_announcements(arrived, request, host.seen);
+            Ok(Some(Received { migration_id, name, process: MachineProcess::Child(child), verified_pages, network }))
         }
         (Ok(_), None) => unreachable!("a VM arrived without a machine process"),
         (Err(error), child) => {
@@ -391,19 +510,25 @@ pub fn recover(
     let observer = EventLog::new(migration_id, "target", request.events.as_deref(), request.hold.clone())
         .map_err(ReceiveError::Events)?;
     let mut link = TcpTarget::<ControlMessage>::unconnected(listener, migration_id, request.stall);
+    // Its addresses are its own already; its bridges have perhaps not heard so.
+    let mut host = LocalHost::new(request);
+    host.seen.watching = Watching::arrival(&info.nets)
+        .inspect_err(|error| tracing::warn!("the bridges of the VM's taps are not watched: {error}"))
+        .ok();
     let arrived = Target {
         link: &mut link,
-        host: &mut LocalHost { request, child: None, name: None },
+        host: &mut host,
         clock: &MonotonicClock,
         observer: &observer,
         cancel: cancel.clone(),
         stall: request.stall,
         relay: RelayPhase::default(),
+        telling: Telling::default(),
     }
     .recover(orphan)?;
     let name = entry.name.clone();
-    repeat_announcements(arrived, request, &name);
-    Ok(Received { migration_id, name, process: MachineProcess::Adopted(entry), verified_pages: 0 })
+    let network = repeat_announcements(arrived, request, host.seen);
+    Ok(Received { migration_id, name, process: MachineProcess::Adopted(entry), verified_pages: 0, network })
 }
 
 /// Sees a discarded machine process off.
@@ -419,41 +544,36 @@ fn end(child: &mut Child) {
     let _ = child.wait();
 }
 
-/// The rounds of announcements that follow the first one, which left before the guest ran; says whether the bridges of the VM's taps have it there.
-fn repeat_announcements(arrived: Arrived, request: &ReceiveRequest, name: &VmName) {
+/// The rounds of announcements that follow the first one, which left before the guest ran, on a thread of their own. When they are over it says whether the bridges of the VM's taps have it there.
+fn repeat_announcements(
+    arrived: Arrived,
+    request: &ReceiveRequest,
+    mut seen: SeenOfNetwork,
+) -> mpsc::Receiver<NetworkReport> {
+    let (told, network) = mpsc::channel();
     let mut machine = arrived.machine;
     let migration = arrived.migration_id;
     let schedule = request.announce.schedule.seeded(migration.0.as_u64_pair().1);
     let pacer = Pacer::join(&request.places.run_dir, request.announce.frames_per_second);
-    let observe = Registry::new(&request.places.run_dir).socket(name, "observe");
-    let mut rounds = move || {
-        let (clock, never) = (MonotonicClock, AtomicBool::new(false));
-        let began = clock.now();
-        let mut unpaid_rounds = 1;
-        for instant in schedule.instants().skip(1) {
-            clock.sleep((began + instant).saturating_sub(clock.now()));
-            pacer.wait(1, Urgency::Later, &clock, &never);
-            match machine.announce() {
-                // The machine says only now how many frames a round has: the rest of it, and the first round, are paid for afterwards.
-                Ok(frames) => pacer.charge((frames * (1 + unpaid_rounds)).saturating_sub(1), &clock),
-                Err(error) => {
-                    tracing::debug!(%migration, "announcing ended: {error}");
-                    return;
-                }
-            }
-            unpaid_rounds = 0;
-        }
-    };
     let repeat = move || {
-        let nets = ask_info(&observe).map(|info| info.nets).unwrap_or_default();
-        match follow::taps(&nets, &mut rounds) {
-            Ok(followed) => followed.iter().for_each(|one| tell_followed(migration, one)),
-            Err(error) => tracing::warn!(%migration, "whether the bridges have relearned is not known: {error}"),
+        // One that ran here before this manager came was announced by another.
+        if let Some(watching) = &seen.watching {
+            watching.begin();
         }
+        let never = AtomicBool::new(false);
+        let later = schedule.instants().skip(1);
+        let sent = rounds::repeat(later, &pacer, &MonotonicClock, &never, || machine.announce());
+        seen.rounds += if sent.frames > 0 { sent.rounds } else { 0 };
+        seen.frames += sent.frames;
+        let report = seen.report();
+        report.target.iter().for_each(|one| tell_followed(migration, one));
+        // Whoever asked for it may have gone.
+        let _unheard = told.send(report);
     };
     if let Err(error) = std::thread::Builder::new().name("announce".into()).spawn(repeat) {
         tracing::warn!("no thread for repeated announcements: {error}");
     }
+    network
 }
 
 fn tell_followed(migration: MigrationId, followed: &Followed) {
@@ -469,15 +589,19 @@ fn tell_followed(migration: MigrationId, followed: &Followed) {
 }
 
 /// Serves late questions on `listener` while the VM runs: a source that lost contact after `released` asks here. Returns
-/// whether the machine ended well, or `None` when `cancel` asks this manager to go.
+/// whether the machine ended well, or `None` when `cancel` asks this manager to go. `on_network` is told once what the network had to do with it.
 pub fn answer_questions(
     request: &ReceiveRequest,
     listener: &Listener,
     received: &mut Received,
     cancel: &CancelFlag,
+    on_network: &mut dyn FnMut(&NetworkReport),
 ) -> Result<Option<bool>, ReceiveError> {
     let journal = FileJournal::open(&request.places.state_dir)?;
     while !cancel.is_set() {
+        if let Ok(report) = received.network.try_recv() {
+            on_network(&report);
+        }
         if let Some(well) = received.process.ended() {
             // One that was killed could not take itself out of the run folder.
             Registry::new(&request.places.run_dir).sweep(&received.name);

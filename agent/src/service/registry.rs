@@ -103,6 +103,11 @@ impl Registry {
         Self { run_dir: run_dir.into() }
     }
 
+    /// Its run folder.
+    pub fn run_dir(&self) -> &Path {
+        &self.run_dir
+    }
+
     /// A VM's folder.
     pub fn folder(&self, name: &VmName) -> PathBuf {
         self.run_dir.join(name.as_str())

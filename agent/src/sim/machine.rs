@@ -84,6 +84,7 @@ impl Vcpus for SimMachine {
     fn pause(&mut self) -> Result<PauseTiming, MachineError> {
         self.on_vm("pause", |vm| {
             vm.running = false;
+            vm.untold = true;
             vm.lift();
             Ok(PauseTiming { pause: ORDER })
         })
@@ -93,7 +94,12 @@ impl Vcpus for SimMachine {
         self.order("resume", ORDER, |world, side| {
             let now_ns = world.now_ns;
             match world.vm(side).map(|vm| vm.gate) {
-                Some(Gate::Open | Gate::Owner) => world.start_running(side),
+                Some(Gate::Open | Gate::Owner) => {
+                    if world.vm(side).is_some_and(|vm| vm.untold && !vm.running) {
+                        world.violation(format!("N1: the VM runs at the {side:?} before it was announced there"));
+                    }
+                    world.start_running(side);
+                }
                 Some(Gate::Borrowed) if world.vm(side).is_some_and(|vm| vm.lent_until_ns > now_ns) => {
                     world.start_running(side);
                 }
@@ -374,7 +380,10 @@ impl GatePort for SimMachine {
     }
 
     fn announce(&mut self) -> Result<u32, MachineError> {
-        self.order("announce", ORDER, |_, _| Ok(1))
+        self.on_vm("announce", |vm| {
+            vm.untold = false;
+            Ok(1)
+        })
     }
 
     fn discard(&mut self, _migration: MigrationId) -> Result<(), MachineError> {

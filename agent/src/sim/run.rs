@@ -11,12 +11,15 @@ use super::machine::{SimJournal, SimMachine};
 use super::scenario::{Fault, Scenario, Side};
 use super::scheduler::{Process, Scheduler};
 use super::world::{Gate, Vm};
+use crate::announce::conflict::OnConflict;
 use crate::migrate::outcomes::{Whereabouts, Window};
-use crate::migrate::source::Source;
-use crate::migrate::target::{Host, Orphan, RelayPhase, Reservation, Target};
+use crate::migrate::source::{Heard, Source};
+use crate::migrate::target::{Asked, Host, Orphan, RelayPhase, Reservation, Target, Telling};
 use crate::migrate::{ControlMessage, Observer, Offer, Pace, SourceOptions, answer};
+use crate::model::network::{Conflict, ConflictKind};
 use crate::model::{
-    DirtyLogKind, Ending, MachineShape, MigrationId, MigrationReport, PAGE_SIZE, RoundReport, Step, VmId, WaitReport,
+    AskedReport, DirtyLogKind, Ending, MachineShape, MigrationId, MigrationReport, NetworkPlace, PAGE_SIZE,
+    RoundReport, Step, VmId, WaitReport,
 };
 use crate::port::{Clock, ControlChannel, Journal, JournalRecord, LinkError, Region, TargetLink};
 
@@ -24,6 +27,8 @@ const MIGRATION: MigrationId = MigrationId(Uuid::from_u128(0x5eed));
 const VM: VmId = VmId(Uuid::from_u128(0x76d));
 /// The VM's vCPUs.
 const CPUS: u32 = 2;
+/// How long whoever has the VM's address takes to answer.
+const ANSWERS: Duration = Duration::from_millis(300);
 /// How long a target waits for a source to say what it wants.
 const FIRST_MESSAGE_LIMIT: Duration = Duration::from_secs(30);
 
@@ -84,6 +89,16 @@ impl Observer for SimObserver {
 
 struct SimHost {
     sim: Arc<Scheduler>,
+    conflict: Option<OnConflict>,
+    /// When it began to ask.
+    asked_at: Option<Duration>,
+    is_told: bool,
+}
+
+impl SimHost {
+    fn new(sim: &Arc<Scheduler>, scenario: &Scenario) -> Self {
+        Self { sim: Arc::clone(sim), conflict: scenario.conflict, asked_at: None, is_told: false }
+    }
 }
 
 impl Host for SimHost {
@@ -105,7 +120,34 @@ impl Host for SimHost {
             }
             return Err(error.to_string());
         }
+        self.asked_at = Some(self.sim.now());
         Ok(Reservation { machine: Box::new(machine), region })
+    }
+
+    fn may_refuse(&self) -> bool {
+        self.conflict == Some(OnConflict::Refuse)
+    }
+
+    fn asked(&mut self) -> Asked {
+        let (Some(policy), Some(asked_at), false) = (self.conflict, self.asked_at, self.is_told) else {
+            return Asked::Not;
+        };
+        if self.sim.now() < asked_at + ANSWERS {
+            return Asked::Pending;
+        }
+        self.is_told = true;
+        let conflict = Conflict {
+            kind: ConflictKind::Address,
+            mac: "02:00:00:00:00:02".parse().expect("a constant address is an address"),
+            ip: "10.0.0.1".parse().ok(),
+            ports: Vec::new(),
+        };
+        let refusal = (policy == OnConflict::Refuse).then(|| conflict.to_string());
+        let conflicts = vec![conflict];
+        Asked::Known {
+            report: AskedReport { policy: policy.to_string(), conflicts, ..AskedReport::default() },
+            refusal,
+        }
     }
 }
 
@@ -140,6 +182,8 @@ fn source_main(sim: &Arc<Scheduler>, scenario: &Scenario, is_first: bool) -> Opt
         verify: scenario.verify,
         stall: scenario.stall,
         peer: "simulated".to_owned(),
+        // Any place will do.
+        place: scenario.conflict.map(|_| NetworkPlace { boot_id: VM.0, device: 1, inode: 1 }),
         ..SourceOptions::default()
     };
     let mut machine = SimMachine::new(sim, Side::Source);
@@ -156,6 +200,7 @@ fn source_main(sim: &Arc<Scheduler>, scenario: &Scenario, is_first: bool) -> Opt
         observer: &SimObserver { sim: Arc::clone(sim), side: Side::Source },
         cancel: sim.with(|world| world.cancelled[Side::Source.index()].clone()),
         pace: if is_first { sim.with(|world| world.pace.clone()) } else { Pace::new(options.bandwidth) },
+        heard: Heard::default(),
     };
     let lent = sim.with(|world| match world.host(Side::Source).journal.last() {
         Some(JournalRecord::Lent { lease_ms, .. }) => Some(Duration::from_millis(*lease_ms)),
@@ -179,12 +224,13 @@ fn target_main(sim: &Arc<Scheduler>, scenario: &Scenario) -> Result<(), String> 
     let first = first_message(link.control().as_ref()).map_err(|error| error.to_string())?;
     let target = Target {
         link: &mut link,
-        host: &mut SimHost { sim: Arc::clone(sim) },
+        host: &mut SimHost::new(sim, scenario),
         clock: sim.as_ref(),
         observer: &SimObserver { sim: Arc::clone(sim), side: Side::Target },
         cancel: sim.with(|world| world.cancelled[Side::Target.index()].clone()),
         stall: scenario.stall,
         relay: RelayPhase::default(),
+        telling: Telling::default(),
     };
     let ended = target.run(first);
     answer_questions(sim, &mut link, ended.is_ok());
@@ -198,12 +244,13 @@ fn other_target_main(sim: &Arc<Scheduler>, scenario: &Scenario) {
     let machine = Box::new(SimMachine::new(sim, Side::Target));
     let target = Target {
         link: &mut link,
-        host: &mut SimHost { sim: Arc::clone(sim) },
+        host: &mut SimHost::new(sim, scenario),
         clock: sim.as_ref(),
         observer: &SimObserver { sim: Arc::clone(sim), side: Side::Target },
         cancel: crate::migrate::CancelFlag::default(),
         stall: scenario.stall,
         relay: RelayPhase::default(),
+        telling: Telling::default(),
     };
     let ended = target.recover(Orphan { migration_id: MIGRATION, vm_id: VM, machine, region, cpus: CPUS });
     answer_questions(sim, &mut link, ended.is_ok());

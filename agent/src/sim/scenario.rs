@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::rng::Rng;
+use crate::announce::conflict::OnConflict;
 use crate::migrate::outcomes::Failure;
 use crate::migrate::{Compress, OnStuck, Reducers, Safety, Strategy};
 use crate::model::{BytesPerSecond, Step};
@@ -165,6 +166,8 @@ pub struct Scenario {
     pub stall: Duration,
     /// How long the target's machine takes to put its boot image away.
     pub image_cost: Duration,
+    /// Somebody in the target's network has the VM's address; none: nobody asks.
+    pub conflict: Option<OnConflict>,
     /// What strikes.
     pub faults: Vec<(Trigger, Fault)>,
     /// A machine that is broken on purpose. Proves that the checks bite.
@@ -196,6 +199,7 @@ impl Scenario {
             network: NetworkModel { bandwidth: BytesPerSecond(100 << 20), latency: Duration::from_micros(100) },
             stall: Duration::from_secs(2),
             image_cost: Duration::from_micros(30),
+            conflict: None,
             faults: Vec::new(),
             sabotage: None,
         }

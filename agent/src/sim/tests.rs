@@ -169,6 +169,47 @@ fn broken_machines_are_found_out() {
     assert_eq!(finds(Sabotage::KeepsLogging, "I4", killed.0, killed.1), 20);
 }
 
+/// Somebody in the target's network has the VM's address: a target that is to refuse does so while the VM runs, however short the migration is.
+#[test]
+fn a_conflict_is_known_before_the_vm_stands() {
+    use crate::announce::conflict::OnConflict;
+    for seed in 0..60 * scale() {
+        let mut scenario = Scenario::random(seed);
+        scenario.conflict = Some(OnConflict::Refuse);
+        let run = simulate(&scenario);
+        assert_unbroken(&run, &scenario);
+        let report = run.report.as_ref().unwrap();
+        assert_eq!((report.ending, run.left), (Ending::Refused, Whereabouts::RunsAtSource), "seed {seed}: {run:#?}");
+        assert_eq!(report.blackout_ns, 0, "seed {seed}: it stood for it: {report:#?}");
+        assert!(report.reason.contains("answers for 10.0.0.1"), "{}", report.reason);
+        let asked = report.network.as_ref().and_then(|network| network.asked.as_ref());
+        assert_eq!(asked.map(|asked| asked.conflicts.len()), Some(1), "seed {seed}: {report:#?}");
+
+        scenario.conflict = Some(OnConflict::Warn);
+        let run = simulate(&scenario);
+        assert_unbroken(&run, &scenario);
+        assert_eq!(run.ending(), Some(Ending::Moved), "seed {seed}: {run:#?}");
+    }
+}
+
+/// The same while something else goes wrong.
+#[test]
+fn faults_beside_a_conflict_lose_nothing() {
+    use crate::announce::conflict::OnConflict;
+    for (policy, seeds) in [(OnConflict::Refuse, 0..scale()), (OnConflict::Warn, 0..scale())] {
+        for (side, step) in all_steps() {
+            for fault in all_faults() {
+                for seed in seeds.clone() {
+                    let seed = seed * 1000 + step as u64 * 20 + side as u64;
+                    let mut scenario = Scenario::new(seed).with(Trigger::Step(side, step), fault);
+                    scenario.conflict = Some(policy);
+                    assert_unbroken(&simulate(&scenario), &scenario);
+                }
+            }
+        }
+    }
+}
+
 /// A guest that frees pages all the time, and uses again at once what it has named as free.
 fn freeing(seed: u64) -> Scenario {
     let mut scenario = Scenario::new(seed);

@@ -111,6 +111,8 @@ pub(super) struct Vm {
     pub(super) free_at_start: Option<PageBitmap>,
     /// It has run the guest at some time, as its own.
     pub(super) has_run: bool,
+    /// It has stood, or has come, and the network was not told since where it is.
+    pub(super) untold: bool,
     /// What its vCPU may write, and until when that holds.
     limit: Option<(Bucket, u64)>,
     writes: VcpuWrites,
@@ -934,6 +936,7 @@ impl Vm {
             kept: None,
             free_at_start: None,
             has_run: false,
+            untold: gate != Gate::Open,
             limit: None,
             writes: VcpuWrites::default(),
         }

@@ -4,14 +4,16 @@ use anyhow::Context;
 use clap::Args;
 use serde::Serialize;
 
+use super::super::network;
 use super::super::places::{Plaintext, RunDir, StateDir, TlsFileArgs};
 use super::super::signals::cancel_on_signals;
 use super::super::watch::Watch;
+use crate::announce::conflict::OnConflict;
 use crate::link::{Address, Listener};
 use crate::model::id::VmName;
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
-use crate::model::{DiskSpec, MigrationId, NetSpec, SerialSpec, VmRef};
+use crate::model::{DiskSpec, MigrationId, NetSpec, NetworkReport, SerialSpec, VmRef};
 use crate::service::config::Config;
 use crate::service::machine::Places;
 use crate::service::migration::check_plaintext;
@@ -30,6 +32,7 @@ Examples:
   dunlin vm receive --listen tls://192.0.2.7:4460
   dunlin vm receive --listen tcp://192.0.2.7:4460 --insecure-plaintext \\
       --net tap=tap7,mac=52:54:00:00:00:01 --disk path=/srv/disk.img --serial file=web1.log
+  dunlin vm receive --listen tls://192.0.2.7:4460 --on-conflict refuse
   dunlin vm receive --listen tcp://192.0.2.7:4460 --insecure-plaintext --recover web1
 
 Exit codes: 0 the VM came and has ended, or moved on; 1 it crashed; 2 wrong arguments; 3 refused; 6 cancelled.")]
@@ -53,6 +56,10 @@ pub(in crate::cli) struct ReceiveArgs {
     /// This host's path of the VM's disk, in the VM's order; a VM with disks is refused without.
     #[arg(long = "disk", value_name = "SPEC")]
     disks: Vec<DiskSpec>,
+
+    /// What to do when somebody else has the VM's addresses, which is asked while its memory comes: refuse (the VM stays where it is), warn, or off (nobody asks) [default: warn].
+    #[arg(long, value_name = "POLICY")]
+    on_conflict: Option<OnConflict>,
 
     /// Console: stdio, none, file=F or socket=F.
     #[arg(long, value_name = "SPEC", default_value = "none")]
@@ -96,12 +103,39 @@ impl Schema for Came {
     const SCHEMA: &'static str = "dunlin.received/v1";
 }
 
+/// All announcements of a VM that has come are sent.
+#[derive(Serialize)]
+struct Announced<'a> {
+    migration_id: MigrationId,
+    network: &'a NetworkReport,
+}
+
+impl Schema for Announced<'_> {
+    const SCHEMA: &'static str = "dunlin.received-network/v1";
+}
+
+fn print_network(migration_id: MigrationId, network: &NetworkReport, json: bool) {
+    if !json {
+        say!("{}", network::describe(network).trim_end());
+        return;
+    }
+    match serde_json::to_string(&Announced { migration_id, network }.tagged()) {
+        Ok(line) => say!("{line}"),
+        Err(error) => complain!("dunlin: {error}"),
+    }
+}
+
 /// Objects with every member: for the test of the documentation.
 #[cfg(test)]
-pub(in crate::cli) fn samples() -> [serde_json::Value; 2] {
+pub(in crate::cli) fn samples() -> [serde_json::Value; 3] {
     let came = Came { migration_id: MigrationId::random(), pid: 1, verified_pages: 0 };
     let listening = Listening { address: String::new() };
-    [serde_json::to_value(listening.tagged()).unwrap(), serde_json::to_value(came.tagged()).unwrap()]
+    let network = &NetworkReport::default();
+    let announced = Announced { migration_id: MigrationId::random(), network };
+    let mut announced = serde_json::to_value(announced.tagged()).unwrap();
+    // Documented with the report of a migration.
+    announced["network"] = serde_json::Value::Null;
+    [serde_json::to_value(listening.tagged()).unwrap(), serde_json::to_value(came.tagged()).unwrap(), announced]
 }
 
 impl ReceiveArgs {
@@ -138,6 +172,7 @@ impl ReceiveArgs {
             serial: self.serial,
             places: Places { run_dir: self.run_dir.path(config), state_dir: self.state_dir.path(config) },
             announce: config.announce.clone(),
+            on_conflict: self.on_conflict.or(config.announce.on_conflict).unwrap_or(OnConflict::Warn),
             events: self.watch.events,
             hold: self.watch.hold_at,
             stall: self.watch.stall.unwrap_or(config.migrate.stall),
@@ -160,8 +195,9 @@ impl ReceiveArgs {
         } else {
             say!("received by migration {migration_id}; it runs in process {pid}");
         }
-        let status =
-            answer_questions(&request, &listener, &mut received, &cancel).context("answering late questions")?;
+        let mut on_network = |report: &NetworkReport| print_network(migration_id, report, json);
+        let status = answer_questions(&request, &listener, &mut received, &cancel, &mut on_network)
+            .context("answering late questions")?;
         Ok(match status {
             Some(true) => exit::DONE,
             Some(false) => exit::ERROR,

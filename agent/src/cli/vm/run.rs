@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::super::places::{RunDir, StateDir};
 use super::super::signals::cancel_on_signals;
+use crate::announce::conflict::OnConflict;
 use crate::kvm::MachineExit;
 use crate::kvm::boot::BootImage;
 use crate::kvm::machine::BootConfig;
@@ -20,6 +21,7 @@ use crate::model::outcome::exit;
 use crate::model::schema::Schema;
 use crate::model::units::parse_size_bytes;
 use crate::model::{DirtyLogKind, DiskSpec, NetSpec, SerialSpec, VmId};
+use crate::service::announce::inquiry::{self, InquiryOrder};
 use crate::service::config::Config;
 use crate::service::control;
 use crate::service::machine::{Host, HostError, Places, session_from_fd};
@@ -38,6 +40,7 @@ Examples:
   dunlin vm run --name web1 --kernel guest.elf --memory 256MiB --cpus 2 --serial stdio
   dunlin vm run --name web1 --kernel guest.elf --cmdline 'dunlin.ip=10.0.0.2/24' \\
       --net tap=tap0,mac=52:54:00:00:00:01,ip=10.0.0.2 --disk path=disk.img --serial file=web1.log
+  dunlin vm run --name web2 --kernel guest.elf --net tap=tap1,mac=52:54:00:00:00:02,ip=10.0.0.3 --on-conflict refuse
   dunlin vm run --name deb1 --kernel vmlinuz --initrd initrd.img --cmdline 'console=ttyS0' --serial stdio
 
 Exit codes: 0 the guest switched off, was stopped or moved away; 1 it crashed; 2 wrong arguments; 3 refused.")]
@@ -77,6 +80,10 @@ pub(in crate::cli) struct RunArgs {
     /// Network port tap=T,mac=M[,ip=A]...[,router=A]...[,gateway=A]...[,vlan=V]; may be given several times. Addresses are announced after a migration (router=: an IPv6 address of a VM that routes; vlan=: tags that the VM's frames carry), and the VM hears from its gateways.
     #[arg(long = "net", value_name = "SPEC")]
     nets: Vec<NetSpec>,
+
+    /// What to do when somebody else has the VM's addresses, which is asked before it starts and takes a third of a second: refuse, warn, or off [default: off].
+    #[arg(long, value_name = "POLICY", conflicts_with = "incoming_fd")]
+    on_conflict: Option<OnConflict>,
 
     /// Disk `path=F[,readonly]`; may be given several times.
     #[arg(long = "disk", value_name = "SPEC")]
@@ -140,7 +147,8 @@ impl RunArgs {
         let host = match self.incoming_fd {
             Some(number) => incoming(number)?,
             None => match self.boot(config) {
-                Ok(host) => host,
+                Ok(Some(host)) => host,
+                Ok(None) => return Ok(exit::REFUSED),
                 Err(error @ (HostError::InDoubt { .. } | HostError::Registry(_))) => {
                     complain!("dunlin: refused: {error}");
                     return Ok(exit::REFUSED);
@@ -158,7 +166,8 @@ impl RunArgs {
         Ok(code)
     }
 
-    fn boot(self, defaults: &Config) -> Result<Arc<Host>, HostError> {
+    /// `None` if somebody else has its addresses, which has been said.
+    fn boot(self, defaults: &Config) -> Result<Option<Arc<Host>>, HostError> {
         let (Some(name), Some(kernel)) = (self.name, self.kernel) else {
             unreachable!("clap requires both without --incoming-fd")
         };
@@ -178,7 +187,21 @@ impl RunArgs {
             image,
         };
         let places = Places { run_dir: self.run_dir.path(defaults), state_dir: self.state_dir.path(defaults) };
-        Host::boot(config, self.serial, &places)
+        let order = InquiryOrder {
+            policy: self.on_conflict.or(defaults.announce.on_conflict).unwrap_or_default(),
+            vm_id: config.vm_id,
+            nets: config.nets.clone(),
+            run_dir: places.run_dir.clone(),
+        };
+        let asked = inquiry::before_start(order, &places.state_dir);
+        for words in &asked.warnings {
+            complain!("dunlin: {words}");
+        }
+        if let Some(reason) = asked.refusal {
+            complain!("dunlin: refused: {reason}; or start it all the same with --on-conflict warn");
+            return Ok(None);
+        }
+        Host::boot(config, self.serial, &places).map(Some)
     }
 }
 

@@ -188,7 +188,11 @@ impl Source<'_> {
                 Some(ControlMessage::Cancel(reason)) => return Err(SourceError::PeerCancelled(reason)),
                 Some(ControlMessage::State(TargetState::NeverOwner)) => return Err(never_ran()),
                 Some(ControlMessage::Running(_) | ControlMessage::State(_) | ControlMessage::Pong(_)) | None => {}
-                Some(other) => return Err(unexpected(&other, "complete")),
+                Some(other) => {
+                    if let Some(other) = self.hear_network(other) {
+                        return Err(unexpected(&other, "complete"));
+                    }
+                }
             }
             if let Some(end) = &pending
                 && let Some(bytes) = gathering.take_in(end, |pages, state| self.machine.advance(pages, state))?

@@ -321,7 +321,11 @@ impl Source<'_> {
                 Some(ControlMessage::Complete(waits)) => return Ok(waits),
                 Some(ControlMessage::Cancel(reason)) => return Err(SourceError::PeerCancelled(reason)),
                 Some(ControlMessage::Running(_) | ControlMessage::State(_) | ControlMessage::Pong(_)) | None => {}
-                Some(other) => return Err(unexpected(&other, "complete")),
+                Some(other) => {
+                    if let Some(other) = self.hear_network(other) {
+                        return Err(unexpected(&other, "complete"));
+                    }
+                }
             }
             if now.saturating_sub(heard_at) > self.options.stall {
                 let doing = "waiting for the target to have every page";

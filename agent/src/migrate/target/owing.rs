@@ -298,11 +298,12 @@ impl Target<'_> {
     }
 
     /// Whoever has us waits with the regular announcements until all is here.
-    fn announce_now_and_then(&self, id: MigrationId, machine: &mut dyn Machine, announced: &mut Duration) {
+    fn announce_now_and_then(&mut self, id: MigrationId, machine: &mut dyn Machine, announced: &mut Duration) {
         if self.clock.now().saturating_sub(*announced) >= ANNOUNCE_EVERY {
             *announced = self.clock.now();
-            if let Err(error) = machine.announce() {
-                tracing::warn!(migration = %id, "an announcement failed: {error}");
+            match machine.announce() {
+                Ok(frames) => self.host.announced(frames),
+                Err(error) => tracing::warn!(migration = %id, "an announcement failed: {error}"),
             }
         }
     }

@@ -195,6 +195,19 @@ fn observing(fleet: FleetReader) -> Router {
             }),
         )
         .route(
+            "/v1/addresses",
+            get(async |State(fleet): State<FleetReader>| {
+                let view = first(fleet).await;
+                match &view.addresses {
+                    Some(book) => Json(book.as_ref().clone().tagged()).into_response(),
+                    None => {
+                        let error = "nothing is known yet; ask again".to_owned();
+                        (StatusCode::NOT_FOUND, Json(Outcome { error }.tagged())).into_response()
+                    }
+                }
+            }),
+        )
+        .route(
             "/v1/vms/{id}",
             get(async |State(fleet): State<FleetReader>, At(id): At<String>| {
                 let view = first(fleet).await;

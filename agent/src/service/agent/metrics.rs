@@ -76,7 +76,7 @@ const fn vcpu_metric(name: &'static str, help: &'static str, samples: fn(&FleetV
 }
 
 /// All of them.
-pub const METRICS: [Metric; 32] = [
+pub const METRICS: [Metric; 34] = [
     metric("dunlin_agent", Kind::Info, "The agent", |view| {
         let version = ("version", env!("CARGO_PKG_VERSION").to_owned());
         vec![(vec![version, ("backend", view.watching.backend.to_owned())], 1.0)]
@@ -285,6 +285,15 @@ pub const METRICS: [Metric; 32] = [
         "Whether programs could not be loaded although there is a VM: 1 or 0",
         |view| one(f64::from(u8::from(view.watching.problem.is_some()))),
     ),
+    metric(
+        "dunlin_address_conflicts",
+        Kind::Gauge,
+        "Ethernet and IP addresses that two VMs of this host share on one bridge",
+        |view| view.addresses.as_ref().map_or_else(Vec::new, |book| one(book.conflicts.len() as f64)),
+    ),
+    metric("dunlin_vms_without_address", Kind::Gauge, "VMs of which no IP address is known", |view| {
+        view.addresses.as_ref().map_or_else(Vec::new, |book| one(book.without_address() as f64))
+    }),
 ];
 
 fn one(value: f64) -> Vec<Sample> {

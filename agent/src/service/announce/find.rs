@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::net::{IpAddr, Ipv6Addr};
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -120,27 +120,7 @@ pub fn find(order: &FindCards, cancel: &AtomicBool) -> Result<(FoundVm, Vec<Plac
         Err(FindError::Process(error)) => inventory::emulated(&order.vm, error)?,
         found => found?,
     };
-    let mut learner = Learner::default();
-    let mut taps: BTreeSet<String> = BTreeSet::new();
-    if let Some(entry) = &vm.entry {
-        let info = ask_info(&Registry::new(&order.run_dir).socket(&entry.name, "observe"))?;
-        for net in &info.nets {
-            taps.insert(net.tap.clone());
-            let station = &net.station;
-            learner.card(&net.tap, station.mac, LearntFrom::Configuration);
-            learner.tags(station.mac, station.vlan);
-            for ip in &station.ips {
-                let routes = matches!(ip, IpAddr::V6(ip) if station.routers.contains(ip)).then_some(true);
-                learner.ip(station.mac, *ip, LearntFrom::Configuration, routes);
-            }
-        }
-    } else {
-        for (card, from) in foreign_cards(&vm, order.qmp.as_ref(), &mut taps)? {
-            if let (Some(tap), Some(mac)) = (card.tap, card.mac) {
-                learner.card(&tap, mac, from);
-            }
-        }
-    }
+    let (mut learner, taps) = said_of(&vm, &order.run_dir, order.qmp.as_ref())?;
     if !shares_namespace(vm.pid) {
         tracing::warn!(
             "VM `{}` is in another network namespace than this command: its taps are looked for here by their names",
@@ -155,14 +135,7 @@ pub fn find(order: &FindCards, cancel: &AtomicBool) -> Result<(FoundVm, Vec<Plac
         let seen = if names.is_empty() { "it holds none open".to_owned() } else { format!("it holds {names} open") };
         return Err(FindCardsError::NoTap { vm: vm.name, pid: vm.pid, seen });
     }
-    for tap in here.iter().filter(|tap| !learner.has_card(tap)).cloned().collect::<Vec<_>>() {
-        if let Some(bridge) = bridge::bridge_of(&tap)? {
-            let behind = fdb::entries(&bridge.name)?;
-            for entry in behind.iter().filter(|entry| entry.port == tap && entry.kind == FdbKind::Learned) {
-                learner.card(&tap, entry.mac, LearntFrom::ForwardingTable);
-            }
-        }
-    }
+    take_behind(&mut learner, &here)?;
     take_neighbours(&mut learner)?;
     give(order, &mut learner);
     let began = monotonic_now();
@@ -195,6 +168,55 @@ pub fn find(order: &FindCards, cancel: &AtomicBool) -> Result<(FoundVm, Vec<Plac
     let listened_ns = if order.listen.is_zero() { 0 } else { listened.as_nanos() as u64 };
     let HostVm { name: vm_name, vm_id, pid, .. } = vm;
     Ok((FoundVm { vm_name, vm_id, pid, listened_ns, frames_heard: learner.frames_heard(), cards }, places))
+}
+
+/// The cards of a VM as its configuration or its VMM says them, and the taps that it has.
+///
+/// # Errors
+/// It does not answer, or cannot be looked at.
+pub(in crate::service) fn said_of(
+    vm: &HostVm,
+    run_dir: &Path,
+    monitor: Option<&PathBuf>,
+) -> Result<(Learner, BTreeSet<String>), FindCardsError> {
+    let mut learner = Learner::default();
+    let mut taps: BTreeSet<String> = BTreeSet::new();
+    if let Some(entry) = &vm.entry {
+        let info = ask_info(&Registry::new(run_dir).socket(&entry.name, "observe"))?;
+        for net in &info.nets {
+            taps.insert(net.tap.clone());
+            let station = &net.station;
+            learner.card(&net.tap, station.mac, LearntFrom::Configuration);
+            learner.tags(station.mac, station.vlan);
+            for ip in &station.ips {
+                let routes = matches!(ip, IpAddr::V6(ip) if station.routers.contains(ip)).then_some(true);
+                learner.ip(station.mac, *ip, LearntFrom::Configuration, routes);
+            }
+        }
+    } else {
+        for (card, from) in foreign_cards(vm, monitor, &mut taps)? {
+            if let (Some(tap), Some(mac)) = (card.tap, card.mac) {
+                learner.card(&tap, mac, from);
+            }
+        }
+    }
+    Ok((learner, taps))
+}
+
+/// Cards of which nobody has said the Ethernet address, by what the bridges have behind their taps.
+///
+/// # Errors
+/// A table cannot be read.
+pub(in crate::service) fn take_behind(learner: &mut Learner, taps: &[String]) -> Result<(), NetError> {
+    for tap in taps.iter().filter(|tap| !learner.has_card(tap)).cloned().collect::<Vec<_>>() {
+        if let Some(bridge) = bridge::bridge_of(&tap)? {
+            let behind = fdb::entries(&bridge.name)?;
+            for entry in behind.iter().filter(|entry| entry.port == tap && entry.kind == FdbKind::Learned) {
+                learner.card(&tap, entry.mac, LearntFrom::ForwardingTable);
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The cards that a VMM's command line and monitor name, and the taps that it holds open.

@@ -6,14 +6,15 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::{Listener, News};
 use crate::announce::diagnose;
 use crate::model::network::{EntryFacts, Followed, PortFacts, Seen, StuckCause, Verdict};
 use crate::model::{MacAddress, NetSpec, Station};
-use crate::net::fdb::{FdbChange, FdbWatch};
+use crate::net::fdb::{self, FdbChange, FdbEntry, FdbWatch};
 use crate::net::neighbour::NeighbourWatch;
 use crate::net::{NetError, bridge};
 use crate::time::monotonic_now;
@@ -83,7 +84,8 @@ struct Position {
 
 /// What all threads share.
 struct State<'a> {
-    stations: &'a [Station],
+    follow: Vec<Follow>,
+    stations: Vec<Station>,
     positions: Mutex<HashMap<(usize, MacAddress), Position>>,
     changed: Condvar,
     over: AtomicBool,
@@ -91,7 +93,57 @@ struct State<'a> {
     listener: Listener<'a>,
 }
 
-impl State<'_> {
+impl<'a> State<'a> {
+    fn new(follow: &[Follow], stations: &[Station], listener: Listener<'a>) -> Self {
+        Self {
+            follow: follow.to_vec(),
+            stations: stations.to_vec(),
+            positions: Mutex::new(HashMap::new()),
+            changed: Condvar::new(),
+            over: AtomicBool::new(false),
+            began: Began::default(),
+            listener,
+        }
+    }
+
+    /// Starts to follow each bridge, and notes where the stations are before anything is announced.
+    fn open(&self) -> Result<Vec<FdbWatch>, NetError> {
+        let mut watches =
+            self.follow.iter().map(|follow| FdbWatch::open(&follow.bridge)).collect::<Result<Vec<_>, _>>()?;
+        for (at, watch) in watches.iter_mut().enumerate() {
+            for entry in watch.entries()?.into_iter().filter(|entry| self.knows(entry.mac)) {
+                let position = Position { port: Some(entry.port), ..Position::default() };
+                self.positions().insert((at, entry.mac), position);
+            }
+        }
+        Ok(watches)
+    }
+
+    /// Follows the bridge with number `at` until it is over.
+    fn watch(&self, at: usize, watch: &mut FdbWatch) {
+        while !self.is_over() {
+            match watch.next_change(END_LATENCY) {
+                Ok(change) => change.into_iter().for_each(|change| self.take(at, change)),
+                Err(error) => {
+                    tracing::warn!("bridge `{}` is not followed any more: {error}", self.follow[at].bridge);
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Whether all stations are where they should be.
+    fn is_settled(&self, positions: &HashMap<(usize, MacAddress), Position>) -> bool {
+        self.follow.iter().enumerate().all(|(at, follow)| {
+            self.stations.iter().all(|station| {
+                positions.get(&(at, station.mac)).is_some_and(|position| match &follow.port {
+                    Some(port) => position.port.as_ref() == Some(port),
+                    None => position.seen_at.is_some(),
+                })
+            })
+        })
+    }
+
     fn positions(&self) -> MutexGuard<'_, HashMap<(usize, MacAddress), Position>> {
         self.positions.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -104,8 +156,9 @@ impl State<'_> {
         self.stations.iter().any(|station| station.mac == mac)
     }
 
-    fn take(&self, at: usize, follow: &Follow, change: FdbChange) {
+    fn take(&self, at: usize, change: FdbChange) {
         let FdbChange { seen_at, entry, removed } = change;
+        let follow = &self.follow[at];
         if !self.knows(entry.mac) {
             return;
         }
@@ -153,47 +206,24 @@ pub(super) fn beside<T>(
     if follow.is_empty() {
         return Ok((work(&Began::default()), Vec::new()));
     }
-    let mut watches = follow.iter().map(|follow| FdbWatch::open(&follow.bridge)).collect::<Result<Vec<_>, _>>()?;
+    let state = State::new(follow, stations, listener);
+    let mut watches = state.open()?;
     let mut neighbours = NeighbourWatch::open()?;
-    let state = State {
-        stations,
-        positions: Mutex::default(),
-        changed: Condvar::new(),
-        over: AtomicBool::new(false),
-        began: Began::default(),
-        listener,
-    };
-    for (at, watch) in watches.iter_mut().enumerate() {
-        for entry in watch.entries()?.into_iter().filter(|entry| state.knows(entry.mac)) {
-            let position = Position { port: Some(entry.port), ..Position::default() };
-            state.positions().insert((at, entry.mac), position);
-        }
-    }
     let result = std::thread::scope(|scope| {
-        for (at, (watch, follow)) in watches.iter_mut().zip(follow).enumerate() {
+        for (at, watch) in watches.iter_mut().enumerate() {
             let state = &state;
-            scope.spawn(move || {
-                while !state.is_over() {
-                    match watch.next_change(END_LATENCY) {
-                        Ok(change) => change.into_iter().for_each(|change| state.take(at, follow, change)),
-                        Err(error) => {
-                            tracing::warn!("bridge `{}` is not followed any more: {error}", follow.bridge);
-                            return;
-                        }
-                    }
-                }
-            });
+            scope.spawn(move || state.watch(at, watch));
         }
         scope.spawn(|| watch_neighbours(&state, &mut neighbours));
         let result = work(&state.began);
         state.began.now();
-        wait(&state, follow, within, cancel);
+        wait(&state, within, cancel);
         state.over.store(true, Ordering::Release);
         result
     });
     let mut followed = Vec::new();
-    for (at, (watch, follow)) in watches.iter_mut().zip(follow).enumerate() {
-        followed.extend(judge(&state, at, follow, watch)?);
+    for (at, watch) in watches.iter_mut().enumerate() {
+        followed.extend(judge(&state, at, &watch.entries()?)?);
     }
     Ok((result, followed))
 }
@@ -223,27 +253,20 @@ fn watch_neighbours(state: &State<'_>, neighbours: &mut NeighbourWatch) {
     }
 }
 
-fn wait(state: &State<'_>, follow: &[Follow], within: Duration, cancel: &AtomicBool) {
-    let is_there = |positions: &HashMap<(usize, MacAddress), Position>| {
-        follow.iter().enumerate().all(|(at, follow)| {
-            state.stations.iter().all(|station| {
-                positions.get(&(at, station.mac)).is_some_and(|position| match &follow.port {
-                    Some(port) => position.port.as_ref() == Some(port),
-                    None => position.seen_at.is_some(),
-                })
-            })
-        })
-    };
+fn wait(state: &State<'_>, within: Duration, cancel: &AtomicBool) {
     let mut positions = state.positions();
-    while !is_there(&positions) && state.began.after(monotonic_now()) < within && !cancel.load(Ordering::Acquire) {
+    while !state.is_settled(&positions)
+        && state.began.after(monotonic_now()) < within
+        && !cancel.load(Ordering::Acquire)
+    {
         let waited = state.changed.wait_timeout(positions, END_LATENCY);
         positions = waited.unwrap_or_else(PoisonError::into_inner).0;
     }
 }
 
 /// What the table says in the end.
-fn judge(state: &State<'_>, at: usize, follow: &Follow, watch: &mut FdbWatch) -> Result<Vec<Followed>, NetError> {
-    let entries = watch.entries()?;
+fn judge(state: &State<'_>, at: usize, entries: &[FdbEntry]) -> Result<Vec<Followed>, NetError> {
+    let follow = &state.follow[at];
     let port_facts = expected_port_facts(follow)?;
     let positions = state.positions();
     let judged = state.stations.iter().map(|station| {
@@ -310,37 +333,95 @@ pub fn only(
     beside(stations, follow, within, cancel, listener, Began::now).map(|((), followed)| followed)
 }
 
-/// Does `work`, the announcements of a VM that has arrived, and says whether the bridges of its taps have it behind these. A tap under no bridge has none that could.
-///
-/// # Errors
-/// A table that cannot be read. `work` was done.
-pub(in crate::service) fn taps(nets: &[NetSpec], work: &mut dyn FnMut()) -> Result<Vec<Followed>, NetError> {
-    let mut found = Vec::new();
-    for net in nets {
-        match bridge::bridge_of(&net.tap) {
-            Ok(Some(bridge)) => {
-                found.push((Follow { bridge: bridge.name, port: Some(net.tap.clone()) }, Station::from(net)));
+/// The bridges of a VM's taps, watched by threads of their own until this is dropped. A tap under no bridge has none.
+pub(in crate::service) struct Watching {
+    state: Arc<State<'static>>,
+    /// Which station belongs to which bridge: others are none of that bridge's.
+    own: Vec<(usize, MacAddress)>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Watching {
+    /// Watches whether bridges have the VM behind its taps: where it arrives.
+    ///
+    /// # Errors
+    /// A table that cannot be read or followed.
+    pub(in crate::service) fn arrival(nets: &[NetSpec]) -> Result<Self, NetError> {
+        Self::of_taps(nets, |net| Some(net.tap.clone()))
+    }
+
+    /// Watches whether bridges have the VM elsewhere: where it leaves.
+    ///
+    /// # Errors
+    /// A table that cannot be read or followed.
+    pub(in crate::service) fn departure(nets: &[NetSpec]) -> Result<Self, NetError> {
+        Self::of_taps(nets, |_| None)
+    }
+
+    fn of_taps(nets: &[NetSpec], port: impl Fn(&NetSpec) -> Option<String>) -> Result<Self, NetError> {
+        let (mut follow, mut stations, mut own) = (Vec::new(), Vec::new(), Vec::new());
+        for net in nets {
+            match bridge::bridge_of(&net.tap) {
+                Ok(Some(bridge)) => {
+                    own.push((follow.len(), net.station.mac));
+                    follow.push(Follow { bridge: bridge.name, port: port(net) });
+                    stations.push(Station::from(net));
+                }
+                Ok(None) => {}
+                Err(error) => tracing::warn!("tap `{}`: {error}", net.tap),
             }
-            Ok(None) => {}
-            Err(error) => tracing::warn!("tap `{}`: {error}", net.tap),
+        }
+        let state = Arc::new(State::new(&follow, &stations, &|_: News<'_>| {}));
+        let mut watching = Self { state, own, threads: Vec::new() };
+        for (at, mut watch) in watching.state.open()?.into_iter().enumerate() {
+            let state = Arc::clone(&watching.state);
+            let spawned = std::thread::Builder::new().name("follow".into()).spawn(move || state.watch(at, &mut watch));
+            watching.threads.push(spawned.map_err(|source| NetError::Kernel {
+                action: "start a thread that follows a bridge".to_owned(),
+                source,
+            })?);
+        }
+        Ok(watching)
+    }
+
+    /// The first announcement leaves now, or whatever else times are counted from.
+    pub(in crate::service) fn begin(&self) {
+        self.state.began.now();
+    }
+
+    /// Whether every bridge has the VM where it should be.
+    pub(in crate::service) fn is_settled(&self) -> bool {
+        let positions = self.state.positions();
+        self.own.iter().all(|(at, mac)| {
+            let expected = self.state.follow[*at].port.as_ref();
+            positions.get(&(*at, *mac)).is_some_and(|position| match expected {
+                Some(port) => position.port.as_ref() == Some(port),
+                None => position.seen_at.is_some(),
+            })
+        })
+    }
+
+    /// What the tables say by now. One that cannot be read any more is left out, and said in the log.
+    pub(in crate::service) fn judge(&self) -> Vec<Followed> {
+        let mut followed = Vec::new();
+        for (at, follow) in self.state.follow.iter().enumerate() {
+            match fdb::entries(&follow.bridge).and_then(|entries| judge(&self.state, at, &entries)) {
+                Ok(judged) => followed.extend(judged.into_iter().filter(|one| self.own.contains(&(at, one.mac)))),
+                Err(error) => tracing::warn!("whether bridge `{}` has relearned is not known: {error}", follow.bridge),
+            }
+        }
+        followed
+    }
+}
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        self.state.over.store(true, Ordering::Release);
+        for thread in self.threads.drain(..) {
+            // One that panicked has said so.
+            let _ended = thread.join();
         }
     }
-    let (follow, stations): (Vec<_>, Vec<_>) = found.iter().cloned().unzip();
-    let mut done = false;
-    let mut once = || {
-        if !std::mem::replace(&mut done, true) {
-            work();
-        }
-    };
-    let (never, nobody) = (AtomicBool::new(false), |_: News<'_>| {});
-    let followed = beside(&stations, &follow, Duration::ZERO, &never, &nobody, |_| once());
-    once();
-    let own = |one: &Followed| {
-        found.iter().any(|(follow, station)| {
-            (one.mac, &one.bridge, &one.expected_port) == (station.mac, &follow.bridge, &follow.port)
-        })
-    };
-    Ok(followed?.1.into_iter().filter(own).collect())
 }
 
 #[cfg(test)]

@@ -4,11 +4,12 @@
 //! are sent on the bridge, and the bridge itself is told what it would have learnt from a frame out of the tap.
 //!
 //! - [`find`] finds out what a VM is to be announced with;
-//! - [`probe`] asks whether somebody else has it;
+//! - [`probe`] asks whether somebody else has it, [`inquiry`] beside something else;
 //! - [`follow`] watches whether the network follows.
 
 pub mod find;
 pub mod follow;
+pub mod inquiry;
 pub mod probe;
 
 use std::collections::HashMap;
@@ -275,6 +276,17 @@ impl FramePort for Ports {
             self.sockets[at].send(frame)?;
         }
         Ok(())
+    }
+}
+
+/// The interface that leads to the network from `interface`, whether a VM behind that can talk or not.
+fn way_out(interface: &str) -> Result<String, AnnounceError> {
+    if bridge::link(interface)?.kind != LinkKind::Tap {
+        return Ok(interface.to_owned());
+    }
+    match bridge::bridge_of(interface)? {
+        Some(bridge) => Ok(bridge.name),
+        None => Err(AnnounceError::LoneTap { tap: interface.to_owned() }),
     }
 }
 

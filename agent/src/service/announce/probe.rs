@@ -6,7 +6,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use super::{AnnounceError, Place, carrier_of};
+use super::{AnnounceError, Place, way_out};
 use crate::announce::conflict::Answers;
 use crate::announce::{frames, heard};
 use crate::model::MacAddress;
@@ -30,7 +30,8 @@ const CANCEL_LATENCY: Duration = Duration::from_millis(10);
 /// # Errors
 /// An interface that cannot be asked on or listened to; an address that no station has.
 pub fn probe(place: &Place, patience: Duration, cancel: &AtomicBool) -> Result<ProbeReport, AnnounceError> {
-    let asked_on = carrier_of(&place.interface)?;
+    // It need not take frames from the VM yet.
+    let asked_on = way_out(&place.interface)?;
     let link = bridge::link(&asked_on)?;
     let asker = link.mac.ok_or_else(|| AnnounceError::NoAsker(asked_on.clone()))?;
     let mut answers = Answers::to(&place.stations);
@@ -83,6 +84,9 @@ pub fn probe(place: &Place, patience: Duration, cancel: &AtomicBool) -> Result<P
     let waited = monotonic_now().saturating_sub(began);
     let addresses = answers.asked().count() as u32;
     let (own_answers, mut conflicts) = answers.into_parts();
+    if let Some(table) = &mut table {
+        say_where(&mut conflicts, &table.entries()?);
+    }
     let links = bridge::links()?;
     for station in &place.stations {
         conflicts.extend(of_mac(station.mac, &place.interface, &places, &links));
@@ -96,6 +100,17 @@ pub fn probe(place: &Place, patience: Duration, cancel: &AtomicBool) -> Result<P
         own_answers,
         conflicts,
     })
+}
+
+/// Adds the ports that those who answered are behind.
+fn say_where(conflicts: &mut [Conflict], table: &[FdbEntry]) {
+    for conflict in conflicts {
+        for entry in table.iter().filter(|entry| entry.mac == conflict.mac) {
+            if !conflict.ports.contains(&entry.port) {
+                conflict.ports.push(entry.port.clone());
+            }
+        }
+    }
 }
 
 /// Whether another one of this host has `mac`: `seen` are the places at which the bridge has had it, in order.
@@ -115,9 +130,9 @@ fn of_mac(mac: MacAddress, interface: &str, seen: &[FdbEntry], links: &[Link]) -
         |port: &String| port != interface && links.iter().any(|link| link.name == *port && link.kind == LinkKind::Tap);
     // Where a bridge was named, one of its taps may be the VM's own: only who changes places is told then.
     let named_tap = links.iter().any(|link| link.name == interface && link.kind == LinkKind::Tap);
-    let tap = ports.iter().find(|port| named_tap && is_other_tap(port)).cloned();
-    if let Some(tap) = tap {
-        return Some(conflict(ConflictKind::Mac, vec![tap]));
+    let taps: Vec<String> = ports.iter().filter(|port| named_tap && is_other_tap(port)).cloned().collect();
+    if !taps.is_empty() {
+        return Some(conflict(ConflictKind::Mac, taps));
     }
     // There and back: a VM that was moved while it was looked at goes only there.
     (ports.len() > 2).then(|| {

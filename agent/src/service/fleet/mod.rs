@@ -29,9 +29,10 @@ pub use view::{
     Watching,
 };
 #[cfg(test)]
-pub(crate) use view::{sample, throttle_sample};
+pub(crate) use view::{address_sample, sample, throttle_sample};
 use windows::{Job, Windows};
 
+use super::addresses::Kept;
 use super::arm::ControlSocketArm;
 use super::interrupt::{Interrupt, Wake};
 use super::inventory;
@@ -89,6 +90,8 @@ pub struct FleetOptions {
     pub read_memory: Vec<String>,
     /// Whether VMs of this very process are watched too.
     pub watch_self: bool,
+    /// Whether who has which addresses is kept, in the run folder.
+    pub keep_addresses: bool,
 }
 
 impl FleetOptions {
@@ -102,6 +105,7 @@ impl FleetOptions {
             budget: DEFAULT_BUDGET,
             read_memory: Vec::new(),
             watch_self: false,
+            keep_addresses: false,
         }
     }
 }
@@ -270,6 +274,7 @@ struct Core {
     names: Option<Names>,
     throttles: Throttles,
     tried: Vec<SourceState>,
+    addresses: Option<Kept>,
     backend: &'static str,
     sequence: u64,
     lost_before: LostEvents,
@@ -283,7 +288,9 @@ impl Core {
             Some(_) => (Some(Windows::start()?), Some(Names::start()?)),
             None => (None, None),
         };
+        let addresses = options.keep_addresses.then(|| Kept::start(&options.run_dir)).transpose()?;
         Ok(Self {
+            addresses,
             options,
             census: Census::default(),
             loaded: None,
@@ -314,6 +321,7 @@ impl Core {
             let mut locked = self.loaded.as_ref().map(|loaded| lock(&loaded.probes));
             inventory::of_processes(processes, &self.options.run_dir, locked.as_deref_mut())
         };
+        let addresses = self.addresses.as_ref().and_then(|kept| kept.look(&found));
         self.come_and_go(found);
         self.look_at_throttles();
         let window = self.close_window();
@@ -332,6 +340,7 @@ impl Core {
             interval_ns: self.options.interval.as_nanos() as u64,
             vms,
             watching: self.watching(lost, share),
+            addresses,
         }
     }
 

@@ -1,9 +1,11 @@
 //! What the fleet shows of itself after each interval: plain values, the same for the terminal, for JSON and for metrics.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use serde::Serialize;
 
+use crate::model::addresses::AddressBook;
 use crate::model::schema::Schema;
 use crate::model::{ThrottleView, VmId, WriteCurve};
 use crate::service::inventory::Host;
@@ -28,6 +30,9 @@ pub struct FleetView {
     pub vms: Vec<FleetVm>,
     /// What watching costs and what is missing.
     pub watching: Watching,
+    /// Who has which addresses, where that is kept; told by itself.
+    #[serde(skip)]
+    pub addresses: Option<Arc<AddressBook>>,
 }
 
 impl Schema for FleetView {
@@ -37,7 +42,7 @@ impl Schema for FleetView {
 impl FleetView {
     /// What there is before the first look.
     pub(super) fn before_the_first(interval_ns: u64, watching: Watching) -> Self {
-        Self { sequence: 0, unix_ms: 0, interval_ns, vms: Vec::new(), watching }
+        Self { sequence: 0, unix_ms: 0, interval_ns, vms: Vec::new(), watching, addresses: None }
     }
 }
 
@@ -379,5 +384,51 @@ pub(crate) fn sample() -> FleetView {
             own_share_of_core: 0.002,
             armed_every_ns: Some(16_000_000_000),
         },
+        addresses: Some(Arc::new(address_sample())),
     }
+}
+
+/// A map with every member: two VMs that share what they have, and one that left.
+#[cfg(test)]
+pub(crate) fn address_sample() -> AddressBook {
+    use crate::announce::directory::Directory;
+    use crate::model::MigrationId;
+    use crate::model::addresses::{KnownCard, KnownVm, LeftVm};
+    use crate::model::network::{FoundIp, LearntFrom};
+
+    let mac = "02:00:00:00:00:01".parse().unwrap();
+    let vm = |number: u128, ips: Vec<FoundIp>, last: u8| KnownVm {
+        vm_id: VmId(uuid::Uuid::from_u128(number)),
+        vm_name: format!("vm{number}"),
+        is_hosted: true,
+        pid: 1,
+        since_unix_ms: 0,
+        came_by: Some(MigrationId(uuid::Uuid::from_u128(1))),
+        came_from: Some("192.0.2.1".to_owned()),
+        state_dir: Some("/".into()),
+        cards: vec![KnownCard {
+            tap: "tap0".to_owned(),
+            bridge: Some("br0".to_owned()),
+            mac: crate::model::MacAddress::new([2, 0, 0, 0, 0, last]).unwrap(),
+            from: LearntFrom::Configuration,
+            vlan: "42".parse().ok(),
+            ips,
+        }],
+        problem: Some(String::new()),
+    };
+    let ip = FoundIp { ip: "fd00::1".parse().unwrap(), from: LearntFrom::Configuration, router: Some(true) };
+    let mut directory = Directory::default();
+    for (number, last) in [(1, 1), (2, 2)] {
+        directory.arrive(vm(number, vec![ip], last));
+    }
+    directory.arrive(vm(3, Vec::new(), 3));
+    directory.leave(LeftVm {
+        vm_id: VmId(uuid::Uuid::from_u128(4)),
+        vm_name: "vm4".to_owned(),
+        left_unix_ms: 0,
+        went_by: Some(MigrationId(uuid::Uuid::from_u128(2))),
+        went_to: Some("192.0.2.2".to_owned()),
+        macs: vec![mac],
+    });
+    directory.book(1, "host")
 }

@@ -23,6 +23,7 @@ use serde::Serialize;
 use self::lab::{
     Folder, Guest, LIMIT, Lab, MEMORY_BYTES, NAME, Obstacle, OwnChild, failed, file, heartbeat, kill_machines,
 };
+use crate::announce::conflict::OnConflict;
 use crate::link::{Address, Listener};
 use crate::migrate::{CancelFlag, SourceOptions};
 use crate::model::id::VmName;
@@ -416,6 +417,7 @@ fn migration(lab: &Lab<'_>, verify: bool) -> Result<Success, Obstacle> {
         serial: SerialSpec::File(console.clone()),
         places: places.clone(),
         announce: AnnounceConfig::default(),
+        on_conflict: OnConflict::Off,
         events: None,
         hold: None,
         stall: Duration::from_secs(5),
@@ -425,6 +427,7 @@ fn migration(lab: &Lab<'_>, verify: bool) -> Result<Success, Obstacle> {
         to,
         options: SourceOptions { verify, stall: target.stall, doubt: target.stall, ..SourceOptions::default() },
         foresee: Foresee::AsItGoes,
+        announce: AnnounceConfig::default(),
         never_stunned: Vec::new(),
         run_dir: guest.places.run_dir.clone(),
         insecure_plaintext: false,

@@ -166,6 +166,19 @@ impl RemoteMachine {
         }
     }
 
+    /// Has the machine, whose VM runs here again, send the rounds of announcements that follow the first one, whatever becomes of this manager.
+    ///
+    /// # Errors
+    /// It does not run, or the machine is gone.
+    pub fn repeat_announcements(
+        &mut self,
+        instants: impl Iterator<Item = Duration>,
+        frames_per_second: Option<u32>,
+    ) -> Result<(), MachineError> {
+        let instants_ns = instants.map(|instant| instant.as_nanos() as u64).collect();
+        self.order("announce on", &Request::RepeatAnnouncements { instants_ns, frames_per_second })
+    }
+
     /// Takes over the descriptors of its faults, if there are any.
     fn faults(&mut self, request: &Request) -> Result<Option<Arc<dyn Faults>>, MachineError> {
         let fail = |error: &dyn std::fmt::Display| gone(CATCH, error.to_string());

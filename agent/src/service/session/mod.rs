@@ -130,6 +130,13 @@ pub enum Request {
     CaughtUp,
     /// [`crate::port::Relay::end_relay`]
     EndRelay,
+    /// The VM runs here again: send rounds of announcements at these times from now, by yourself.
+    RepeatAnnouncements {
+        /// Nanoseconds from now, at most 1000 of them.
+        instants_ns: Vec<u64>,
+        /// What all who announce at this host may send together; none: no limit.
+        frames_per_second: Option<u32>,
+    },
 }
 
 /// What a target's machine process is to become.
