@@ -351,6 +351,7 @@ fn accept_offer(listener: &TcpListener) -> Result<RawPeer> {
         // Ends with the source.
         std::thread::spawn(move || stream.drain());
     }
+    let Some(ControlMessage::Place(_)) = peer.recv()? else { anyhow::bail!("it does not say where its ports are") };
     Ok(peer)
 }
 

@@ -83,7 +83,8 @@ const SHORTEST: Duration = Duration::from_millis(50);
 
 fn describe(book: &AddressBook, by_agent: bool) -> String {
     let how = if by_agent { "kept by the agent" } else { "found in passing: no agent runs" };
-    let mut text = format!("{} VMs at {} ({how})\n", book.vms.len(), book.host);
+    let plural = if book.vms.len() == 1 { "" } else { "s" };
+    let mut text = format!("{} VM{plural} at {} ({how})\n", book.vms.len(), book.host);
     for vm in &book.vms {
         text += &describe_vm(vm, book.unix_ms);
     }

@@ -124,14 +124,21 @@ fn network(page: &mut String, report: &MigrationReport) {
             word(&followed.verdict),
             followed.port.clone().unwrap_or_default(),
             followed.after_first_ns.map_or_else(String::new, time),
-            followed.causes.first().map_or_else(String::new, |cause| cause.sentence.to_owned()),
+            followed.causes.first().map_or_else(String::new, |cause| word(&cause.cause)),
         ]
     });
     let headings = ["host", "bridge", "Ethernet address", "", "behind", "after", "why not"];
     table(page, "Bridges", &headings, rows.collect());
     let conflicts = network.asked.iter().flat_map(|asked| &asked.conflicts);
-    let rows = conflicts.map(|conflict| vec![conflict.to_string(), conflict.remedy().to_owned()]);
-    table(page, "Who else has its addresses", &["", "what to do"], rows.collect());
+    let rows = conflicts.map(|conflict| {
+        vec![
+            word(&conflict.kind),
+            conflict.ip.map_or_else(String::new, |ip| ip.to_string()),
+            conflict.mac.to_string(),
+            conflict.ports.join(", "),
+        ]
+    });
+    table(page, "Who else has its addresses", &["", "IP address", "Ethernet address", "behind"], rows.collect());
 }
 
 fn writers(page: &mut String, report: &MigrationReport) {
@@ -235,7 +242,7 @@ mod tests {
             "rounds_sent":1,"frames_sent":4,"target":[{"bridge":"<br0>","mac":"02:00:00:00:00:01","verdict":"not-relearned","moves":0,"causes":[{"cause":"silence"}]}],"source":[]}}"#;
         let Some(NetworkWord::Last(network)) = NetworkWord::read(text) else { panic!() };
         let page = migration_html(&MigrationReport { network: Some(network), ..sample() });
-        for words in ["&lt;br0&gt;", "no announcement has come in", "answers for 10.0.0.1", "&lt;up0&gt;"] {
+        for words in ["&lt;br0&gt;", ">silence<", ">10.0.0.1<", ">02:00:00:00:00:02<", "&lt;up0&gt;"] {
             assert!(page.contains(words), "{words}");
         }
         assert!(!page.contains("<br0>") && !page.contains("<up0>"));
