@@ -177,8 +177,8 @@ mod tests {
     fn a_flood_by_the_relay_is_bounded() {
         let mut arrivals = Arrivals::default();
         arrivals.await_relay();
-        let taken = (0..10_000).filter(|_| arrivals.relay(vec![0; 1500])).count();
-        assert_eq!(taken, MOST_BYTES / 1500);
+        let had_room = (0..10_000).filter(|_| arrivals.relay(vec![0; 1500])).count();
+        assert_eq!(had_room, MOST_BYTES / 1500);
         // What had no room there is not taken for a copy of what came through the port.
         assert!(!arrivals.relay(vec![1; 1500]));
         arrivals.keep_back(vec![1; 1500]);
