@@ -16,8 +16,8 @@ use crate::model::{
     AddressSpace, AnnounceReport, AnnounceRound, BlackoutLedger, BlackoutPhase, BytesPerSecond, Chosen, CurvePoint,
     Ending, Gfn, Gpa, GuestProcess, GuestWrite, Gva, LinkReport, LoanReport, MacAddress, MemoryRange, MigrationId,
     MigrationRecord, MigrationReport, MigrationStatus, Owner, PageCount, PostCopyReport, ReducerReport, RegionHeat,
-    RelayReport, RoundReport, SqueezeReport, Stage, Station, Step, StunReport, VcpuStun, VmId, WaitBucket, WaitReport,
-    WriteCurve, Writer,
+    RelayReport, RoundReport, SqueezeReport, Stage, Station, Step, StunReport, TunnelReport, VcpuStun, VmId,
+    WaitBucket, WaitReport, WriteCurve, Writer,
 };
 use crate::port::Protected;
 use crate::service::balloon::{BalloonReport, HintReport};
@@ -73,6 +73,7 @@ fn migration() -> Value {
         }),
         loan: Some(LoanReport { taken_back_increment: Some(0), ..LoanReport::default() }),
         relay: Some(RelayReport::default()),
+        tunnel: Some(TunnelReport::default()),
         stun: Some(stun_report()),
         link: Some(LinkReport {
             interface: String::new(),
@@ -533,6 +534,7 @@ fn samples() -> Vec<Value> {
     all.extend(followed_announcements());
     all.extend(fleet());
     all.extend(vm::receive::samples());
+    all.extend(crate::service::tunnel::list::samples());
     all.extend(pki::samples());
     all.extend(events::samples());
     all.extend(crate::store::fuzz_seeds().iter().map(|line| serde_json::from_slice::<Value>(line).unwrap()));

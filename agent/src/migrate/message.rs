@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::{BlackoutLedger, MachineShape, MigrationId, RegionSpec, RelayedFrame, WaitReport};
+use crate::model::{BlackoutLedger, MachineShape, MigrationId, RegionSpec, RelayedFrame, TunnelOffer, WaitReport};
 
 /// The source's offer: everything that the target must be able to provide.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -153,6 +153,10 @@ pub enum ControlMessage {
     CaughtUp,
     /// Source → target: no more will follow.
     RelayOver,
+    /// Source → target, before the first round: the VM keeps its addresses by a tunnel, whose other end is there; make yours.
+    Tunnel(Box<TunnelOffer>),
+    /// Target → source: it is made, and answers.
+    TunnelMade,
 }
 
 impl ControlMessage {
@@ -190,6 +194,8 @@ impl ControlMessage {
             Self::Frames(_) => "frames",
             Self::CaughtUp => "caught-up",
             Self::RelayOver => "relay-over",
+            Self::Tunnel(_) => "tunnel",
+            Self::TunnelMade => "tunnel-made",
         }
     }
 }

@@ -23,8 +23,8 @@ use super::options::Safety;
 use super::owed::{Owed, check_run, owed_pages};
 use super::reduce::{Unpacker, known_packings};
 use crate::model::{
-    BlackoutLedger, BlackoutPhase, MAX_BOOT_IMAGE_BYTES, MigrationId, Owner, Packing, PageBitmap, PageRun, Step, VmId,
-    WaitReport,
+    BlackoutLedger, BlackoutPhase, MAX_BOOT_IMAGE_BYTES, MigrationId, Owner, Packing, PageBitmap, PageRun, Step,
+    TunnelOffer, VmId, WaitReport,
 };
 use crate::port::{
     Bell, BulkItem, BulkReceiver, BulkSender, Clock, ControlChannel, Fate, Faults, Job, LinkError, Machine,
@@ -112,6 +112,14 @@ pub trait Host: Send {
     /// # Errors
     /// A reason for the source's operator.
     fn reserve(&mut self, offer: &Offer) -> Result<Reservation, String>;
+
+    /// Makes this host's end of a tunnel for the VM that was reserved for, and answers in it. Goes when the VM does not come.
+    ///
+    /// # Errors
+    /// A reason for the source's operator.
+    fn make_tunnel(&mut self, offer: &TunnelOffer) -> Result<(), String> {
+        Err(format!("this host makes no tunnels, not to {} either", offer.former))
+    }
 }
 
 /// Whether a prepared VM can run on loan.
@@ -378,6 +386,12 @@ impl Target<'_> {
                 }
                 Some(ControlMessage::Reducing(names)) if inflow.packings.get().is_none() => {
                     let _ = inflow.packings.set(known_packings(&names).map_err(TargetError::Refused)?);
+                }
+                Some(ControlMessage::Tunnel(offer)) => {
+                    inflow.touch();
+                    self.host.make_tunnel(&offer).map_err(TargetError::Refused)?;
+                    inflow.touch();
+                    control.send(&ControlMessage::TunnelMade)?;
                 }
                 Some(ControlMessage::PostCopy) if inflow.faults.get().is_none() && requests.is_some() => {
                     inflow.touch();

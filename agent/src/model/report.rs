@@ -10,6 +10,7 @@ use super::relay::RelayReport;
 use super::schema::Schema;
 use super::stage::Stage;
 use super::stun::StunReport;
+use super::tunnel::TunnelReport;
 
 /// One round of pages.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -255,6 +256,9 @@ pub struct MigrationReport {
     /// Frames that came to the VM's former place and were carried to it; absent where nothing could come.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub relay: Option<RelayReport>,
+    /// By what the VM keeps its addresses in another subnet; absent where that was not asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tunnel: Option<TunnelReport>,
     /// What was done to writers; absent where that was not asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stun: Option<StunReport>,

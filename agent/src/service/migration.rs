@@ -18,12 +18,13 @@ use super::session::RemoteMachine;
 use super::steering::{self, Steered};
 use super::traffic::Traffic;
 use super::trust::{TlsOptions, tls_for};
+use super::tunnel::former::{FormerEnd, FormerRequest};
 use crate::link::{Address, TcpSource, TlsError};
 use crate::migrate::source::Source;
 use crate::migrate::{CancelFlag, ControlMessage, Observer, OnStuck, Pace, SourceOptions};
 use crate::model::id::VmName;
-use crate::model::{LinkReport, MigrationId, MigrationRecord, MigrationReport, VmRef, WriteCurve};
-use crate::port::{JournalError, JournalRecord, LinkError, MachineError, Region};
+use crate::model::{LinkReport, MigrationId, MigrationRecord, MigrationReport, TunnelSpec, VmRef, WriteCurve};
+use crate::port::{JournalError, JournalRecord, LinkError, MachineError, Region, SourceTunnel};
 use crate::store::{FileJournal, HistoryLog};
 
 /// A migration that could not even begin; the VM was not touched.
@@ -95,6 +96,8 @@ pub struct MigrateRequest {
     pub insecure_plaintext: bool,
     /// What an encrypted link is made with.
     pub tls: TlsOptions,
+    /// By what the VM is to keep its addresses in another subnet.
+    pub tunnel: Option<TunnelSpec>,
     /// Where events go, one JSON object a line.
     pub events: Option<PathBuf>,
     /// Show progress on a terminal.
@@ -141,6 +144,8 @@ struct Begun {
     /// What is expected of it.
     foresight: Option<Foresight>,
     traffic: Option<Traffic>,
+    /// This host's end of a tunnel.
+    tunnel: Option<FormerEnd>,
     show_progress: bool,
 }
 
@@ -242,7 +247,20 @@ pub fn migrate(request: MigrateRequest, cancel: CancelFlag) -> Result<MigrationR
     let host = request.to.host().to_owned();
     let foresight = Some(foresight);
     let show_progress = request.show_progress;
-    let begun = Begun { migration, entry, machine, link, log, options, kind, host, foresight, traffic, show_progress };
+    let tunnel = request.tunnel.map(|spec| {
+        FormerEnd::new(FormerRequest {
+            spec,
+            to: request.to.clone(),
+            migration,
+            vm_id: entry.vm_id,
+            vm_name: entry.name.clone(),
+            nets: machine.shape().nets.clone(),
+            run_dir: request.run_dir.clone(),
+            state_dir: entry.state_dir.clone(),
+        })
+    });
+    let begun =
+        Begun { migration, entry, machine, link, log, options, kind, host, foresight, traffic, tunnel, show_progress };
     Ok(drive(begun, &registry, &cancel, "migrate", |source| source.run()))
 }
 
@@ -283,8 +301,9 @@ pub fn recover(request: RecoverRequest, cancel: CancelFlag) -> Result<MigrationR
     let options = SourceOptions { peer: to.to_string(), ..request.options };
     let kind = "recovery".to_owned();
     let (host, show_progress) = (to.host().to_owned(), request.show_progress);
-    let (foresight, traffic) = (None, Traffic::toward(&to));
-    let begun = Begun { migration, entry, machine, link, log, options, kind, host, foresight, traffic, show_progress };
+    let (foresight, traffic, tunnel) = (None, Traffic::toward(&to), None);
+    let begun =
+        Begun { migration, entry, machine, link, log, options, kind, host, foresight, traffic, tunnel, show_progress };
     Ok(drive(begun, &registry, &cancel, "recover", |source| match lease {
         Some(lease) => source.recover_loan(lease),
         None => source.recover(),
@@ -310,6 +329,7 @@ fn drive(
         host,
         foresight,
         mut traffic,
+        mut tunnel,
         show_progress,
     } = begun;
     let shape = machine.shape().clone();
@@ -357,7 +377,9 @@ fn drive(
         observer: &All(&observers),
         cancel: cancel.clone(),
         pace,
+        tunnel: tunnel.as_mut().map(|tunnel| tunnel as &mut dyn SourceTunnel),
     });
+    report.tunnel = tunnel.and_then(|tunnel| tunnel.settle(report.ending));
     let seen = traffic.map(|traffic| traffic.report(report.wire_bytes)).unwrap_or_default();
     report.link = Some(LinkReport { encryption: link.encryption(), ..seen });
     if let Some(foresight) = &foresight {

@@ -19,13 +19,15 @@ use super::machine::Places;
 use super::pacing::Pacer;
 use super::registry::{MachineEntry, Registry, RegistryError};
 use super::session::{Creation, RemoteMachine, SESSION_VERSION};
+use super::tunnel::came_back;
+use super::tunnel::new::{Guest, NewEnd};
 use crate::announce::pace::Urgency;
 use crate::link::{Arrival, Listener, TcpTarget};
 use crate::migrate::target::{Arrived, Host, Orphan, RelayPhase, Reservation, Target, TargetError};
 use crate::migrate::{AnswerError, CancelFlag, ControlMessage, Offer, answer};
 use crate::model::id::VmName;
 use crate::model::network::{Followed, Verdict};
-use crate::model::{DiskSpec, MachineShape, MigrationId, NetSpec, SerialSpec, VmRef, WaitReport};
+use crate::model::{DiskSpec, MachineShape, MigrationId, NetSpec, SerialSpec, TunnelOffer, VmRef, WaitReport};
 use crate::net::tap::Tap;
 use crate::port::{Clock, JournalError, LinkError, MachineError, Region, TargetLink};
 use crate::service::out::complain;
@@ -77,6 +79,8 @@ pub struct ReceiveRequest {
     pub disks: Vec<DiskSpec>,
     /// Where the console goes.
     pub serial: SerialSpec,
+    /// Whether a source may have a tunnel made here.
+    pub tunnel: bool,
     /// Where things are.
     pub places: Places,
     /// When announcements are repeated, and how many all VMs of the host may send.
@@ -95,6 +99,16 @@ struct LocalHost<'a> {
     child: Option<Child>,
     /// What the machine is called here, once one was asked for.
     name: Option<VmName>,
+    /// What it was made as, and by which migration.
+    made: Option<(MigrationId, MachineShape)>,
+    /// This host's end of its tunnel.
+    tunnel: Option<NewEnd>,
+}
+
+impl<'a> LocalHost<'a> {
+    fn new(request: &'a ReceiveRequest) -> Self {
+        Self { request, child: None, name: None, made: None, tunnel: None }
+    }
 }
 
 impl LocalHost<'_> {
@@ -191,6 +205,7 @@ impl LocalHost<'_> {
             return Err(format!("there is no tap `{}` here; make it, or name another with --net", net.tap));
         }
         let journal = FileJournal::open(&places.state_dir).map_err(|error| error.to_string())?;
+        self.made = Some((offer.migration_id, shape.clone()));
         let (child, stream) = self.spawn().map_err(|error| format!("starting a machine process: {error}"))?;
         let pid = child.id();
         self.child = Some(child);
@@ -243,6 +258,20 @@ impl Host for LocalHost<'_> {
             }
         }
     }
+
+    fn make_tunnel(&mut self, offer: &TunnelOffer) -> Result<(), String> {
+        if !self.request.tunnel {
+            return Err("this receiver makes no tunnels for VMs from other subnets; start it with --tunnel".to_owned());
+        }
+        let Some((migration, shape)) = &self.made else { return Err("a tunnel for no VM".to_owned()) };
+        if self.tunnel.is_some() {
+            return Err("a second tunnel for one VM".to_owned());
+        }
+        let guest = Guest { migration: *migration, vm_id: shape.vm_id, vm_name: &shape.name, nets: &shape.nets };
+        let end = NewEnd::open(offer, &self.request.places, guest).map_err(|error| error.to_string())?;
+        self.tunnel = Some(end);
+        Ok(())
+    }
 }
 
 /// A machine's process: a child of this manager, or of one before it.
@@ -289,6 +318,8 @@ pub struct Received {
     pub process: MachineProcess,
     /// Pages compared under `--verify`.
     pub verified_pages: u64,
+    /// This host's end of its tunnel; goes with the machine, and stays when only the manager goes.
+    tunnel: Option<NewEnd>,
 }
 
 /// Waits for one VM. Attempts that fail before the VM is here are reported, and waited on for the next.
@@ -337,7 +368,7 @@ fn attempt(
     }
     let observer = EventLog::new(migration, "target", request.events.as_deref(), request.hold.clone())
         .map_err(ReceiveError::Events)?;
-    let mut host = LocalHost { request, child: None, name: None };
+    let mut host = LocalHost::new(request);
     let arrived = Target {
         link: &mut link,
         host: &mut host,
@@ -352,8 +383,11 @@ fn attempt(
     match (arrived, child.zip(host.name.clone())) {
         (Ok(arrived), Some((child, name))) => {
             let (migration_id, verified_pages) = (arrived.migration_id, arrived.verified_pages);
+            let mut tunnel = host.tunnel.take();
+            tunnel.iter_mut().for_each(NewEnd::let_be);
+            came_back(&request.places.run_dir, arrived.vm_id);
             repeat_announcements(arrived, request, &name);
-            Ok(Some(Received { migration_id, name, process: MachineProcess::Child(child), verified_pages }))
+            Ok(Some(Received { migration_id, name, process: MachineProcess::Child(child), verified_pages, tunnel }))
         }
         (Ok(_), None) => unreachable!("a VM arrived without a machine process"),
         (Err(error), child) => {
@@ -362,6 +396,10 @@ fn attempt(
             let ours = !matches!(error, TargetError::LostOwned(_) | TargetError::Owing { .. });
             if let Some((mut child, _)) = child.filter(|_| ours) {
                 end(&mut child);
+            }
+            // Where the VM runs on it needs its tunnel.
+            if matches!(error, TargetError::Owing { .. }) {
+                host.tunnel.iter_mut().for_each(NewEnd::let_be);
             }
             host.sweep();
             Err(error.into())
@@ -395,7 +433,7 @@ pub fn recover(
     let mut link = TcpTarget::<ControlMessage>::unconnected(listener, migration_id, request.stall);
     let arrived = Target {
         link: &mut link,
-        host: &mut LocalHost { request, child: None, name: None },
+        host: &mut LocalHost::new(request),
         clock: &MonotonicClock,
         observer: &observer,
         cancel: cancel.clone(),
@@ -405,7 +443,8 @@ pub fn recover(
     .recover(orphan)?;
     let name = entry.name.clone();
     repeat_announcements(arrived, request, &name);
-    Ok(Received { migration_id, name, process: MachineProcess::Adopted(entry), verified_pages: 0 })
+    let tunnel = NewEnd::adopt(&request.places.run_dir, entry.vm_id);
+    Ok(Received { migration_id, name, process: MachineProcess::Adopted(entry), verified_pages: 0, tunnel })
 }
 
 /// Sees a discarded machine process off.
@@ -483,6 +522,9 @@ pub fn answer_questions(
         if let Some(well) = received.process.ended() {
             // One that was killed could not take itself out of the run folder.
             Registry::new(&request.places.run_dir).sweep(&received.name);
+            if let Some(tunnel) = received.tunnel.take() {
+                tunnel.end();
+            }
             return Ok(Some(well));
         }
         let Some(arrival) = listener.accept(TICK)? else { continue };

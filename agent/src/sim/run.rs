@@ -156,6 +156,7 @@ fn source_main(sim: &Arc<Scheduler>, scenario: &Scenario, is_first: bool) -> Opt
         observer: &SimObserver { sim: Arc::clone(sim), side: Side::Source },
         cancel: sim.with(|world| world.cancelled[Side::Source.index()].clone()),
         pace: if is_first { sim.with(|world| world.pace.clone()) } else { Pace::new(options.bandwidth) },
+        tunnel: None,
     };
     let lent = sim.with(|world| match world.host(Side::Source).journal.last() {
         Some(JournalRecord::Lent { lease_ms, .. }) => Some(Duration::from_millis(*lease_ms)),
