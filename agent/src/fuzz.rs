@@ -29,7 +29,7 @@ use crate::model::units::{parse_duration, parse_size_bytes};
 use crate::model::{
     AskedReport, BlackoutLedger, BytesPerSecond, DirtyLogKind, DiskSpec, MacAddress, MachineShape, MigrationId,
     NetSpec, NetworkPlace, NetworkReport, NetworkWord, Packing, PageCount, PageRun, RegionId, RelayedFrame, SerialSpec,
-    Station, Step, VlanTags, VmId, VmRef, WriteCurve, Writer,
+    Station, Step, TunnelEntry, TunnelOffer, TunnelSpec, VlanTags, VmId, VmRef, WriteCurve, Writer,
 };
 use crate::service::balloon::BalloonReport;
 use crate::service::config;
@@ -160,12 +160,22 @@ fn control_message(input: &[u8]) {
     let Ok(message) = decode_message::<ControlMessage>(input) else { return };
     let written = postcard::to_stdvec(&message).expect("what was read can be written");
     assert_eq!(decode_message::<ControlMessage>(&written), Ok(message.clone()));
+    if let ControlMessage::Tunnel(offer) = &message
+        && offer.check().is_ok()
+    {
+        assert!((1..=16).contains(&offer.lines.len()) && offer.former != offer.new, "an absurd tunnel passed");
+    }
     if let ControlMessage::Offer(offer) = message
         && check_offer(&offer).is_ok()
     {
         assert!((1..=MAX_MEMORY_BYTES).contains(&offer.shape.memory_bytes), "an absurd offer passed");
         assert!((1..=64).contains(&offer.streams), "an absurd offer passed");
     }
+}
+
+fn tunnel_offer() -> TunnelOffer {
+    let text = br#"{"former":"192.0.2.1","new":"198.51.100.1","port":4789,"lines":[{"mac":"02:00:00:00:00:01","vni":7,"lan_mtu_bytes":1500}]}"#;
+    serde_json::from_slice(text).expect("an offer")
 }
 
 fn shape() -> MachineShape {
@@ -198,6 +208,7 @@ fn control_seeds() -> Vec<Vec<u8>> {
         ControlMessage::Query(id),
         ControlMessage::State(TargetState::Owner),
         ControlMessage::Frames(vec![RelayedFrame { port: 1, bytes: vec![2; 60] }]),
+        ControlMessage::Tunnel(Box::new(tunnel_offer())),
         ControlMessage::Reducing(vec!["lz4".to_owned(), "dedup".to_owned()]),
         ControlMessage::Place(NetworkPlace { boot_id: Uuid::nil(), device: 4, inode: 5 }),
         ControlMessage::Network(NetworkWord::Asking.to_text()),
@@ -288,6 +299,7 @@ fn json(input: &[u8]) {
     let _ = serde_json::from_slice::<VmInfo>(input);
     let _ = serde_json::from_slice::<BalloonReport>(input);
     let _ = serde_json::from_slice::<Outcome>(input);
+    let _ = serde_json::from_slice::<TunnelEntry>(input);
     let _ = serde_json::from_slice::<Writer>(input).map(|writer| writer.to_string());
     if let Ok(curve) = serde_json::from_slice::<WriteCurve>(input) {
         let (last, beyond) = (curve.last().unique_pages, curve.at(Duration::MAX));
@@ -313,6 +325,7 @@ fn json_seeds() -> Vec<Vec<u8>> {
         br#"{"error":"no"}"#.to_vec(),
         JSON_CURVE.to_vec(),
         JSON_WRITER.to_vec(),
+        JSON_TUNNEL.to_vec(),
     ]
 }
 
@@ -321,6 +334,11 @@ const JSON_CURVE: &[u8] =
 {"interval_ns":9,"unique_pages":3,"low_pages":2,"high_pages":4}]}"#;
 const JSON_WRITER: &[u8] =
     br#"{"kind":"address-space","vcpu":0,"address_space":4096,"process":{"pid":1,"name":"init"}}"#;
+
+const JSON_TUNNEL: &[u8] =
+    br#"{"id":"7","vm_id":"6ba7b810-9dad-41d1-80b4-00c04fd430c8","vm_name":"a","migration_id":"6ba7b810-9dad-41d1-80b4-00c04fd430c8",
+"side":"new","local":"192.0.2.1","remote":"198.51.100.1","port":4789,"mtu_bytes":1450,"since_unix_ms":1,"boot_id":"b","namespace":1,"state_dir":"/s",
+"lines":[{"device":"dln-7","vni":7,"tap":"t","bridge":"b","mac":"02:00:00:00:00:01","ips":["10.0.0.1"],"lan_mtu_bytes":1500}]}"#;
 
 /// Everything that an operator writes on a command line.
 fn words(input: &[u8]) {
@@ -338,6 +356,7 @@ fn words(input: &[u8]) {
     says_what_it_read::<Compress>(text);
     says_what_it_read::<Step>(text);
     says_what_it_read::<VlanTags>(text);
+    says_what_it_read::<TunnelSpec>(text);
     let _ = text.parse::<Station>();
     let _ = text.parse::<NetSpec>();
     let _ = text.parse::<DiskSpec>();
@@ -367,6 +386,8 @@ fn word_seeds() -> Vec<Vec<u8>> {
         "tap=t0,mac=02:00:00:00:00:01,ip=10.0.0.2,ip=fd00::2",
         "mac=02:00:00:00:00:01,ip=10.0.0.2,router=fd00::2,vlan=100.42",
         "100.42",
+        "vxlan,remote=192.0.2.7,local=fd00::1,port=8472,vni=77",
+        "vxlan,remote=192.0.2.7,local=198.51.100.1",
         "path=/d.img,readonly",
         "socket=/s",
         "1.5GiB",

@@ -7,7 +7,7 @@
 //! |---|---|---|
 //! | faces | [`cli`], [`tui`] | arguments and keys in, human or JSON out |
 //! | service | [`service`] | the composition root: machine host, migration managers, observer |
-//! | policy | [`migrate`], [`announce`], [`stun`], [`track`], [`predict`] | the subject itself, generic over ports |
+//! | policy | [`migrate`], [`announce`], [`tunnel`], [`stun`], [`track`], [`predict`] | the subject itself, generic over ports |
 //! | mechanism | [`kvm`], [`block`], [`net`], [`cgroup`], [`link`], [`shm`], [`probe`], [`btf`], [`trial`], [`foreign`], [`guest_os`], [`store`], [`draw`], `time` | one kernel interface each, thin |
 //! | ports | [`port`] | the traits that join policy to mechanism |
 //! | words | [`model`] | newtypes with units, neutral names |
@@ -46,3 +46,4 @@ mod time;
 pub mod track;
 pub mod trial;
 pub mod tui;
+pub mod tunnel;

@@ -29,6 +29,7 @@ pub mod stats;
 pub mod tap;
 pub mod topology;
 pub mod wait;
+pub mod wan;
 pub mod wire;
 
 pub use binary::dunlin;

@@ -135,7 +135,7 @@ impl Lan {
 }
 
 /// The `ip` lines that make a bridge.
-fn bridge(name: &str, mtu_bytes: u16) -> Vec<String> {
+pub(crate) fn bridge(name: &str, mtu_bytes: u16) -> Vec<String> {
     vec![
         format!("link add {name} mtu {mtu_bytes} type bridge stp_state 0 forward_delay 0 mcast_snooping 0"),
         format!("link set {name} addrgenmode none"),
@@ -144,12 +144,12 @@ fn bridge(name: &str, mtu_bytes: u16) -> Vec<String> {
 }
 
 /// The `ip` lines that put an interface under a bridge.
-fn port(name: &str, bridge: &str) -> Vec<String> {
+pub(crate) fn port(name: &str, bridge: &str) -> Vec<String> {
     vec![format!("link set {name} master {bridge}"), format!("link set {name} up")]
 }
 
 /// Lays a veth cable between two namespaces; both ends are down.
-fn cable(one: &Netns, one_name: &str, other: &Netns, other_name: &str, mtu_bytes: u16) -> Result<()> {
+pub(crate) fn cable(one: &Netns, one_name: &str, other: &Netns, other_name: &str, mtu_bytes: u16) -> Result<()> {
     one.ip_batch(&[
         format!(
             "link add {one_name} mtu {mtu_bytes} type veth peer name {other_name} mtu {mtu_bytes} netns {}",

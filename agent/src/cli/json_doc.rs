@@ -16,8 +16,8 @@ use crate::model::{
     AddressSpace, AnnounceReport, AnnounceRound, AskedReport, BlackoutLedger, BlackoutPhase, BytesPerSecond, Chosen,
     CurvePoint, Ending, Gfn, Gpa, GuestProcess, GuestWrite, Gva, LinkReport, LoanReport, MacAddress, MemoryRange,
     MigrationId, MigrationRecord, MigrationReport, MigrationStatus, NetworkReport, Owner, PageCount, PostCopyReport,
-    ReducerReport, RegionHeat, RelayReport, RoundReport, SqueezeReport, Stage, Station, Step, StunReport, VcpuStun,
-    VmId, WaitBucket, WaitReport, WriteCurve, Writer,
+    ReducerReport, RegionHeat, RelayReport, RoundReport, SqueezeReport, Stage, Station, Step, StunReport, TunnelReport,
+    VcpuStun, VmId, WaitBucket, WaitReport, WriteCurve, Writer,
 };
 use crate::port::Protected;
 use crate::service::balloon::{BalloonReport, HintReport};
@@ -74,6 +74,7 @@ fn migration() -> Value {
         loan: Some(LoanReport { taken_back_increment: Some(0), ..LoanReport::default() }),
         relay: Some(RelayReport::default()),
         network: Some(network()),
+        tunnel: Some(TunnelReport::default()),
         stun: Some(stun_report()),
         link: Some(LinkReport {
             interface: String::new(),
@@ -552,6 +553,7 @@ fn samples() -> Vec<Value> {
     let host = String::new();
     all.push(tagged(&crate::service::addresses::Origin { migration_id: MigrationId::random(), host }));
     all.extend(vm::receive::samples());
+    all.extend(crate::service::tunnel::list::samples());
     all.extend(pki::samples());
     all.extend(events::samples());
     all.extend(crate::store::fuzz_seeds().iter().map(|line| serde_json::from_slice::<Value>(line).unwrap()));

@@ -15,7 +15,9 @@ use crate::migrate::{OnStuck, Safety, SourceOptions, Strategy};
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
 use crate::model::units::{ParseQuantityError, display_bytes, display_duration, parse_duration};
-use crate::model::{BytesPerSecond, Ending, Foretold, ForetoldFrom, MigrationReport, MigrationStatus, VmRef};
+use crate::model::{
+    BytesPerSecond, Ending, Foretold, ForetoldFrom, MigrationReport, MigrationStatus, TunnelSpec, VmRef,
+};
 use crate::service::config::Config;
 use crate::service::control::Outcome;
 use crate::service::foresight::Foresee;
@@ -39,6 +41,7 @@ Examples:
   dunlin migrate web1 --to tcp://127.0.0.1:4460 --on-stuck stun
   dunlin migrate uuid:6ba7b810-9dad-41d1-80b4-00c04fd430c8 --to tcp://[fd00::7]:4460 --strategy stop-and-copy --verify
   dunlin migrate web1 --to tcp://127.0.0.1:4460 --strategy post-copy --safe-post-copy
+  dunlin migrate web1 --to tls://198.51.100.7:4460 --tunnel vxlan
   dunlin migrate web1 --status
   dunlin migrate web1 --set bandwidth=200Mbit
   dunlin migrate web1 --cancel
@@ -58,7 +61,7 @@ pub(super) struct MigrateArgs {
 
     /// Go on with a migration that was left in doubt here: its manager died, or could not reach the target any more. Pages that the VM is owed are sent; without --to to where it
     /// was released to.
-    #[arg(long, conflicts_with_all = ["strategy", "predict", "downtime", "max_rounds", "hybrid_rounds", "on_stuck", "verify", "safe_post_copy"], conflicts_with_all = STEERING)]
+    #[arg(long, conflicts_with_all = ["strategy", "predict", "downtime", "max_rounds", "hybrid_rounds", "on_stuck", "verify", "safe_post_copy", "tunnel"], conflicts_with_all = STEERING)]
     recover: bool,
 
     /// Show how far the migration of the VM is.
@@ -140,6 +143,11 @@ pub(super) struct MigrateArgs {
     #[arg(long, value_name = "TIME", default_value = "2s", value_parser = parse_duration)]
     relay: Duration,
 
+    /// Have the VM keep its addresses at a host in another subnet, by a tunnel between the hosts: vxlan[,remote=IP][,local=IP][,port=N][,vni=N]. This host's bridge answers for the VM and carries its traffic
+    /// until `dunlin tunnel drop`. The target must allow it (`dunlin vm receive --tunnel`), and UDP port 4789 must pass between the hosts.
+    #[arg(long, value_name = "TUNNEL")]
+    tunnel: Option<TunnelSpec>,
+
     #[command(flatten)]
     tls: TlsFileArgs,
 
@@ -162,7 +170,7 @@ const WITHOUT_TARGET: [&str; 5] = ["status", "set", "finish", "cancel", "recover
 /// Options that begin nothing.
 const STEERING: [&str; 4] = ["status", "set", "finish", "cancel"];
 /// Options of a migration that is to begin.
-const BEGINNING: [&str; 31] = [
+const BEGINNING: [&str; 32] = [
     "to",
     "strategy",
     "predict",
@@ -186,6 +194,7 @@ const BEGINNING: [&str; 31] = [
     "verify",
     "doubt",
     "relay",
+    "tunnel",
     "tls_ca",
     "tls_cert",
     "tls_key",
@@ -312,6 +321,11 @@ impl MigrateArgs {
                 );
             }
         }
+        if self.tunnel.is_some() && !json {
+            complain!(
+                "the tunnel carries the VM's own traffic as a LAN does, not encrypted: let only the two hosts send to its UDP port"
+            );
+        }
         let request = MigrateRequest {
             vm: self.vm,
             to,
@@ -322,6 +336,7 @@ impl MigrateArgs {
             run_dir: self.run_dir.path(config),
             insecure_plaintext: self.plaintext.is_allowed(config),
             tls: self.tls.options(config, self.tls_name),
+            tunnel: self.tunnel,
             events: self.watch.events,
             show_progress: !json,
             hold: self.watch.hold_at,
@@ -658,6 +673,18 @@ fn describe(report: &MigrationReport) -> String {
     }
     if let Some(network) = &report.network {
         text += &network::describe(network);
+    }
+    if let Some(tunnel) = &report.tunnel {
+        text += &format!(
+            "  tunnel     {} ({}) {} to {}, MTU {}, round trip {}; {}\n",
+            tunnel.id,
+            tunnel.kind,
+            tunnel.local,
+            tunnel.remote,
+            tunnel.mtu_bytes,
+            ns(tunnel.rtt_ns),
+            if tunnel.stays { "it stays until `dunlin tunnel drop`" } else { "it was taken down" }
+        );
     }
     for vcpu in report.stun.iter().flat_map(|stun| &stun.vcpus) {
         text += &format!(

@@ -24,6 +24,7 @@ mod rogue;
 mod signals;
 mod stun;
 mod top;
+mod tunnel;
 mod vm;
 mod watch;
 mod wws;
@@ -59,6 +60,8 @@ enum Command {
     Migrate(migrate::MigrateArgs),
     Report(report::ReportArgs),
     Resolve(resolve::ResolveArgs),
+    #[command(subcommand)]
+    Tunnel(tunnel::TunnelCommand),
     #[command(subcommand)]
     Vm(vm::VmCommand),
     DirtyRate(dirty_rate::DirtyRateArgs),
@@ -104,6 +107,7 @@ impl Cli {
             Command::Migrate(arguments) => arguments.run(json, &config),
             Command::Report(arguments) => arguments.run(json),
             Command::Resolve(arguments) => arguments.run(json, &config),
+            Command::Tunnel(command) => command.run(json, &config),
             Command::Vm(command) => command.run(json, &config),
             Command::DirtyRate(arguments) => arguments.run(json, &config),
             Command::Record(arguments) => arguments.run(json, &config),

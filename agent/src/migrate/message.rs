@@ -5,7 +5,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::{BlackoutLedger, MachineShape, MigrationId, NetworkPlace, RegionSpec, RelayedFrame, WaitReport};
+use crate::model::{
+    BlackoutLedger, MachineShape, MigrationId, NetworkPlace, RegionSpec, RelayedFrame, TunnelOffer, WaitReport,
+};
 
 /// The source's offer: everything that the target must be able to provide.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -157,6 +159,10 @@ pub enum ControlMessage {
     Place(NetworkPlace),
     /// Target → source, to one that has said `Place`: a [`crate::model::NetworkWord`].
     Network(String),
+    /// Source → target, before the first round: the VM keeps its addresses by a tunnel, whose other end is there; make yours.
+    Tunnel(Box<TunnelOffer>),
+    /// Target → source: it is made, and answers.
+    TunnelMade,
 }
 
 impl ControlMessage {
@@ -196,6 +202,8 @@ impl ControlMessage {
             Self::RelayOver => "relay-over",
             Self::Place(_) => "place",
             Self::Network(_) => "network",
+            Self::Tunnel(_) => "tunnel",
+            Self::TunnelMade => "tunnel-made",
         }
     }
 }

@@ -9,6 +9,7 @@ mod network;
 mod owing;
 mod relay;
 mod spare;
+mod tunnel;
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -33,6 +34,7 @@ use crate::model::{
 };
 use crate::port::{
     BulkSender, Clock, ControlChannel, Fate, FormerPorts, LinkError, Machine, MachineError, Region, SourceLink,
+    SourceTunnel, WireError,
 };
 use crate::stun::Budget;
 
@@ -74,6 +76,9 @@ pub enum SourceError {
     /// Pre-copy does not end, and that is reason enough.
     #[error("pre-copy gave up: {0}")]
     Stuck(String),
+    /// The VM's addresses cannot be kept there.
+    #[error("no tunnel: {0}")]
+    Tunnel(#[from] WireError),
     /// The right message at the wrong time.
     #[error("the peer broke the protocol: `{got}` while waiting for {wanted}")]
     Unexpected {
@@ -108,6 +113,8 @@ pub struct Source<'a> {
     pub pace: Pace,
     /// What the target has told of the network; nothing at first.
     pub heard: Heard,
+    /// By what the VM is to keep its addresses in another subnet.
+    pub tunnel: Option<&'a mut dyn SourceTunnel>,
 }
 
 /// What is known so far; becomes the report.
@@ -279,6 +286,7 @@ impl Source<'_> {
             loan: progress.loan,
             network: self.network_report(),
             relay: progress.relay,
+            tunnel: None,
             stun: progress.steward.map(|steward| steward.report()),
             link: None,
             chosen: None,
@@ -314,6 +322,7 @@ impl Source<'_> {
     {
         let control = self.link.control();
         let streams = self.reserve(progress, control.as_ref())?;
+        self.lay_tunnel(control.as_ref())?;
         let pacer = Pacer::new(self.clock, self.pace.clone());
         let reducers = &self.options.reducers;
         // More than the VM has is not needed.
@@ -881,7 +890,7 @@ impl Source<'_> {
         }
         match error {
             SourceError::Cancelled | SourceError::Stuck(_) => (Ending::Cancelled, reason),
-            SourceError::Refused(_) => (Ending::Refused, reason),
+            SourceError::Refused(_) | SourceError::Tunnel(_) => (Ending::Refused, reason),
             _ => (Ending::Failed, reason),
         }
     }

@@ -26,7 +26,7 @@ use super::owed::{Owed, check_run, owed_pages};
 use super::reduce::{Unpacker, known_packings};
 use crate::model::{
     BlackoutLedger, BlackoutPhase, MAX_BOOT_IMAGE_BYTES, MigrationId, NetworkPlace, NetworkReport, Owner, Packing,
-    PageBitmap, PageRun, Step, VmId, WaitReport,
+    PageBitmap, PageRun, Step, TunnelOffer, VmId, WaitReport,
 };
 use crate::port::{
     Bell, BulkItem, BulkReceiver, BulkSender, Clock, ControlChannel, Fate, Faults, Job, LinkError, Machine,
@@ -140,6 +140,14 @@ pub trait Host: Send {
     /// What has become of the host's bridges, and of asking: if all have relearned where the VM is and whoever was asked has had the time to answer, or it `is_late`. None if it is not known yet.
     fn network(&mut self, _is_late: bool) -> Option<NetworkReport> {
         Some(NetworkReport::default())
+    }
+
+    /// Makes this host's end of a tunnel for the VM that was reserved for, and answers in it. Goes when the VM does not come.
+    ///
+    /// # Errors
+    /// A reason for the source's operator.
+    fn make_tunnel(&mut self, offer: &TunnelOffer) -> Result<(), String> {
+        Err(format!("this host makes no tunnels, not to {} either", offer.former))
     }
 }
 
@@ -413,6 +421,12 @@ impl Target<'_> {
                 }
                 Some(ControlMessage::Reducing(names)) if inflow.packings.get().is_none() => {
                     let _ = inflow.packings.set(known_packings(&names).map_err(TargetError::Refused)?);
+                }
+                Some(ControlMessage::Tunnel(offer)) => {
+                    inflow.touch();
+                    self.host.make_tunnel(&offer).map_err(TargetError::Refused)?;
+                    inflow.touch();
+                    control.send(&ControlMessage::TunnelMade)?;
                 }
                 Some(ControlMessage::PostCopy) if inflow.faults.get().is_none() && requests.is_some() => {
                     inflow.touch();

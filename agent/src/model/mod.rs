@@ -35,6 +35,7 @@ pub mod schema;
 pub mod shape;
 pub mod stage;
 pub mod stun;
+pub mod tunnel;
 pub mod units;
 pub mod vlan;
 pub mod writer;
@@ -73,6 +74,9 @@ pub use stage::{Stage, Step};
 pub use stun::{
     Attribution, StunReport, ThrottleHolder, ThrottleStatus, ThrottleView, VcpuLimit, VcpuStun, VcpuThrottle,
     VcpuWrites, VmWrites,
+};
+pub use tunnel::{
+    OfferedLine, TunnelEntry, TunnelLine, TunnelOffer, TunnelReport, TunnelSide, TunnelSpec, TunnelTraffic, Vni,
 };
 pub use units::{BytesPerSecond, HUGE_PAGE_BYTES, PAGE_SIZE, PageCount, PageIndex, PagesPerSecond};
 pub use vlan::{VlanId, VlanTags};

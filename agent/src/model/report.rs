@@ -11,6 +11,7 @@ use super::relay::RelayReport;
 use super::schema::Schema;
 use super::stage::Stage;
 use super::stun::StunReport;
+use super::tunnel::TunnelReport;
 
 /// One round of pages.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -259,6 +260,9 @@ pub struct MigrationReport {
     /// Who claimed the VM's addresses, and which bridges have relearned where it is; absent where nothing is known of that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<NetworkReport>,
+    /// By what the VM keeps its addresses in another subnet; absent where that was not asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tunnel: Option<TunnelReport>,
     /// What was done to writers; absent where that was not asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stun: Option<StunReport>,

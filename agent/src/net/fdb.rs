@@ -288,16 +288,32 @@ pub fn learn(mac: MacAddress, port: &str) -> Result<(), NetError> {
     if !link.forwards() {
         return Err(NetError::WrongKind { name: port.to_owned(), expected: "forwarding port of a bridge" });
     }
+    // NTF_MASTER: the bridge's table, not the port's own.
+    put(mac, &link, NeighbourFlags::Controller)
+}
+
+/// Has the bridge of `port` send what is for `mac` there for as long as it hears nothing from `mac` elsewhere: unlike what it has learnt, such an entry does not age (`NTF_EXT_LEARNED`).
+///
+/// # Errors
+/// There is no such port, it is under no bridge, or there is no right to.
+pub fn point(mac: MacAddress, port: &str) -> Result<(), NetError> {
+    let link = bridge::link(port)?;
+    if link.port.is_none() {
+        return Err(NetError::WrongKind { name: port.to_owned(), expected: "port of a bridge" });
+    }
+    put(mac, &link, NeighbourFlags::Controller | NeighbourFlags::ExtLearned)
+}
+
+fn put(mac: MacAddress, port: &Link, flags: NeighbourFlags) -> Result<(), NetError> {
     let mut message = NeighbourMessage::default();
     message.header.family = AddressFamily::Bridge;
-    message.header.ifindex = link.index;
+    message.header.ifindex = port.index;
     message.header.state = NeighbourState::Reachable;
-    // NTF_MASTER: the bridge's table, not the port's own.
-    message.header.flags = NeighbourFlags::Controller;
+    message.header.flags = flags;
     message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.bytes().to_vec()));
     Requests::open()?.change(
         RouteNetlinkMessage::NewNeighbour(message),
         NLM_F_CREATE | NLM_F_REPLACE,
-        &format!("put {mac} behind `{port}`"),
+        &format!("put {mac} behind `{}`", port.name),
     )
 }

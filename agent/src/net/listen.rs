@@ -65,6 +65,14 @@ impl Listener {
     /// # Errors
     /// There is none, it is down, or there is no right to (CAP_NET_RAW).
     pub fn open(name: &str) -> Result<Self, NetError> {
+        Self::open_for(name, libc::ETH_P_ALL as u16)
+    }
+
+    /// Listens only to frames of one type that come in by it and are for this host: under a bridge those to groups that it does not forward.
+    ///
+    /// # Errors
+    /// As [`Listener::open`].
+    pub fn open_for(name: &str, ether_type: u16) -> Result<Self, NetError> {
         let link = bridge::link(name)?;
         if !link.up {
             return Err(NetError::Down { name: name.to_owned() });
@@ -88,7 +96,7 @@ impl Listener {
         // SAFETY: all-zero bytes are a valid `sockaddr_ll`, a plain C struct of integers.
         let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
         address.sll_family = libc::AF_PACKET as u16;
-        address.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
+        address.sll_protocol = ether_type.to_be();
         address.sll_ifindex = link.index as libc::c_int;
         // SAFETY: a whole `sockaddr_ll` of its own length, which lives through the call.
         let bound = unsafe {

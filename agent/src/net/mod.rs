@@ -1,19 +1,22 @@
-//! Network interfaces of the host: taps, raw frames on named interfaces, forwarding tables over rtnetlink.
+//! Network interfaces of the host: taps, raw frames on named interfaces, forwarding tables and devices of tunnels over rtnetlink.
 //!
 //! Thin: one kernel interface a file. Must not know what a frame means or when it is sent. Everything works in the network
 //! namespace of the calling thread; who wants another one enters it first (a socket keeps the namespace it was opened in).
 
 pub mod bridge;
 pub mod changes;
+pub mod device;
 pub mod fdb;
 pub mod former;
 pub mod listen;
 pub mod neighbour;
 mod netlink;
+pub mod path;
 pub mod place;
 pub mod pnet;
 pub mod tap;
 pub mod traffic;
+pub mod wires;
 
 use std::io;
 use std::time::Duration;

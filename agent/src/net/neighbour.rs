@@ -1,4 +1,4 @@
-//! The host's own neighbour tables (ARP and IPv6 neighbour discovery): read an entry, wait until it says what it should.
+//! The host's own neighbour tables (ARP and IPv6 neighbour discovery): read an entry, set one, wait until it says what it should.
 //!
 //! Owns `RTM_*NEIGH` of the families `AF_INET` and `AF_INET6`. Waiting is by notification, as in [`super::fdb`].
 
@@ -9,8 +9,10 @@ use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
 
 use super::NetError;
+use super::bridge;
 use super::fdb::GROUP_NEIGH;
 use super::netlink::{Event, Events, Requests};
 use crate::model::MacAddress;
@@ -90,6 +92,62 @@ pub fn lookup(ip: IpAddr) -> Result<Option<MacAddress>, NetError> {
         RouteNetlinkMessage::NewNeighbour(message) => mac_of(message, ip),
         _ => None,
     }))
+}
+
+/// An entry of the table of one interface, as a message about it.
+fn about(interface: u32, ip: IpAddr) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family = if ip.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    message.header.ifindex = interface;
+    message.attributes.push(NeighbourAttribute::Destination(match ip {
+        IpAddr::V4(ip) => NeighbourAddress::Inet(ip),
+        IpAddr::V6(ip) => NeighbourAddress::Inet6(ip),
+    }));
+    message
+}
+
+/// Has this host know that `ip` is `mac` on `interface`, for good, whatever it hears.
+///
+/// # Errors
+/// There is no such interface, it has no such protocol, or there is no right to.
+pub fn set(interface: &str, ip: IpAddr, mac: MacAddress) -> Result<(), NetError> {
+    let mut message = about(bridge::link(interface)?.index, ip);
+    message.header.state = NeighbourState::Permanent;
+    message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.bytes().to_vec()));
+    Requests::open()?.change(
+        RouteNetlinkMessage::NewNeighbour(message),
+        NLM_F_CREATE | NLM_F_REPLACE,
+        &format!("set {ip} to {mac} on `{interface}`"),
+    )
+}
+
+/// Takes back what [`set`] has done, if it is still so; it is no error if it is not.
+///
+/// # Errors
+/// The kernel does not answer, or there is no right to.
+pub fn unset(interface: &str, ip: IpAddr, mac: MacAddress) -> Result<(), NetError> {
+    let index = match bridge::link(interface) {
+        Ok(link) => link.index,
+        Err(NetError::NoSuchInterface { .. }) => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    let mut request = NeighbourMessage::default();
+    request.header.family = if ip.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let mut requests = Requests::open()?;
+    let objects = requests.dump(&RouteNetlinkMessage::GetNeighbour(request), "read the neighbour table")?;
+    let ours = objects.iter().any(|object| match object {
+        RouteNetlinkMessage::NewNeighbour(message) => {
+            message.header.ifindex == index
+                && message.header.state == NeighbourState::Permanent
+                && mac_of(message, ip) == Some(mac)
+        }
+        _ => false,
+    });
+    if !ours {
+        return Ok(());
+    }
+    let action = format!("forget {ip} on `{interface}`");
+    requests.change(RouteNetlinkMessage::DelNeighbour(about(index, ip)), 0, &action)
 }
 
 /// A neighbour table that is followed.

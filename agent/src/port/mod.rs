@@ -15,6 +15,7 @@ pub mod machine;
 pub mod region;
 pub mod relay;
 pub mod throttle;
+pub mod tunnel;
 
 pub use clock::{Bell, Clock, Job};
 pub use events::{
@@ -31,3 +32,4 @@ pub use machine::{DirtyLog, Fate, FaultSource, Gate, Loan, Machine, MachineError
 pub use region::{BytesView, Region};
 pub use relay::{FormerPorts, Relay};
 pub use throttle::{THROTTLE_LEASE, Throttle};
+pub use tunnel::{SourceTunnel, VxlanDevice, WireError, Wires};

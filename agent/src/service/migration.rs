@@ -19,15 +19,16 @@ use super::session::RemoteMachine;
 use super::steering::{self, Steered};
 use super::traffic::Traffic;
 use super::trust::{TlsOptions, tls_for};
+use super::tunnel::former::{FormerEnd, FormerRequest};
 use crate::link::{Address, TcpSource, TlsError};
 use crate::migrate::source::{Heard, Source};
 use crate::migrate::{CancelFlag, ControlMessage, Observer, OnStuck, Pace, SourceOptions};
 use crate::model::id::VmName;
 use crate::model::{
-    Ending, LinkReport, MigrationId, MigrationRecord, MigrationReport, RoundReport, Step, VmRef, WriteCurve,
+    Ending, LinkReport, MigrationId, MigrationRecord, MigrationReport, RoundReport, Step, TunnelSpec, VmRef, WriteCurve,
 };
 use crate::net::place;
-use crate::port::{JournalError, JournalRecord, LinkError, MachineError, Region};
+use crate::port::{JournalError, JournalRecord, LinkError, MachineError, Region, SourceTunnel};
 use crate::store::{FileJournal, HistoryLog};
 
 /// A migration that could not even begin; the VM was not touched.
@@ -101,6 +102,8 @@ pub struct MigrateRequest {
     pub insecure_plaintext: bool,
     /// What an encrypted link is made with.
     pub tls: TlsOptions,
+    /// By what the VM is to keep its addresses in another subnet.
+    pub tunnel: Option<TunnelSpec>,
     /// Where events go, one JSON object a line.
     pub events: Option<PathBuf>,
     /// Show progress on a terminal.
@@ -150,6 +153,8 @@ struct Begun {
     foresight: Option<Foresight>,
     traffic: Option<Traffic>,
     announce: AnnounceConfig,
+    /// This host's end of a tunnel.
+    tunnel: Option<FormerEnd>,
     show_progress: bool,
 }
 
@@ -267,6 +272,18 @@ pub fn migrate(request: MigrateRequest, cancel: CancelFlag) -> Result<MigrationR
     let host = request.to.host().to_owned();
     let foresight = Some(foresight);
     let (announce, show_progress) = (request.announce, request.show_progress);
+    let tunnel = request.tunnel.map(|spec| {
+        FormerEnd::new(FormerRequest {
+            spec,
+            to: request.to.clone(),
+            migration,
+            vm_id: entry.vm_id,
+            vm_name: entry.name.clone(),
+            nets: machine.shape().nets.clone(),
+            run_dir: request.run_dir.clone(),
+            state_dir: entry.state_dir.clone(),
+        })
+    });
     let begun = Begun {
         migration,
         entry,
@@ -279,6 +296,7 @@ pub fn migrate(request: MigrateRequest, cancel: CancelFlag) -> Result<MigrationR
         foresight,
         traffic,
         announce,
+        tunnel,
         show_progress,
     };
     Ok(drive(begun, &registry, &cancel, "migrate", |source| source.run()))
@@ -321,7 +339,7 @@ pub fn recover(request: RecoverRequest, cancel: CancelFlag) -> Result<MigrationR
     let options = SourceOptions { peer: to.to_string(), ..request.options };
     let kind = "recovery".to_owned();
     let (host, show_progress) = (to.host().to_owned(), request.show_progress);
-    let (foresight, traffic, announce) = (None, Traffic::toward(&to), request.announce);
+    let (foresight, traffic, announce, tunnel) = (None, Traffic::toward(&to), request.announce, None);
     let begun = Begun {
         migration,
         entry,
@@ -334,6 +352,7 @@ pub fn recover(request: RecoverRequest, cancel: CancelFlag) -> Result<MigrationR
         foresight,
         traffic,
         announce,
+        tunnel,
         show_progress,
     };
     Ok(drive(begun, &registry, &cancel, "recover", |source| match lease {
@@ -384,6 +403,7 @@ fn drive(
         foresight,
         mut traffic,
         announce,
+        mut tunnel,
         show_progress,
     } = begun;
     let shape = machine.shape().clone();
@@ -439,8 +459,10 @@ fn drive(
         cancel: cancel.clone(),
         pace,
         heard: Heard::default(),
+        tunnel: tunnel.as_mut().map(|tunnel| tunnel as &mut dyn SourceTunnel),
     });
     complete_network(&mut report, watching.as_ref(), &mut machine, &announce);
+    report.tunnel = tunnel.and_then(|tunnel| tunnel.settle(report.ending));
     let seen = traffic.map(|traffic| traffic.report(report.wire_bytes)).unwrap_or_default();
     report.link = Some(LinkReport { encryption: link.encryption(), ..seen });
     if let Some(foresight) = &foresight {

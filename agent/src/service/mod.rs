@@ -5,6 +5,7 @@
 //! - [`registry`] knows which VMs this host runs.
 //! - [`config`] reads the configuration file.
 //! - [`trust`] finds what encrypted links are made with, [`pki`] makes it.
+//! - [`tunnel`] has the tunnels by which VMs keep their addresses in another subnet.
 //! - [`balloon`] answers for a guest's memory.
 //! - [`announce`] announces by hand, on an interface that an operator names; [`pacing`] is the limit that all announcements of a host share.
 //! - [`inventory`] finds every KVM VM of this host, [`addresses`] knows their addresses, whence they came and where they went.
@@ -60,4 +61,5 @@ pub mod stun;
 mod throttling;
 mod traffic;
 pub mod trust;
+pub mod tunnel;
 pub mod watch;

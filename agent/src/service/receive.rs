@@ -23,6 +23,8 @@ use super::pacing::Pacer;
 use super::registry::{MachineEntry, Registry, RegistryError};
 use super::rounds;
 use super::session::{Creation, RemoteMachine, SESSION_VERSION};
+use super::tunnel::came_back;
+use super::tunnel::new::{Guest, NewEnd};
 use crate::announce::conflict::OnConflict;
 use crate::link::{Arrival, Listener, TcpTarget};
 use crate::migrate::target::{Arrived, Asked, Host, Orphan, RelayPhase, Reservation, Target, TargetError, Telling};
@@ -30,7 +32,8 @@ use crate::migrate::{AnswerError, CancelFlag, ControlMessage, Offer, answer};
 use crate::model::id::VmName;
 use crate::model::network::{Followed, Verdict};
 use crate::model::{
-    DiskSpec, MachineShape, MigrationId, NetSpec, NetworkPlace, NetworkReport, SerialSpec, VmId, VmRef, WaitReport,
+    DiskSpec, MachineShape, MigrationId, NetSpec, NetworkPlace, NetworkReport, SerialSpec, TunnelOffer, VmId, VmRef,
+    WaitReport,
 };
 use crate::net::place;
 use crate::net::tap::Tap;
@@ -84,6 +87,8 @@ pub struct ReceiveRequest {
     pub disks: Vec<DiskSpec>,
     /// Where the console goes.
     pub serial: SerialSpec,
+    /// Whether a source may have a tunnel made here.
+    pub tunnel: bool,
     /// Where things are.
     pub places: Places,
     /// When announcements are repeated, and how many all VMs of the host may send.
@@ -108,6 +113,10 @@ struct LocalHost<'a> {
     peer: Option<IpAddr>,
     /// What is seen of the network meanwhile.
     seen: SeenOfNetwork,
+    /// What it was made as, and by which migration.
+    made: Option<(MigrationId, MachineShape)>,
+    /// This host's end of its tunnel.
+    tunnel: Option<NewEnd>,
 }
 
 /// What is asked of the network for a VM that comes, and what is seen of its bridges.
@@ -160,7 +169,7 @@ impl SeenOfNetwork {
 
 impl<'a> LocalHost<'a> {
     fn new(request: &'a ReceiveRequest) -> Self {
-        Self { request, child: None, name: None, peer: None, seen: SeenOfNetwork::default() }
+        Self { request, child: None, name: None, peer: None, made: None, tunnel: None, seen: SeenOfNetwork::default() }
     }
 }
 
@@ -256,6 +265,7 @@ impl LocalHost<'_> {
             return Err(format!("there is no tap `{}` here; make it, or name another with --net", net.tap));
         }
         let journal = FileJournal::open(&places.state_dir).map_err(|error| error.to_string())?;
+        self.made = Some((offer.migration_id, shape.clone()));
         let (child, stream) = self.spawn().map_err(|error| format!("starting a machine process: {error}"))?;
         let pid = child.id();
         self.child = Some(child);
@@ -357,6 +367,20 @@ impl Host for LocalHost<'_> {
         let is_settled = has_asked && self.seen.watching.as_ref().is_none_or(Watching::is_settled);
         (is_settled || is_late).then(|| self.seen.report())
     }
+
+    fn make_tunnel(&mut self, offer: &TunnelOffer) -> Result<(), String> {
+        if !self.request.tunnel {
+            return Err("this receiver makes no tunnels for VMs from other subnets; start it with --tunnel".to_owned());
+        }
+        let Some((migration, shape)) = &self.made else { return Err("a tunnel for no VM".to_owned()) };
+        if self.tunnel.is_some() {
+            return Err("a second tunnel for one VM".to_owned());
+        }
+        let guest = Guest { migration: *migration, vm_id: shape.vm_id, vm_name: &shape.name, nets: &shape.nets };
+        let end = NewEnd::open(offer, &self.request.places, guest).map_err(|error| error.to_string())?;
+        self.tunnel = Some(end);
+        Ok(())
+    }
 }
 
 /// A machine's process: a child of this manager, or of one before it.
@@ -405,6 +429,8 @@ pub struct Received {
     pub verified_pages: u64,
     /// What the network had to do with it comes here when all announcements have been sent.
     network: mpsc::Receiver<NetworkReport>,
+    /// This host's end of its tunnel; goes with the machine, and stays when only the manager goes.
+    tunnel: Option<NewEnd>,
 }
 
 /// Waits for one VM. Attempts that fail before the VM is here are reported, and waited on for the next.
@@ -469,8 +495,18 @@ fn attempt(
     match (arrived, child.zip(host.name.clone())) {
         (Ok(arrived), Some((child, name))) => {
             let (migration_id, verified_pages) = (arrived.migration_id, arrived.verified_pages);
+            let mut tunnel = host.tunnel.take();
+            tunnel.iter_mut().for_each(NewEnd::let_be);
+            came_back(&request.places.run_dir, arrived.vm_id);
             let network = repeat_announcements(arrived, request, host.seen);
-            Ok(Some(Received { migration_id, name, process: MachineProcess::Child(child), verified_pages, network }))
+            Ok(Some(Received {
+                migration_id,
+                name,
+                process: MachineProcess::Child(child),
+                verified_pages,
+                network,
+                tunnel,
+            }))
         }
         (Ok(_), None) => unreachable!("a VM arrived without a machine process"),
         (Err(error), child) => {
@@ -479,6 +515,10 @@ fn attempt(
             let ours = !matches!(error, TargetError::LostOwned(_) | TargetError::Owing { .. });
             if let Some((mut child, _)) = child.filter(|_| ours) {
                 end(&mut child);
+            }
+            // Where the VM runs on it needs its tunnel.
+            if matches!(error, TargetError::Owing { .. }) {
+                host.tunnel.iter_mut().for_each(NewEnd::let_be);
             }
             host.sweep();
             Err(error.into())
@@ -528,7 +568,8 @@ pub fn recover(
     .recover(orphan)?;
     let name = entry.name.clone();
     let network = repeat_announcements(arrived, request, host.seen);
-    Ok(Received { migration_id, name, process: MachineProcess::Adopted(entry), verified_pages: 0, network })
+    let tunnel = NewEnd::adopt(&request.places.run_dir, entry.vm_id);
+    Ok(Received { migration_id, name, process: MachineProcess::Adopted(entry), verified_pages: 0, network, tunnel })
 }
 
 /// Sees a discarded machine process off.
@@ -605,6 +646,9 @@ pub fn answer_questions(
         if let Some(well) = received.process.ended() {
             // One that was killed could not take itself out of the run folder.
             Registry::new(&request.places.run_dir).sweep(&received.name);
+            if let Some(tunnel) = received.tunnel.take() {
+                tunnel.end();
+            }
             return Ok(Some(well));
         }
         let Some(arrival) = listener.accept(TICK)? else { continue };

@@ -201,6 +201,7 @@ fn source_main(sim: &Arc<Scheduler>, scenario: &Scenario, is_first: bool) -> Opt
         cancel: sim.with(|world| world.cancelled[Side::Source.index()].clone()),
         pace: if is_first { sim.with(|world| world.pace.clone()) } else { Pace::new(options.bandwidth) },
         heard: Heard::default(),
+        tunnel: None,
     };
     let lent = sim.with(|world| match world.host(Side::Source).journal.last() {
         Some(JournalRecord::Lent { lease_ms, .. }) => Some(Duration::from_millis(*lease_ms)),

@@ -170,7 +170,7 @@ impl Rig {
         let mut command = crate::dunlin();
         let listen = format!("tcp://{}:0", self.host(to).migration_ip);
         command.args(["vm", "receive", "--json", "--listen", &listen, "--events"]).arg(&events);
-        command.args(self.device_arguments(""));
+        command.args(self.device_arguments("")).args(&self.receive_more);
         self.add_places(&mut command, to);
         let mut process = self.start(to, &mut command, &label)?;
         let listening: Listening = self.wait_object(&mut process, &label, "dunlin.listening/v1", LISTEN_LIMIT)?;

@@ -78,6 +78,8 @@ pub struct Rig {
     folder: TempDir,
     disk: Option<PathBuf>,
     hops: u32,
+    /// Further options of `dunlin vm receive`.
+    pub receive_more: Vec<String>,
     /// How often the guest has restarted by itself on the host that it is on.
     boots: usize,
     ready: String,
@@ -89,7 +91,15 @@ impl Rig {
     /// # Errors
     /// What could not be made; nothing stays behind.
     pub fn boot(spec: &VmSpec) -> Result<Self> {
-        let Lan { host_a, host_b, switch, client } = Lan::new(LanConfig::default())?;
+        Self::boot_on(Lan::new(LanConfig::default())?, spec)
+    }
+
+    /// The same on a LAN that was built before.
+    ///
+    /// # Errors
+    /// What could not be made; nothing stays behind.
+    pub fn boot_on(lan: Lan, spec: &VmSpec) -> Result<Self> {
+        let Lan { host_a, host_b, switch, client } = lan;
         let folder = netns::own_folder()?;
         let disk = spec.disk_bytes.map(|length| -> Result<PathBuf> {
             let path = folder.path().join("disk.img");
@@ -111,6 +121,7 @@ impl Rig {
             folder,
             disk,
             hops: 0,
+            receive_more: Vec::new(),
             boots: 0,
             ready: String::new(),
         };

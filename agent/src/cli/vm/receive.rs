@@ -33,6 +33,7 @@ Examples:
   dunlin vm receive --listen tcp://192.0.2.7:4460 --insecure-plaintext \\
       --net tap=tap7,mac=52:54:00:00:00:01 --disk path=/srv/disk.img --serial file=web1.log
   dunlin vm receive --listen tls://192.0.2.7:4460 --on-conflict refuse
+  dunlin vm receive --listen tls://198.51.100.7:4460 --net tap=tap7,mac=52:54:00:00:00:01 --tunnel
   dunlin vm receive --listen tcp://192.0.2.7:4460 --insecure-plaintext --recover web1
 
 Exit codes: 0 the VM came and has ended, or moved on; 1 it crashed; 2 wrong arguments; 3 refused; 6 cancelled.")]
@@ -64,6 +65,10 @@ pub(in crate::cli) struct ReceiveArgs {
     /// Console: stdio, none, file=F or socket=F.
     #[arg(long, value_name = "SPEC", default_value = "none")]
     serial: SerialSpec,
+
+    /// Make this host's end of a tunnel for a VM that comes with `dunlin migrate --tunnel`, so that it keeps its addresses from another subnet: its tap then leads into the tunnel, and to nothing else here.
+    #[arg(long)]
+    tunnel: bool,
 
     #[command(flatten)]
     tls: TlsFileArgs,
@@ -170,6 +175,7 @@ impl ReceiveArgs {
             nets: self.nets,
             disks: self.disks,
             serial: self.serial,
+            tunnel: self.tunnel,
             places: Places { run_dir: self.run_dir.path(config), state_dir: self.state_dir.path(config) },
             announce: config.announce.clone(),
             on_conflict: self.on_conflict.or(config.announce.on_conflict).unwrap_or(OnConflict::Warn),

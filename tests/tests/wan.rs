@@ -1,0 +1,486 @@
+//! A VM that goes to a host in another subnet keeps its addresses and connections, by a tunnel.
+//!
+//! The real `dunlin` moves a real VM between two namespaces with a router between them; what the kernels at both ends do with packets of all sizes is looked at with a namespace in the VM's place, since the test
+//! guest knows nothing of path MTUs.
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use dunlin::model::{Ending, MacAddress, MigrationId, TunnelOffer, VmId};
+use dunlin::port::SourceTunnel;
+use dunlin::service::interrupt::Interrupt;
+use dunlin::service::machine::Places;
+use dunlin::service::tunnel::former::{FormerEnd, FormerRequest};
+use dunlin::service::tunnel::list::{self, DropOptions, TunnelState, Which};
+use dunlin::service::tunnel::new::{Guest, NewEnd};
+use dunlin_tests::client::{EchoClient, Pinger};
+use dunlin_tests::rig::Side;
+use dunlin_tests::topology::{BRIDGE, TAP};
+use dunlin_tests::wait::wait_for;
+use dunlin_tests::wan::{self, Beyond};
+use dunlin_tests::{HopOptions, Lan, Netns, Rig, VmSpec, guest};
+use rustix::process::Signal;
+use serde_json::Value;
+
+const LIMIT: Duration = Duration::from_secs(30);
+/// The largest packet in a tunnel over IPv4 and an MTU of 1500.
+const MTU_V4: u32 = 1450;
+
+fn rig() -> (Rig, Beyond) {
+    let (lan, beyond) = wan::build().unwrap();
+    let guest = format!("dunlin.wl0=ws:8M,rate:1000,fill:random dunlin.gw={}", wan::GATEWAY);
+    let mut rig = Rig::boot_on(lan, &VmSpec { guest, ..VmSpec::default() }).unwrap();
+    rig.receive_more = vec!["--tunnel".to_owned()];
+    (rig, beyond)
+}
+
+fn tunnelled(more: &[&str]) -> HopOptions {
+    let more = [&["--tunnel", "vxlan"], more].concat();
+    HopOptions { more: more.into_iter().map(str::to_owned).collect(), ..HopOptions::default() }
+}
+
+/// A `dunlin tunnel` command at one host: its exit code, and the objects that it printed.
+fn tunnel(rig: &Rig, side: Side, words: &[&str]) -> (Option<i32>, Vec<Value>, String) {
+    let mut command = dunlin_tests::dunlin();
+    command.arg("tunnel").args(words).arg("--json").arg("--run-dir").arg(rig.run_dir(side));
+    let output = rig.host(side).netns.output(&mut command).unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let objects = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    (output.status.code(), objects, String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+fn tunnels(rig: &Rig, side: Side) -> Vec<Value> {
+    let (code, objects, errors) = tunnel(rig, side, &["list"]);
+    assert_eq!(code, Some(0), "{errors}");
+    objects
+}
+
+/// The interfaces of a namespace that a tunnel has made, and where the tap is.
+fn wires(netns: &Netns) -> (Vec<String>, Option<String>) {
+    let links: Vec<Value> = serde_json::from_str(&netns.run("ip -json link show").unwrap()).unwrap();
+    let name = |link: &Value| link["ifname"].as_str().unwrap_or_default().to_owned();
+    let made = links.iter().map(name).filter(|name| name.starts_with("dln-") || name.starts_with("dlb-")).collect();
+    let tap = links.iter().find(|link| name(link) == TAP).and_then(|tap| tap["master"].as_str().map(str::to_owned));
+    (made, tap)
+}
+
+fn permanent_neighbours(netns: &Netns) -> String {
+    netns.run("ip neigh show nud permanent").unwrap()
+}
+
+/// Nothing of a tunnel is at a host: no interface, no entry, no neighbour, and the tap is where it was.
+fn assert_nothing(rig: &Rig, side: Side) {
+    let netns = &rig.host(side).netns;
+    assert_eq!(wires(netns), (vec![], Some(BRIDGE.to_owned())), "{side:?}");
+    assert_eq!(permanent_neighbours(netns), "", "{side:?}");
+    assert_eq!(tunnels(rig, side), Vec::<Value>::new(), "{side:?}");
+    assert!(!rig.run_dir(side).join(".tunnels").exists(), "{side:?}");
+}
+
+/// A migration with this tunnel is refused with these words, before anything has moved, and nothing is left of it.
+fn refused(rig: &mut Rig, tunnel: &str, words: &[&str]) {
+    let receiver = rig.receive().unwrap();
+    let more = ["--tunnel", tunnel].map(str::to_owned).to_vec();
+    let options = HopOptions { more, ..HopOptions::default() };
+    let mut manager = rig.start_migration(&receiver.address, &options).unwrap();
+    let (report, code) = rig.end_of_migration(&mut manager).unwrap();
+    println!("shows {}", report.reason);
+    assert_eq!((report.ending, code), (Ending::Refused, Some(3)), "{}", report.reason);
+    assert!(words.iter().all(|word| report.reason.contains(word)), "{}", report.reason);
+    assert_eq!(report.rounds.len(), 0);
+    assert_nothing(rig, Side::A);
+    // The receiver is told, and then waits for the next.
+    let gone = || wires(&rig.host(Side::B).netns).0.is_empty() && !rig.run_dir(Side::B).join(".tunnels").exists();
+    wait_for("the receiver's end of the tunnel to go", LIMIT, || gone().then_some(())).unwrap();
+    assert_nothing(rig, Side::B);
+    rig.counters().unwrap();
+}
+
+/// So many more answers come over each connection.
+fn all_answer(connections: &[EchoClient], count: u64) {
+    for connection in connections {
+        connection.wait_answers(count, LIMIT).unwrap();
+    }
+}
+
+#[test]
+fn a_vm_keeps_its_addresses_and_connections_in_another_subnet_and_on_its_way_back() {
+    let (mut rig, beyond) = rig();
+    let every = Duration::from_millis(5);
+    let begin = |netns: &Netns| netns.enter(|| EchoClient::start(Rig::echo_address(), every)).unwrap();
+    let connections = [begin(&rig.client), begin(&beyond.near), begin(&beyond.far)];
+    let pinger = rig.client.enter(|| Pinger::start(Rig::guest_ip(), Duration::from_millis(2))).unwrap();
+    all_answer(&connections, 50);
+
+    let hop = rig.hop(&tunnelled(&[])).unwrap();
+    let report = hop.report.tunnel.clone().unwrap();
+    assert_eq!((hop.exit_code, report.mtu_bytes, report.stays), (Some(0), MTU_V4, true), "{report:?}");
+    all_answer(&connections, 200);
+    println!(
+        "shows {report:?}; blackout {:.1} ms, relayed {:?}; longest gaps {:?}",
+        hop.report.blackout_ns as f64 / 1e6,
+        hop.report.relay,
+        connections.each_ref().map(|connection| connection.report().largest_gap.length())
+    );
+    // New ones, too.
+    let after = begin(&beyond.far);
+    after.wait_answers(20, LIMIT).unwrap();
+    assert_eq!(after.finish(LIMIT).fault, None);
+
+    let [former] = &tunnels(&rig, Side::A)[..] else { panic!("not one tunnel") };
+    let [new] = &tunnels(&rig, Side::B)[..] else { panic!("not one tunnel") };
+    println!("shows {former}\nshows {new}");
+    assert_eq!((&former["id"], &former["state"], &former["side"]), (&new["id"], &"carrying".into(), &"former".into()));
+    assert_eq!((&new["state"], &new["side"]), (&"carrying".into(), &"new".into()));
+    assert_eq!((&former["far_end_answers"], &former["vm_answers"]), (&true.into(), &true.into()), "{former}");
+    assert!(former["traffic"]["received_packets"].as_u64() > Some(200), "{former}");
+    assert_eq!(new["lines"][0]["taken_from"], BRIDGE);
+    assert_eq!(wires(&rig.host(Side::A).netns).0.len(), 1);
+    let (made, tap) = wires(&rig.host(Side::B).netns);
+    assert!(made.len() == 2 && tap.is_some_and(|tap| made.contains(&tap)), "{made:?}");
+    // The VM would be cut off.
+    let (code, _, error) = tunnel(&rig, Side::B, &["drop", "--all"]);
+    assert!(code == Some(3) && error.contains("--force"), "{code:?}: {error}");
+
+    // Home again, with no tunnel asked for: both ends go by themselves.
+    rig.receive_more.clear();
+    rig.hop(&HopOptions::default()).unwrap();
+    all_answer(&connections, 200);
+    wait_for("the end of the tunnel at the host that the VM came back from", LIMIT, || {
+        tunnels(&rig, Side::B).is_empty().then_some(())
+    })
+    .unwrap();
+    assert_nothing(&rig, Side::A);
+    assert_nothing(&rig, Side::B);
+    for connection in connections {
+        assert_eq!(connection.finish(LIMIT).fault, None);
+    }
+    let pings = pinger.finish(Duration::from_secs(2));
+    println!(
+        "shows {} pings, {} unanswered, {} doubled, {} out of order",
+        pings.sent,
+        pings.unanswered.len(),
+        pings.duplicates,
+        pings.reordered
+    );
+    assert_eq!((pings.unanswered, pings.duplicates, pings.reordered), (Vec::new(), 0, 0));
+    assert_eq!(guest::errors(&rig.counters().unwrap()), Vec::<String>::new());
+    assert!(rig.stop().unwrap().success());
+}
+
+#[test]
+fn whatever_keeps_a_tunnel_from_being_nothing_is_moved_and_nothing_stays() {
+    let (mut rig, _beyond) = rig();
+    rig.receive_more.clear();
+    refused(&mut rig, "vxlan", &["start it with --tunnel"]);
+    rig.receive_more = vec!["--tunnel".to_owned()];
+    refused(&mut rig, "vxlan,remote=10.79.0.99", &["10.79.0.99", "remote=IP"]);
+    refused(&mut rig, "vxlan,remote=10.77.0.11", &["is this host itself"]);
+    refused(&mut rig, "vxlan,local=192.0.2.1", &["192.0.2.1"]);
+    // Answers to this address find no way.
+    rig.host(Side::A).netns.ip("addr add 172.31.0.1/32 dev lo").unwrap();
+    refused(&mut rig, "vxlan,local=172.31.0.1,port=4790", &["does not answer", "UDP port 4790"]);
+    assert!(rig.stop().unwrap().success());
+}
+
+#[test]
+fn a_tunnel_goes_with_a_migration_that_is_cancelled_and_what_a_killed_manager_leaves_is_dropped_by_hand() {
+    let (mut rig, _beyond) = rig();
+    let laid = |rig: &Rig, side: Side| {
+        wait_for("a tunnel", LIMIT, || wires(&rig.host(side).netns).0.first().cloned()).unwrap()
+    };
+    let slow = tunnelled(&["--bandwidth", "8Mbit"]);
+    let receiver = rig.receive().unwrap();
+    let mut manager = rig.start_migration(&receiver.address, &slow).unwrap();
+    laid(&rig, Side::B);
+    assert_eq!(tunnels(&rig, Side::A)[0]["state"], "ready");
+    let (code, _, error) = tunnel(&rig, Side::A, &["drop", "--all"]);
+    assert!(code == Some(3) && error.contains("--cancel"), "{code:?}: {error}");
+    manager.signal(Signal::INT).unwrap();
+    let (report, code) = rig.end_of_migration(&mut manager).unwrap();
+    assert_eq!((report.ending, code), (Ending::Cancelled, Some(6)), "{}", report.reason);
+    assert_nothing(&rig, Side::A);
+    wait_for("the target to let go", LIMIT, || tunnels(&rig, Side::B).is_empty().then_some(())).unwrap();
+    assert_nothing(&rig, Side::B);
+
+    let receiver = rig.receive().unwrap();
+    let mut manager = rig.start_migration(&receiver.address, &slow).unwrap();
+    laid(&rig, Side::B);
+    manager.signal(Signal::KILL).unwrap();
+    manager.wait_for(LIMIT).unwrap().unwrap();
+    wait_for("the target to let go", LIMIT, || tunnels(&rig, Side::B).is_empty().then_some(())).unwrap();
+    assert_nothing(&rig, Side::B);
+    rig.counters().unwrap();
+    let left = tunnels(&rig, Side::A);
+    assert_eq!((left.len(), &left[0]["state"]), (1, &"ready".into()), "{left:?}");
+    let (code, dropped, error) = tunnel(&rig, Side::A, &["drop", left[0]["id"].as_str().unwrap()]);
+    assert_eq!((code, dropped.len(), &dropped[0]["left"]), (Some(0), 1, &Value::Array(vec![])), "{error}");
+    assert_nothing(&rig, Side::A);
+    let audit = std::fs::read_to_string(rig.state_dir(Side::A).join("audit.log")).unwrap();
+    assert!(audit.contains("\"tunnel-lay\"") && audit.contains("\"tunnel-drop\""), "{audit}");
+    assert!(rig.stop().unwrap().success());
+}
+
+/// Both ends of a tunnel, and a namespace in the VM's place behind it.
+struct Stage {
+    lan: Lan,
+    beyond: Beyond,
+    guest: Netns,
+    former: Option<FormerEnd>,
+    new: Option<NewEnd>,
+    folders: [tempfile::TempDir; 2],
+}
+
+const PORT: &str = "vm0";
+
+fn mac() -> MacAddress {
+    Rig::mac()
+}
+
+impl Stage {
+    /// The hosts speak to one another by IPv4 or IPv6.
+    fn new(v4: bool) -> Self {
+        let (lan, beyond) = wan::build().unwrap();
+        let guest = Netns::new("guest").unwrap();
+        let b = &lan.host_b.netns;
+        b.ip_batch(&[
+            format!("link add {PORT} type veth peer name eth0 netns {}", guest.name()),
+            format!("link set {PORT} addrgenmode none master {BRIDGE} up"),
+        ])
+        .unwrap();
+        let [ip4, ip6] = Lan::GUEST_IPS;
+        guest
+            .ip_batch(&[
+                format!("link set eth0 address {} up", mac()),
+                format!("addr add {ip4}/24 dev eth0"),
+                format!("addr add {ip6}/64 dev eth0 nodad"),
+                format!("route add default via {}", wan::GATEWAY),
+                "route add ::/0 via fd77::fe".to_owned(),
+            ])
+            .unwrap();
+        let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        let (migration, vm_id) = (MigrationId::random(), VmId::random());
+        let net = |tap: &str| format!("tap={tap},mac={},ip={ip4},ip={ip6}", mac()).parse().unwrap();
+        let ends: [IpAddr; 2] = if v4 {
+            [lan.host_a.ip.into(), lan.host_b.ip.into()]
+        } else {
+            ["fd77::1:1", "fd79::2:1"].map(|ip| ip.parse().unwrap())
+        };
+        let mut former = FormerEnd::new(FormerRequest {
+            spec: format!("vxlan,remote={},local={}", ends[1], ends[0]).parse().unwrap(),
+            to: "tcp://127.0.0.1:1".parse().unwrap(),
+            migration,
+            vm_id,
+            vm_name: "vm".parse().unwrap(),
+            nets: vec![net(TAP)],
+            run_dir: folders[0].path().to_owned(),
+            state_dir: folders[0].path().to_owned(),
+        });
+        let offer: TunnelOffer = lan.host_a.netns.enter(|| former.open()).unwrap();
+        let places = Places { run_dir: folders[1].path().to_owned(), state_dir: folders[1].path().to_owned() };
+        let name = "vm".parse().unwrap();
+        let nets = [net(PORT)];
+        let vm = Guest { migration, vm_id, vm_name: &name, nets: &nets };
+        let new = b.enter(|| NewEnd::open(&offer, &places, vm)).unwrap();
+        let former = lan.host_a.netns.enter(|| {
+            former.try_it().unwrap();
+            former
+        });
+        Self { lan, beyond, guest, former: Some(former), new: Some(new), folders }
+    }
+
+    /// The VM has moved.
+    fn moved(&mut self) {
+        let former = self.former.take().unwrap();
+        let report = self.lan.host_a.netns.enter(|| former.settle(Ending::Moved)).unwrap();
+        assert!(report.stays && report.rtt_ns > 0, "{report:?}");
+    }
+
+    fn run_dir(&self, side: Side) -> &Path {
+        self.folders[usize::from(side == Side::B)].path()
+    }
+
+    /// Carries 4 MiB each way between two namespaces, and returns the path MTUs that both knew at the end.
+    fn bulk(&self, client: &Netns, server: IpAddr) -> [String; 2] {
+        const BYTES: usize = 4 << 20;
+        let listener = self.guest.enter(|| TcpListener::bind(SocketAddr::new(server, 0))).unwrap();
+        let address = listener.local_addr().unwrap();
+        let swap = |mut stream: TcpStream, seed: u8| {
+            stream.set_read_timeout(Some(LIMIT)).unwrap();
+            let mut writer = stream.try_clone().unwrap();
+            std::thread::scope(|scope| {
+                scope.spawn(move || writer.write_all(&vec![seed; BYTES]).unwrap());
+                let mut all = vec![0; BYTES];
+                stream.read_exact(&mut all).unwrap();
+                assert!(all.iter().all(|&byte| byte == seed ^ 1));
+            });
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| swap(listener.accept().unwrap().0, 4));
+            let connect = || TcpStream::connect_timeout(&address, LIMIT);
+            let stream = client.enter(connect).unwrap_or_else(|error| {
+                let neighbours = client.run("ip neigh show").unwrap_or_default();
+                panic!("{} to {address}: {error}; it knows:\n{neighbours}", client.name());
+            });
+            client.enter(|| swap(stream, 5));
+        });
+        let client_ip = client.enter(|| {
+            let any: IpAddr =
+                if server.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+            let socket = UdpSocket::bind(SocketAddr::new(any, 0)).unwrap();
+            socket.connect(address).unwrap();
+            socket.local_addr().unwrap().ip()
+        });
+        [
+            client.run(&format!("ip route get {server}")).unwrap(),
+            self.guest.run(&format!("ip route get {client_ip}")).unwrap(),
+        ]
+    }
+
+    fn drop_both(&self) {
+        for (side, host) in [(Side::A, &self.lan.host_a), (Side::B, &self.lan.host_b)] {
+            let dropped =
+                host.netns.enter(|| list::drop_tunnels(self.run_dir(side), &Which::All, DropOptions::default()));
+            let dropped = dropped.unwrap();
+            assert!(dropped.len() == 1 && dropped[0].left.is_empty(), "{dropped:?}");
+            assert_eq!(wires(&host.netns), (vec![], Some(BRIDGE.to_owned())));
+            assert_eq!(permanent_neighbours(&host.netns), "");
+        }
+        let links: Vec<Value> =
+            serde_json::from_str(&self.lan.host_b.netns.run(&format!("ip -json link show {PORT}")).unwrap()).unwrap();
+        assert_eq!(links[0]["master"], BRIDGE);
+    }
+}
+
+/// Of both protocols inside and outside, from each place, more than a packet can hold goes both ways: who sends too large a packet is told by the kernel of the host where the tunnel begins.
+#[test]
+fn packets_too_large_for_the_tunnel_are_told_their_senders() {
+    for outer_v4 in [true, false] {
+        let mut stage = Stage::new(outer_v4);
+        stage.moved();
+        let mtu = if outer_v4 { MTU_V4 } else { MTU_V4 - 20 };
+        // No client may be saved by the segment's size that the other tests need.
+        for (netns, net) in [(&stage.beyond.near, 79), (&stage.beyond.far, 80)] {
+            netns
+                .ip_batch(&[
+                    format!("route replace default via 10.{net}.0.254"),
+                    "route del ::/0".to_owned(),
+                    format!("route add ::/0 via fd{net}::fe"),
+                ])
+                .unwrap();
+        }
+        let [v4, v6] = Lan::GUEST_IPS;
+        stage
+            .lan
+            .client
+            .ip_batch(&[format!("route del {v4}/32 dev eth0"), format!("route del {v6}/128 dev eth0")])
+            .unwrap();
+        for server in Lan::GUEST_IPS {
+            for client in [&stage.lan.client, &stage.beyond.near, &stage.beyond.far] {
+                let began = Instant::now();
+                let known = stage.bulk(client, server);
+                println!(
+                    "shows {} to {server}: {:.2} s for 4 MiB each way",
+                    client.name(),
+                    began.elapsed().as_secs_f64()
+                );
+                assert!(known.iter().all(|known| known.contains(&format!("mtu {mtu}"))), "{server}: {known:?}");
+            }
+        }
+        println!("shows 4 MiB each way from three clients by IPv4 and IPv6, all told of {mtu} bytes");
+        stage.new.as_mut().unwrap().let_be();
+        drop(stage.new.take());
+        stage.drop_both();
+    }
+}
+
+/// The kernel of the former host itself answers who asks for the VM's addresses: here the VM is not even there to do so.
+#[test]
+fn the_former_host_answers_for_the_vm() {
+    let mut stage = Stage::new(true);
+    let client = &stage.lan.client;
+    let asks = |ip: IpAddr| {
+        client.run("ip neigh flush all").unwrap();
+        client.enter(|| {
+            let any: IpAddr = if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+            let socket = UdpSocket::bind(SocketAddr::new(any, 0)).unwrap();
+            let _refused_where_nobody_answers = socket.send_to(b"?", SocketAddr::new(ip, 9));
+        });
+    };
+    let known = |ip: IpAddr| client.run(&format!("ip neigh show {ip}")).unwrap();
+    stage.guest.ip("link set eth0 down").unwrap();
+    let former = stage.former.take().unwrap();
+    stage.lan.host_a.netns.enter(|| former.settle(Ending::Moved)).unwrap();
+    for ip in Lan::GUEST_IPS {
+        asks(ip);
+        let answer =
+            wait_for("an answer", LIMIT, || Some(known(ip)).filter(|known| known.contains("REACHABLE"))).unwrap();
+        println!("shows {}", answer.trim());
+        assert!(answer.contains(&mac().to_string()), "{answer}");
+    }
+    drop(stage.new.take());
+    stage
+        .lan
+        .host_a
+        .netns
+        .enter(|| list::drop_tunnels(stage.run_dir(Side::A), &Which::All, DropOptions::default()))
+        .unwrap();
+    assert_eq!(permanent_neighbours(&stage.lan.host_a.netns), "");
+}
+
+/// When the guest has other addresses, the tunnel goes; while it has one of them, or the tunnel does not work, it stays.
+#[test]
+fn a_tunnel_goes_when_the_addresses_have_moved() {
+    let mut stage = Stage::new(true);
+    stage.moved();
+    let over = AtomicBool::new(false);
+    let (interrupt, wake) = Interrupt::by_hand().unwrap();
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| {
+            let mut dropped = Vec::new();
+            let result = stage.lan.host_a.netns.enter(|| {
+                list::drop_when_moved(stage.run_dir(Side::A), &Which::All, &interrupt, |one| dropped.push(one))
+            });
+            over.store(true, Ordering::Release);
+            (result, dropped)
+        });
+        let [v4, v6] = Lan::GUEST_IPS;
+        stage.guest.ip(&format!("addr del {v4}/24 dev eth0")).unwrap();
+        // Longer than it takes when both are gone.
+        let until = Instant::now() + list::LOOK_EVERY * 6;
+        while Instant::now() < until {
+            assert!(!over.load(Ordering::Acquire), "dropped with an address still behind it");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        stage.guest.ip(&format!("addr del {v6}/64 dev eth0")).unwrap();
+        let since = Instant::now();
+        let waited = wait_for("the tunnel to go", LIMIT, || over.load(Ordering::Acquire).then_some(()));
+        drop(wake);
+        let (result, dropped) = waiting.join().unwrap();
+        waited.unwrap();
+        result.unwrap();
+        println!("shows dropped {:.0} s after the last address was gone: {dropped:?}", since.elapsed().as_secs_f64());
+        assert_eq!(dropped.len(), 1);
+    });
+    assert_eq!(wires(&stage.lan.host_a.netns), (vec![], Some(BRIDGE.to_owned())));
+    // The other end is this test's own.
+    let new = stage.new.take().unwrap();
+    let views = stage.lan.host_b.netns.enter(|| list::list(stage.run_dir(Side::B), true)).unwrap();
+    assert_eq!((views.len(), views[0].state), (1, TunnelState::Stale));
+    stage.lan.host_b.netns.enter(|| new.end());
+    assert_eq!(wires(&stage.lan.host_b.netns).0, Vec::<String>::new());
+}
+
+#[test]
+fn a_tunnel_that_cannot_be_meant_is_a_wrong_command_line() {
+    for words in ["gre", "vxlan,vni=0", "vxlan,remote=nowhere", "vxlan,port=0"] {
+        let mut command: Command = dunlin_tests::dunlin();
+        command.args(["migrate", "vm", "--to", "tcp://127.0.0.1:1", "--tunnel", words]);
+        let output = command.output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{words}");
+    }
+}
