@@ -11,7 +11,7 @@ use dunlin::kvm::boot::BootImage;
 use dunlin::link::wire::{self, BulkFrame, Hello, Purpose};
 use dunlin::migrate::{Accept, ControlMessage, Handed, Offer, TargetState};
 use dunlin::model::outcome::exit;
-use dunlin::model::{BlackoutLedger, DiskSpec, MigrationId, NetSpec, PageRun, RegionId};
+use dunlin::model::{BlackoutLedger, DiskSpec, MigrationId, NetSpec, PageRun, RegionId, Station};
 use dunlin_tests::hosted::{TestHost, VM, guest};
 use dunlin_tests::raw::{RawPeer, encode_message};
 use dunlin_tests::scene::MIGRATION_LIMIT;
@@ -104,7 +104,8 @@ fn sound_image() -> Vec<u8> {
 }
 
 fn net(tap: &str) -> NetSpec {
-    format!("tap={tap},mac=52:54:00:00:00:01").parse().expect("a port")
+    let station = Station::new("52:54:00:00:00:01".parse().expect("an address"), Vec::new());
+    NetSpec { tap: tap.to_owned(), station }
 }
 
 fn pages(first: u64, count: u32) -> BulkFrame {
