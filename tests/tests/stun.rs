@@ -138,7 +138,6 @@ fn nobody_is_slowed_whom_the_operator_excepts_and_nonsense_is_refused() {
             String::from_utf8_lossy(&output.stderr).into_owned(),
         )
     };
-    let free = rates(&rig, Duration::from_millis(500));
     let (code, out, _) =
         output(rig.dunlin_here(&["stun", "wader", "--target", TARGET, "--for", "2s", "--never-vcpu", "1", "--json"]));
     let last: Value = serde_json::from_str(out.lines().last().unwrap()).unwrap();
@@ -148,13 +147,11 @@ fn nobody_is_slowed_whom_the_operator_excepts_and_nonsense_is_refused() {
         output(rig.dunlin_here(&["stun", "wader", "--target", TARGET, "--for", "2s", "--dry-run", "--json"]));
     let last: Value = serde_json::from_str(out.lines().last().unwrap()).unwrap();
     // It says what it would do, and does not.
-    let would = &last["vcpus"][1];
-    assert!(
-        code == Some(0) && would["limit_pages_per_second"].as_f64().is_some_and(|limit| limit < 10_240.0),
-        "{last:#}"
-    );
+    let limit = last["vcpus"][1]["limit_pages_per_second"].as_f64();
+    assert!(code == Some(0) && limit.is_some_and(|limit| limit < 10_240.0), "{last:#}");
     assert_eq!(last["stun"]["guest_time_lost_ns"], 0, "{last:#}");
-    assert!(rates(&rig, Duration::from_millis(300))[1] > free[1] / 2.0);
+    // How fast it writes the host's other work decides, too; far beyond the limit in any case.
+    assert!(rates(&rig, Duration::from_millis(300))[1] > 2.0 * limit.unwrap_or(f64::MAX));
     for (words, code, says) in [
         (&["stun", "wader", "--target", "1kbit"][..], 2, "less than a page"),
         (&["stun", "wader", "--target", TARGET, "--vcpu", "7"], 2, "no vCPU 7"),
