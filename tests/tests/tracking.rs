@@ -367,7 +367,7 @@ fn a_recording_of_a_hosted_vm_replays_byte_for_byte() {
             continue;
         }
         let kept = line["single_writes"].as_u64().unwrap();
-        assert!(kept == std::mem::take(&mut told) && kept > 500, "{line:#}");
+        assert!(kept == std::mem::take(&mut told) && kept > 100, "{line:#}");
         let pages = line["pages_per_second"].as_f64().unwrap() * line["interval_ns"].as_f64().unwrap() / 1e9;
         // The counters are read first, and the guest writes on until the ring is.
         assert!((pages - kept as f64).abs() < 20.0 + 0.1 * pages, "{line:#}");
