@@ -2,7 +2,7 @@
 //!
 //! Must not know whose time it is.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::time::{ClockId, clock_gettime};
 
@@ -12,6 +12,11 @@ const USER_TICK_MS: u64 = 10;
 /// `CLOCK_MONOTONIC`, which all processes of a host and the kernel's own events share: times of several can be laid side by side.
 pub(crate) fn monotonic_now() -> Duration {
     now(ClockId::Monotonic)
+}
+
+/// Milliseconds since 1970 by the host's clock; 0 where that is set to before it.
+pub(crate) fn unix_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
 /// The CPU time of the calling thread.

@@ -953,6 +953,15 @@ impl Source<'_> {
         }
     }
 
+    /// Takes what may come whatever is waited for: that the peer gives up or refuses, or a word of the network. Anything else is handed back.
+    fn obey(&mut self, message: ControlMessage) -> Result<Option<ControlMessage>, SourceError> {
+        match message {
+            ControlMessage::Cancel(reason) => Err(SourceError::PeerCancelled(reason)),
+            ControlMessage::Refuse(reason) => Err(SourceError::Refused(reason)),
+            other => Ok(self.hear_network(other)),
+        }
+    }
+
     /// Waits for the peer's next message; obeys cancelling.
     fn expect(
         &mut self,
@@ -966,10 +975,8 @@ impl Source<'_> {
                 return Err(SourceError::Cancelled);
             }
             match control.recv(TICK)? {
-                Some(ControlMessage::Cancel(reason)) => return Err(SourceError::PeerCancelled(reason)),
-                Some(ControlMessage::Refuse(reason)) => return Err(SourceError::Refused(reason)),
                 Some(message) => {
-                    if let Some(other) = self.hear_network(message) {
+                    if let Some(other) = self.obey(message)? {
                         return Ok(other);
                     }
                 }

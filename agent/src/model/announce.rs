@@ -5,9 +5,9 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::config::{NetSpec, SpecError};
 use super::mac::MacAddress;
 use super::schema::Schema;
+use super::spec::SpecError;
 use super::vlan::VlanTags;
 
 /// One network card of a VM: its Ethernet address and the IP addresses that answer on it.
@@ -48,9 +48,7 @@ impl Station {
             self.routers.push(ip);
         }
     }
-}
 
-impl Station {
     /// Takes what is said of it for another place: whatever is not said there stays as it was.
     pub fn place_as(&mut self, there: &Self) {
         if !there.ips.is_empty() {
@@ -116,12 +114,6 @@ impl Station {
                 Err(SpecError::new(text, format!("names the gateway {gateway} and no ip= of its family to ask from")))
             }
         }
-    }
-}
-
-impl From<&NetSpec> for Station {
-    fn from(spec: &NetSpec) -> Self {
-        spec.station.clone()
     }
 }
 

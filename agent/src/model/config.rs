@@ -6,6 +6,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::announce::Station;
+use super::spec::SpecError;
 
 /// How a machine learns which pages its guest wrote. Chosen when the VM is created: KVM cannot switch the ring on
 /// once a vCPU exists.
@@ -91,20 +92,6 @@ pub enum SerialSpec {
     File(PathBuf),
     /// A Unix socket that the machine listens on; one client at a time.
     Socket(PathBuf),
-}
-
-/// A machine option that could not be read.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("`{text}` {problem}")]
-pub struct SpecError {
-    text: String,
-    problem: String,
-}
-
-impl SpecError {
-    pub(super) fn new(text: &str, problem: impl Into<String>) -> Self {
-        Self { text: text.to_owned(), problem: problem.into() }
-    }
 }
 
 impl FromStr for NetSpec {

@@ -33,6 +33,7 @@ pub mod relay;
 pub mod report;
 pub mod schema;
 pub mod shape;
+mod spec;
 pub mod stage;
 pub mod stun;
 pub mod tunnel;
@@ -70,6 +71,7 @@ pub use report::{
     WaitReport,
 };
 pub use shape::{MAX_BOOT_IMAGE_BYTES, MachineShape};
+pub use spec::SpecError;
 pub use stage::{Stage, Step};
 pub use stun::{
     Attribution, StunReport, ThrottleHolder, ThrottleStatus, ThrottleView, VcpuLimit, VcpuStun, VcpuThrottle,

@@ -20,8 +20,6 @@ use crate::port::FormerPorts;
 const MOST_BYTES: usize = 65535 + 14 + HEADER_BYTES;
 /// The most that is kept, in bytes, as much as a relay carries; the rest stays in the taps.
 const MOST_KEPT_BYTES: usize = 32 << 20;
-/// How long one wait for frames lasts, where something else ends it.
-const LONG: Duration = Duration::from_secs(3600);
 
 /// The taps, in the order of the VM's ports; non-blocking.
 pub struct FormerTaps {
@@ -79,12 +77,13 @@ impl Reader {
         Self { taps, buffer: vec![0; MOST_BYTES] }
     }
 
-    /// Waits for frames or for `end`, at most `timeout`; `false` if it is the end.
-    fn wait(&self, end: Option<&OwnedFd>, timeout: Duration) -> io::Result<bool> {
-        let timeout = Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: i64::from(timeout.subsec_nanos()) };
+    /// Waits for frames or for `end`, at most `timeout` if there is one; `false` if it is the end.
+    fn wait(&self, end: Option<&OwnedFd>, timeout: Option<Duration>) -> io::Result<bool> {
+        let timeout =
+            timeout.map(|limit| Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: i64::from(limit.subsec_nanos()) });
         let all = self.taps.iter().chain(end);
         let mut waits: Vec<PollFd<'_>> = all.map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
-        match poll(&mut waits, Some(&timeout)) {
+        match poll(&mut waits, timeout.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
@@ -114,7 +113,7 @@ impl Reader {
     /// Keeps what comes until the end. A port that cannot be read is for whoever takes from it later to find.
     fn keep(&mut self, end: &OwnedFd) -> Vec<RelayedFrame> {
         let (mut frames, mut bytes) = (Vec::new(), 0);
-        while bytes < MOST_KEPT_BYTES && self.wait(Some(end), LONG).unwrap_or(false) {
+        while bytes < MOST_KEPT_BYTES && self.wait(Some(end), None).unwrap_or(false) {
             let read = self.read(|frame| {
                 bytes += frame.bytes.len();
                 frames.push(frame);
@@ -137,7 +136,7 @@ impl FormerPorts for FormerTaps {
             frames.push(frame);
         }
         if frames.len() < most {
-            self.reader.wait(None, if frames.is_empty() { timeout } else { Duration::ZERO })?;
+            self.reader.wait(None, Some(if frames.is_empty() { timeout } else { Duration::ZERO }))?;
             self.reader.read(|frame| {
                 frames.push(frame);
                 frames.len() < most

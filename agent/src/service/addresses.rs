@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, SyncSender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -18,7 +18,7 @@ use super::announce::find;
 use super::control::{ControlError, ask_info, blocking, request};
 use super::inventory::{self, HostVm};
 use super::machine::RunState;
-use super::registry::Registry;
+use super::registry::{Registry, write_whole};
 use crate::announce::directory::Directory;
 use crate::model::addresses::{AddressBook, KnownCard, KnownVm, LeftVm, SharedAddress};
 use crate::model::network::LearntFrom;
@@ -29,6 +29,7 @@ use crate::net::changes::TableChanges;
 use crate::net::neighbour::{self, Neighbour};
 use crate::net::place;
 use crate::store::HistoryLog;
+use crate::time::unix_ms;
 
 /// The map's file in the run folder.
 const FILE: &str = "addresses.json";
@@ -287,9 +288,7 @@ impl Keeper {
         let path = self.run_dir.join(FILE);
         let done = serde_json::to_string(&book.tagged()).map_err(io::Error::from).and_then(|text| {
             fs::create_dir_all(&self.run_dir)?;
-            let draft = self.run_dir.join(format!("{FILE}.new"));
-            fs::write(&draft, text)?;
-            fs::rename(&draft, &path)
+            write_whole(&path, &text)
         });
         match done {
             Ok(()) => *written = book.clone(),
@@ -399,10 +398,6 @@ fn since_unix_ms(start_time_ticks: u64) -> u64 {
         unix_ms().saturating_sub(up.tv_sec as u64 * 1000 + up.tv_nsec as u64 / 1_000_000)
     };
     boot_ms + start_time_ticks * 1000 / TICKS_PER_SECOND
-}
-
-fn unix_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
 /// Who is where, as the agent of this run folder has it.

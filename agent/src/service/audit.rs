@@ -3,12 +3,12 @@
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
 use crate::model::VmId;
 use crate::model::schema::Schema;
+use crate::time::unix_ms;
 
 /// One action.
 #[derive(Debug, Serialize)]
@@ -58,7 +58,7 @@ pub fn record(state_dir: &Path, action: &Action<'_>) {
         who = action.who, what = action.what, vm = %action.vm_id, before = action.before, after = action.after,
         result = action.result, "audit"
     );
-    let unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
+    let unix_ms = unix_ms();
     let written =
         serde_json::to_string(&Entry { unix_ms, action }.tagged()).map_err(std::io::Error::from).and_then(|line| {
             let mut file = OpenOptions::new().create(true).append(true).open(state_dir.join("audit.log"))?;

@@ -7,7 +7,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
@@ -15,6 +15,7 @@ use crate::kvm::Hurry;
 use crate::migrate::Observer;
 use crate::model::schema::Schema;
 use crate::model::{MigrationId, RoundReport, Step};
+use crate::time::unix_ms;
 
 /// How often a held manager looks whether it may go on.
 const HOLD_TICK: Duration = Duration::from_millis(2);
@@ -113,7 +114,7 @@ impl EventLog {
     fn write(&self, event: Event<'_>) {
         let Some(file) = &self.file else { return };
         let line = Line {
-            unix_ms: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64),
+            unix_ms: unix_ms(),
             elapsed_ns: self.started.elapsed().as_nanos() as u64,
             migration_id: self.migration,
             side: self.side,

@@ -335,7 +335,7 @@ impl Host {
 
     fn enter(machine: Arc<Machine>, gate: OwnershipGate, places: &Places) -> Result<Arc<Self>, HostError> {
         let shape = machine.shape();
-        let stations: Vec<Station> = shape.nets.iter().map(Station::from).collect();
+        let stations: Vec<Station> = shape.nets.iter().map(|net| net.station.clone()).collect();
         let announcer = Announcer::new(&stations, Schedule::default())?;
         let registry = Registry::new(&places.run_dir);
         let pid = std::process::id();

@@ -3,7 +3,7 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use super::announce::follow::Watching;
 use super::audit::{self, Action};
@@ -30,6 +30,7 @@ use crate::model::{
 use crate::net::place;
 use crate::port::{JournalError, JournalRecord, LinkError, MachineError, Region, SourceTunnel};
 use crate::store::{FileJournal, HistoryLog};
+use crate::time::unix_ms;
 
 /// A migration that could not even begin; the VM was not touched.
 #[derive(Debug, thiserror::Error)]
@@ -213,7 +214,7 @@ fn measured(
 
 /// Adds a migration to the log of those that are over. A log that cannot be written is reported, and stops nothing.
 fn keep(state_dir: &Path, report: &MigrationReport, peer: &str, options: &SourceOptions) {
-    let unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
+    let unix_ms = unix_ms();
     let Some(record) = MigrationRecord::of(report, peer, options.bandwidth, unix_ms) else { return };
     if let Err(error) = HistoryLog::new(state_dir).append(&record) {
         tracing::warn!("the log of migrations in {}: {error}", state_dir.display());

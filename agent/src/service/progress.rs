@@ -5,7 +5,7 @@
 use std::collections::VecDeque;
 use std::io::{self, IsTerminal};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::sync::watch;
@@ -16,6 +16,7 @@ use crate::model::units::display_duration;
 use crate::model::{
     BytesPerSecond, Chosen, MigrationId, MigrationReport, MigrationStatus, PageCount, RoundReport, Step, VmId,
 };
+use crate::time::unix_ms;
 
 /// The goodput is that of so much time.
 const GOODPUT_TIME: Duration = Duration::from_secs(2);
@@ -136,7 +137,7 @@ impl Progress {
             plan,
             pace,
             began: Instant::now(),
-            since_unix_ms: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64),
+            since_unix_ms: unix_ms(),
             state: Mutex::new(state),
             bar,
             ended: watch::Sender::new(None),

@@ -32,7 +32,7 @@ use crate::migrate::{AnswerError, CancelFlag, ControlMessage, Offer, answer};
 use crate::model::id::VmName;
 use crate::model::network::{Followed, Verdict};
 use crate::model::{
-    DiskSpec, MachineShape, MigrationId, NetSpec, NetworkPlace, NetworkReport, SerialSpec, TunnelOffer, VmId, VmRef,
+    DiskSpec, MachineShape, MigrationId, NetSpec, NetworkPlace, NetworkReport, SerialSpec, TunnelOffer, VmRef,
     WaitReport,
 };
 use crate::net::place;
@@ -122,7 +122,6 @@ struct LocalHost<'a> {
 /// What is asked of the network for a VM that comes, and what is seen of its bridges.
 #[derive(Default)]
 struct SeenOfNetwork {
-    vm_id: Option<VmId>,
     /// The VM's taps at its source.
     former: Vec<String>,
     inquiry: Option<Inquiry>,
@@ -133,26 +132,25 @@ struct SeenOfNetwork {
     frames: u32,
 }
 
+/// Watches the bridges of these ports' taps, if that can be done.
+fn watch(nets: &[NetSpec]) -> Option<Watching> {
+    Watching::arrival(nets)
+        .inspect_err(|error| tracing::warn!("the bridges of the VM's taps are not watched: {error}"))
+        .ok()
+}
+
 impl SeenOfNetwork {
     /// Begins: the machine of `shape` waits here, whose taps were `former`.
     fn begin(request: &ReceiveRequest, shape: &MachineShape, former: Vec<String>) -> Self {
         let nets = shape.nets.clone();
-        let watching = Watching::arrival(&nets);
+        let watching = watch(&nets);
         let inquiry = Inquiry::begin(InquiryOrder {
             policy: request.on_conflict,
             vm_id: shape.vm_id,
             nets,
             run_dir: request.places.run_dir.clone(),
         });
-        Self {
-            vm_id: Some(shape.vm_id),
-            former,
-            inquiry,
-            watching: watching
-                .inspect_err(|error| tracing::warn!("the bridges of the VM's taps are not watched: {error}"))
-                .ok(),
-            ..Self::default()
-        }
+        Self { former, inquiry, watching, ..Self::default() }
     }
 
     /// What is known by now.
@@ -344,8 +342,8 @@ impl Host for LocalHost<'_> {
         let refusal = inquiry.refusal().map(|why| {
             format!("{why}; or have the VM taken all the same by `dunlin vm receive --on-conflict warn` there")
         });
-        if let Some(vm_id) = self.seen.vm_id {
-            inquiry::audit(&self.request.places.state_dir, "receive", vm_id, &report, refusal.is_some());
+        if let Some((_, shape)) = &self.made {
+            inquiry::audit(&self.request.places.state_dir, "receive", shape.vm_id, &report, refusal.is_some());
         }
         Asked::Known { report, refusal }
     }
@@ -552,9 +550,7 @@ pub fn recover(
     let mut link = TcpTarget::<ControlMessage>::unconnected(listener, migration_id, request.stall);
     // Its addresses are its own already; its bridges have perhaps not heard so.
     let mut host = LocalHost::new(request);
-    host.seen.watching = Watching::arrival(&info.nets)
-        .inspect_err(|error| tracing::warn!("the bridges of the VM's taps are not watched: {error}"))
-        .ok();
+    host.seen.watching = watch(&info.nets);
     let arrived = Target {
         link: &mut link,
         host: &mut host,

@@ -5,7 +5,7 @@
 
 use std::io;
 use std::path::PathBuf;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use super::interrupt::Interrupt;
 use super::intervals::printed;
@@ -17,6 +17,7 @@ use crate::model::GuestWrite;
 use crate::port::{EventSource, SampleLog};
 use crate::probe::KernelCounters;
 use crate::store::recording::{RecordedSource, RecordedVm, Recorder, RecordingError, RecordingHeader, Replay};
+use crate::time::unix_ms;
 use crate::track::{ObserveError, Observer};
 
 /// What to record, and where.
@@ -48,7 +49,7 @@ pub fn record(
                 start_time_ticks: vm.start_time_ticks,
                 cpus: vm.vcpus.len() as u32,
             },
-            began_unix_ms: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64),
+            began_unix_ms: unix_ms(),
             interval_ns: request.observe.interval.as_nanos() as u64,
             armed: request.observe.arm,
             writes: request.observe.single_writes.is_some(),

@@ -25,6 +25,16 @@ pub const DEFAULT_RUN_DIR: &str = "/run/dunlin";
 /// Where the journal is unless told otherwise.
 pub const DEFAULT_STATE_DIR: &str = "/var/lib/dunlin";
 
+/// Writes a file beside its place and renames it, so that a reader sees all of it or nothing.
+///
+/// # Errors
+/// It cannot be written; what was there before stays.
+pub(super) fn write_whole(path: &Path, text: &str) -> io::Result<()> {
+    let draft = path.with_added_extension("new");
+    fs::write(&draft, text)?;
+    fs::rename(draft, path)
+}
+
 /// One hosted VM's entry.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineEntry {
@@ -131,9 +141,7 @@ impl Registry {
         let _ = fs::remove_dir_all(&folder);
         fs::create_dir_all(&folder).map_err(failed)?;
         let json = serde_json::to_string_pretty(&entry.tagged()).map_err(|error| failed(error.into()))?;
-        let draft = folder.join("machine.json.new");
-        fs::write(&draft, json).map_err(failed)?;
-        fs::rename(&draft, folder.join("machine.json")).map_err(failed)?;
+        write_whole(&folder.join("machine.json"), &json).map_err(failed)?;
         Ok(folder)
     }
 

@@ -4,13 +4,14 @@
 
 use std::fmt::Write;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use crate::model::units::display_duration;
 use crate::model::{
     MigrationId, ThrottleHolder, ThrottleStatus, ThrottleView, VcpuLimit, VcpuThrottle, VcpuWrites, VmWrites,
 };
 use crate::port::THROTTLE_LEASE;
+use crate::time::unix_ms;
 
 /// Rates are those of at least so long.
 const RATE_OVER_NS: u64 = 100_000_000;
@@ -140,10 +141,6 @@ impl Current {
 fn whose(limits: &[Option<VcpuLimit>]) -> String {
     let limited = limits.iter().enumerate().filter_map(|(index, limit)| Some((index, (*limit)?.rate.0)));
     limited.map(|(index, rate)| format!("vCPU {index} to {rate:.0} pages/s")).collect::<Vec<_>>().join(", ")
-}
-
-fn unix_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
 #[cfg(test)]

@@ -9,12 +9,13 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use crate::model::{MigrationId, VmId};
 use crate::port::{Journal, JournalError, JournalRecord};
+use crate::time::unix_ms;
 
 /// The longest line that is read: records are a few hundred bytes.
 const MAX_LINE_BYTES: usize = 64 << 10;
@@ -203,7 +204,7 @@ pub(crate) fn fuzz_seeds() -> Vec<Vec<u8>> {
 impl Journal for FileJournal {
     fn append(&mut self, migration: MigrationId, vm: VmId, record: JournalRecord) -> Result<(), JournalError> {
         let path = self.path(migration);
-        let unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
+        let unix_ms = unix_ms();
         let line = Line {
             schema: SCHEMA.to_owned(),
             unix_ms,

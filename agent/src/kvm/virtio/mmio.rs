@@ -550,14 +550,9 @@ impl<B: Backend> Transport<B> {
             driver_features: state.driver_features,
             queue_select: state.queue_select,
             status: state.status,
-            queues: self
-                .queue_sizes
-                .iter()
-                .enumerate()
-                .map(|(index, _)| {
-                    let queue = state.queues.get(index).copied().unwrap_or_default();
-                    QueueRegisters { geometry: queue.geometry(), ready: queue.ready }
-                })
+            queues: (state.queues.iter().copied().chain(std::iter::repeat(QueueState::default())))
+                .take(self.queue_sizes.len())
+                .map(|queue| QueueRegisters { geometry: queue.geometry(), ready: queue.ready })
                 .collect(),
         };
         engine.backend.reset();

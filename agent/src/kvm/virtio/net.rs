@@ -171,6 +171,11 @@ impl NetBackend {
         }
     }
 
+    /// `struct virtio_net_config` up to `status` (5.1.4).
+    fn space(&self, status: u16) -> Vec<u8> {
+        [&self.mac.bytes()[..], &status.to_le_bytes()].concat()
+    }
+
     /// Requests of the guest's driver. The only one that is known says that it has announced the guest.
     fn control(&mut self, pass: &mut Pass<'_>, served: &mut Served) -> Result<(), RingFault> {
         let Some(ring) = &mut pass.rings[CONTROL] else { return Ok(()) };
@@ -440,15 +445,13 @@ impl Backend for NetBackend {
         FEATURE_MAC | ANNOUNCES
     }
 
-    /// `struct virtio_net_config` up to `status` (5.1.4).
     fn config(&self) -> Vec<u8> {
-        let status = LINK_UP | if self.is_to_announce { ANNOUNCE } else { 0 };
-        [&self.mac.bytes()[..], &status.to_le_bytes()].concat()
+        self.space(LINK_UP | if self.is_to_announce { ANNOUNCE } else { 0 })
     }
 
     /// Without the request to announce: whoever takes the VM asks anew.
     fn save(&self) -> Vec<u8> {
-        [&self.mac.bytes()[..], &LINK_UP.to_le_bytes()].concat()
+        self.space(LINK_UP)
     }
 
     fn reset(&mut self) {

@@ -57,15 +57,10 @@ impl Source<'_> {
             if self.cancel.is_set() {
                 return Err(SourceError::Cancelled);
             }
-            match control.recv(TICK)? {
-                Some(ControlMessage::Cancel(reason)) => return Err(SourceError::PeerCancelled(reason)),
-                Some(ControlMessage::Refuse(reason)) => return Err(SourceError::Refused(reason)),
-                Some(message) => {
-                    if let Some(other) = self.hear_network(message) {
-                        return Err(unexpected(&other, "network"));
-                    }
-                }
-                None => {}
+            if let Some(message) = control.recv(TICK)?
+                && let Some(other) = self.obey(message)?
+            {
+                return Err(unexpected(&other, "network"));
             }
         }
         Ok(())

@@ -134,13 +134,14 @@ impl<'a> State<'a> {
 
     /// Whether all stations are where they should be.
     fn is_settled(&self, positions: &HashMap<(usize, MacAddress), Position>) -> bool {
-        self.follow.iter().enumerate().all(|(at, follow)| {
-            self.stations.iter().all(|station| {
-                positions.get(&(at, station.mac)).is_some_and(|position| match &follow.port {
-                    Some(port) => position.port.as_ref() == Some(port),
-                    None => position.seen_at.is_some(),
-                })
-            })
+        (0..self.follow.len()).all(|at| self.stations.iter().all(|station| self.has(positions, at, station.mac)))
+    }
+
+    /// Whether the bridge with number `at` has the station where it should be.
+    fn has(&self, positions: &HashMap<(usize, MacAddress), Position>, at: usize, mac: MacAddress) -> bool {
+        positions.get(&(at, mac)).is_some_and(|position| match &self.follow[at].port {
+            Some(port) => position.port.as_ref() == Some(port),
+            None => position.seen_at.is_some(),
         })
     }
 
@@ -365,7 +366,7 @@ impl Watching {
                 Ok(Some(bridge)) => {
                     own.push((follow.len(), net.station.mac));
                     follow.push(Follow { bridge: bridge.name, port: port(net) });
-                    stations.push(Station::from(net));
+                    stations.push(net.station.clone());
                 }
                 Ok(None) => {}
                 Err(error) => tracing::warn!("tap `{}`: {error}", net.tap),
@@ -392,13 +393,7 @@ impl Watching {
     /// Whether every bridge has the VM where it should be.
     pub(in crate::service) fn is_settled(&self) -> bool {
         let positions = self.state.positions();
-        self.own.iter().all(|(at, mac)| {
-            let expected = self.state.follow[*at].port.as_ref();
-            positions.get(&(*at, *mac)).is_some_and(|position| match expected {
-                Some(port) => position.port.as_ref() == Some(port),
-                None => position.seen_at.is_some(),
-            })
-        })
+        self.own.iter().all(|&(at, mac)| self.state.has(&positions, at, mac))
     }
 
     /// What the tables say by now. One that cannot be read any more is left out, and said in the log.

@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use super::{Place, probe};
 use crate::announce::conflict::OnConflict;
 use crate::model::network::{Conflict, ConflictKind, ProbeReport};
-use crate::model::{AskedReport, NetSpec, Station, VmId, chain};
+use crate::model::{AskedReport, NetSpec, VmId, chain};
 use crate::net::bridge;
 use crate::service::control::ask_info;
 use crate::service::registry::Registry;
@@ -135,7 +135,7 @@ fn ask(order: &InquiryOrder, cancel: &AtomicBool) -> AskedReport {
             .iter()
             .map(|net| {
                 scope.spawn(move || {
-                    let place = Place { interface: net.tap.clone(), stations: vec![Station::from(net)] };
+                    let place = Place { interface: net.tap.clone(), stations: vec![net.station.clone()] };
                     probe::probe(&place, probe::DEFAULT_PATIENCE, cancel).map_err(|error| chain(&error))
                 })
             })

@@ -17,7 +17,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use census::Census;
 use cost::Costs;
@@ -43,7 +43,7 @@ use super::sources::{self, SourceState};
 use crate::model::{AddressSpace, KernelVm, PageCount, VcpuFacts, Writer};
 use crate::port::LostEvents;
 use crate::probe::{Backend, LoadOptions, ProbeError, Probes, SharedProbes};
-use crate::time::thread_cpu_time;
+use crate::time::{thread_cpu_time, unix_ms};
 use crate::track::{DEFAULT_BUDGET, DEFAULT_MARGIN, Terms, TermsError, forecast};
 
 /// Intervals shorter than this watch mostly the fleet itself.
@@ -578,10 +578,6 @@ fn show(vm: &mut Tracked, single: Single, terms: Option<&Terms>) {
     });
     vm.show_names();
     vm.before = Some(single.after);
-}
-
-fn unix_ms() -> u64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
 /// A panic of another user leaves the maps as they are, and they are the kernel's.

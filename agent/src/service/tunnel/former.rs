@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::ask::{self, SMALL_BYTES};
-use super::{TunnelStore, lay, namespace, now_unix_ms, take_down};
+use super::{TunnelStore, lay, namespace, take_down};
 use crate::link::Address;
 use crate::model::id::VmName;
 use crate::model::tunnel::{LAN_MTUS, LEAST_MTU, MOST_LINES, overhead_bytes};
@@ -17,6 +17,7 @@ use crate::net::wires::HostWires;
 use crate::net::{bridge, device, path};
 use crate::port::{SourceTunnel, WireError};
 use crate::service::registry::boot_id;
+use crate::time::unix_ms;
 use crate::tunnel;
 
 /// How long the other end may take to answer; the first packets may have to find their way.
@@ -157,7 +158,7 @@ impl FormerEnd {
             remote,
             port: spec.port,
             mtu_bytes,
-            since_unix_ms: now_unix_ms(),
+            since_unix_ms: unix_ms(),
             boot_id: boot_id(),
             namespace: namespace(),
             state_dir: state_dir.clone(),

@@ -13,14 +13,13 @@ pub mod new;
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::audit::{self, Action};
-use super::registry::boot_id;
+use super::registry::{boot_id, write_whole};
 use crate::model::schema::Schema;
 use crate::model::{TunnelEntry, TunnelSide, VmId};
+use crate::net::place;
 use crate::net::wires::HostWires;
 use crate::port::WireError;
 use crate::tunnel;
@@ -44,13 +43,9 @@ impl TunnelStore {
         self.folder.join(format!("{}.{}.json", entry.id, entry.side))
     }
 
-    /// Writes an entry beside its place and renames it, so that a reader sees all of it or nothing.
     fn enter(&self, entry: &TunnelEntry) -> io::Result<()> {
         fs::create_dir_all(&self.folder)?;
-        let path = self.path(entry);
-        let draft = path.with_extension("new");
-        fs::write(&draft, serde_json::to_string_pretty(&entry.tagged())?)?;
-        fs::rename(draft, path)
+        write_whole(&self.path(entry), &serde_json::to_string_pretty(&entry.tagged())?)
     }
 
     fn leave(&self, entry: &TunnelEntry) {
@@ -81,11 +76,7 @@ impl TunnelStore {
 
 /// This thread's network namespace, by its inode's number; 0 where that is not told.
 fn namespace() -> u64 {
-    fs::metadata("/proc/thread-self/ns/net").map_or(0, |namespace| namespace.ino())
-}
-
-fn now_unix_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+    place::own().map_or(0, |place| place.inode)
 }
 
 /// Whether what an entry names may still be there: it was made since the last boot.

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::ask::Answering;
 use super::former::device_name;
-use super::{TunnelStore, is_of_this_boot, lay, namespace, now_unix_ms, take_down};
+use super::{TunnelStore, is_of_this_boot, lay, namespace, take_down};
 use crate::model::id::VmName;
 use crate::model::tunnel::overhead_bytes;
 use crate::model::{MigrationId, NetSpec, TunnelEntry, TunnelLine, TunnelOffer, TunnelSide, VmId, Vni};
@@ -12,6 +12,7 @@ use crate::net::{bridge, path};
 use crate::port::WireError;
 use crate::service::machine::Places;
 use crate::service::registry::boot_id;
+use crate::time::unix_ms;
 
 /// The VM that a tunnel is made for.
 #[derive(Clone, Copy, Debug)]
@@ -131,7 +132,7 @@ fn plan(offer: &TunnelOffer, mtu_bytes: u32, places: &Places, guest: Guest<'_>) 
         remote: offer.former,
         port: offer.port,
         mtu_bytes,
-        since_unix_ms: now_unix_ms(),
+        since_unix_ms: unix_ms(),
         boot_id: boot_id(),
         namespace: namespace(),
         state_dir: places.state_dir.clone(),
