@@ -67,7 +67,13 @@ const RECEIVER_ROUNDS: u64 = 3;
 impl PingLedger {
     /// Looks at the receiver: `received` is its counter, `receiver_rounds` how often its monitor ran (an interrupt that is
     /// pending is taken before that), `run_cycles` the sender's run clock, `bound_cycles` the patience.
+    ///
+    /// Nothing is to be sent before the receiver's first round: until then its LAPIC may still be disabled by software, and
+    /// such a LAPIC does not accept an interrupt (Intel SDM volume 3, "Local APIC State After It Has Been Software Disabled").
     pub fn look(&mut self, received: u64, receiver_rounds: u64, run_cycles: u64, bound_cycles: u64) -> Ping {
+        if receiver_rounds == 0 {
+            return Ping::Wait;
+        }
         let expected = self.sent - self.lost + self.doubled;
         if received > expected {
             self.doubled += received - expected;
@@ -188,10 +194,10 @@ mod tests {
     #[test]
     fn pings_are_exactly_once() {
         let mut book = PingLedger::default();
-        assert_eq!(book.look(0, 0, 0, 100), Ping::Send);
-        book.sending(0, 0);
-        assert_eq!(book.look(0, 1, 50, 100), Ping::Wait);
-        assert_eq!(book.look(1, 1, 60, 100), Ping::Send);
+        assert_eq!(book.look(0, 1, 0, 100), Ping::Send);
+        book.sending(1, 0);
+        assert_eq!(book.look(0, 2, 50, 100), Ping::Wait);
+        assert_eq!(book.look(1, 2, 60, 100), Ping::Send);
         assert_eq!((book.sent, book.lost, book.doubled), (1, 0, 0));
     }
 
@@ -208,14 +214,22 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_sent_to_a_receiver_that_may_not_have_enabled_its_lapic() {
+        let mut book = PingLedger::default();
+        assert_eq!(book.look(0, 0, 1_000, 100), Ping::Wait);
+        assert_eq!(book.look(0, 1, 1_001, 100), Ping::Send);
+        assert_eq!((book.sent, book.lost), (0, 0));
+    }
+
+    #[test]
     fn a_ping_received_twice_is_doubled_once() {
         let mut book = PingLedger::default();
-        book.sending(0, 0);
-        assert_eq!(book.look(2, 0, 0, 100), Ping::Send);
+        book.sending(1, 0);
+        assert_eq!(book.look(2, 1, 0, 100), Ping::Send);
         assert_eq!(book.doubled, 1);
-        book.sending(0, 0);
-        assert_eq!(book.look(2, 0, 1, 100), Ping::Wait);
-        assert_eq!(book.look(3, 0, 1, 100), Ping::Send);
+        book.sending(1, 0);
+        assert_eq!(book.look(2, 1, 1, 100), Ping::Wait);
+        assert_eq!(book.look(3, 1, 1, 100), Ping::Send);
         assert_eq!((book.lost, book.doubled), (0, 1));
     }
 
