@@ -101,7 +101,9 @@ fn a_working_linux_is_moved_twenty_times_under_delay_and_loss_and_loses_nothing(
     // `cargo xtask test` asks for some of them only; each takes seconds in an emulated machine.
     let moves: u32 = std::env::var("DUNLIN_MOVES").map_or(20, |number| number.parse().unwrap());
     let (mut blackouts, mut totals, mut offsets) = (Vec::new(), Vec::new(), Vec::new());
+    let look = |rig: &Rig| ClockOffset::measure(&rig.host(rig.at()).netns, Rig::guest_ip(), LOOKS).unwrap();
     for hop in 1..=moves {
+        let was = look(&rig);
         let moved = rig.hop(&options).unwrap_or_else(|error| panic!("move {hop}: {error:#}"));
         assert!(moved.relearned_at_monotonic_ns.is_some(), "move {hop}: the switch did not relearn: {moved:#?}");
         // One frame of the announcement may be among the lost ones; not all of them.
@@ -112,11 +114,14 @@ fn a_working_linux_is_moved_twenty_times_under_delay_and_loss_and_loses_nothing(
         wait_for("the guest's own announcement", LIMIT, itself).unwrap();
         echo.wait_answers(5, LIMIT).unwrap();
         check(&state(&rig));
-        let offset = ClockOffset::measure(&rig.host(rig.at()).netns, Rig::guest_ip(), LOOKS).unwrap();
-        assert!(offset.ahead_ns.unsigned_abs() < CLOCK_LIMIT_NS, "move {hop}: {offset}");
+        let offset = look(&rig);
+        // A guest of an emulated machine may set its clock late; what counts is what the move did to it.
+        let changed_ns = (offset.ahead_ns - was.ahead_ns).unsigned_abs();
+        let allowed_ns = CLOCK_LIMIT_NS + was.uncertain_ns + offset.uncertain_ns;
+        assert!(changed_ns < allowed_ns, "move {hop}: {was} before, {offset} after");
         blackouts.push(moved.report.blackout_ns);
         totals.push(moved.report.total_ns);
-        offsets.push(offset.ahead_ns.unsigned_abs());
+        offsets.push(changed_ns);
     }
     let after = state(&rig);
     check(&after);
@@ -128,7 +133,7 @@ fn a_working_linux_is_moved_twenty_times_under_delay_and_loss_and_loses_nothing(
     let report = echo.finish(LIMIT);
     assert_eq!((&report.fault, report.answered), (&None, report.sent));
     println!("shows {moves} moves: total {}, blackout {}", Spread::of(totals), Spread::of(blackouts));
-    println!("shows the guest's clock beside the host's after each move: {}", Spread::of(offsets));
+    println!("shows what each move did to the guest's clock beside the host's: {}", Spread::of(offsets));
     println!(
         "shows {} lines of one TCP connection, {} MiB copied, {} copies compared, {} pages written and checked",
         report.answered,

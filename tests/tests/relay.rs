@@ -15,6 +15,7 @@ use dunlin_tests::client::{PingReport, Pinger};
 use dunlin_tests::rig::Side;
 use dunlin_tests::topology::TAP;
 use dunlin_tests::wait::wait_for;
+use dunlin_tests::wire::FrameKind;
 use dunlin_tests::{Hop, HopOptions, Rig, VmSpec, guest, rig};
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -72,6 +73,26 @@ fn without_it_what_comes_while_the_vm_stands_is_lost() {
     println!("shows {} of {} pings unanswered, blackout {stood_ms} ms", pings.unanswered.len(), pings.sent);
     assert_eq!(hop.report.relay, None);
     assert!(pings.unanswered.len() as u64 > stood_ms / 2, "{} unanswered in {stood_ms} ms", pings.unanswered.len());
+}
+
+/// Where somebody else announces VMs, nothing of that kind is sent, by the host or by the guest; what a silent switch still sends to the former place is relayed, and the answers teach it.
+#[test]
+fn where_nobody_announces_what_is_relayed_is_answered_and_the_switch_learns_of_that() {
+    let mut rig = Rig::boot(&VmSpec::default()).unwrap();
+    rig.receive_more = vec!["--no-announce".to_owned()];
+    let pinger = rig.client.enter(|| Pinger::start(Rig::guest_ip(), EVERY)).unwrap();
+    wait_for("some answers", LIMIT, || (pinger.report().answered > 100).then_some(())).unwrap();
+    let hop = rig.hop(&HopOptions::default()).unwrap();
+    let so_far = pinger.report().answered;
+    wait_for("answers from there", LIMIT, || (pinger.report().answered > so_far + 1000).then_some(())).unwrap();
+    let pings = pinger.finish(Duration::from_secs(2));
+    let (network, relay) = (hop.report.network.unwrap(), hop.report.relay.unwrap());
+    println!("shows {network:?}; relayed {relay:?}; {} of {} pings unanswered", pings.unanswered.len(), pings.sent);
+    assert_eq!((network.rounds_sent, network.frames_sent), (0, 0));
+    assert!(hop.frames.iter().all(|frame| frame.kind == FrameKind::Traffic), "{:?}", hop.frames);
+    assert!(hop.relearned_at_monotonic_ns.is_some() && relay.frames > 0);
+    assert_eq!((pings.unanswered, pings.duplicates, pings.reordered), (Vec::new(), 0, 0));
+    assert!(rig.stop().unwrap().success());
 }
 
 /// A second opinion on all that passes a move, from both hosts' cables: Wireshark knows each frame, finds none malformed, and sees the guest's own answers, each once.

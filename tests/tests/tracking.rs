@@ -375,7 +375,7 @@ fn a_recording_of_a_hosted_vm_replays_byte_for_byte() {
     }
     assert_eq!(reports, 4);
     let last: Value = serde_json::from_str(lines(&live.stdout).lines().last().unwrap()).unwrap();
-    assert!(last["unique_pages"].as_u64().unwrap() > 500 && last["regime"] == "armed", "{last:#}");
+    assert!(last["unique_pages"].as_u64().unwrap() > 100 && last["regime"] == "armed", "{last:#}");
     // A disk that was full, a machine that lost power: what is whole is shown, and what is not is said.
     let whole = std::fs::read(&file).unwrap();
     std::fs::write(&file, &whole[..whole.len() - 20]).unwrap();

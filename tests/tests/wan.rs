@@ -31,8 +31,12 @@ const LIMIT: Duration = Duration::from_secs(30);
 const MTU_V4: u32 = 1450;
 
 fn rig() -> (Rig, Beyond) {
+    rig_with("ws:8M,rate:1000,fill:random")
+}
+
+fn rig_with(workload: &str) -> (Rig, Beyond) {
     let (lan, beyond) = wan::build().unwrap();
-    let guest = format!("dunlin.wl0=ws:8M,rate:1000,fill:random dunlin.gw={}", wan::GATEWAY);
+    let guest = format!("dunlin.wl0={workload} dunlin.gw={}", wan::GATEWAY);
     let mut rig = Rig::boot_on(lan, &VmSpec { guest, ..VmSpec::default() }).unwrap();
     rig.receive_more = vec!["--tunnel".to_owned()];
     (rig, beyond)
@@ -236,6 +240,8 @@ struct Stage {
 }
 
 const PORT: &str = "vm0";
+/// What a bulk transfer carries, each way.
+const BULK_BYTES: usize = 4 << 20;
 
 fn mac() -> MacAddress {
     Rig::mac()
@@ -304,43 +310,6 @@ impl Stage {
         self.folders[usize::from(side == Side::B)].path()
     }
 
-    /// Carries 4 MiB each way between two namespaces, and returns the path MTUs that both knew at the end.
-    fn bulk(&self, client: &Netns, server: IpAddr) -> [String; 2] {
-        const BYTES: usize = 4 << 20;
-        let listener = self.guest.enter(|| TcpListener::bind(SocketAddr::new(server, 0))).unwrap();
-        let address = listener.local_addr().unwrap();
-        let swap = |mut stream: TcpStream, seed: u8| {
-            stream.set_read_timeout(Some(LIMIT)).unwrap();
-            let mut writer = stream.try_clone().unwrap();
-            std::thread::scope(|scope| {
-                scope.spawn(move || writer.write_all(&vec![seed; BYTES]).unwrap());
-                let mut all = vec![0; BYTES];
-                stream.read_exact(&mut all).unwrap();
-                assert!(all.iter().all(|&byte| byte == seed ^ 1));
-            });
-        };
-        std::thread::scope(|scope| {
-            scope.spawn(|| swap(listener.accept().unwrap().0, 4));
-            let connect = || TcpStream::connect_timeout(&address, LIMIT);
-            let stream = client.enter(connect).unwrap_or_else(|error| {
-                let neighbours = client.run("ip neigh show").unwrap_or_default();
-                panic!("{} to {address}: {error}; it knows:\n{neighbours}", client.name());
-            });
-            client.enter(|| swap(stream, 5));
-        });
-        let client_ip = client.enter(|| {
-            let any: IpAddr =
-                if server.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-            let socket = UdpSocket::bind(SocketAddr::new(any, 0)).unwrap();
-            socket.connect(address).unwrap();
-            socket.local_addr().unwrap().ip()
-        });
-        [
-            client.run(&format!("ip route get {server}")).unwrap(),
-            self.guest.run(&format!("ip route get {client_ip}")).unwrap(),
-        ]
-    }
-
     fn drop_both(&self) {
         for (side, host) in [(Side::A, &self.lan.host_a), (Side::B, &self.lan.host_b)] {
             let dropped =
@@ -354,6 +323,38 @@ impl Stage {
             serde_json::from_str(&self.lan.host_b.netns.run(&format!("ip -json link show {PORT}")).unwrap()).unwrap();
         assert_eq!(links[0]["master"], BRIDGE);
     }
+}
+
+/// Carries 4 MiB each way at a time between two namespaces, and returns the path MTUs that both knew at the end.
+fn bulk(client: &Netns, host: &Netns, server: IpAddr) -> [String; 2] {
+    let listener = host.enter(|| TcpListener::bind(SocketAddr::new(server, 0))).unwrap();
+    let address = listener.local_addr().unwrap();
+    let swap = |mut stream: TcpStream, seed: u8| {
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        let mut writer = stream.try_clone().unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(move || writer.write_all(&vec![seed; BULK_BYTES]).unwrap());
+            let mut all = vec![0; BULK_BYTES];
+            stream.read_exact(&mut all).unwrap();
+            assert!(all.iter().all(|&byte| byte == seed ^ 1));
+        });
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| swap(listener.accept().unwrap().0, 4));
+        let connect = || TcpStream::connect_timeout(&address, LIMIT);
+        let stream = client.enter(connect).unwrap_or_else(|error| {
+            let neighbours = client.run("ip neigh show").unwrap_or_default();
+            panic!("{} to {address}: {error}; it knows:\n{neighbours}", client.name());
+        });
+        client.enter(|| swap(stream, 5));
+    });
+    let client_ip = client.enter(|| {
+        let any: IpAddr = if server.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+        let socket = UdpSocket::bind(SocketAddr::new(any, 0)).unwrap();
+        socket.connect(address).unwrap();
+        socket.local_addr().unwrap().ip()
+    });
+    [client.run(&format!("ip route get {server}")).unwrap(), host.run(&format!("ip route get {client_ip}")).unwrap()]
 }
 
 /// Of both protocols inside and outside, from each place, more than a packet can hold goes both ways: who sends too large a packet is told by the kernel of the host where the tunnel begins.
@@ -382,7 +383,7 @@ fn packets_too_large_for_the_tunnel_are_told_their_senders() {
         for server in Lan::GUEST_IPS {
             for client in [&stage.lan.client, &stage.beyond.near, &stage.beyond.far] {
                 let began = Instant::now();
-                let known = stage.bulk(client, server);
+                let known = bulk(client, &stage.guest, server);
                 println!(
                     "shows {} to {server}: {:.2} s for 4 MiB each way",
                     client.name(),
@@ -473,6 +474,134 @@ fn a_tunnel_goes_when_the_addresses_have_moved() {
     assert_eq!((views.len(), views[0].state), (1, TunnelState::Stale));
     stage.lan.host_b.netns.enter(|| new.end());
     assert_eq!(wires(&stage.lan.host_b.netns).0, Vec::<String>::new());
+}
+
+/// Delay and loss of what leaves by the cable of the new host, both ways.
+#[derive(Clone, Copy, Debug)]
+struct Way {
+    one_way_ms: u64,
+    loss_percent: f64,
+}
+
+impl Way {
+    /// From a cable to a continent away.
+    const ALL: [Self; 4] = [
+        Self { one_way_ms: 0, loss_percent: 0.0 },
+        Self { one_way_ms: 10, loss_percent: 0.0 },
+        Self { one_way_ms: 25, loss_percent: 0.1 },
+        Self { one_way_ms: 50, loss_percent: 0.1 },
+    ];
+
+    fn lay(self, switch: &Netns, host_b: &Netns) {
+        let Self { one_way_ms, loss_percent } = self;
+        if one_way_ms > 0 {
+            // The packets that are under way at 1 Gbit/s, twice: the device's own limit of 1000 is none of a way's.
+            let words = format!("delay {one_way_ms}ms loss {loss_percent}% limit 20000");
+            for (netns, device) in [(switch, "host-b"), (host_b, "up0")] {
+                netns.run(&format!("tc qdisc replace dev {device} root netem {words}")).unwrap();
+            }
+        }
+    }
+
+    fn rtt_ns(self) -> u64 {
+        2_000_000 * self.one_way_ms
+    }
+
+    /// What is lost last is sent again after the kernel's least time-out, 200 ms, and a round trip (`TCP_RTO_MIN`, tcp(7)): two of these.
+    fn losses_ns(self) -> u64 {
+        if self.loss_percent > 0.0 { 2 * (200_000_000 + self.rtt_ns()) } else { 0 }
+    }
+}
+
+impl std::fmt::Display for Way {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "RTT {} ms, loss {} %", 2 * self.one_way_ms, self.loss_percent)
+    }
+}
+
+fn ms(ns: u64) -> f64 {
+    ns as f64 / 1e6
+}
+
+/// Blackout ≤ what was left ÷ bandwidth + 2 round trips + what switching over costs this machine by a cable.
+#[test]
+#[ignore = "needs netem: `cargo xtask test-vm` runs it"]
+fn a_vm_moves_over_a_wan_with_delay_and_loss() {
+    let mut by_cable_ns = None;
+    for way in Way::ALL {
+        // Few writes: a lost packet now and then leaves little of a long way's bandwidth.
+        let (mut rig, beyond) = rig_with("ws:4M,rate:50,fill:random");
+        way.lay(&rig.switch, &rig.host(Side::B).netns);
+        let every = Duration::from_millis(20);
+        let begin = |netns: &Netns| netns.enter(|| EchoClient::start(Rig::echo_address(), every)).unwrap();
+        let connections = [begin(&rig.client), begin(&beyond.far)];
+        let longest = |answers: u64| {
+            connections[0].restart_measurement();
+            connections[0].wait_answers(answers, LIMIT).unwrap();
+            connections[0].report().largest_round_trip_ns
+        };
+        let before_ns = longest(50);
+        connections[0].restart_measurement();
+        let hop = rig.hop(&tunnelled(&["--downtime", "300ms"])).unwrap();
+        all_answer(&connections, 20);
+        let during_ns = connections[0].report().largest_round_trip_ns;
+        let after_ns = longest(50);
+
+        let (report, tunnel) = (&hop.report, hop.report.tunnel.clone().unwrap());
+        let last = report.rounds.last().unwrap();
+        let best = report.rounds.iter().filter(|round| !round.paused && round.duration_ns > 0);
+        let best = best.map(|round| round.wire_bytes as f64 * 1e9 / round.duration_ns as f64).fold(0.0, f64::max);
+        let moving_ns = (last.wire_bytes as f64 / best.max(1.0) * 1e9) as u64;
+        let limit_ns = by_cable_ns.map(|ns: u64| moving_ns + 2 * way.rtt_ns() + 2 * ns + way.losses_ns());
+        println!(
+            "shows {way}: blackout {:.1} ms; {:.1} ms for {} bytes at {:.1} MB/s, {:.1} ms for 2 RTT, {:.1} ms otherwise; allowed {}",
+            ms(report.blackout_ns),
+            ms(moving_ns),
+            last.wire_bytes,
+            best / 1e6,
+            ms(2 * way.rtt_ns()),
+            ms(report.blackout_ns.saturating_sub(moving_ns + 2 * way.rtt_ns())),
+            limit_ns.map_or("as it is: the measure".to_owned(), |ns| format!("{:.1} ms", ms(ns))),
+        );
+        println!(
+            "shows {way}: longest round trip to the VM {:.1} ms before, {:.1} ms while it moved, {:.1} ms through the tunnel, which measured {:.1} ms",
+            ms(before_ns),
+            ms(during_ns),
+            ms(after_ns),
+            ms(tunnel.rtt_ns),
+        );
+        assert!(tunnel.rtt_ns >= way.rtt_ns() && tunnel.stays, "{tunnel:?}");
+        assert!(report.blackout_ns <= limit_ns.unwrap_or(u64::MAX), "{way}: {report:#?}");
+        by_cable_ns.get_or_insert(report.blackout_ns);
+        for connection in connections {
+            assert_eq!(connection.finish(LIMIT).fault, None);
+        }
+        assert_eq!(guest::errors(&rig.counters().unwrap()), Vec::<String>::new());
+        assert!(rig.stop().unwrap().success());
+        drop((beyond, rig));
+        throughput(way);
+    }
+}
+
+/// What the kernels carry, with a namespace in the VM's place: to the VM's host without a tunnel, and to the VM through it.
+fn throughput(way: Way) {
+    let mut stage = Stage::new(true);
+    stage.moved();
+    way.lay(&stage.lan.switch, &stage.lan.host_b.netns);
+    let rate = |server: &Netns, ip: IpAddr| {
+        let began = Instant::now();
+        bulk(&stage.lan.client, server, ip);
+        (2 * BULK_BYTES) as f64 / began.elapsed().as_secs_f64() / 1e6
+    };
+    let plain = rate(&stage.lan.host_b.netns, stage.lan.host_b.ip.into());
+    let tunnelled = rate(&stage.guest, Rig::guest_ip());
+    println!(
+        "shows {way}: {tunnelled:.1} MB/s both ways together through the tunnel, {plain:.1} to the host itself: {:.2} of it",
+        tunnelled / plain
+    );
+    stage.new.as_mut().unwrap().let_be();
+    drop(stage.new.take());
+    stage.drop_both();
 }
 
 #[test]

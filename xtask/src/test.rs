@@ -30,7 +30,7 @@ pub(crate) struct Arguments {
     /// Run the tests only: no formatting, no lints.
     #[arg(long)]
     tests_only: bool,
-    /// Boot every pinned kernel in the test machine, not only the first.
+    /// Boot every pinned kernel in the test machine, not only the first, and run all suites there, also those that this host runs.
     #[arg(long)]
     all: bool,
     /// Leave the test machine out.
@@ -109,14 +109,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<bool> {
     Ok(fine)
 }
 
-/// The lints, looked at beside the test machine, which has work for one processor.
+/// The lints, looked at beside the test machine, which has work for one processor and goes first.
 struct Lints(JoinHandle<io::Result<Output>>);
 
 impl Lints {
     fn begin() -> Self {
         println!("lints: cargo clippy goes on beside what follows");
-        let words = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
-        Self(thread::spawn(move || Command::new("cargo").args(words).current_dir(root()).output()))
+        let words = ["-n", "19", "cargo", "clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
+        Self(thread::spawn(move || Command::new("nice").args(words).current_dir(root()).output()))
     }
 
     /// Waits for them; false if there is something to be said.

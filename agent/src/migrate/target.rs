@@ -131,6 +131,11 @@ pub trait Host: Send {
         Asked::Not
     }
 
+    /// Whether VMs that come are announced here; else somebody else does.
+    fn may_announce(&self) -> bool {
+        true
+    }
+
     /// The first announcement is about to leave: bridges are watched from before it. Takes no time.
     fn announces(&mut self) {}
 
@@ -582,12 +587,8 @@ impl Target<'_> {
         let mut lap = Lap::since(self.clock, self.clock.now());
         self.begin_relay(id, machine);
         self.host.announces();
-        match machine.announce() {
-            Ok(frames) => {
-                self.host.announced(frames);
-                self.pass(id, Step::Announced, &format!("{frames} frames"));
-            }
-            Err(error) => tracing::warn!(migration = %id, "the first announcement failed: {error}"),
+        if let Some(frames) = self.announce(id, machine) {
+            self.pass(id, Step::Announced, &format!("{frames} frames"));
         }
         ledger.add(BlackoutPhase::Announce, lap.next());
         // Up to here it certainly never ran: one that died meanwhile is the source's again.
@@ -604,6 +605,23 @@ impl Target<'_> {
         }
         self.pass(id, step, "");
         Ok(true)
+    }
+
+    /// A round of announcements, if VMs are announced here: how many frames have left. None if it failed.
+    fn announce(&mut self, id: MigrationId, machine: &mut dyn Machine) -> Option<u32> {
+        if !self.host.may_announce() {
+            return Some(0);
+        }
+        match machine.announce() {
+            Ok(frames) => {
+                self.host.announced(frames);
+                Some(frames)
+            }
+            Err(error) => {
+                tracing::warn!(migration = %id, "an announcement failed: {error}");
+                None
+            }
+        }
     }
 
     /// The machine did not take the VM, or died before it was let run: the source may have it back. If that cannot be

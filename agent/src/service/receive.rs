@@ -93,6 +93,8 @@ pub struct ReceiveRequest {
     pub places: Places,
     /// When announcements are repeated, and how many all VMs of the host may send.
     pub announce: AnnounceConfig,
+    /// Whether a VM that comes is announced at all; else somebody else does.
+    pub announces: bool,
     /// What is done when somebody else has the VM's addresses.
     pub on_conflict: OnConflict,
     /// Where events go.
@@ -348,6 +350,10 @@ impl Host for LocalHost<'_> {
         Asked::Known { report, refusal }
     }
 
+    fn may_announce(&self) -> bool {
+        self.request.announces
+    }
+
     fn announces(&mut self) {
         if let Some(watching) = &self.seen.watching {
             watching.begin();
@@ -592,6 +598,7 @@ fn repeat_announcements(
     let migration = arrived.migration_id;
     let schedule = request.announce.schedule.seeded(migration.0.as_u64_pair().1);
     let pacer = Pacer::join(&request.places.run_dir, request.announce.frames_per_second);
+    let announces = request.announces;
     let repeat = move || {
         // One that ran here before this manager came was announced by another.
         if let Some(watching) = &seen.watching {
@@ -599,7 +606,9 @@ fn repeat_announcements(
         }
         let never = AtomicBool::new(false);
         let later = schedule.instants().skip(1);
-        let sent = rounds::repeat(later, &pacer, &MonotonicClock, &never, || machine.announce());
+        // Without announcements the bridges have as long to hear the VM itself.
+        let mut round = || if announces { machine.announce() } else { Ok(0) };
+        let sent = rounds::repeat(later, &pacer, &MonotonicClock, &never, &mut round);
         seen.rounds += if sent.frames > 0 { sent.rounds } else { 0 };
         seen.frames += sent.frames;
         let report = seen.report();

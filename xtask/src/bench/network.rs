@@ -25,6 +25,8 @@ const AIM_ANNOUNCED_MS: f64 = 1.0;
 /// What a client may miss beyond the blackout, in milliseconds.
 const AIM_BEYOND_MS: f64 = 2.0;
 
+/// As it is, and with nobody who tells the switch.
+const ANNOUNCING: [(&str, &[&str]); 2] = [("", &[]), (" not announced,", &["--no-announce"])];
 /// With a relay, and its peer: without one.
 const RELAYS: [(&str, &str); 2] = [("relay", "2s"), ("no relay", "0s")];
 const STRATEGIES: [&str; 2] = ["pre-copy", "post-copy"];
@@ -42,7 +44,7 @@ and over IPv6, each 1000 a second, ask it over one TCP connection 1000 times a s
   announced        from the beginning of the first announcement to the guest's going on, of the worst move of a run
   blackout         by the source's clock, of the median move of a run
   relayed          frames that were carried on
-The peer is the same without a relay. Values are medians of so many runs.";
+The peer is the same without a relay. Not announced: the switch hears of the VM's new place only when the guest happens to send something, by itself or because of a relayed frame; no aim is set there. Values are medians of so many runs.";
 
 /// One line of the program.
 #[derive(Debug, Deserialize)]
@@ -79,8 +81,9 @@ struct Side {
 
 impl Side {
     /// Adds a run.
-    fn push(&mut self, moves: &[Move]) -> Result<()> {
-        ensure!(moves.iter().all(|one| one.announced_first), "a guest ran before it was announced");
+    fn push(&mut self, moves: &[Move], is_announced: bool) -> Result<()> {
+        let is_as_asked = |one: &Move| one.announced_first || !is_announced;
+        ensure!(moves.iter().all(is_as_asked), "a guest ran before it was announced");
         ensure!(moves.iter().all(|one| one.relay_dropped == 0), "a relay dropped frames");
         let sum = |of: fn(&Move) -> u64| moves.iter().map(of).sum::<u64>();
         let most = |of: fn(&Move) -> f64| moves.iter().map(of).fold(0.0, f64::max);
@@ -120,29 +123,32 @@ pub(super) fn run(places: &Places, effort: &Effort) -> Result<Vec<Row>> {
     ensure!(!strategies.is_empty(), "the cases are {}", STRATEGIES.join(", "));
     let mut rows = Vec::new();
     for strategy in strategies {
-        let mut sides = RELAYS.map(|_| Side::default());
+        let mut cases = ANNOUNCING.map(|_| RELAYS.map(|_| Side::default()));
         for turn in 0..effort.runs {
             let mut said = Vec::new();
-            for ((name, relay), side) in RELAYS.iter().zip(&mut sides) {
-                let moves = measure(
-                    &program,
-                    places,
-                    &["--moves", &MOVES.to_string(), "--strategy", strategy, "--relay", relay],
-                )?;
-                side.push(&moves)?;
-                said.push(format!("{name} {} of {} packets lost", side.all_lost, side.packets));
+            for ((announcing, more), sides) in ANNOUNCING.iter().zip(&mut cases) {
+                for ((name, relay), side) in RELAYS.iter().zip(sides) {
+                    let moves = MOVES.to_string();
+                    let arguments = ["--moves", &moves, "--strategy", strategy, "--relay", relay];
+                    let moves = measure(&program, places, &[&arguments, *more].concat())?;
+                    side.push(&moves, more.is_empty())?;
+                    said.push(format!("{name}{announcing} {} of {} packets lost", side.all_lost, side.packets));
+                }
             }
-            eprintln!("{strategy} {}/{}: {} so far", turn + 1, effort.runs, said.join(", "));
+            eprintln!("{strategy} {}/{}: {} so far", turn + 1, effort.runs, said.join("; "));
             interrupt::check()?;
         }
-        rows.extend(rows_of(strategy, &sides));
+        for ((announcing, more), sides) in ANNOUNCING.iter().zip(&cases) {
+            rows.extend(rows_of(&format!("{strategy},{announcing}"), sides, more.is_empty()));
+        }
     }
     Ok(rows)
 }
 
-fn rows_of(strategy: &str, [ours, theirs]: &[Side; 2]) -> Vec<Row> {
-    let case = format!("{strategy}, {} moves", ours.moves);
+fn rows_of(case: &str, [ours, theirs]: &[Side; 2], has_aims: bool) -> Vec<Row> {
+    let case = format!("{case} {} moves", ours.moves);
     let row = |metric, unit, of: fn(&Side) -> &Samples, aim: Aim| {
+        let aim = if has_aims { aim } else { Aim::None };
         Row::new(BENCH, &case, metric, unit, of(ours), aim.clone()).beside(RELAYS[1].0, of(theirs), aim)
     };
     vec![
@@ -188,7 +194,7 @@ mod tests {
         let moves: Vec<Move> =
             [line(2, 9), line(3, 7), line(0, 4)].iter().map(|line| serde_json::from_str(line).unwrap()).collect();
         let mut side = Side::default();
-        side.push(&moves).unwrap();
+        side.push(&moves, true).unwrap();
         let medians =
             [&side.lost, &side.turned_round, &side.udp_beyond, &side.tcp_beyond, &side.relayed].map(Samples::median);
         assert_eq!(medians, [5.0, 3.0, 3.0, 0.0, 12.0].map(Some));

@@ -32,7 +32,7 @@ use kernels::{Kernel, PINS, cache};
 use machine::{Accelerator, Config};
 use modules::Modules;
 use report::{Gatherer, Report, table};
-use suites::{BED_MODULES, GUEST_MODULES, Programs};
+use suites::{ALSO_HERE, BED_MODULES, GUEST_MODULES, Programs};
 
 /// Options of `cargo xtask test-vm`.
 #[derive(Clone, Debug, Args)]
@@ -76,6 +76,10 @@ pub(crate) struct Arguments {
     /// How often a Linux guest is moved to and fro.
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
     moves: u32,
+
+    /// Leave out the suites that run on this host, too.
+    #[arg(long, conflicts_with_all = ["filter", "record", "self_test", "shell"])]
+    only_there: bool,
 }
 
 /// The same as part of `cargo xtask test`, where an emulated machine has no three minutes for one test.
@@ -95,12 +99,13 @@ impl Arguments {
             memory: 2048,
             limit: 14,
             moves: MOVES_OF_TEST,
+            only_there: !all,
         }
     }
 
     /// Whether the machine notices what goes wrong, on one kernel.
     pub(crate) fn of_self_test() -> Self {
-        Self { self_test: true, ..Self::of_test(false) }
+        Self { self_test: true, only_there: false, ..Self::of_test(false) }
     }
 }
 
@@ -154,7 +159,11 @@ pub(crate) fn test(arguments: &Arguments) -> Result<Totals> {
         }
         return Ok(totals);
     }
-    let suites = programs.suites(arguments.filter.as_deref())?;
+    let suites = programs.suites(arguments.filter.as_deref(), arguments.only_there)?;
+    if arguments.only_there {
+        let names = ALSO_HERE.join(", ");
+        println!("left out of the test machine, since this host runs them: {names} (`cargo xtask test-vm` runs them)");
+    }
     let job =
         Job { suites, environment: environment(&guests, arguments.moves), folder: root().to_owned(), ..Job::default() };
     let reports = side_by_side(arguments, &programs, &kernels, &job)?;

@@ -105,7 +105,7 @@ fn host(programs: &Programs) -> Result<Report> {
     let kernel = kernel.split('-').next().unwrap_or_default().to_owned();
     let mut report = Report { schema: SCHEMA.into(), label: HOST.into(), kernel, ..Report::default() };
     report.accelerator = "directly".into();
-    for suite in programs.suites(None)? {
+    for suite in programs.suites(None, false)? {
         match &suite.kind {
             SuiteKind::Objects => {
                 println!("{HOST} | suite {}", suite.name);

@@ -62,7 +62,7 @@ struct Row {
 }
 
 /// The suites, in their order.
-const SUITES: [Row; 12] = [
+const SUITES: [Row; 13] = [
     // What this kernel can do: the compatibility table's first half.
     Row { name: "doctor", source: Source::Agent(DOCTOR), only: &[], ignored_too: false, limit_s: 120 },
     // The machine on a KVM that is a module, with hardware page tables.
@@ -112,7 +112,12 @@ const SUITES: [Row; 12] = [
         ignored_too: true,
         limit_s: 180,
     },
+    // Delay and loss between the two hosts of a tunnel.
+    Row { name: "wan", source: Source::Integration("wan"), only: &["over_a_wan"], ignored_too: true, limit_s: 400 },
 ];
+
+/// Those that a developer's kernel runs as well, as a part of `cargo xtask test`.
+pub(super) const ALSO_HERE: [&str; 4] = ["kvm", "tracking", "agent", "prove"];
 
 const DOCTOR: &[&str] = &["doctor", "--json", "--run-dir", "/run/dunlin", "--state-dir", "/var/lib/dunlin-bed"];
 
@@ -196,8 +201,8 @@ impl Programs {
         })
     }
 
-    /// The table's suites, or those in which `filter` finds something.
-    pub(super) fn suites(&self, filter: Option<&str>) -> Result<Vec<Suite>> {
+    /// The table's suites, or those in which `filter` finds something; with `only_there` without [`ALSO_HERE`].
+    pub(super) fn suites(&self, filter: Option<&str>, only_there: bool) -> Result<Vec<Suite>> {
         let mut suites = Vec::new();
         for row in &SUITES {
             let (mut only, mut wanted) = (row.only.iter().map(|&part| part.to_owned()).collect::<Vec<_>>(), true);
@@ -208,7 +213,7 @@ impl Programs {
                 wanted = !SUITES.iter().any(|row| row.name.contains(filter)) && !matches!(row.source, Source::Agent(_));
                 only = vec![filter.to_owned()];
             }
-            if !wanted {
+            if !wanted || only_there && ALSO_HERE.contains(&row.name) {
                 continue;
             }
             let test =

@@ -62,6 +62,10 @@ pub(in crate::cli) struct ReceiveArgs {
     #[arg(long, value_name = "POLICY")]
     on_conflict: Option<OnConflict>,
 
+    /// Do not announce the VM's new place: somebody else does (a fabric's controller, the guest). Until then frames for it go to its former place.
+    #[arg(long)]
+    no_announce: bool,
+
     /// Console: stdio, none, file=F or socket=F.
     #[arg(long, value_name = "SPEC", default_value = "none")]
     serial: SerialSpec,
@@ -178,6 +182,7 @@ impl ReceiveArgs {
             tunnel: self.tunnel,
             places: Places { run_dir: self.run_dir.path(config), state_dir: self.state_dir.path(config) },
             announce: config.announce.clone(),
+            announces: !self.no_announce,
             on_conflict: self.on_conflict.or(config.announce.on_conflict).unwrap_or(OnConflict::Warn),
             events: self.watch.events,
             hold: self.watch.hold_at,

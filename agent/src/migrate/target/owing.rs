@@ -301,10 +301,7 @@ impl Target<'_> {
     fn announce_now_and_then(&mut self, id: MigrationId, machine: &mut dyn Machine, announced: &mut Duration) {
         if self.clock.now().saturating_sub(*announced) >= ANNOUNCE_EVERY {
             *announced = self.clock.now();
-            match machine.announce() {
-                Ok(frames) => self.host.announced(frames),
-                Err(error) => tracing::warn!(migration = %id, "an announcement failed: {error}"),
-            }
+            self.announce(id, machine);
         }
     }
 

@@ -418,6 +418,7 @@ fn migration(lab: &Lab<'_>, verify: bool) -> Result<Success, Obstacle> {
         tunnel: false,
         places: places.clone(),
         announce: AnnounceConfig::default(),
+        announces: true,
         on_conflict: OnConflict::Off,
         events: None,
         hold: None,

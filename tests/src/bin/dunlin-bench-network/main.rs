@@ -37,6 +37,9 @@ struct Cli {
     /// For how long what still comes to the former place is carried on; 0s is not at all.
     #[arg(long, default_value = "2s")]
     relay: String,
+    /// Nobody announces the VM.
+    #[arg(long)]
+    no_announce: bool,
 }
 
 /// All that speak with the guest, from one place: UDP of both families, TCP requests and bulk.
@@ -79,6 +82,9 @@ fn main() -> Result<()> {
     let cli = Cli::parse();
     let spec = VmSpec { guest: "dunlin.wl0=ws:16M,rate:2000,fill:random".to_owned(), ..VmSpec::default() };
     let mut rig = Rig::boot(&spec)?;
+    if cli.no_announce {
+        rig.receive_more = vec!["--no-announce".to_owned()];
+    }
     let more = vec!["--relay".to_owned(), cli.relay.clone()];
     let options = HopOptions { strategy: cli.strategy, more, ..HopOptions::default() };
     let mut out = std::io::stdout().lock();
