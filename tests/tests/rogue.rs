@@ -19,7 +19,7 @@ use dunlin_tests::wait::wait_for;
 use serde_json::Value;
 
 /// Trials unless `DUNLIN_TRIALS` says how many.
-const TRIALS: u64 = 40;
+const TRIALS: u64 = 24;
 /// Of the trials, every fourth has no rogue.
 const WITHOUT: u64 = 4;
 /// Trials that may be judged wrongly.

@@ -53,8 +53,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<bool> {
     if !arguments.tests_only {
         check(&["fmt", "--all", "--check"], "run `cargo fmt --all`")?;
     }
-    // Binaries that the integration suites start.
-    run::run(Command::new("cargo").args(["build", "--workspace"]).current_dir(root()))?;
+    // Binaries that the integration suites start, and the tests beside them: apart, the library would be built twice, since the
+    // features of what it uses are not the same without the tests' own dependencies.
+    run::run(Command::new("cargo").args(["build", "--workspace", "--all-targets"]).current_dir(root()))?;
 
     let mut totals = Totals::default();
     let mut fine = true;

@@ -70,7 +70,7 @@ pub(crate) struct Arguments {
     memory: u32,
 
     /// Minutes that one kernel may take, from power-on to its verdict.
-    #[arg(long, value_name = "MINUTES", default_value_t = 14, value_parser = clap::value_parser!(u32).range(1..=600))]
+    #[arg(long, value_name = "MINUTES", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=600))]
     limit: u32,
 
     /// How often a Linux guest is moved to and fro.
@@ -97,7 +97,7 @@ impl Arguments {
             record: false,
             self_test: false,
             memory: 2048,
-            limit: 14,
+            limit: 20,
             moves: MOVES_OF_TEST,
             only_there: !all,
         }

@@ -95,11 +95,12 @@ const SUITES: [Row; 13] = [
     Row { name: "kernel", source: Source::Integration("kernel"), only: &[], ignored_too: true, limit_s: 120 },
     Row { name: "linux", source: Source::Integration("linux"), only: &[], ignored_too: true, limit_s: 400 },
     Row { name: "foreign", source: Source::Integration("foreign"), only: &[], ignored_too: true, limit_s: 180 },
-    // Not only there, but with cgroups of version 2.
+    // Not only there, but with cgroups of version 2. That a migration ends because its writer is slowed shows nothing where all
+    // have one emulated CPU: loading the programs slows the writer as well.
     Row {
         name: "stun-foreign",
         source: Source::Integration("stun_foreign"),
-        only: &[],
+        only: &["everybody_is_let_go", "leaves_nothing", "least_share", "nothing_is_begun", "limits_its_writer"],
         ignored_too: false,
         limit_s: 300,
     },
@@ -139,7 +140,7 @@ impl Programs {
         eprintln!("Building the BPF programs, dunlin, its tests and the guests, where they are not up to date ...");
         build_ebpf::build(&build_ebpf::Arguments::default())?;
         build_guest::run()?;
-        run::run(Command::new("cargo").args(["build", "--workspace", "--quiet"]).current_dir(root()))?;
+        run::run(Command::new("cargo").args(["build", "--workspace", "--all-targets", "--quiet"]).current_dir(root()))?;
         let linux = Self::build_static()?;
         Ok(Self { bed: linux.join("dunlin-bed"), guest: linux.join("dunlin-linux-guest"), tests: Self::build_tests()? })
     }
