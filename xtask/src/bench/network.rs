@@ -41,6 +41,7 @@ and over IPv6, each 1000 a second, ask it over one TCP connection 1000 times a s
   udp_beyond       the longest time between two answers less the blackout and the interval, of the worse family: the median move of a run
   tcp_beyond       the same of the TCP requests
   bulk_beyond      the same of the bulk: between two pieces of it
+  guest_beyond     the longest time for which the vCPU that answers wanted to run and did not, by its own counter, less the blackout: what of the above is none of the network's
   announced        from the beginning of the first announcement to the guest's going on, of the worst move of a run
   blackout         by the source's clock, of the median move of a run
   relayed          frames that were carried on
@@ -57,6 +58,7 @@ struct Move {
     udp_gap_ns: u64,
     tcp_gap_ns: u64,
     bulk_gap_ns: u64,
+    guest_gap_ns: u64,
     announce_ns: u64,
     relayed: u64,
     relay_dropped: u64,
@@ -71,6 +73,7 @@ struct Side {
     udp_beyond: Samples,
     tcp_beyond: Samples,
     bulk_beyond: Samples,
+    guest_beyond: Samples,
     announced: Samples,
     blackout: Samples,
     relayed: Samples,
@@ -102,6 +105,8 @@ impl Side {
         self.udp_beyond.push(middle(|one| beyond_ms(one.udp_gap_ns, one.blackout_ns)));
         self.tcp_beyond.push(middle(|one| beyond_ms(one.tcp_gap_ns, one.blackout_ns)));
         self.bulk_beyond.push(middle(|one| beyond_ms(one.bulk_gap_ns, one.blackout_ns)));
+        let guest_beyond = |one: &Move| one.guest_gap_ns.saturating_sub(one.blackout_ns) as f64 / 1e6;
+        self.guest_beyond.push(middle(guest_beyond));
         self.announced.push(most(|one| one.announce_ns as f64 / 1e6));
         self.moves += moves.len() as u64;
         self.packets += sum(|one| one.packets);
@@ -158,6 +163,7 @@ fn rows_of(case: &str, [ours, theirs]: &[Side; 2], has_aims: bool) -> Vec<Row> {
         row("udp_beyond", "ms", |side| &side.udp_beyond, Aim::AtMost(AIM_BEYOND_MS)),
         row("tcp_beyond", "ms", |side| &side.tcp_beyond, Aim::AtMost(AIM_BEYOND_MS)),
         row("bulk_beyond", "ms", |side| &side.bulk_beyond, Aim::AtMost(AIM_BEYOND_MS)),
+        row("guest_beyond", "ms", |side| &side.guest_beyond, Aim::None),
         row("announced", "ms", |side| &side.announced, Aim::AtMost(AIM_ANNOUNCED_MS)),
         row("blackout", "ms", |side| &side.blackout, Aim::None),
         row("relayed", "frames", |side| &side.relayed, Aim::None),
@@ -187,7 +193,7 @@ mod tests {
     fn a_run_counts_all_of_its_moves_and_its_median() {
         let line = |lost, gap_ms: u64| {
             format!(
-                r#"{{"blackout_ns":3000000,"packets":900,"lost":{lost},"doubled":0,"turned_round":1,"udp_gap_ns":{},"tcp_gap_ns":2000000,"bulk_gap_ns":0,"announce_ns":400000,"relayed":4,"relay_dropped":0,"announced_first":true}}"#,
+                r#"{{"blackout_ns":3000000,"packets":900,"lost":{lost},"doubled":0,"turned_round":1,"udp_gap_ns":{},"tcp_gap_ns":2000000,"bulk_gap_ns":0,"guest_gap_ns":4500000,"announce_ns":400000,"relayed":4,"relay_dropped":0,"announced_first":true}}"#,
                 gap_ms * 1_000_000
             )
         };
@@ -195,9 +201,9 @@ mod tests {
             [line(2, 9), line(3, 7), line(0, 4)].iter().map(|line| serde_json::from_str(line).unwrap()).collect();
         let mut side = Side::default();
         side.push(&moves, true).unwrap();
-        let medians =
-            [&side.lost, &side.turned_round, &side.udp_beyond, &side.tcp_beyond, &side.relayed].map(Samples::median);
-        assert_eq!(medians, [5.0, 3.0, 3.0, 0.0, 12.0].map(Some));
+        let medians = [&side.lost, &side.turned_round, &side.udp_beyond, &side.tcp_beyond, &side.guest_beyond]
+            .map(Samples::median);
+        assert_eq!(medians, [5.0, 3.0, 3.0, 0.0, 1.5].map(Some));
         assert_eq!((side.announced.median(), side.moves, side.packets, side.all_lost), (Some(0.4), 3, 2700, 5));
     }
 }

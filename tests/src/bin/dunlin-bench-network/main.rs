@@ -91,10 +91,12 @@ fn main() -> Result<()> {
     for _ in 0..cli.moves {
         let clients = rig.client.enter(Clients::start)?;
         clients.wait()?;
+        rig.get("/reset-gap")?;
         clients.restart_measurement();
         let hop = rig.hop(&options)?;
         ensure!(hop.exit_code == Some(0), "the VM did not move: {}", hop.report.reason);
         clients.wait()?;
+        let guest_gap_ns = guest::max_gap_ns(&rig.counters()?);
         let Clients { packets, requests, bulk } = clients;
         let packets = packets.map(|client| client.finish(LATE));
         let (requests, bulk) = (requests.finish(LIMIT), bulk.report());
@@ -113,6 +115,7 @@ fn main() -> Result<()> {
             "udp_gap_ns": packets.each_ref().map(|one| one.largest_gap.length_ns).into_iter().max(),
             "tcp_gap_ns": requests.largest_gap.length_ns,
             "bulk_gap_ns": bulk.largest_gap.length_ns,
+            "guest_gap_ns": guest_gap_ns,
             "announce_ns": announcing.map(|entry| entry.duration_ns).sum::<u64>(),
             "relayed": relay.frames,
             "relay_dropped": relay.dropped_frames,
