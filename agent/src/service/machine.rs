@@ -54,8 +54,8 @@ const JOURNAL_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
 /// Pages that are write-protected by one call while tracking: 4 GiB.
 const PROTECT_PAGES: u64 = 1 << 20;
 
-/// For how long at most what comes through the VM's ports waits for a relay.
-const RELAY_LIMIT: Duration = Duration::from_millis(100);
+/// For how long at most what comes through the VM's ports waits for a relay. It takes a round trip; the rest is for hosts that have other work.
+const RELAY_LIMIT: Duration = Duration::from_millis(500);
 /// No schedule of announcements has more rounds ([`Schedule::new`]).
 const MOST_ROUNDS: usize = 1000;
 /// How long before it begins a window of write protection may be ordered.
