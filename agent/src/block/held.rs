@@ -121,6 +121,32 @@ impl HeldWrites {
     }
 }
 
+/// Fuzzing: held writes that a peer says there are; what is taken is what would be said of it again.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) fn fuzz(input: &[u8]) {
+    const SECTORS: u64 = 1 << 20;
+    let mut held = HeldWrites::default();
+    if held.decode(input, SECTORS) {
+        assert!(held.encode().len() == input.len() && !held.holds(), "writes were lost or made up");
+        let mut again = HeldWrites::default();
+        assert!(again.decode(&held.encode(), SECTORS) && again.encode() == held.encode());
+        assert!(held.is_empty() || held.next_free(0, 8).is_some_and(|(first, _)| first < SECTORS));
+    } else {
+        assert!(held.is_empty(), "something was taken of what is none");
+    }
+}
+
+/// Seeds of [`fuzz`].
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) fn fuzz_seeds() -> Vec<Vec<u8>> {
+    let mut held = HeldWrites::default();
+    held.hold(1 << 20);
+    for sector in [0, 7, 8, 1 << 19] {
+        held.write(sector, [sector as u8; SECTOR_BYTES as usize]);
+    }
+    vec![Vec::new(), held.encode()]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
