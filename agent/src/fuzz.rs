@@ -26,11 +26,13 @@ use crate::migrate::target::check_offer;
 use crate::migrate::{self, Accept, Compress, ControlMessage, Handed, Offer, Strategy, TargetState};
 use crate::model::id::VmName;
 use crate::model::shape::MAX_MEMORY_BYTES;
+use crate::model::tunnel::inner_pair;
 use crate::model::units::{parse_duration, parse_size_bytes};
 use crate::model::{
     AskedReport, BlackoutLedger, BytesPerSecond, DirtyLogKind, DiskSpec, MacAddress, MachineShape, MigrationId,
     NetSpec, NetworkPlace, NetworkReport, NetworkWord, Packing, PageCount, PageRun, RegionId, RelayedFrame, SerialSpec,
-    Station, Step, TunnelEntry, TunnelOffer, TunnelSpec, VlanTags, VmId, VmRef, WriteCurve, Writer,
+    Station, Step, TunnelEntry, TunnelOffer, TunnelSpec, VlanTags, VmId, VmRef, WireguardKey, WireguardOffer,
+    WriteCurve, Writer,
 };
 use crate::service::balloon::BalloonReport;
 use crate::service::config;
@@ -167,6 +169,11 @@ fn control_message(input: &[u8]) {
     {
         assert!((1..=16).contains(&offer.lines.len()) && offer.former != offer.new, "an absurd tunnel passed");
     }
+    if let ControlMessage::SecretTunnel(both) = &message
+        && both.1.check().is_ok()
+    {
+        assert!(both.1.former.is_link_local() && both.1.former != both.1.new && both.1.port != 0, "an absurd tunnel");
+    }
     if let ControlMessage::Offer(offer) = message
         && check_offer(&offer).is_ok()
     {
@@ -178,6 +185,11 @@ fn control_message(input: &[u8]) {
 fn tunnel_offer() -> TunnelOffer {
     let text = br#"{"former":"192.0.2.1","new":"198.51.100.1","port":4789,"lines":[{"mac":"02:00:00:00:00:01","vni":7,"lan_mtu_bytes":1500}]}"#;
     serde_json::from_slice(text).expect("an offer")
+}
+
+fn wireguard_offer() -> WireguardOffer {
+    let [former, new] = inner_pair(3);
+    WireguardOffer { port: 51_820, key: WireguardKey([5; 32]), former, new }
 }
 
 fn shape() -> MachineShape {
@@ -211,6 +223,8 @@ fn control_seeds() -> Vec<Vec<u8>> {
         ControlMessage::State(TargetState::Owner),
         ControlMessage::Frames(vec![RelayedFrame { port: 1, bytes: vec![2; 60] }]),
         ControlMessage::Tunnel(Box::new(tunnel_offer())),
+        ControlMessage::SecretTunnel(Box::new((tunnel_offer(), wireguard_offer()))),
+        ControlMessage::SecretTunnelMade(WireguardKey([6; 32])),
         ControlMessage::Reducing(vec!["lz4".to_owned(), "dedup".to_owned()]),
         ControlMessage::Place(NetworkPlace { boot_id: Uuid::nil(), device: 4, inode: 5 }),
         ControlMessage::Network(NetworkWord::Asking.to_text()),
@@ -340,6 +354,7 @@ const JSON_WRITER: &[u8] =
 const JSON_TUNNEL: &[u8] =
     br#"{"id":"7","vm_id":"6ba7b810-9dad-41d1-80b4-00c04fd430c8","vm_name":"a","migration_id":"6ba7b810-9dad-41d1-80b4-00c04fd430c8",
 "side":"new","local":"192.0.2.1","remote":"198.51.100.1","port":4789,"mtu_bytes":1450,"since_unix_ms":1,"boot_id":"b","namespace":1,"state_dir":"/s",
+"wireguard":{"device":"dlw-7","local":"169.254.1.0","remote":"169.254.1.1","mtu_bytes":1440},
 "lines":[{"device":"dln-7","vni":7,"tap":"t","bridge":"b","mac":"02:00:00:00:00:01","ips":["10.0.0.1"],"lan_mtu_bytes":1500}]}"#;
 
 /// Everything that an operator writes on a command line.

@@ -11,7 +11,11 @@ use dunlin::kvm::boot::BootImage;
 use dunlin::link::wire::{self, BulkFrame, Hello, Purpose};
 use dunlin::migrate::{Accept, ControlMessage, Handed, Offer, TargetState};
 use dunlin::model::outcome::exit;
-use dunlin::model::{BlackoutLedger, DiskSpec, MigrationId, NetSpec, PageRun, RegionId, Station};
+use dunlin::model::tunnel::{VXLAN_PORT, inner_pair};
+use dunlin::model::{
+    BlackoutLedger, DiskSpec, MigrationId, NetSpec, OfferedLine, PageRun, RegionId, Station, TunnelOffer, Vni,
+    WireguardKey, WireguardOffer,
+};
 use dunlin_tests::hosted::{TestHost, VM, guest};
 use dunlin_tests::raw::{RawPeer, encode_message};
 use dunlin_tests::scene::MIGRATION_LIMIT;
@@ -48,6 +52,19 @@ fn hello_of_version(oldest: u16, newest: u16) -> Vec<u8> {
     let mut hello = Hello::new(Purpose::Control, MigrationId::random());
     (hello.oldest, hello.newest) = (oldest, newest);
     hello.encode().to_vec()
+}
+
+/// A tunnel through WireGuard, for no VM of this test.
+fn secret_tunnel() -> ControlMessage {
+    let line =
+        OfferedLine { mac: net("t0").station.mac, vni: Vni::of_migration(MigrationId::random()), lan_mtu_bytes: 1500 };
+    let (former, new) = ("192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap());
+    let tunnel = TunnelOffer { former, new, port: VXLAN_PORT, lines: vec![line] };
+    let [former, new] = inner_pair(1);
+    ControlMessage::SecretTunnel(Box::new((
+        tunnel,
+        WireguardOffer { port: 1, key: WireguardKey([1; 32]), former, new },
+    )))
 }
 
 fn flipped(mut bytes: Vec<u8>, at: usize) -> Vec<u8> {
@@ -242,6 +259,19 @@ const ATTACKS: &[(&str, &str, Attack)] = &[
         let (mut peer, _stream) = accepted(address, offer)?;
         peer.send(&ControlMessage::BootImage { part: vec![1; 100], last: false })?;
         peer.send(&handed(Vec::new(), 1, 0))?;
+        peer.verdict()
+    }),
+    ("a tunnel that nobody has allowed", "start it with --tunnel", |address, offer| {
+        let (mut peer, _stream) = accepted(address, offer)?;
+        peer.send(&secret_tunnel())?;
+        peer.verdict()
+    }),
+    // A source of a later version that goes by what this one does not know hears so.
+    ("a message that is none of this version", "does not decode", |address, offer| {
+        let (mut peer, _stream) = accepted(address, offer)?;
+        let unknown = [&[120][..], &encode_message(&secret_tunnel())[1..]].concat();
+        // The offer was the first.
+        peer.raw(&[&wire::encode_control(1, &unknown)[..], &unknown].concat())?;
         peer.verdict()
     }),
     ("pages beyond the end", "outside", |address, offer| {

@@ -16,7 +16,7 @@ use crate::model::outcome::exit;
 use crate::model::schema::Schema;
 use crate::model::units::{ParseQuantityError, display_bytes, display_duration, parse_duration};
 use crate::model::{
-    BytesPerSecond, Ending, Foretold, ForetoldFrom, MigrationReport, MigrationStatus, TunnelSpec, VmRef,
+    BytesPerSecond, Ending, Foretold, ForetoldFrom, MigrationReport, MigrationStatus, TunnelKind, TunnelSpec, VmRef,
 };
 use crate::service::config::Config;
 use crate::service::control::Outcome;
@@ -42,6 +42,7 @@ Examples:
   dunlin migrate uuid:6ba7b810-9dad-41d1-80b4-00c04fd430c8 --to tcp://[fd00::7]:4460 --strategy stop-and-copy --verify
   dunlin migrate web1 --to tcp://127.0.0.1:4460 --strategy post-copy --safe-post-copy
   dunlin migrate web1 --to tls://198.51.100.7:4460 --tunnel vxlan
+  dunlin migrate web1 --to tls://198.51.100.7:4460 --tunnel wireguard
   dunlin migrate web1 --status
   dunlin migrate web1 --set bandwidth=200Mbit
   dunlin migrate web1 --cancel
@@ -143,8 +144,8 @@ pub(super) struct MigrateArgs {
     #[arg(long, value_name = "TIME", default_value = "2s", value_parser = parse_duration)]
     relay: Duration,
 
-    /// Have the VM keep its addresses at a host in another subnet, by a tunnel between the hosts: vxlan[,remote=IP][,local=IP][,port=N][,vni=N]. This host's bridge answers for the VM and carries its traffic
-    /// until `dunlin tunnel drop`. The target must allow it (`dunlin vm receive --tunnel`), and UDP port 4789 must pass between the hosts.
+    /// Have the VM keep its addresses at a host in another subnet, by a tunnel between the hosts: vxlan or wireguard (encrypted), and [,remote=IP][,local=IP][,port=N][,vni=N]. This host's bridge answers for
+    /// the VM and carries its traffic until `dunlin tunnel drop`. The target must allow it (`dunlin vm receive --tunnel`), and UDP port 4789, or 51820 for wireguard, must pass between the hosts.
     #[arg(long, value_name = "TUNNEL")]
     tunnel: Option<TunnelSpec>,
 
@@ -321,10 +322,14 @@ impl MigrateArgs {
                 );
             }
         }
-        if self.tunnel.is_some() && !json {
-            complain!(
+        match self.tunnel.map(|tunnel| tunnel.kind) {
+            Some(TunnelKind::Vxlan) if !json => complain!(
                 "the tunnel carries the VM's own traffic as a LAN does, not encrypted: let only the two hosts send to its UDP port"
-            );
+            ),
+            Some(TunnelKind::Wireguard) if !json && !to.is_encrypted() => complain!(
+                "the link to the target is not encrypted: whoever can change what passes there can put himself between the ends of the tunnel, too; tls:// prevents that"
+            ),
+            _ => {}
         }
         let request = MigrateRequest {
             vm: self.vm,

@@ -5,6 +5,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 
 use super::places::RunDir;
+use crate::model::WireguardTraffic;
 use crate::model::outcome::exit;
 use crate::model::schema::Schema;
 use crate::model::units::{display_bytes, display_duration};
@@ -14,6 +15,7 @@ use crate::service::out::{complain, say};
 use crate::service::tunnel::list::{
     DropOptions, TunnelDropped, TunnelError, TunnelView, Which, drop_tunnels, drop_when_moved, list,
 };
+use crate::time::unix_ms;
 
 /// Show and drop the tunnels by which VMs keep their addresses at hosts in other subnets.
 ///
@@ -154,20 +156,38 @@ fn tell(dropped: &TunnelDropped, json: bool) {
     }
 }
 
+/// How long ago the two ends last agreed on keys.
+fn handshake(traffic: &WireguardTraffic, now_unix_ms: u64) -> String {
+    let ago_s = traffic.last_handshake_unix_ms.map(|at| now_unix_ms.saturating_sub(at) / 1000);
+    ago_s.map_or_else(|| "no handshake yet".to_owned(), |ago_s| format!("last handshake {ago_s} s ago"))
+}
+
 fn describe(tunnel: &TunnelView) -> String {
     let entry = &tunnel.entry;
     let note = if tunnel.note.is_empty() { String::new() } else { format!(": {}", tunnel.note) };
     let mut text = format!(
-        "{} {} ({} host), {}{note}\n  vxlan     {} to {}, UDP port {}, MTU {} inside\n",
+        "{} {} ({} host), {}{note}\n  {:9} {} to {}, UDP port {}, MTU {} inside\n",
         entry.id,
         entry.vm_name,
         entry.side,
         tunnel.state.name(),
+        tunnel.kind.name(),
         entry.local,
         entry.remote,
         entry.port,
         entry.mtu_bytes
     );
+    if let (Some(end), Some(traffic)) = (&entry.wireguard, &tunnel.wireguard_traffic) {
+        text += &format!(
+            "  secret    {}: {} to {} inside; {}, {} in, {} out\n",
+            end.device,
+            end.local,
+            end.remote,
+            handshake(traffic, unix_ms()),
+            display_bytes(traffic.received_bytes),
+            display_bytes(traffic.sent_bytes)
+        );
+    }
     for line in &entry.lines {
         let ips: Vec<String> = line.ips.iter().map(ToString::to_string).collect();
         let ips = if ips.is_empty() { "no address known".to_owned() } else { ips.join(" ") };

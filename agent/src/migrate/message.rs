@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::{
     BlackoutLedger, MachineShape, MigrationId, NetworkPlace, RegionSpec, RelayedFrame, TunnelOffer, WaitReport,
+    WireguardKey, WireguardOffer,
 };
 
 /// The source's offer: everything that the target must be able to provide.
@@ -163,6 +164,10 @@ pub enum ControlMessage {
     Tunnel(Box<TunnelOffer>),
     /// Target → source: it is made, and answers.
     TunnelMade,
+    /// Source → target, in place of `Tunnel`: the same through WireGuard.
+    SecretTunnel(Box<(TunnelOffer, WireguardOffer)>),
+    /// Target → source, in place of `TunnelMade`: its key.
+    SecretTunnelMade(WireguardKey),
 }
 
 impl ControlMessage {
@@ -204,6 +209,8 @@ impl ControlMessage {
             Self::Network(_) => "network",
             Self::Tunnel(_) => "tunnel",
             Self::TunnelMade => "tunnel-made",
+            Self::SecretTunnel(_) => "secret-tunnel",
+            Self::SecretTunnelMade(_) => "secret-tunnel-made",
         }
     }
 }

@@ -26,7 +26,7 @@ use super::owed::{Owed, check_run, owed_pages};
 use super::reduce::{Unpacker, known_packings};
 use crate::model::{
     BlackoutLedger, BlackoutPhase, MAX_BOOT_IMAGE_BYTES, MigrationId, NetworkPlace, NetworkReport, Owner, Packing,
-    PageBitmap, PageRun, Step, TunnelOffer, VmId, WaitReport,
+    PageBitmap, PageRun, Step, TunnelOffer, VmId, WaitReport, WireguardKey, WireguardOffer,
 };
 use crate::port::{
     Bell, BulkItem, BulkReceiver, BulkSender, Clock, ControlChannel, Fate, Faults, Job, LinkError, Machine,
@@ -147,11 +147,15 @@ pub trait Host: Send {
         Some(NetworkReport::default())
     }
 
-    /// Makes this host's end of a tunnel for the VM that was reserved for, and answers in it. Goes when the VM does not come.
+    /// Makes this host's end of a tunnel for the VM that was reserved for, through WireGuard if so much is offered, and answers in it; its key there. Goes when the VM does not come.
     ///
     /// # Errors
     /// A reason for the source's operator.
-    fn make_tunnel(&mut self, offer: &TunnelOffer) -> Result<(), String> {
+    fn make_tunnel(
+        &mut self,
+        offer: &TunnelOffer,
+        _wireguard: Option<&WireguardOffer>,
+    ) -> Result<Option<WireguardKey>, String> {
         Err(format!("this host makes no tunnels, not to {} either", offer.former))
     }
 }
@@ -429,9 +433,17 @@ impl Target<'_> {
                 }
                 Some(ControlMessage::Tunnel(offer)) => {
                     inflow.touch();
-                    self.host.make_tunnel(&offer).map_err(TargetError::Refused)?;
+                    self.host.make_tunnel(&offer, None).map_err(TargetError::Refused)?;
                     inflow.touch();
                     control.send(&ControlMessage::TunnelMade)?;
+                }
+                Some(ControlMessage::SecretTunnel(offer)) => {
+                    inflow.touch();
+                    let (offer, wireguard) = *offer;
+                    let key = self.host.make_tunnel(&offer, Some(&wireguard)).map_err(TargetError::Refused)?;
+                    inflow.touch();
+                    let none = || TargetError::Refused("a tunnel without a key".to_owned());
+                    control.send(&ControlMessage::SecretTunnelMade(key.ok_or_else(none)?))?;
                 }
                 Some(ControlMessage::PostCopy) if inflow.faults.get().is_none() && requests.is_some() => {
                     inflow.touch();

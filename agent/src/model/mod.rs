@@ -78,7 +78,8 @@ pub use stun::{
     VcpuWrites, VmWrites,
 };
 pub use tunnel::{
-    OfferedLine, TunnelEntry, TunnelLine, TunnelOffer, TunnelReport, TunnelSide, TunnelSpec, TunnelTraffic, Vni,
+    OfferedLine, TunnelEntry, TunnelKind, TunnelLine, TunnelOffer, TunnelReport, TunnelSide, TunnelSpec, TunnelTraffic,
+    Vni, WireguardEnd, WireguardKey, WireguardOffer, WireguardTraffic,
 };
 pub use units::{BytesPerSecond, HUGE_PAGE_BYTES, PAGE_SIZE, PageCount, PageIndex, PagesPerSecond};
 pub use vlan::{VlanId, VlanTags};

@@ -34,6 +34,9 @@ pub fn make_vxlan(device: &VxlanDevice) -> Result<(), NetError> {
         IpAddr::V4(remote) => InfoVxlan::Group(remote),
         IpAddr::V6(remote) => InfoVxlan::Group6(remote),
     });
+    if let Some(through) = &device.through {
+        data.push(InfoVxlan::Link(bridge::link(through)?.index));
+    }
     let mut address = [0; 6];
     address.copy_from_slice(&uuid::Uuid::new_v4().as_bytes()[..6]);
     address[0] = HIGH;
@@ -70,10 +73,7 @@ pub fn make_bridge(name: &str, mtu_bytes: u32) -> Result<(), NetError> {
 
 /// Makes what `message` says, and brings it up without an IPv6 address of its own: it is to be silent. On failure nothing stays.
 fn make(name: &str, message: LinkMessage, action: &str) -> Result<(), NetError> {
-    let mut requests = Requests::open()?;
-    requests.change(RouteNetlinkMessage::NewLink(message), NLM_F_CREATE | NLM_F_EXCL, action)?;
-    let rest = || -> Result<(), NetError> {
-        let index = bridge::link(name)?.index;
+    create(name, message, action, |index| {
         let mut requests = Requests::open()?;
         let mut silent = of(index);
         let mode = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
@@ -81,15 +81,30 @@ fn make(name: &str, message: LinkMessage, action: &str) -> Result<(), NetError> 
         if let Err(error) = requests.change(RouteNetlinkMessage::SetLink(silent), 0, action) {
             tracing::debug!(name, "no IPv6 here: {error}");
         }
-        let mut up = of(index);
-        (up.header.flags, up.header.change_mask) = (LinkFlags::Up, LinkFlags::Up);
-        requests.change(RouteNetlinkMessage::SetLink(up), 0, &format!("bring `{name}` up"))
-    };
-    rest().inspect_err(|_| {
+        bring_up(name, index)
+    })
+}
+
+/// Makes what `message` says, and has `rest` complete it by its index. On failure nothing stays.
+pub(super) fn create(
+    name: &str,
+    message: LinkMessage,
+    action: &str,
+    rest: impl FnOnce(u32) -> Result<(), NetError>,
+) -> Result<(), NetError> {
+    Requests::open()?.change(RouteNetlinkMessage::NewLink(message), NLM_F_CREATE | NLM_F_EXCL, action)?;
+    bridge::link(name).and_then(|link| rest(link.index)).inspect_err(|_| {
         if let Err(error) = remove(name) {
             tracing::warn!("`{name}` stays behind: {error}");
         }
     })
+}
+
+/// Brings the link `index` up.
+pub(super) fn bring_up(name: &str, index: u32) -> Result<(), NetError> {
+    let mut up = of(index);
+    (up.header.flags, up.header.change_mask) = (LinkFlags::Up, LinkFlags::Up);
+    Requests::open()?.change(RouteNetlinkMessage::SetLink(up), 0, &format!("bring `{name}` up"))
 }
 
 /// Removes an interface; it is no error if there is none.

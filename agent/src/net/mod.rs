@@ -8,6 +8,7 @@ pub mod changes;
 pub mod device;
 pub mod fdb;
 pub mod former;
+pub mod inner;
 pub mod listen;
 pub mod neighbour;
 mod netlink;
@@ -16,6 +17,7 @@ pub mod place;
 pub mod pnet;
 pub mod tap;
 pub mod traffic;
+pub mod wireguard;
 pub mod wires;
 
 use std::io;
@@ -51,6 +53,20 @@ pub enum NetError {
         name: String,
         /// What it should be.
         expected: &'static str,
+    },
+    /// The kernel was built without it, or its module is not there.
+    #[error("the kernel of this host has no {what}: {remedy}")]
+    NotInKernel {
+        /// What it has not.
+        what: &'static str,
+        /// Where it is to be had.
+        remedy: &'static str,
+    },
+    /// Another program or device has it.
+    #[error("UDP port {port} is in use at this host: another one can be named with `port=`")]
+    PortInUse {
+        /// The port.
+        port: u16,
     },
     /// The kernel refused, or its answer could not be read.
     #[error("could not {action}")]

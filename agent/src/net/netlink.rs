@@ -1,14 +1,20 @@
-//! A blocking rtnetlink socket: dumps, changes and notifications (RFC 3549; netlink(7), rtnetlink(7)).
+//! Blocking netlink sockets: dumps, changes and notifications (RFC 3549; netlink(7)), of rtnetlink (rtnetlink(7)) and of the families of generic netlink (include/uapi/linux/genetlink.h).
 //!
 //! Owns the framing of requests and answers and the loss of notifications. Must not know what the messages mean. Blocking
 //! on purpose: waiting for a forwarding table belongs to threads that have entered a namespace.
 
+use std::fmt::Debug;
 use std::io;
+use std::marker::PhantomData;
 use std::time::Duration;
 
+use netlink_packet_generic::GenlMessage;
 use netlink_packet_route::RouteNetlinkMessage;
-use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
-use rtnetlink::sys::protocols::NETLINK_ROUTE;
+use rtnetlink::packet_core::{
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader, NetlinkMessage,
+    NetlinkPayload, NetlinkSerializable,
+};
+use rtnetlink::sys::protocols::{NETLINK_GENERIC, NETLINK_ROUTE};
 use rtnetlink::sys::{Socket, SocketAddr};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -27,29 +33,48 @@ const DISCARD_LIMIT: Duration = Duration::from_millis(20);
 const EVENT_BUFFER_BYTES: i32 = 1 << 20;
 const CAPABILITY: &str = "CAP_NET_ADMIN";
 
+/// What is asked for and answered.
+pub(super) trait Object: NetlinkSerializable + NetlinkDeserializable + Clone + Debug {}
+
+impl<T: NetlinkSerializable + NetlinkDeserializable + Clone + Debug> Object for T {}
+
 /// Requests and their answers.
-pub(super) struct Requests {
+pub(super) struct Requests<T = RouteNetlinkMessage> {
     socket: Socket,
     sequence: u32,
+    objects: PhantomData<T>,
 }
 
 impl Requests {
+    /// To rtnetlink.
     pub(super) fn open() -> Result<Self, NetError> {
+        Self::to(NETLINK_ROUTE, "open rtnetlink")
+    }
+}
+
+impl<F: Debug> Requests<GenlMessage<F>>
+where
+    GenlMessage<F>: Object,
+{
+    /// To a family of generic netlink.
+    pub(super) fn open_generic() -> Result<Self, NetError> {
+        Self::to(NETLINK_GENERIC, "open generic netlink")
+    }
+}
+
+impl<T: Object> Requests<T> {
+    fn to(protocol: isize, action: &str) -> Result<Self, NetError> {
         let open = || -> io::Result<Socket> {
-            let mut socket = Socket::new(NETLINK_ROUTE)?;
+            let mut socket = Socket::new(protocol)?;
             socket.bind_auto()?;
             Ok(socket)
         };
-        let socket = open().map_err(|e| NetError::from_io("open rtnetlink", CAPABILITY, e))?;
-        Ok(Self { socket, sequence: 0 })
+        let socket = open().map_err(|e| NetError::from_io(action, CAPABILITY, e))?;
+        Ok(Self { socket, sequence: 0, objects: PhantomData })
     }
 
     /// All objects of a table. Taken again from the start if the table changed meanwhile.
-    pub(super) fn dump(
-        &mut self,
-        request: &RouteNetlinkMessage,
-        action: &str,
-    ) -> Result<Vec<RouteNetlinkMessage>, NetError> {
+    pub(super) fn dump(&mut self, request: &T, action: &str) -> Result<Vec<T>, NetError> {
         let fail = |source| NetError::from_io(action, CAPABILITY, source);
         for _ in 0..DUMP_TRIES {
             if let Some(objects) = self.try_dump(request.clone()).map_err(fail)? {
@@ -60,23 +85,33 @@ impl Requests {
     }
 
     /// Asks for a change; returns when the kernel has made it.
-    pub(super) fn change(&mut self, request: RouteNetlinkMessage, flags: u16, action: &str) -> Result<(), NetError> {
+    pub(super) fn change(&mut self, request: T, flags: u16, action: &str) -> Result<(), NetError> {
+        self.ask(request, flags, action).map(drop)
+    }
+
+    /// Asks for one thing; what is answered until the kernel says that it is done.
+    pub(super) fn ask(&mut self, request: T, flags: u16, action: &str) -> Result<Vec<T>, NetError> {
         let fail = |source| NetError::from_io(action, CAPABILITY, source);
         let sequence = self.send(request, NLM_F_REQUEST | NLM_F_ACK | flags).map_err(fail)?;
+        let mut objects = Vec::new();
         loop {
-            for message in receive(&self.socket, ANSWER_LIMIT).map_err(fail)?.ok_or_else(|| fail(late()))? {
-                if message.header.sequence_number == sequence
-                    && let NetlinkPayload::Error(answer) = message.payload
-                {
-                    return if answer.code.is_none() { Ok(()) } else { Err(fail(answer.to_io())) };
+            for message in receive::<T>(&self.socket, ANSWER_LIMIT).map_err(fail)?.ok_or_else(|| fail(late()))? {
+                if message.header.sequence_number != sequence {
+                    continue;
+                }
+                match message.payload {
+                    NetlinkPayload::InnerMessage(object) => objects.push(object),
+                    NetlinkPayload::Error(answer) if answer.code.is_none() => return Ok(objects),
+                    NetlinkPayload::Error(answer) => return Err(fail(answer.to_io())),
+                    _ => {}
                 }
             }
         }
     }
 
-    fn send(&mut self, request: RouteNetlinkMessage, flags: u16) -> io::Result<u32> {
+    fn send(&mut self, request: T, flags: u16) -> io::Result<u32> {
         self.sequence += 1;
-        let mut message = NetlinkMessage::from(request);
+        let mut message = NetlinkMessage::new(NetlinkHeader::default(), NetlinkPayload::InnerMessage(request));
         message.header.flags = flags;
         message.header.sequence_number = self.sequence;
         message.finalize();
@@ -87,11 +122,11 @@ impl Requests {
     }
 
     /// `None` if the dump was torn.
-    fn try_dump(&mut self, request: RouteNetlinkMessage) -> io::Result<Option<Vec<RouteNetlinkMessage>>> {
+    fn try_dump(&mut self, request: T) -> io::Result<Option<Vec<T>>> {
         let sequence = self.send(request, NLM_F_REQUEST | NLM_F_DUMP)?;
         let (mut objects, mut torn) = (Vec::new(), false);
         loop {
-            for message in receive(&self.socket, ANSWER_LIMIT)?.ok_or_else(late)? {
+            for message in receive::<T>(&self.socket, ANSWER_LIMIT)?.ok_or_else(late)? {
                 if message.header.sequence_number != sequence {
                     continue; // Left over from a dump that failed half-way.
                 }
@@ -176,7 +211,7 @@ impl Events {
 }
 
 /// One datagram of the kernel, taken apart; `None` if none came within `limit`.
-fn receive(socket: &Socket, limit: Duration) -> io::Result<Option<Vec<NetlinkMessage<RouteNetlinkMessage>>>> {
+fn receive<T: NetlinkDeserializable>(socket: &Socket, limit: Duration) -> io::Result<Option<Vec<NetlinkMessage<T>>>> {
     let mut bytes = Vec::with_capacity(DATAGRAM_BYTES);
     let deadline = monotonic_now() + limit;
     loop {
@@ -201,11 +236,11 @@ fn receive(socket: &Socket, limit: Duration) -> io::Result<Option<Vec<NetlinkMes
 }
 
 /// Takes a datagram apart into its messages.
-fn split(mut bytes: &[u8]) -> io::Result<Vec<NetlinkMessage<RouteNetlinkMessage>>> {
+fn split<T: NetlinkDeserializable>(mut bytes: &[u8]) -> io::Result<Vec<NetlinkMessage<T>>> {
     let invalid = |problem: String| io::Error::new(io::ErrorKind::InvalidData, problem);
     let mut messages = Vec::new();
     while !bytes.is_empty() {
-        let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(bytes).map_err(|e| invalid(e.to_string()))?;
+        let message = NetlinkMessage::<T>::deserialize(bytes).map_err(|e| invalid(e.to_string()))?;
         let length = message.header.length as usize;
         if length == 0 {
             return Err(invalid("a message of length zero".to_owned()));
@@ -226,7 +261,7 @@ mod tests {
         /// The kernel is no attacker, but a parser that panics on a newer kernel's message would end a migration.
         #[test]
         fn no_datagram_panics(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let _parsed_or_refused = split(&bytes);
+            let _parsed_or_refused = split::<RouteNetlinkMessage>(&bytes);
         }
     }
 }

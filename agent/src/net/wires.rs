@@ -2,9 +2,9 @@
 
 use std::net::IpAddr;
 
-use super::{NetError, bridge, device, fdb, neighbour};
-use crate::model::{MacAddress, chain};
-use crate::port::{VxlanDevice, WireError, Wires};
+use super::{NetError, bridge, device, fdb, neighbour, wireguard};
+use crate::model::{MacAddress, WireguardKey, chain};
+use crate::port::{VxlanDevice, WireError, WireguardDevice, WireguardPeer, Wires};
 
 /// The interfaces of the calling thread's network namespace.
 #[derive(Clone, Copy, Debug, Default)]
@@ -19,6 +19,18 @@ impl From<NetError> for WireError {
 impl Wires for HostWires {
     fn make_vxlan(&mut self, device: &VxlanDevice) -> Result<(), WireError> {
         Ok(device::make_vxlan(device)?)
+    }
+
+    fn make_wireguard(&mut self, device: &WireguardDevice) -> Result<(), WireError> {
+        Ok(wireguard::make(device)?)
+    }
+
+    fn key_of(&mut self, device: &str) -> Result<WireguardKey, WireError> {
+        Ok(wireguard::key_of(device)?)
+    }
+
+    fn meet(&mut self, device: &str, peer: &WireguardPeer) -> Result<(), WireError> {
+        Ok(wireguard::meet(device, peer)?)
     }
 
     fn make_bridge(&mut self, name: &str, mtu_bytes: u32) -> Result<(), WireError> {

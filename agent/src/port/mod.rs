@@ -32,4 +32,4 @@ pub use machine::{DirtyLog, Fate, FaultSource, Gate, Loan, Machine, MachineError
 pub use region::{BytesView, Region};
 pub use relay::{FormerPorts, Relay};
 pub use throttle::{THROTTLE_LEASE, Throttle};
-pub use tunnel::{SourceTunnel, VxlanDevice, WireError, Wires};
+pub use tunnel::{SourceTunnel, VxlanDevice, WireError, WireguardDevice, WireguardPeer, Wires};

@@ -51,7 +51,7 @@ const NEWER_KERNEL: &str = "use a newer kernel; other ways of doing the same sta
 const BPF_RIGHTS: &str = "run as root, or with CAP_BPF and CAP_PERFMON; a host that locks BPF down cannot track";
 const NET_RIGHTS: &str = "run as root, or with CAP_NET_ADMIN and CAP_NET_RAW";
 
-const CHECKS: [Check; 17] = [
+const CHECKS: [Check; 18] = [
     Check { name: "kvm", tier: Tier::Required, why: "runs VMs", remedy: LOAD_KVM, trial: |_| trial::kvm::create_vm() },
     Check {
         name: "kvm-guest",
@@ -129,6 +129,13 @@ const CHECKS: [Check; 17] = [
         why: "announces the VM's new place",
         remedy: NET_RIGHTS,
         trial: |_| trial::net::raw_socket(),
+    },
+    Check {
+        name: "wireguard",
+        tier: Tier::Optional,
+        why: "`--tunnel wireguard`: a VM keeps its addresses in another subnet by an encrypted tunnel",
+        remedy: "Linux 5.6 with its module `wireguard`; --tunnel vxlan needs none",
+        trial: |_| trial::net::wireguard(),
     },
     Check {
         name: "bpf-map",

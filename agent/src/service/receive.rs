@@ -33,7 +33,7 @@ use crate::model::id::VmName;
 use crate::model::network::{Followed, Verdict};
 use crate::model::{
     DiskSpec, MachineShape, MigrationId, NetSpec, NetworkPlace, NetworkReport, SerialSpec, TunnelOffer, VmRef,
-    WaitReport,
+    WaitReport, WireguardKey, WireguardOffer,
 };
 use crate::net::place;
 use crate::net::tap::Tap;
@@ -372,7 +372,11 @@ impl Host for LocalHost<'_> {
         (is_settled || is_late).then(|| self.seen.report())
     }
 
-    fn make_tunnel(&mut self, offer: &TunnelOffer) -> Result<(), String> {
+    fn make_tunnel(
+        &mut self,
+        offer: &TunnelOffer,
+        wireguard: Option<&WireguardOffer>,
+    ) -> Result<Option<WireguardKey>, String> {
         if !self.request.tunnel {
             return Err("this receiver makes no tunnels for VMs from other subnets; start it with --tunnel".to_owned());
         }
@@ -381,9 +385,10 @@ impl Host for LocalHost<'_> {
             return Err("a second tunnel for one VM".to_owned());
         }
         let guest = Guest { migration: *migration, vm_id: shape.vm_id, vm_name: &shape.name, nets: &shape.nets };
-        let end = NewEnd::open(offer, &self.request.places, guest).map_err(|error| error.to_string())?;
+        let opened = NewEnd::open(offer, wireguard, &self.request.places, guest);
+        let (end, key) = opened.map_err(|error| error.to_string())?;
         self.tunnel = Some(end);
-        Ok(())
+        Ok(key)
     }
 }
 

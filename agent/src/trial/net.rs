@@ -5,6 +5,11 @@ use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
+use crate::model::chain;
+use crate::model::tunnel::{LEAST_MTU, inner_pair};
+use crate::net::wireguard;
+use crate::port::WireguardDevice;
+
 /// Runs `trial` on a thread of its own, in a network namespace of its own.
 fn in_own_namespace(trial: impl FnOnce() -> io::Result<String> + Send) -> io::Result<String> {
     std::thread::scope(|scope| {
@@ -46,6 +51,26 @@ pub fn tap() -> io::Result<String> {
             return Err(io::Error::last_os_error());
         }
         Ok(String::new())
+    })
+}
+
+/// Makes a WireGuard device with a key, and brings it up.
+///
+/// # Errors
+/// What the kernel answered.
+pub fn wireguard() -> io::Result<String> {
+    let [local, remote] = inner_pair(0);
+    let device = WireguardDevice {
+        name: "dlw-trial".to_owned(),
+        // One that nobody has.
+        port: 0,
+        local,
+        remote,
+        mtu_bytes: LEAST_MTU,
+        device_mtu_bytes: LEAST_MTU,
+    };
+    in_own_namespace(|| {
+        wireguard::make(&device).map(|()| String::new()).map_err(|error| io::Error::other(chain(&error)))
     })
 }
 

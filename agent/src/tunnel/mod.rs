@@ -11,12 +11,15 @@ pub mod moved;
 
 use std::net::IpAddr;
 
-use crate::model::{MacAddress, TunnelEntry, TunnelLine, TunnelSide};
-use crate::port::{VxlanDevice, WireError, Wires};
+use crate::model::tunnel::{VXLAN_PORT, overhead_bytes};
+use crate::model::{MacAddress, TunnelEntry, TunnelLine, TunnelSide, WireguardEnd};
+use crate::port::{VxlanDevice, WireError, WireguardDevice, Wires};
 
 /// One thing that is done when an end is made.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Step<'a> {
+    /// What the devices send through.
+    Wireguard(WireguardDevice),
     /// The new host's own bridge for the VM.
     Bridge { name: &'a str, mtu_bytes: u32 },
     /// The device.
@@ -32,6 +35,7 @@ enum Step<'a> {
 impl Step<'_> {
     fn do_it(&self, wires: &mut dyn Wires) -> Result<(), WireError> {
         match self {
+            Self::Wireguard(device) => wires.make_wireguard(device),
             Self::Bridge { name, mtu_bytes } => wires.make_bridge(name, *mtu_bytes),
             Self::Device(device) => wires.make_vxlan(device),
             Self::Join { device, bridge, answers } => wires.join(device, bridge, *answers),
@@ -58,6 +62,7 @@ impl Step<'_> {
 
     fn undo(&self, wires: &mut dyn Wires) -> Result<(), WireError> {
         match self {
+            Self::Wireguard(device) => wires.remove(&device.name),
             Self::Bridge { name, .. } => wires.remove(name),
             Self::Device(device) => wires.remove(&device.name),
             Self::Join { device, bridge, .. } => wires.leave(device, bridge),
@@ -76,14 +81,12 @@ impl Step<'_> {
 
 fn steps<'a>(entry: &'a TunnelEntry, line: &'a TunnelLine) -> Vec<Step<'a>> {
     let (device, bridge) = (line.device.as_str(), line.bridge.as_str());
-    let made = Step::Device(VxlanDevice {
-        name: line.device.clone(),
-        vni: line.vni,
-        local: entry.local,
-        remote: entry.remote,
-        port: entry.port,
-        mtu_bytes: line.lan_mtu_bytes,
-    });
+    let (local, remote, port, through) = match &entry.wireguard {
+        Some(inside) => (inside.local.into(), inside.remote.into(), VXLAN_PORT, Some(inside.device.clone())),
+        None => (entry.local, entry.remote, entry.port, None),
+    };
+    let (name, vni, mtu_bytes) = (line.device.clone(), line.vni, line.lan_mtu_bytes);
+    let made = Step::Device(VxlanDevice { name, vni, local, remote, port, through, mtu_bytes });
     match entry.side {
         TunnelSide::Former => {
             let mut steps = vec![made, Step::Join { device, bridge, answers: true }];
@@ -99,8 +102,23 @@ fn steps<'a>(entry: &'a TunnelEntry, line: &'a TunnelLine) -> Vec<Step<'a>> {
     }
 }
 
+/// The device that all of a tunnel's packets go through. It takes the largest that the LANs have: how large they may be is said of the other host, not of the device, since who sends larger ones is told so only then
+/// (a VXLAN device is never larger than what it sends through, and a bridge drops without a word what is larger than its port).
+fn wireguard(entry: &TunnelEntry, end: &WireguardEnd) -> WireguardDevice {
+    let largest = entry.lines.iter().map(|line| line.lan_mtu_bytes).max().unwrap_or_default();
+    WireguardDevice {
+        name: end.device.clone(),
+        port: entry.port,
+        local: end.local,
+        remote: end.remote,
+        mtu_bytes: end.mtu_bytes,
+        device_mtu_bytes: end.mtu_bytes.max(largest + overhead_bytes(end.remote.into())),
+    }
+}
+
 fn all_steps(entry: &TunnelEntry) -> Vec<Step<'_>> {
-    entry.lines.iter().flat_map(|line| steps(entry, line)).collect()
+    let through = entry.wireguard.iter().map(|end| Step::Wireguard(wireguard(entry, end)));
+    through.chain(entry.lines.iter().flat_map(|line| steps(entry, line))).collect()
 }
 
 /// Makes one end.
@@ -143,7 +161,9 @@ mod tests {
     use std::collections::{BTreeMap, BTreeSet};
 
     use super::*;
-    use crate::model::{MigrationId, VmId, Vni};
+    use crate::model::tunnel::inner_pair;
+    use crate::model::{MigrationId, VmId, Vni, WireguardKey};
+    use crate::port::WireguardPeer;
 
     /// A host's interfaces; refuses one of the changes.
     #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -151,6 +171,8 @@ mod tests {
         interfaces: BTreeSet<String>,
         masters: BTreeMap<String, String>,
         known: BTreeSet<(String, IpAddr, MacAddress)>,
+        /// What sends through what.
+        through: BTreeMap<String, String>,
         pointed: BTreeMap<String, String>,
     }
 
@@ -181,7 +203,24 @@ mod tests {
 
     impl Wires for Fake {
         fn make_vxlan(&mut self, device: &VxlanDevice) -> Result<(), WireError> {
+            self.make(&device.name)?;
+            if let Some(through) = &device.through {
+                assert!(self.host.interfaces.contains(through), "{device:?} before {through}");
+                self.host.through.insert(device.name.clone(), through.clone());
+            }
+            Ok(())
+        }
+
+        fn make_wireguard(&mut self, device: &WireguardDevice) -> Result<(), WireError> {
             self.make(&device.name)
+        }
+
+        fn key_of(&mut self, _device: &str) -> Result<WireguardKey, WireError> {
+            Ok(WireguardKey([1; 32]))
+        }
+
+        fn meet(&mut self, _device: &str, _peer: &WireguardPeer) -> Result<(), WireError> {
+            Ok(())
         }
 
         fn make_bridge(&mut self, name: &str, _mtu_bytes: u32) -> Result<(), WireError> {
@@ -189,6 +228,8 @@ mod tests {
         }
 
         fn remove(&mut self, name: &str) -> Result<(), WireError> {
+            assert!(!self.host.through.values().any(|through| through == name), "{name} is still needed");
+            self.host.through.remove(name);
             self.host.interfaces.remove(name);
             self.host.masters.retain(|port, bridge| port != name && bridge != name);
             Ok(())
@@ -257,6 +298,7 @@ mod tests {
             local: "192.0.2.1".parse().unwrap(),
             remote: "198.51.100.1".parse().unwrap(),
             port: 4789,
+            wireguard: None,
             mtu_bytes: 1450,
             since_unix_ms: 0,
             boot_id: String::new(),
@@ -264,6 +306,13 @@ mod tests {
             state_dir: "/".into(),
             lines: vec![line(1, "lan"), line(2, "")],
         }
+    }
+
+    /// The same inside WireGuard.
+    fn secret(side: TunnelSide) -> TunnelEntry {
+        let [local, remote] = inner_pair(1);
+        let end = WireguardEnd { device: "dlw-1".to_owned(), local, remote, mtu_bytes: 1440 };
+        TunnelEntry { port: 51_820, wireguard: Some(end), ..entry(side) }
     }
 
     /// Two taps, one of them in the LAN's bridge.
@@ -298,8 +347,9 @@ mod tests {
 
     #[test]
     fn whatever_is_refused_everything_is_as_it_was() {
-        for side in [TunnelSide::Former, TunnelSide::New] {
-            let entry = entry(side);
+        let sides = [TunnelSide::Former, TunnelSide::New];
+        for entry in sides.iter().flat_map(|&side| [entry(side), secret(side)]) {
+            let side = entry.side;
             let mut whole = Fake::new(host(), None);
             lay(&mut whole, &entry).unwrap();
             for refused in 1..=whole.changes {
@@ -311,6 +361,26 @@ mod tests {
             assert_eq!(whole.host, host(), "{side}");
             assert_eq!(take_down(&mut whole, &entry), Vec::<String>::new(), "again");
             assert_eq!(whole.host, host(), "{side}: again");
+        }
+    }
+
+    #[test]
+    fn inside_wireguard_all_packets_go_through_its_device_and_to_nobody_else() {
+        let (entry, mut wires) = (secret(TunnelSide::New), Fake::new(host(), None));
+        lay(&mut wires, &entry).unwrap();
+        let through = ["dln-1", "dln-2"].map(|device| (device.to_owned(), "dlw-1".to_owned()));
+        assert_eq!(wires.host.through, through.into());
+        for step in all_steps(&entry) {
+            match step {
+                Step::Device(device) => {
+                    let [local, remote] = inner_pair(1).map(IpAddr::V4);
+                    assert_eq!((device.local, device.remote, device.port), (local, remote, 4789));
+                }
+                Step::Wireguard(device) => {
+                    assert_eq!((device.port, device.mtu_bytes, device.device_mtu_bytes), (51_820, 1440, 1550));
+                }
+                _ => {}
+            }
         }
     }
 

@@ -62,7 +62,7 @@ struct Row {
 }
 
 /// The suites, in their order.
-const SUITES: [Row; 13] = [
+const SUITES: [Row; 14] = [
     // What this kernel can do: the compatibility table's first half.
     Row { name: "doctor", source: Source::Agent(DOCTOR), only: &[], ignored_too: false, limit_s: 120 },
     // The machine on a KVM that is a module, with hardware page tables.
@@ -94,6 +94,14 @@ const SUITES: [Row; 13] = [
     // What needs such a kernel.
     Row { name: "kernel", source: Source::Integration("kernel"), only: &[], ignored_too: true, limit_s: 120 },
     Row { name: "linux", source: Source::Integration("linux"), only: &[], ignored_too: true, limit_s: 400 },
+    // A tunnel that the usual development host's kernel cannot make.
+    Row {
+        name: "wan-wireguard",
+        source: Source::Integration("wan_wireguard"),
+        only: &[],
+        ignored_too: true,
+        limit_s: 400,
+    },
     Row { name: "foreign", source: Source::Integration("foreign"), only: &[], ignored_too: true, limit_s: 180 },
     // Not only there, but with cgroups of version 2. That a migration ends because its writer is slowed shows nothing where all
     // have one emulated CPU: loading the programs slows the writer as well.

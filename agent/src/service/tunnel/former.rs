@@ -1,6 +1,6 @@
 //! The end of a tunnel at the host that the VM leaves.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -8,14 +8,16 @@ use super::ask::{self, SMALL_BYTES};
 use super::{TunnelStore, lay, namespace, take_down};
 use crate::link::Address;
 use crate::model::id::VmName;
-use crate::model::tunnel::{LAN_MTUS, LEAST_MTU, MOST_LINES, overhead_bytes};
+use crate::model::tunnel::{
+    LAN_MTUS, LEAST_MTU, MOST_LINES, VXLAN_PORT, WireguardEnd, inner_pair, overhead_bytes, wireguard_overhead_bytes,
+};
 use crate::model::{
-    Ending, MigrationId, NetSpec, OfferedLine, TunnelEntry, TunnelLine, TunnelOffer, TunnelReport, TunnelSide,
-    TunnelSpec, VmId, Vni,
+    Ending, MigrationId, NetSpec, OfferedLine, TunnelEntry, TunnelKind, TunnelLine, TunnelOffer, TunnelReport,
+    TunnelSide, TunnelSpec, VmId, Vni, WireguardKey, WireguardOffer,
 };
 use crate::net::wires::HostWires;
-use crate::net::{bridge, device, path};
-use crate::port::{SourceTunnel, WireError};
+use crate::net::{bridge, device, inner, path};
+use crate::port::{SourceTunnel, WireError, WireguardPeer, Wires};
 use crate::service::registry::boot_id;
 use crate::time::unix_ms;
 use crate::tunnel;
@@ -26,6 +28,8 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 const LARGE_LIMIT: Duration = Duration::from_secs(3);
 /// How long the bridge may take to let the new port forward: without STP no time.
 const FORWARDING_LIMIT: Duration = Duration::from_secs(5);
+/// So many pairs of addresses are looked at for one that this host has no other use for.
+const PAIRS_TRIED: u32 = 64;
 
 /// What a tunnel is asked for with.
 #[derive(Clone, Debug)]
@@ -75,8 +79,8 @@ impl FormerEnd {
             tracing::warn!(vm = %entry.vm_name, "the LAN finds the VM only when it sends something: {error}");
         }
         Some(TunnelReport {
+            kind: entry.kind().to_string(),
             id: entry.id,
-            kind: "vxlan".to_owned(),
             local: entry.local.to_string(),
             remote: entry.remote.to_string(),
             mtu_bytes: entry.mtu_bytes,
@@ -103,14 +107,24 @@ impl FormerEnd {
         if way.local == remote {
             return refuse(format!("{remote} is this host itself: a tunnel leads to another one"));
         }
-        let mtu_bytes = way.mtu_bytes.saturating_sub(overhead_bytes(remote));
+        let first = spec.vni.unwrap_or_else(|| Vni::of_migration(*migration));
+        let wireguard = match spec.kind {
+            TunnelKind::Vxlan => None,
+            TunnelKind::Wireguard => {
+                let [local, inside] = free_pair(*migration)?;
+                let mtu_bytes = way.mtu_bytes.saturating_sub(wireguard_overhead_bytes(remote));
+                Some(WireguardEnd { device: format!("dlw-{:x}", first.get()), local, remote: inside, mtu_bytes })
+            }
+        };
+        let mtu_bytes = wireguard.as_ref().map_or(way.mtu_bytes.saturating_sub(overhead_bytes(remote)), |end| {
+            end.mtu_bytes.saturating_sub(overhead_bytes(end.remote.into()))
+        });
         if mtu_bytes < LEAST_MTU {
             return refuse(format!(
                 "the way to {remote} carries packets of {} bytes: {mtu_bytes} would be left inside the tunnel, fewer than the {LEAST_MTU} that IPv6 wants",
                 way.mtu_bytes
             ));
         }
-        let first = spec.vni.unwrap_or_else(|| Vni::of_migration(*migration));
         let tunnels = self.store.list();
         let mut lines = Vec::new();
         for (index, net) in nets.iter().enumerate() {
@@ -157,6 +171,7 @@ impl FormerEnd {
             local: way.local,
             remote,
             port: spec.port,
+            wireguard,
             mtu_bytes,
             since_unix_ms: unix_ms(),
             boot_id: boot_id(),
@@ -167,13 +182,26 @@ impl FormerEnd {
     }
 }
 
+/// A pair of addresses inside WireGuard that this host has no other use for.
+fn free_pair(migration: MigrationId) -> Result<[Ipv4Addr; 2], WireError> {
+    // Other bits than those that make the identifier.
+    let first = (migration.0.as_u64_pair().1 >> 24) as u32;
+    for number in 0..PAIRS_TRIED {
+        let pair = inner_pair(first.wrapping_add(number));
+        if !inner::is_any_taken(pair)? {
+            return Ok(pair);
+        }
+    }
+    Err(WireError("no addresses of 169.254.0.0/16 are free at this host for the inside of a tunnel".to_owned()))
+}
+
 /// What the device of an identifier is called: at most 10 characters of the 15 that an interface's name may have.
 pub(super) fn device_name(vni: Vni) -> String {
     format!("dln-{:x}", vni.get())
 }
 
 impl SourceTunnel for FormerEnd {
-    fn open(&mut self) -> Result<TunnelOffer, WireError> {
+    fn open(&mut self) -> Result<(TunnelOffer, Option<WireguardOffer>), WireError> {
         // The VM is here: what stood for it, or was left by a manager that died, does no more.
         super::came_back(&self.request.run_dir, self.request.vm_id);
         let entry = self.plan()?;
@@ -196,15 +224,27 @@ impl SourceTunnel for FormerEnd {
             vni: line.vni,
             lan_mtu_bytes: line.lan_mtu_bytes,
         });
-        Ok(TunnelOffer { former: entry.local, new: entry.remote, port: entry.port, lines: lines.collect() })
+        let (former, new, lines) = (entry.local, entry.remote, lines.collect());
+        let Some(end) = &entry.wireguard else {
+            return Ok((TunnelOffer { former, new, port: entry.port, lines }, None));
+        };
+        let key = HostWires.key_of(&end.device)?;
+        let wireguard = WireguardOffer { port: entry.port, key, former: end.local, new: end.remote };
+        Ok((TunnelOffer { former, new, port: VXLAN_PORT, lines }, Some(wireguard)))
     }
 
-    fn try_it(&mut self) -> Result<(), WireError> {
+    fn try_it(&mut self, key: Option<WireguardKey>) -> Result<(), WireError> {
         let Some(entry) = &self.entry else { return Err(WireError("there is no tunnel".to_owned())) };
+        let mut inside = String::new();
+        if let (Some(end), Some(key)) = (&entry.wireguard, key) {
+            let endpoint = SocketAddr::new(entry.remote, entry.port);
+            HostWires.meet(&end.device, &WireguardPeer { key, endpoint, inner: end.remote })?;
+            inside = format!("; and each must let in what comes to UDP port {VXLAN_PORT} by `{}`", end.device);
+        }
         for line in &entry.lines {
             let Some(rtt) = ask::far_end(&line.device, SMALL_BYTES, ANSWER_LIMIT)? else {
                 return Err(WireError(format!(
-                    "the other end of the tunnel, {remote}, does not answer through it within {ANSWER_LIMIT:?}: firewalls between the hosts must let UDP port {port} pass in both directions, from {local} to {remote} and back",
+                    "the other end of the tunnel, {remote}, does not answer through it within {ANSWER_LIMIT:?}: firewalls between the hosts must let UDP port {port} pass in both directions, from {local} to {remote} and back{inside}",
                     remote = entry.remote,
                     port = entry.port,
                     local = entry.local

@@ -9,8 +9,8 @@ use serde::Serialize;
 use super::ask::{self, SMALL_BYTES};
 use super::{TunnelStore, is_of_this_boot, namespace, take_down};
 use crate::model::schema::Schema;
-use crate::model::{TunnelEntry, TunnelSide, TunnelTraffic, VmRef};
-use crate::net::device;
+use crate::model::{TunnelEntry, TunnelKind, TunnelSide, TunnelTraffic, VmRef, WireguardTraffic};
+use crate::net::{device, wireguard};
 use crate::port::WireError;
 use crate::service::interrupt::Interrupt;
 use crate::service::registry::Registry;
@@ -81,12 +81,17 @@ pub struct TunnelView {
     /// What was made.
     #[serde(flatten)]
     pub entry: TunnelEntry,
+    /// What carries the packets.
+    pub kind: TunnelKind,
     /// What it does.
     pub state: TunnelState,
     /// What is to be said of that; empty if nothing.
     pub note: String,
     /// What all its devices have carried.
     pub traffic: TunnelTraffic,
+    /// What its WireGuard device has to say; absent where there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub wireguard_traffic: Option<WireguardTraffic>,
     /// At the former host: whether the manager at the other end answers through the tunnel; absent where nobody was asked.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub far_end_answers: Option<bool>,
@@ -202,8 +207,13 @@ fn view(
     let vm_is_here = runs_here(entry.vm_id);
     let here = entry.namespace == namespace();
     let mut traffic = TunnelTraffic::default();
+    let mut wireguard_traffic = None;
     let mut gone = None;
     if here && is_of_this_boot(&entry) {
+        if let Some(end) = &entry.wireguard {
+            wireguard_traffic = wireguard::traffic(&end.device)?;
+            gone = wireguard_traffic.is_none().then(|| end.device.clone());
+        }
         for line in &entry.lines {
             match device::traffic(&line.device)? {
                 Some(one) => {
@@ -213,7 +223,7 @@ fn view(
                     traffic.sent_packets += one.sent_packets;
                     traffic.lost_packets += one.lost_packets;
                 }
-                None => gone = Some(line.device.clone()),
+                None => gone = gone.or_else(|| Some(line.device.clone())),
             }
         }
     }
@@ -230,7 +240,18 @@ fn view(
             (TunnelSide::New, false) => (TunnelState::Stale, "the VM is not here".to_owned()),
         }
     };
-    let mut view = TunnelView { entry, state, note, traffic, far_end_answers: None, rtt_ns: None, vm_answers: None };
+    let kind = entry.kind();
+    let mut view = TunnelView {
+        entry,
+        kind,
+        state,
+        note,
+        traffic,
+        wireguard_traffic,
+        far_end_answers: None,
+        rtt_ns: None,
+        vm_answers: None,
+    };
     if ask && view.state == TunnelState::Carrying && view.entry.side == TunnelSide::Former {
         let mut rtts = Vec::new();
         let mut behind = Vec::new();
@@ -377,12 +398,16 @@ fn look(entry: &TunnelEntry) -> Result<(bool, FoundByIp), TunnelError> {
 /// Objects with every member: for the test of the documentation.
 #[cfg(test)]
 pub(crate) fn samples() -> Vec<serde_json::Value> {
-    let entry = super::tests::entry("7", TunnelSide::New);
+    let [local, remote] = crate::model::tunnel::inner_pair(0);
+    let end = crate::model::WireguardEnd { device: "dlw-7".to_owned(), local, remote, mtu_bytes: 1440 };
+    let entry = TunnelEntry { wireguard: Some(end), ..super::tests::entry("7", TunnelSide::New) };
     let view = TunnelView {
         entry: entry.clone(),
+        kind: entry.kind(),
         state: TunnelState::Carrying,
         note: String::new(),
         traffic: TunnelTraffic::default(),
+        wireguard_traffic: Some(WireguardTraffic { last_handshake_unix_ms: Some(0), ..WireguardTraffic::default() }),
         far_end_answers: Some(true),
         rtt_ns: Some(0),
         vm_answers: Some(true),

@@ -144,6 +144,7 @@ mod tests {
             local: "192.0.2.1".parse().unwrap(),
             remote: "198.51.100.1".parse().unwrap(),
             port: 4789,
+            wireguard: None,
             mtu_bytes: 1450,
             since_unix_ms: 0,
             boot_id: boot_id(),

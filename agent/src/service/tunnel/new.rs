@@ -1,15 +1,19 @@
 //! The end of a tunnel at the host that the VM comes to.
 
+use std::net::SocketAddr;
 use std::path::Path;
 
 use super::ask::Answering;
 use super::former::device_name;
 use super::{TunnelStore, is_of_this_boot, lay, namespace, take_down};
 use crate::model::id::VmName;
-use crate::model::tunnel::overhead_bytes;
-use crate::model::{MigrationId, NetSpec, TunnelEntry, TunnelLine, TunnelOffer, TunnelSide, VmId, Vni};
-use crate::net::{bridge, path};
-use crate::port::WireError;
+use crate::model::tunnel::{VXLAN_PORT, WireguardEnd, overhead_bytes, wireguard_overhead_bytes};
+use crate::model::{
+    MigrationId, NetSpec, TunnelEntry, TunnelLine, TunnelOffer, TunnelSide, VmId, Vni, WireguardKey, WireguardOffer,
+};
+use crate::net::wires::HostWires;
+use crate::net::{bridge, inner, path};
+use crate::port::{WireError, WireguardPeer, Wires};
 use crate::service::machine::Places;
 use crate::service::registry::boot_id;
 use crate::time::unix_ms;
@@ -37,11 +41,16 @@ pub struct NewEnd {
 }
 
 impl NewEnd {
-    /// Makes this host's end of what a source offers.
+    /// Makes this host's end of what a source offers; its key, if it is through WireGuard.
     ///
     /// # Errors
     /// It cannot be; nothing stays.
-    pub fn open(offer: &TunnelOffer, places: &Places, guest: Guest<'_>) -> Result<Self, WireError> {
+    pub fn open(
+        offer: &TunnelOffer,
+        wireguard: Option<&WireguardOffer>,
+        places: &Places,
+        guest: Guest<'_>,
+    ) -> Result<(Self, Option<WireguardKey>), WireError> {
         offer.check().map_err(|error| WireError(error.to_string()))?;
         let store = TunnelStore::new(&places.run_dir);
         // What another manager has left of this VM, which is only coming now.
@@ -55,15 +64,30 @@ impl NewEnd {
                 offer.new
             ))
         })?;
-        let entry = plan(offer, way.mtu_bytes.saturating_sub(overhead_bytes(offer.former)), places, guest)?;
+        let mut entry = plan(offer, way.mtu_bytes.saturating_sub(overhead_bytes(offer.former)), places, guest)?;
+        if let Some(wireguard) = wireguard {
+            if offer.port != VXLAN_PORT {
+                return Err(WireError(format!("inside WireGuard the UDP port is {VXLAN_PORT}, not {}", offer.port)));
+            }
+            go_through(&mut entry, wireguard, way.mtu_bytes)?;
+        }
         lay(&store, &entry)?;
         let mut end = Self { store, entry, answering: None, stays: false };
+        let key = wireguard.map(|wireguard| end.meet(wireguard)).transpose()?;
         end.answering = Some(Answering::on(&end.entry.lines)?);
         tracing::info!(
             vm = %end.entry.vm_name, tunnel = end.entry.id, local = %end.entry.local, remote = %end.entry.remote,
             "this end of the tunnel is there"
         );
-        Ok(end)
+        Ok((end, key))
+    }
+
+    /// Has this end's WireGuard speak to that of the source; its own key.
+    fn meet(&self, wireguard: &WireguardOffer) -> Result<WireguardKey, WireError> {
+        let Some(end) = &self.entry.wireguard else { return Err(WireError("there is no WireGuard".to_owned())) };
+        let endpoint = SocketAddr::new(self.entry.remote, wireguard.port);
+        HostWires.meet(&end.device, &WireguardPeer { key: wireguard.key, endpoint, inner: wireguard.former })?;
+        HostWires.key_of(&end.device)
     }
 
     /// Takes over what a manager that died has made for a VM that is here; none if it has not.
@@ -95,6 +119,22 @@ impl Drop for NewEnd {
             take_down(&self.store, &self.entry, "the VM is not here");
         }
     }
+}
+
+/// Has the tunnel of an entry go through WireGuard, on a way that carries packets of so many bytes.
+fn go_through(entry: &mut TunnelEntry, wireguard: &WireguardOffer, way_mtu_bytes: u32) -> Result<(), WireError> {
+    wireguard.check().map_err(|error| WireError(error.to_string()))?;
+    let (local, remote) = (wireguard.new, wireguard.former);
+    if inner::is_any_taken([remote, local])? {
+        return Err(WireError(format!(
+            "{remote} or {local}, which the tunnel would have inside, has a meaning at the target's host already; try once more, with other ones"
+        )));
+    }
+    let mtu_bytes = way_mtu_bytes.saturating_sub(wireguard_overhead_bytes(entry.remote));
+    entry.port = wireguard.port;
+    entry.mtu_bytes = mtu_bytes.saturating_sub(overhead_bytes(remote.into()));
+    entry.wireguard = Some(WireguardEnd { device: format!("dlw-{}", entry.id), local, remote, mtu_bytes });
+    Ok(())
 }
 
 fn plan(offer: &TunnelOffer, mtu_bytes: u32, places: &Places, guest: Guest<'_>) -> Result<TunnelEntry, WireError> {
@@ -131,6 +171,7 @@ fn plan(offer: &TunnelOffer, mtu_bytes: u32, places: &Places, guest: Guest<'_>) 
         local: offer.new,
         remote: offer.former,
         port: offer.port,
+        wireguard: None,
         mtu_bytes,
         since_unix_ms: unix_ms(),
         boot_id: boot_id(),
