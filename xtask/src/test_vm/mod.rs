@@ -83,7 +83,7 @@ pub(crate) struct Arguments {
 }
 
 /// The same as part of `cargo xtask test`, where an emulated machine has no three minutes for one test.
-const MOVES_OF_TEST: u32 = 4;
+const MOVES_OF_TEST: u32 = 2;
 
 impl Arguments {
     /// What `cargo xtask test` asks for: one kernel, or all.
