@@ -32,7 +32,7 @@ use kernels::{Kernel, PINS, cache};
 use machine::{Accelerator, Config};
 use modules::Modules;
 use report::{Gatherer, Report, table};
-use suites::{ALSO_HERE, BED_MODULES, GUEST_MODULES, Programs};
+use suites::{BED_MODULES, BY_HAND, GUEST_MODULES, Programs};
 
 /// Options of `cargo xtask test-vm`.
 #[derive(Clone, Debug, Args)]
@@ -77,7 +77,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
     moves: u32,
 
-    /// Leave out the suites that run on this host, too; the others are shared out between two machines.
+    /// Leave out the suites that run on this host, too, or take minutes; the others are shared out between two machines.
     #[arg(long, conflicts_with_all = ["filter", "record", "self_test", "shell"])]
     only_there: bool,
 }
@@ -162,8 +162,10 @@ pub(crate) fn test(arguments: &Arguments) -> Result<Totals> {
     }
     let suites = programs.suites(arguments.filter.as_deref(), arguments.only_there)?;
     if arguments.only_there {
-        let names = ALSO_HERE.join(", ");
-        println!("left out of the test machine, since this host runs them: {names} (`cargo xtask test-vm` runs them)");
+        let names = BY_HAND.join(", ");
+        println!(
+            "left out of the test machine: {names}: this host runs them, or they take minutes there (`cargo xtask test-vm` runs them)"
+        );
     }
     let job =
         Job { suites, environment: environment(&guests, arguments.moves), folder: root().to_owned(), ..Job::default() };

@@ -62,7 +62,7 @@ struct Row {
 }
 
 /// The suites, in their order.
-const SUITES: [Row; 14] = [
+const SUITES: [Row; 15] = [
     // What this kernel can do: the compatibility table's first half.
     Row { name: "doctor", source: Source::Agent(DOCTOR), only: &[], ignored_too: false, limit_s: 120 },
     // The machine on a KVM that is a module, with hardware page tables.
@@ -112,7 +112,20 @@ const SUITES: [Row; 14] = [
         ignored_too: false,
         limit_s: 300,
     },
-    Row { name: "attribution", source: Source::Integration("attribution"), only: &[], ignored_too: true, limit_s: 240 },
+    Row {
+        name: "attribution",
+        source: Source::Integration("attribution"),
+        only: &["two_processes"],
+        ignored_too: true,
+        limit_s: 240,
+    },
+    Row {
+        name: "while-qemu-migrates",
+        source: Source::Integration("attribution"),
+        only: &["a_vm_that_qemu_is_migrating"],
+        ignored_too: true,
+        limit_s: 400,
+    },
     Row { name: "guest-names", source: Source::Integration("guest_names"), only: &[], ignored_too: true, limit_s: 180 },
     Row {
         name: "regimes",
@@ -125,8 +138,8 @@ const SUITES: [Row; 14] = [
     Row { name: "wan", source: Source::Integration("wan"), only: &["over_a_wan"], ignored_too: true, limit_s: 400 },
 ];
 
-/// Those that a developer's kernel runs as well, as a part of `cargo xtask test`.
-pub(super) const ALSO_HERE: [&str; 4] = ["kvm", "tracking", "agent", "prove"];
+/// Those that are no part of `cargo xtask test`: a developer's kernel runs them as well, or they take minutes there.
+pub(super) const BY_HAND: [&str; 5] = ["kvm", "tracking", "agent", "prove", "while-qemu-migrates"];
 
 const DOCTOR: &[&str] = &["doctor", "--json", "--run-dir", "/run/dunlin", "--state-dir", "/var/lib/dunlin-bed"];
 
@@ -210,7 +223,7 @@ impl Programs {
         })
     }
 
-    /// The table's suites, or those in which `filter` finds something; with `only_there` without [`ALSO_HERE`].
+    /// The table's suites, or those in which `filter` finds something; with `only_there` without those of [`BY_HAND`].
     pub(super) fn suites(&self, filter: Option<&str>, only_there: bool) -> Result<Vec<Suite>> {
         let mut suites = Vec::new();
         for row in &SUITES {
@@ -222,7 +235,7 @@ impl Programs {
                 wanted = !SUITES.iter().any(|row| row.name.contains(filter)) && !matches!(row.source, Source::Agent(_));
                 only = vec![filter.to_owned()];
             }
-            if !wanted || only_there && ALSO_HERE.contains(&row.name) {
+            if !wanted || only_there && BY_HAND.contains(&row.name) {
                 continue;
             }
             let test =
