@@ -110,7 +110,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<bool> {
     Ok(fine)
 }
 
-/// The lints, looked at beside the test machines, which go first.
+/// The lints, looked at beside the test machine, which has work for one processor and goes first.
 struct Lints(JoinHandle<io::Result<Output>>);
 
 impl Lints {

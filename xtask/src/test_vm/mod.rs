@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use dunlin_linux::protocol::{JOB, Job, MODULES, Suite};
+use dunlin_linux::protocol::{JOB, Job, MODULES};
 use serde_json::json;
 
 use crate::interrupt;
@@ -77,7 +77,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
     moves: u32,
 
-    /// Leave out the suites that run on this host, too, or take minutes; the others are shared out between two machines.
+    /// Leave out the suites that run on this host, too, or take minutes.
     #[arg(long, conflicts_with_all = ["filter", "record", "self_test", "shell"])]
     only_there: bool,
 }
@@ -152,8 +152,7 @@ pub(crate) fn test(arguments: &Arguments) -> Result<Totals> {
             .map(|kernel| Kernel { label: format!("{}-self-test", kernel.label), ..kernel })
             .collect();
         let job = Job { suites: vec![programs.faults()?], environment, folder: root().to_owned(), ..Job::default() };
-        let machines: Vec<_> = kernels.into_iter().map(|kernel| (kernel, job.clone())).collect();
-        let reports = side_by_side(arguments, &programs, &machines)?;
+        let reports = side_by_side(arguments, &programs, &kernels, &job)?;
         let mut totals = Totals::default();
         for report in &reports {
             totals.add(self_test::judge(report));
@@ -169,11 +168,7 @@ pub(crate) fn test(arguments: &Arguments) -> Result<Totals> {
     }
     let job =
         Job { suites, environment: environment(&guests, arguments.moves), folder: root().to_owned(), ..Job::default() };
-    let machines = match &kernels[..] {
-        [kernel] if arguments.only_there => two_machines(kernel, job),
-        kernels => kernels.iter().map(|kernel| (kernel.clone(), job.clone())).collect(),
-    };
-    let reports = side_by_side(arguments, &programs, &machines)?;
+    let reports = side_by_side(arguments, &programs, &kernels, &job)?;
     println!("\n{}", table(&reports));
     let mut totals = Totals::default();
     for report in &reports {
@@ -186,16 +181,6 @@ pub(crate) fn test(arguments: &Arguments) -> Result<Totals> {
         record::record(&reports, &programs)?;
     }
     Ok(totals)
-}
-
-/// Two machines with one kernel and half of the suites each, since a machine has one CPU.
-fn two_machines(kernel: &Kernel, job: Job) -> Vec<(Kernel, Job)> {
-    let (first, second): (Vec<_>, Vec<_>) = job.suites.iter().cloned().enumerate().partition(|(at, _)| at % 2 == 0);
-    let half = |name: &str, suites: Vec<(usize, Suite)>| {
-        let suites = suites.into_iter().map(|(_, suite)| suite).collect();
-        (Kernel { label: format!("{}-{name}", kernel.label), ..kernel.clone() }, Job { suites, ..job.clone() })
-    };
-    vec![half("a", first), half("b", second)]
 }
 
 /// Where a kernel's logs and report are kept.
@@ -264,17 +249,16 @@ fn shell(arguments: &Arguments, programs: &Programs, kernel: &Kernel, job: Job) 
     machine::shell(&config(arguments, kernel, &initramfs, Path::new("")))
 }
 
-/// Runs all machines, as many at a time as there are CPUs.
-fn side_by_side(arguments: &Arguments, programs: &Programs, machines: &[(Kernel, Job)]) -> Result<Vec<Report>> {
-    let workers = std::thread::available_parallelism().map_or(1, usize::from).min(machines.len());
-    let queue: Mutex<VecDeque<usize>> = Mutex::new((0..machines.len()).collect());
+/// Runs all kernels, as many at a time as there are CPUs.
+fn side_by_side(arguments: &Arguments, programs: &Programs, kernels: &[Kernel], job: &Job) -> Result<Vec<Report>> {
+    let workers = std::thread::available_parallelism().map_or(1, usize::from).min(kernels.len());
+    let queue: Mutex<VecDeque<usize>> = Mutex::new((0..kernels.len()).collect());
     let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
     let mut done: Vec<(usize, Result<Report>)> = std::thread::scope(|scope| {
         let work = || {
             let mut done = Vec::new();
             while let Some(index) = next() {
-                let (kernel, job) = &machines[index];
-                done.push((index, one(arguments, programs, kernel, job.clone())));
+                done.push((index, one(arguments, programs, &kernels[index], job.clone())));
             }
             done
         };
@@ -282,9 +266,7 @@ fn side_by_side(arguments: &Arguments, programs: &Programs, machines: &[(Kernel,
         workers.into_iter().flat_map(|worker| worker.join().expect("no worker panics")).collect()
     });
     done.sort_by_key(|(index, _)| *index);
-    done.into_iter()
-        .map(|(index, report)| report.with_context(|| format!("kernel {}", machines[index].0.label)))
-        .collect()
+    done.into_iter().map(|(index, report)| report.with_context(|| format!("kernel {}", kernels[index].label))).collect()
 }
 
 /// Runs one kernel's suites; what they print is marked with its name.
