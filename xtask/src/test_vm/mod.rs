@@ -97,7 +97,7 @@ impl Arguments {
             record: false,
             self_test: false,
             memory: 2048,
-            limit: 20,
+            limit: 30,
             moves: MOVES_OF_TEST,
             only_there: !all,
         }
