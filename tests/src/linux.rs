@@ -54,6 +54,14 @@ impl LinuxGuest {
     }
 }
 
+/// How often a guest is to be moved: 20 times, or as `DUNLIN_MOVES` says. Each move takes seconds in an emulated machine, so `cargo xtask test` asks for fewer.
+///
+/// # Panics
+/// That is no number.
+pub fn moves() -> u32 {
+    std::env::var("DUNLIN_MOVES").map_or(20, |number| number.parse().unwrap())
+}
+
 /// Asks a guest's web service from inside a namespace.
 ///
 /// # Errors

@@ -12,7 +12,6 @@
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr};
-
 use std::time::Duration;
 
 use anyhow::{Context, Result};

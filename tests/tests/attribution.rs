@@ -56,7 +56,7 @@ fn two_processes_of_a_linux_guest_are_named_with_what_each_writes() {
     let after = state(&rig);
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     let ranked = report["ranking"]["writers"].as_array().unwrap();
-    let seconds = (after["monotonic_ns"].as_u64().unwrap() - before["monotonic_ns"].as_u64().unwrap()) as f64 / 1e9;
+    let seconds = seconds_between(&before, &after);
     let told = after["writers"].as_array().unwrap().iter().zip(before["writers"].as_array().unwrap());
     for (after, before) in told {
         let count = |state: &Value| state["pages_written"].as_u64().unwrap();
@@ -84,11 +84,15 @@ fn reports(words: &[&str], pid: u32) -> Vec<Value> {
     String::from_utf8(output.stdout).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
+/// The time between two states of a guest, by its own clock.
+fn seconds_between(first: &Value, last: &Value) -> f64 {
+    let at = |state: &Value| state["monotonic_ns"].as_u64().unwrap();
+    (at(last) - at(first)) as f64 / 1e9
+}
+
 /// Pages a second that a guest's writers say they wrote between two of its states.
 fn written_per_second(first: &Value, last: &Value) -> f64 {
-    let since = |state: &Value| state["monotonic_ns"].as_u64().unwrap();
-    let written = writers(last, "pages_written") - writers(first, "pages_written");
-    written as f64 * 1e9 / (since(last) - since(first)) as f64
+    (writers(last, "pages_written") - writers(first, "pages_written")) as f64 / seconds_between(first, last)
 }
 
 #[test]

@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use dunlin_tests::client::EchoClient;
-use dunlin_tests::linux::{ClockOffset, LinuxGuest, ask, writers};
+use dunlin_tests::linux::{self, ClockOffset, LinuxGuest, ask, writers};
 use dunlin_tests::rig::Side;
 use dunlin_tests::stats::Spread;
 use dunlin_tests::topology::{MIGRATION_LINK, UPLINK};
@@ -98,8 +98,7 @@ fn a_working_linux_is_moved_twenty_times_under_delay_and_loss_and_loses_nothing(
         more: ["--downtime", "500ms", "--streams", "4"].map(str::to_owned).to_vec(),
         ..HopOptions::default()
     };
-    // `cargo xtask test` asks for some of them only; each takes seconds in an emulated machine.
-    let moves: u32 = std::env::var("DUNLIN_MOVES").map_or(20, |number| number.parse().unwrap());
+    let moves = linux::moves();
     let (mut blackouts, mut totals, mut offsets) = (Vec::new(), Vec::new(), Vec::new());
     let look = |rig: &Rig| ClockOffset::measure(&rig.host(rig.at()).netns, Rig::guest_ip(), LOOKS).unwrap();
     for hop in 1..=moves {

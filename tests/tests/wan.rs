@@ -18,6 +18,7 @@ use dunlin::service::tunnel::former::{FormerEnd, FormerRequest};
 use dunlin::service::tunnel::list::{self, DropOptions, TunnelState, Which};
 use dunlin::service::tunnel::new::{Guest, NewEnd};
 use dunlin_tests::client::{EchoClient, Pinger};
+use dunlin_tests::linux;
 use dunlin_tests::rig::Side;
 use dunlin_tests::topology::{BRIDGE, TAP};
 use dunlin_tests::wait::wait_for;
@@ -452,12 +453,10 @@ fn ms(ns: u64) -> f64 {
 #[test]
 #[ignore = "needs netem: `cargo xtask test-vm` runs it"]
 fn a_vm_moves_over_a_wan_with_delay_and_loss() {
-    // As for the moves of a Linux guest: `cargo xtask test` asks for some of them only.
-    let is_brief = std::env::var("DUNLIN_MOVES")
-        .is_ok_and(|moves| moves.parse().is_ok_and(|moves: usize| moves <= Way::ALL.len()));
-    let ways = if is_brief { [Way::ALL[0], Way::ALL[2]].to_vec() } else { Way::ALL.to_vec() };
+    let is_brief = linux::moves() as usize <= Way::ALL.len();
+    let ways = if is_brief { &[Way::ALL[0], Way::ALL[2]][..] } else { &Way::ALL };
     let mut by_cable_ns = None;
-    for way in ways {
+    for &way in ways {
         // Few writes: a lost packet now and then leaves little of a long way's bandwidth.
         let (mut rig, beyond) = rig_with("ws:4M,rate:50,fill:random");
         way.lay(&rig.switch, &rig.host(Side::B).netns);

@@ -51,11 +51,10 @@ pub const fn inner_pair(number: u32) -> [Ipv4Addr; 2] {
 }
 
 /// What carries the VM's packets between the hosts.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TunnelKind {
     /// VXLAN, as it is: not encrypted.
-    #[default]
     Vxlan,
     /// VXLAN inside WireGuard: encrypted, and each end knows that it is the other one that speaks.
     Wireguard,
@@ -312,9 +311,8 @@ impl WireguardOffer {
         if self.key.0 == [0; 32] {
             return wrong("no key".to_owned());
         }
-        let [_, _, third, fourth] = self.former.octets();
-        let pair = [self.former, Ipv4Addr::new(169, 254, third, fourth | 1)];
-        if !self.former.is_link_local() || fourth % 2 != 0 || pair != [self.former, self.new] {
+        let first = self.former.to_bits();
+        if !self.former.is_link_local() || !first.is_multiple_of(2) || self.new.to_bits() != first + 1 {
             return wrong(format!("{} and {} inside are no pair of link-local addresses", self.former, self.new));
         }
         Ok(())

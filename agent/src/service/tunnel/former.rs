@@ -5,12 +5,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::ask::{self, SMALL_BYTES};
-use super::{TunnelStore, lay, namespace, take_down};
+use super::{TunnelStore, inside_wireguard, lay, namespace, take_down};
 use crate::link::Address;
 use crate::model::id::VmName;
-use crate::model::tunnel::{
-    LAN_MTUS, LEAST_MTU, MOST_LINES, VXLAN_PORT, WireguardEnd, inner_pair, overhead_bytes, wireguard_overhead_bytes,
-};
+use crate::model::tunnel::{LAN_MTUS, LEAST_MTU, MOST_LINES, VXLAN_PORT, inner_pair, overhead_bytes};
 use crate::model::{
     Ending, MigrationId, NetSpec, OfferedLine, TunnelEntry, TunnelKind, TunnelLine, TunnelOffer, TunnelReport,
     TunnelSide, TunnelSpec, VmId, Vni, WireguardKey, WireguardOffer,
@@ -108,17 +106,14 @@ impl FormerEnd {
             return refuse(format!("{remote} is this host itself: a tunnel leads to another one"));
         }
         let first = spec.vni.unwrap_or_else(|| Vni::of_migration(*migration));
-        let wireguard = match spec.kind {
-            TunnelKind::Vxlan => None,
+        let id = format!("{:x}", first.get());
+        let (wireguard, mtu_bytes) = match spec.kind {
+            TunnelKind::Vxlan => (None, way.mtu_bytes.saturating_sub(overhead_bytes(remote))),
             TunnelKind::Wireguard => {
-                let [local, inside] = free_pair(*migration)?;
-                let mtu_bytes = way.mtu_bytes.saturating_sub(wireguard_overhead_bytes(remote));
-                Some(WireguardEnd { device: format!("dlw-{:x}", first.get()), local, remote: inside, mtu_bytes })
+                let (end, mtu_bytes) = inside_wireguard(&id, free_pair(*migration)?, remote, way.mtu_bytes);
+                (Some(end), mtu_bytes)
             }
         };
-        let mtu_bytes = wireguard.as_ref().map_or(way.mtu_bytes.saturating_sub(overhead_bytes(remote)), |end| {
-            end.mtu_bytes.saturating_sub(overhead_bytes(end.remote.into()))
-        });
         if mtu_bytes < LEAST_MTU {
             return refuse(format!(
                 "the way to {remote} carries packets of {} bytes: {mtu_bytes} would be left inside the tunnel, fewer than the {LEAST_MTU} that IPv6 wants",
@@ -163,7 +158,7 @@ impl FormerEnd {
             });
         }
         Ok(TunnelEntry {
-            id: format!("{:x}", first.get()),
+            id,
             vm_id: *vm_id,
             vm_name: vm_name.clone(),
             migration_id: *migration,

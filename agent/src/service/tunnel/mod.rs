@@ -13,12 +13,14 @@ pub mod new;
 
 use std::fs;
 use std::io;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 
 use super::audit::{self, Action};
 use super::registry::{boot_id, write_whole};
 use crate::model::schema::Schema;
-use crate::model::{TunnelEntry, TunnelSide, VmId};
+use crate::model::tunnel::{overhead_bytes, wireguard_overhead_bytes};
+use crate::model::{TunnelEntry, TunnelSide, VmId, WireguardEnd};
 use crate::net::place;
 use crate::net::wires::HostWires;
 use crate::port::WireError;
@@ -77,6 +79,14 @@ impl TunnelStore {
 /// This thread's network namespace, by its inode's number; 0 where that is not told.
 fn namespace() -> u64 {
     place::own().map_or(0, |place| place.inode)
+}
+
+/// The WireGuard device of the tunnel `id`, with these addresses inside (this host's first), on a way to `far_end` that carries packets of so many bytes; and the largest packet that goes through the tunnel then, in bytes.
+fn inside_wireguard(id: &str, inside: [Ipv4Addr; 2], far_end: IpAddr, way_mtu_bytes: u32) -> (WireguardEnd, u32) {
+    let [local, remote] = inside;
+    let mtu_bytes = way_mtu_bytes.saturating_sub(wireguard_overhead_bytes(far_end));
+    let end = WireguardEnd { device: format!("dlw-{id}"), local, remote, mtu_bytes };
+    (end, mtu_bytes.saturating_sub(overhead_bytes(remote.into())))
 }
 
 /// Whether what an entry names may still be there: it was made since the last boot.

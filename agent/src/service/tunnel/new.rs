@@ -5,9 +5,9 @@ use std::path::Path;
 
 use super::ask::Answering;
 use super::former::device_name;
-use super::{TunnelStore, is_of_this_boot, lay, namespace, take_down};
+use super::{TunnelStore, inside_wireguard, is_of_this_boot, lay, namespace, take_down};
 use crate::model::id::VmName;
-use crate::model::tunnel::{VXLAN_PORT, WireguardEnd, overhead_bytes, wireguard_overhead_bytes};
+use crate::model::tunnel::{VXLAN_PORT, overhead_bytes};
 use crate::model::{
     MigrationId, NetSpec, TunnelEntry, TunnelLine, TunnelOffer, TunnelSide, VmId, Vni, WireguardKey, WireguardOffer,
 };
@@ -130,10 +130,8 @@ fn go_through(entry: &mut TunnelEntry, wireguard: &WireguardOffer, way_mtu_bytes
             "{remote} or {local}, which the tunnel would have inside, has a meaning at the target's host already; try once more, with other ones"
         )));
     }
-    let mtu_bytes = way_mtu_bytes.saturating_sub(wireguard_overhead_bytes(entry.remote));
-    entry.port = wireguard.port;
-    entry.mtu_bytes = mtu_bytes.saturating_sub(overhead_bytes(remote.into()));
-    entry.wireguard = Some(WireguardEnd { device: format!("dlw-{}", entry.id), local, remote, mtu_bytes });
+    let (end, mtu_bytes) = inside_wireguard(&entry.id, [local, remote], entry.remote, way_mtu_bytes);
+    (entry.port, entry.wireguard, entry.mtu_bytes) = (wireguard.port, Some(end), mtu_bytes);
     Ok(())
 }
 
