@@ -24,13 +24,13 @@ use super::session::{Creation, MAX_FDS, Reply, Request, SESSION_VERSION, Session
 use super::throttling::{Change, Throttling};
 use crate::announce::{AddressError, Announcer, Schedule};
 use crate::block::raw::RawDisk;
-use crate::kvm::Hurry;
 use crate::kvm::boot::BootImage;
 use crate::kvm::bus::{Device, DeviceError};
 use crate::kvm::machine::{BootConfig, HostedError, Hosting, Machine};
 use crate::kvm::memory::Memory;
 use crate::kvm::sys::KvmError;
 use crate::kvm::virtio::{VirtioBalloon, VirtioBlk, VirtioNet, VirtioRng};
+use crate::kvm::{Hurry, stand_back};
 use crate::model::network::PortCounters;
 use crate::model::schema::Schema;
 use crate::model::{
@@ -54,6 +54,9 @@ const JOURNAL_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
 /// Pages that are write-protected by one call while tracking: 4 GiB.
 const PROTECT_PAGES: u64 = 1 << 20;
 
+/// For so long a machine stands on that is to take itself apart, which keeps a CPU busy for milliseconds (KVM waits for grace periods, pages are given back): the VM may have gone on in
+/// another process on these CPUs just now, and has much to catch up with.
+const STANDS_ON: Duration = Duration::from_millis(20);
 /// For how long at most what comes through the VM's ports waits for a relay. It takes a round trip; the rest is for hosts that have other work.
 const RELAY_LIMIT: Duration = Duration::from_millis(500);
 /// No schedule of announcements has more rounds ([`Schedule::new`]).
@@ -895,6 +898,9 @@ impl Host {
                 hurry.get_or_insert_with(Hurry::here);
             }
             let (ends, runs) = (matches!(request, Request::Discard), matches!(request, Request::Resume));
+            if ends {
+                hurry = None;
+            }
             let reply = self.handle(request, &manager).unwrap_or_else(Reply::Failed);
             let done = matches!(reply, Reply::Done);
             let sent = self.reply(socket, &reply);
@@ -902,6 +908,8 @@ impl Host {
                 hurry = None;
             }
             if ends && done {
+                stand_back();
+                std::thread::sleep(STANDS_ON);
                 self.machine.stop();
                 return None;
             }

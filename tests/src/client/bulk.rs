@@ -76,6 +76,11 @@ impl BulkClient {
         BulkReport { bytes: state.bytes, largest_gap: state.gaps.largest(), fault: state.fault.clone() }
     }
 
+    /// The longest gaps since the last [`BulkClient::restart_measurement`], longest first.
+    pub fn longest_gaps(&self) -> Vec<Gap> {
+        lock(&self.state).gaps.longest().to_vec()
+    }
+
     /// Starts a new measurement of the largest gap; one that is open now counts whole into the new one.
     pub fn restart_measurement(&self) {
         lock(&self.state).gaps.restart();

@@ -131,6 +131,11 @@ impl EchoClient {
         lock(&self.state).gaps.longest().iter().copied().find(|gap| gap.holds(at_ns))
     }
 
+    /// The longest gaps since the last [`EchoClient::restart_measurement`], longest first.
+    pub fn longest_gaps(&self) -> Vec<Gap> {
+        lock(&self.state).gaps.longest().to_vec()
+    }
+
     /// Starts a new measurement of the largest gap, round trip and TSC step on the same connection; a gap that is open
     /// now counts whole into the new one.
     pub fn restart_measurement(&self) {

@@ -3,6 +3,7 @@
 //! Owns the arithmetic of gaps. Must not know what the events are. Times are `CLOCK_MONOTONIC`, which every process of a
 //! host shares, so that a gap can be laid beside another process's event log.
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
@@ -32,6 +33,28 @@ impl Gap {
     /// Whether `at_ns` lies in it.
     pub fn holds(self, at_ns: u64) -> bool {
         (self.from_monotonic_ns..=self.from_monotonic_ns + self.length_ns).contains(&at_ns)
+    }
+}
+
+/// The longest gap of some time, and of the rest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Split {
+    /// The longest that reaches into that time; without length if none of those that are kept does.
+    pub within: Gap,
+    /// The longest of the others.
+    pub besides: Gap,
+}
+
+impl Split {
+    /// Of these gaps, longest first, and that time (`CLOCK_MONOTONIC`).
+    pub fn at(longest: &[Gap], time_ns: RangeInclusive<u64>) -> Self {
+        let reaches = |gap: &&Gap| {
+            let (from, to) = (gap.from_monotonic_ns, gap.from_monotonic_ns + gap.length_ns);
+            from <= *time_ns.end() && to >= *time_ns.start()
+        };
+        let within = longest.iter().find(reaches).copied();
+        let besides = longest.iter().copied().find(|gap| Some(*gap) != within);
+        Self { within: within.unwrap_or_default(), besides: besides.unwrap_or_default() }
     }
 }
 
@@ -98,5 +121,19 @@ mod tests {
             meter.event(at * at);
         }
         assert_eq!((meter.longest().len(), meter.largest().length_ns), (KEPT, 998 + 999));
+    }
+
+    #[test]
+    fn a_time_splits_the_gaps_into_its_own_and_the_others() {
+        let mut meter = GapMeter::default();
+        for at in [10, 20, 50, 60, 100] {
+            meter.event(at);
+        }
+        let gap = |length_ns, from_monotonic_ns| Gap { length_ns, from_monotonic_ns };
+        let at = |time| Split::at(meter.longest(), time);
+        assert_eq!(at(15..=55), Split { within: gap(30, 20), besides: gap(40, 60) });
+        assert_eq!(at(35..=35), Split { within: gap(30, 20), besides: gap(40, 60) });
+        assert_eq!(at(55..=99), Split { within: gap(40, 60), besides: gap(30, 20) });
+        assert_eq!(at(101..=109), Split { within: Gap::default(), besides: gap(40, 60) });
     }
 }

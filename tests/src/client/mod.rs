@@ -12,7 +12,7 @@ pub mod ping;
 
 pub use bulk::{BulkClient, BulkReport};
 pub use echo::{EchoClient, EchoReport};
-pub use gap::{Gap, GapMeter};
+pub use gap::{Gap, GapMeter, Split, monotonic_ns};
 pub use heartbeat::{HeartbeatReport, Heartbeats};
 pub use http::{counters, http_get};
 pub use ping::{PingReport, Pinger};

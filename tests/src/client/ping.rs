@@ -140,6 +140,11 @@ impl Pinger {
         }
     }
 
+    /// The longest gaps since the last [`Pinger::restart_measurement`], longest first.
+    pub fn longest_gaps(&self) -> Vec<Gap> {
+        lock(&self.state).gaps.longest().to_vec()
+    }
+
     /// Starts a new measurement of the largest gap and round trip; an open gap counts whole into the new one.
     pub fn restart_measurement(&self) {
         let mut state = lock(&self.state);

@@ -8,18 +8,21 @@ mod spec;
 
 use std::fs::{self, File};
 use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use dunlin::model::MacAddress;
+use dunlin::service::control::give_order;
 use dunlin::service::registry::Registry;
 use rustix::process::{Pid, Signal, kill_process};
 use serde::de::DeserializeOwned;
 use tempfile::TempDir;
 
-use crate::client::{Heartbeats, counters, http_get};
+use crate::client::{Heartbeats, counters, http_get, monotonic_ns};
 use crate::netns::{self, Netns};
 use crate::topology::TAP;
 use crate::{Host, Lan, LanConfig, OwnProcess, dunlin, guest, interrupt};
@@ -224,6 +227,19 @@ impl Rig {
         let mut command = dunlin();
         command.args(arguments).arg("--run-dir").arg(self.run_dir(self.at));
         command
+    }
+
+    /// Has the VM stand where it is for `time`; from the order to stand to the answer that it goes on, by `CLOCK_MONOTONIC`.
+    ///
+    /// # Errors
+    /// It refuses.
+    pub fn stand(&self, time: Duration) -> Result<RangeInclusive<u64>> {
+        let socket = Registry::new(self.run_dir(self.at)).socket(&VM_NAME.parse()?, "control");
+        let began = monotonic_ns();
+        give_order(&socket, "/v1/pause", &[])?;
+        thread::sleep(time);
+        give_order(&socket, "/v1/resume", &[])?;
+        Ok(began..=monotonic_ns())
     }
 
     /// What `dunlin vm info` says of the VM.

@@ -38,9 +38,12 @@ and over IPv6, each 1000 a second, ask it over one TCP connection 1000 times a s
   lost             packets without an answer, of all moves of a run
   doubled          answers that came twice
   turned_round     answers that came behind one to a later packet
-  udp_beyond       the longest time between two answers less the blackout and the interval, of the worse family: the median move of a run
+  udp_beyond       the time between the last answer from the former place and the first from the new one, less the blackout and the interval, of the worse family: the median move of a run
   tcp_beyond       the same of the TCP requests
   bulk_beyond      the same of the bulk: between two pieces of it
+  paused_beyond    what udp_beyond is where the VM goes nowhere, but stands for 4 ms before each move and goes on in the same process: what scheduling and the guest make of it
+  copying          the longest time between two answers (UDP, TCP requests) otherwise: while memory is copied, on the same CPUs
+  quiet            the same in half a second before each move, in which nothing is copied
   guest_beyond     the longest time for which the vCPU that answers wanted to run and did not, by its own counter, less the blackout: what of the above is none of the network's
   announced        from the beginning of the first announcement to the guest's going on, of the worst move of a run
   blackout         by the source's clock, of the median move of a run
@@ -58,6 +61,9 @@ struct Move {
     udp_gap_ns: u64,
     tcp_gap_ns: u64,
     bulk_gap_ns: u64,
+    copying_gap_ns: u64,
+    quiet_gap_ns: u64,
+    paused_beyond_ns: u64,
     guest_gap_ns: u64,
     announce_ns: u64,
     relayed: u64,
@@ -73,6 +79,9 @@ struct Side {
     udp_beyond: Samples,
     tcp_beyond: Samples,
     bulk_beyond: Samples,
+    copying: Samples,
+    quiet: Samples,
+    paused_beyond: Samples,
     guest_beyond: Samples,
     announced: Samples,
     blackout: Samples,
@@ -105,6 +114,9 @@ impl Side {
         self.udp_beyond.push(middle(|one| beyond_ms(one.udp_gap_ns, one.blackout_ns)));
         self.tcp_beyond.push(middle(|one| beyond_ms(one.tcp_gap_ns, one.blackout_ns)));
         self.bulk_beyond.push(middle(|one| beyond_ms(one.bulk_gap_ns, one.blackout_ns)));
+        self.copying.push(middle(|one| one.copying_gap_ns as f64 / 1e6));
+        self.quiet.push(middle(|one| one.quiet_gap_ns as f64 / 1e6));
+        self.paused_beyond.push(middle(|one| one.paused_beyond_ns as f64 / 1e6));
         let guest_beyond = |one: &Move| one.guest_gap_ns.saturating_sub(one.blackout_ns) as f64 / 1e6;
         self.guest_beyond.push(middle(guest_beyond));
         self.announced.push(most(|one| one.announce_ns as f64 / 1e6));
@@ -163,6 +175,9 @@ fn rows_of(case: &str, [ours, theirs]: &[Side; 2], has_aims: bool) -> Vec<Row> {
         row("udp_beyond", "ms", |side| &side.udp_beyond, Aim::AtMost(AIM_BEYOND_MS)),
         row("tcp_beyond", "ms", |side| &side.tcp_beyond, Aim::AtMost(AIM_BEYOND_MS)),
         row("bulk_beyond", "ms", |side| &side.bulk_beyond, Aim::AtMost(AIM_BEYOND_MS)),
+        row("paused_beyond", "ms", |side| &side.paused_beyond, Aim::None),
+        row("copying", "ms", |side| &side.copying, Aim::None),
+        row("quiet", "ms", |side| &side.quiet, Aim::None),
         row("guest_beyond", "ms", |side| &side.guest_beyond, Aim::None),
         row("announced", "ms", |side| &side.announced, Aim::AtMost(AIM_ANNOUNCED_MS)),
         row("blackout", "ms", |side| &side.blackout, Aim::None),
@@ -193,7 +208,7 @@ mod tests {
     fn a_run_counts_all_of_its_moves_and_its_median() {
         let line = |lost, gap_ms: u64| {
             format!(
-                r#"{{"blackout_ns":3000000,"packets":900,"lost":{lost},"doubled":0,"turned_round":1,"udp_gap_ns":{},"tcp_gap_ns":2000000,"bulk_gap_ns":0,"guest_gap_ns":4500000,"announce_ns":400000,"relayed":4,"relay_dropped":0,"announced_first":true}}"#,
+                r#"{{"blackout_ns":3000000,"packets":900,"lost":{lost},"doubled":0,"turned_round":1,"udp_gap_ns":{},"tcp_gap_ns":2000000,"bulk_gap_ns":0,"copying_gap_ns":9000000,"quiet_gap_ns":2000000,"paused_beyond_ns":700000,"guest_gap_ns":4500000,"announce_ns":400000,"relayed":4,"relay_dropped":0,"announced_first":true}}"#,
                 gap_ms * 1_000_000
             )
         };
@@ -201,9 +216,18 @@ mod tests {
             [line(2, 9), line(3, 7), line(0, 4)].iter().map(|line| serde_json::from_str(line).unwrap()).collect();
         let mut side = Side::default();
         side.push(&moves, true).unwrap();
-        let medians = [&side.lost, &side.turned_round, &side.udp_beyond, &side.tcp_beyond, &side.guest_beyond]
-            .map(Samples::median);
-        assert_eq!(medians, [5.0, 3.0, 3.0, 0.0, 1.5].map(Some));
+        let medians = [
+            &side.lost,
+            &side.turned_round,
+            &side.udp_beyond,
+            &side.tcp_beyond,
+            &side.copying,
+            &side.quiet,
+            &side.paused_beyond,
+            &side.guest_beyond,
+        ]
+        .map(Samples::median);
+        assert_eq!(medians, [5.0, 3.0, 3.0, 0.0, 9.0, 2.0, 0.7, 1.5].map(Some));
         assert_eq!((side.announced.median(), side.moves, side.packets, side.all_lost), (Some(0.4), 3, 2700, 5));
     }
 }

@@ -4,13 +4,14 @@
 
 use std::io::Write as _;
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use dunlin::migrate::Strategy;
 use dunlin::model::BlackoutPhase;
-use dunlin_tests::client::{BulkClient, EchoClient, PingReport, Pinger};
+use dunlin_tests::client::{BulkClient, EchoClient, Gap, PingReport, Pinger, Split};
 use dunlin_tests::{HopOptions, Rig, VmSpec, guest, interrupt};
 
 /// Packets of UDP and TCP requests each come this often.
@@ -21,6 +22,10 @@ const BULK_BYTES_PER_MS: u64 = 2000;
 const LIMIT: Duration = Duration::from_secs(10);
 /// Answers, and bytes of bulk, before each move and after it.
 const AROUND: u64 = 200;
+/// Answers of the time without a move that a move is compared with: it takes about as long.
+const QUIET: u64 = 500;
+/// For how long the VM stands where it is, to compare with: about a blackout.
+const STAND: Duration = Duration::from_millis(4);
 /// How long after the end of the sending an answer may come.
 const LATE: Duration = Duration::from_secs(1);
 
@@ -71,6 +76,24 @@ impl Clients {
         interrupt::wait(LIMIT, all)?.with_context(|| format!("no answers: {:?}, {:?}", answered(), self.bulk.report()))
     }
 
+    /// The gaps while the VM was handed over, and besides it: of UDP (the longer one of both families), of requests and of bulk.
+    fn gaps_at(&self, handed_over_ns: &RangeInclusive<u64>) -> [Split; 3] {
+        let split = |longest: Vec<Gap>| Split::at(&longest, handed_over_ns.clone());
+        let [first, second] = self.packets.each_ref().map(|client| split(client.longest_gaps()));
+        let longer = |one: Gap, other: Gap| if one.length_ns >= other.length_ns { one } else { other };
+        let packets =
+            Split { within: longer(first.within, second.within), besides: longer(first.besides, second.besides) };
+        [packets, split(self.requests.longest_gaps()), split(self.bulk.longest_gaps())]
+    }
+
+    /// The longest gap of UDP and of requests while nothing moves.
+    fn quiet_gap_ns(&self) -> Result<u64> {
+        self.restart_measurement();
+        self.requests.wait_answers(QUIET, LIMIT)?;
+        let packets = self.packets.iter().flat_map(Pinger::longest_gaps);
+        Ok(packets.chain(self.requests.longest_gaps()).map(|gap| gap.length_ns).max().unwrap_or_default())
+    }
+
     fn restart_measurement(&self) {
         self.packets.iter().for_each(Pinger::restart_measurement);
         self.requests.restart_measurement();
@@ -78,9 +101,21 @@ impl Clients {
     }
 }
 
+/// What UDP misses beyond the time for which a VM stands that goes nowhere, and the interval.
+fn paused_beyond_ns(rig: &Rig, clients: &Clients) -> Result<u64> {
+    clients.restart_measurement();
+    let stood = rig.stand(STAND)?;
+    clients.wait()?;
+    let [udp, ..] = clients.gaps_at(&stood);
+    let beyond = udp.within.length_ns.saturating_sub(stood.end() - stood.start());
+    Ok(beyond.saturating_sub(EVERY.as_nanos() as u64))
+}
+
 fn main() -> Result<()> {
     let cli = Cli::parse();
-    let spec = VmSpec { guest: "dunlin.wl0=ws:16M,rate:2000,fill:random".to_owned(), ..VmSpec::default() };
+    // It prints nothing: half a kilobyte through a serial port takes ten milliseconds, in which the same vCPU answers nobody.
+    let guest = "dunlin.wl0=ws:16M,rate:2000,fill:random dunlin.heartbeat=0 dunlin.stat=0";
+    let spec = VmSpec { guest: guest.to_owned(), ..VmSpec::default() };
     let mut rig = Rig::boot(&spec)?;
     if cli.no_announce {
         rig.receive_more = vec!["--no-announce".to_owned()];
@@ -91,12 +126,17 @@ fn main() -> Result<()> {
     for _ in 0..cli.moves {
         let clients = rig.client.enter(Clients::start)?;
         clients.wait()?;
+        let quiet_gap_ns = clients.quiet_gap_ns()?;
+        let paused_beyond_ns = paused_beyond_ns(&rig, &clients)?;
         rig.get("/reset-gap")?;
         clients.restart_measurement();
         let hop = rig.hop(&options)?;
         ensure!(hop.exit_code == Some(0), "the VM did not move: {}", hop.report.reason);
         clients.wait()?;
         let guest_gap_ns = guest::max_gap_ns(&rig.counters()?);
+        // Not when the guest goes on by its own clock, which nobody outside sees, but within a millisecond of it.
+        let arrived_ns = hop.frames.first().context("no frame of the VM was seen at its new place")?.at_monotonic_ns;
+        let [udp, tcp, bulk_gaps] = clients.gaps_at(&(arrived_ns - hop.report.blackout_ns..=arrived_ns));
         let Clients { packets, requests, bulk } = clients;
         let packets = packets.map(|client| client.finish(LATE));
         let (requests, bulk) = (requests.finish(LIMIT), bulk.report());
@@ -112,9 +152,12 @@ fn main() -> Result<()> {
             "lost": sum(|one| one.unanswered.len() as u64),
             "doubled": sum(|one| one.duplicates),
             "turned_round": sum(|one| one.reordered),
-            "udp_gap_ns": packets.each_ref().map(|one| one.largest_gap.length_ns).into_iter().max(),
-            "tcp_gap_ns": requests.largest_gap.length_ns,
-            "bulk_gap_ns": bulk.largest_gap.length_ns,
+            "udp_gap_ns": udp.within.length_ns,
+            "tcp_gap_ns": tcp.within.length_ns,
+            "bulk_gap_ns": bulk_gaps.within.length_ns,
+            "copying_gap_ns": udp.besides.length_ns.max(tcp.besides.length_ns),
+            "quiet_gap_ns": quiet_gap_ns,
+            "paused_beyond_ns": paused_beyond_ns,
             "guest_gap_ns": guest_gap_ns,
             "announce_ns": announcing.map(|entry| entry.duration_ns).sum::<u64>(),
             "relayed": relay.frames,
