@@ -1,5 +1,5 @@
-//! Putting a thread in front of all others on its CPU for a moment: nobody else's work may lengthen a blackout. And the reverse: a process that has nothing more to
-//! do than to take itself apart stands back, or it would lengthen what the VM's users see of the move where the VM runs now on the same CPUs, and of other VMs here.
+//! Putting a thread in front of all others on its CPU for a moment: nobody else's work may lengthen a blackout. A process that has nothing more to
+//! do than to take itself apart hurries no more.
 //!
 //! Owns the scheduling calls. A host that does not allow them (no CAP_SYS_NICE, a control group without real-time share) is
 //! merely slower.
@@ -8,9 +8,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The lowest real-time priority is in front of every ordinary thread.
 const PRIORITY: i32 = 1;
-/// The least weight of an ordinary thread: about a seventieth of the usual one (`sched_prio_to_weight`, kernel/sched/core.c).
-/// Not `SCHED_IDLE`, which has a fifth of that again: on a full host the end of the process would take long.
-const LEAST_NICE: i32 = 19;
 
 /// This process stands back: none of its threads is put in front any more.
 static STANDS_BACK: AtomicBool = AtomicBool::new(false);
@@ -41,18 +38,12 @@ impl Drop for Hurry {
     }
 }
 
-/// From now on everything that this process does is less urgent than the work of others: all of its threads, and those that they start.
+/// From now on no thread of this process is in front of others, and none is put there. Not behind them either: on a full host a process that gives way to all (nice 19) ends tens of times
+/// later.
 pub fn stand_back() {
     STANDS_BACK.store(true, Ordering::SeqCst);
     let threads = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
-    threads.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).for_each(set_back);
-}
-
-/// Puts a thread behind others, wherever it was.
-fn set_back(thread: i32) {
-    put_back(thread);
-    // SAFETY: names a thread by its number; no pointer. One that has ended meanwhile is an error, which changes nothing.
-    unsafe { libc::setpriority(libc::PRIO_PROCESS, thread as libc::id_t, LEAST_NICE) };
+    threads.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).for_each(put_back);
 }
 
 /// Puts an ordinary thread in front; whether it was moved.
@@ -97,19 +88,25 @@ mod tests {
         assert_eq!(policy(), libc::SCHED_OTHER);
     }
 
-    /// One thread only: the process that runs the tests goes on.
+    /// Others in this process are merely slower afterwards.
     #[test]
-    fn a_thread_that_was_in_front_is_behind_when_it_is_set_back() {
-        let set_back = std::thread::spawn(|| {
+    fn a_process_that_stands_back_has_no_thread_in_front_any_more() {
+        let (tell, told) = std::sync::mpsc::channel();
+        let (stop, stopped) = std::sync::mpsc::channel::<()>();
+        let other = std::thread::spawn(move || {
             let hurry = Hurry::here();
-            // SAFETY: no argument; then asks for the calling thread's own priority, no pointer.
-            let (thread, nice) = unsafe { (libc::gettid(), || libc::getpriority(libc::PRIO_PROCESS, 0)) };
-            set_back(thread);
-            let behind = (policy(), nice());
+            tell.send(policy()).unwrap();
+            stopped.recv().unwrap_err();
+            let after = policy();
             drop(hurry);
-            (behind, policy(), nice())
+            after
         });
-        let behind = (libc::SCHED_OTHER, LEAST_NICE);
-        assert_eq!(set_back.join().unwrap(), (behind, behind.0, behind.1));
+        let before = told.recv().unwrap();
+        assert!([libc::SCHED_FIFO, libc::SCHED_OTHER].contains(&before));
+        stand_back();
+        drop(stop);
+        assert_eq!(other.join().unwrap(), libc::SCHED_OTHER);
+        let hurry = Hurry::here();
+        assert!(hurry.thread.is_none() && policy() == libc::SCHED_OTHER);
     }
 }
