@@ -221,14 +221,15 @@ fn the_agent_names_the_process_that_keeps_a_hosted_linux_from_moving() {
         cpus: 1,
         memory_bytes: 256 << 20,
         linux: Some(LinuxGuest::all().unwrap().remove(0)),
-        guest: "dunlin.wl=ws:20M,rate:1000 dunlin.wl=ws:1M,rate:20".to_owned(),
+        guest: "dunlin.wl=ws:20M,rate:250 dunlin.wl=ws:1M,rate:5".to_owned(),
         ..VmSpec::default()
     };
     let mut rig = Rig::boot(&spec).unwrap();
-    // The link carries less than the first writes, and more than the second does.
-    let terms = ["--arm", "--window", "1s", "--every", "2s", "--bandwidth", "500KiB/s", "--downtime", "1s"];
+    // The link carries less than the first writes, and more than the second does. Both write little: a fault costs up to a
+    // millisecond in an emulated machine, and the agent rests after a window until faults took a fiftieth of the time.
+    let terms = ["--arm", "--window", "1s", "--every", "2s", "--bandwidth", "125KiB/s", "--downtime", "1s"];
     let mut agent = Agent::start(&rig.run_dir(rig.at()), "500ms", 1.0, &terms).unwrap();
-    let named = wait_for("a rogue with a name", LIMIT, || {
+    let named = wait_for("a rogue with a name", 2 * LIMIT, || {
         let fleet = agent.fleet().ok()?;
         let armed = &fleet["vms"][0]["armed"];
         let rogues = armed["rogues"].as_array()?;
@@ -242,8 +243,8 @@ fn the_agent_names_the_process_that_keeps_a_hosted_linux_from_moving() {
     assert!(!rogues.iter().any(|words| words.contains("`writer1`")), "{rogues:?}");
     let rate = agent.metric("dunlin_vm_rogue_process_bytes_per_second", &["process=\"writer0\""]).unwrap().unwrap();
     println!("shows its metric: {rate:.0} bytes/s");
-    // It is told to write 4 MB/s; in software it may get to a part of that.
-    assert!((2e5..6e6).contains(&rate), "{rate}");
+    // It is told to write 1 MB/s; in software it may get to a part of that.
+    assert!((5e4..1.5e6).contains(&rate), "{rate}");
     // The thread that reads guests' memory ends with the agent.
     agent.process.signal(rustix::process::Signal::TERM).unwrap();
     assert_eq!(agent.process.wait_for(LIMIT).unwrap().and_then(|status| status.code()), Some(0), "{}", agent.log());

@@ -120,7 +120,8 @@ fn an_address_that_another_has_keeps_the_vm_where_it_is_or_is_said() {
         assert_eq!(found, Lan::GUEST_IPS, "{asked:#?}");
         assert!(asked.conflicts.iter().all(|one| one.kind == ConflictKind::Address && one.mac == other), "{asked:#?}");
         assert_eq!(pair.source.info().unwrap().state, RunState::Running);
-        assert_eq!(pair.target.machine(), None);
+        // The source hears of it before the target's machine has taken itself apart.
+        wait_for("the target's machine gone", LIMIT, || pair.target.machine().is_none().then_some(())).unwrap();
         let audit = std::fs::read_to_string(pair.target.state_dir().join("audit.log")).unwrap();
         assert!(audit.contains("receive --on-conflict refuse") && audit.contains(&other.to_string()), "{audit}");
         drop(receiver);

@@ -92,7 +92,7 @@ impl NetDevice {
         interrupts
     }
 
-    /// After the rings were read: books progress against interrupts and tells the device what is new.
+    /// After the rings were read: books progress against interrupts and offers the device the buffers that are free again.
     pub fn settle(&mut self, interrupts: u64, run_cycles: u64) {
         self.reclaim();
         let taken = (self.receive.taken(), self.send.taken());
@@ -101,7 +101,6 @@ impl NetDevice {
         self.taken_before = taken;
         self.ledger.look(interrupts, owed, any, run_cycles, clock::cycles(IRQ_NS));
         self.receive.notify();
-        self.send.notify();
     }
 
     /// Interrupts lost and spurious.

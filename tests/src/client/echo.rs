@@ -128,7 +128,7 @@ impl EchoClient {
     /// The gap in which `at_ns` (`CLOCK_MONOTONIC`) lies, if it is among the longest since the last
     /// [`EchoClient::restart_measurement`].
     pub fn gap_at(&self, at_ns: u64) -> Option<Gap> {
-        lock(&self.state).gaps.longest().iter().copied().find(|gap| gap.holds(at_ns))
+        self.longest_gaps().into_iter().find(|gap| gap.holds(at_ns))
     }
 
     /// The longest gaps since the last [`EchoClient::restart_measurement`], longest first.

@@ -32,7 +32,12 @@ impl Gap {
 
     /// Whether `at_ns` lies in it.
     pub fn holds(self, at_ns: u64) -> bool {
-        (self.from_monotonic_ns..=self.from_monotonic_ns + self.length_ns).contains(&at_ns)
+        self.reaches(&(at_ns..=at_ns))
+    }
+
+    /// Whether any moment of that time lies in it.
+    fn reaches(self, time_ns: &RangeInclusive<u64>) -> bool {
+        self.from_monotonic_ns <= *time_ns.end() && self.from_monotonic_ns + self.length_ns >= *time_ns.start()
     }
 }
 
@@ -47,12 +52,8 @@ pub struct Split {
 
 impl Split {
     /// Of these gaps, longest first, and that time (`CLOCK_MONOTONIC`).
-    pub fn at(longest: &[Gap], time_ns: RangeInclusive<u64>) -> Self {
-        let reaches = |gap: &&Gap| {
-            let (from, to) = (gap.from_monotonic_ns, gap.from_monotonic_ns + gap.length_ns);
-            from <= *time_ns.end() && to >= *time_ns.start()
-        };
-        let within = longest.iter().find(reaches).copied();
+    pub fn at(longest: &[Gap], time_ns: &RangeInclusive<u64>) -> Self {
+        let within = longest.iter().copied().find(|gap| gap.reaches(time_ns));
         let besides = longest.iter().copied().find(|gap| Some(*gap) != within);
         Self { within: within.unwrap_or_default(), besides: besides.unwrap_or_default() }
     }
@@ -130,7 +131,7 @@ mod tests {
             meter.event(at);
         }
         let gap = |length_ns, from_monotonic_ns| Gap { length_ns, from_monotonic_ns };
-        let at = |time| Split::at(meter.longest(), time);
+        let at = |time| Split::at(meter.longest(), &time);
         assert_eq!(at(15..=55), Split { within: gap(30, 20), besides: gap(40, 60) });
         assert_eq!(at(35..=35), Split { within: gap(30, 20), besides: gap(40, 60) });
         assert_eq!(at(55..=99), Split { within: gap(40, 60), besides: gap(30, 20) });

@@ -63,7 +63,8 @@ struct Move {
     bulk_gap_ns: u64,
     copying_gap_ns: u64,
     quiet_gap_ns: u64,
-    paused_beyond_ns: u64,
+    paused_gap_ns: u64,
+    stood_ns: u64,
     guest_gap_ns: u64,
     announce_ns: u64,
     relayed: u64,
@@ -116,7 +117,7 @@ impl Side {
         self.bulk_beyond.push(middle(|one| beyond_ms(one.bulk_gap_ns, one.blackout_ns)));
         self.copying.push(middle(|one| one.copying_gap_ns as f64 / 1e6));
         self.quiet.push(middle(|one| one.quiet_gap_ns as f64 / 1e6));
-        self.paused_beyond.push(middle(|one| one.paused_beyond_ns as f64 / 1e6));
+        self.paused_beyond.push(middle(|one| beyond_ms(one.paused_gap_ns, one.stood_ns)));
         let guest_beyond = |one: &Move| one.guest_gap_ns.saturating_sub(one.blackout_ns) as f64 / 1e6;
         self.guest_beyond.push(middle(guest_beyond));
         self.announced.push(most(|one| one.announce_ns as f64 / 1e6));
@@ -127,9 +128,9 @@ impl Side {
     }
 }
 
-/// What of a gap between two answers to what comes each millisecond the blackout does not explain.
-fn beyond_ms(gap_ns: u64, blackout_ns: u64) -> f64 {
-    gap_ns.saturating_sub(blackout_ns).saturating_sub(1_000_000) as f64 / 1e6
+/// What of a gap between two answers to what comes each millisecond the VM's standing does not explain.
+fn beyond_ms(gap_ns: u64, stood_ns: u64) -> f64 {
+    gap_ns.saturating_sub(stood_ns).saturating_sub(1_000_000) as f64 / 1e6
 }
 
 /// Measures.
@@ -208,7 +209,7 @@ mod tests {
     fn a_run_counts_all_of_its_moves_and_its_median() {
         let line = |lost, gap_ms: u64| {
             format!(
-                r#"{{"blackout_ns":3000000,"packets":900,"lost":{lost},"doubled":0,"turned_round":1,"udp_gap_ns":{},"tcp_gap_ns":2000000,"bulk_gap_ns":0,"copying_gap_ns":9000000,"quiet_gap_ns":2000000,"paused_beyond_ns":700000,"guest_gap_ns":4500000,"announce_ns":400000,"relayed":4,"relay_dropped":0,"announced_first":true}}"#,
+                r#"{{"blackout_ns":3000000,"packets":900,"lost":{lost},"doubled":0,"turned_round":1,"udp_gap_ns":{},"tcp_gap_ns":2000000,"bulk_gap_ns":0,"copying_gap_ns":9000000,"quiet_gap_ns":2000000,"paused_gap_ns":5700000,"stood_ns":4000000,"guest_gap_ns":4500000,"announce_ns":400000,"relayed":4,"relay_dropped":0,"announced_first":true}}"#,
                 gap_ms * 1_000_000
             )
         };

@@ -112,7 +112,7 @@ const SUITES: [Row; 16] = [
         ignored_too: false,
         limit_s: 300,
     },
-    // Four holds by one migration: minutes.
+    // Three holds in one migration: minutes.
     Row {
         name: "stun-let-go",
         source: Source::Integration("stun_foreign"),

@@ -78,7 +78,7 @@ impl Clients {
 
     /// The gaps while the VM was handed over, and besides it: of UDP (the longer one of both families), of requests and of bulk.
     fn gaps_at(&self, handed_over_ns: &RangeInclusive<u64>) -> [Split; 3] {
-        let split = |longest: Vec<Gap>| Split::at(&longest, handed_over_ns.clone());
+        let split = |longest: Vec<Gap>| Split::at(&longest, handed_over_ns);
         let [first, second] = self.packets.each_ref().map(|client| split(client.longest_gaps()));
         let longer = |one: Gap, other: Gap| if one.length_ns >= other.length_ns { one } else { other };
         let packets =
@@ -90,8 +90,8 @@ impl Clients {
     fn quiet_gap_ns(&self) -> Result<u64> {
         self.restart_measurement();
         self.requests.wait_answers(QUIET, LIMIT)?;
-        let packets = self.packets.iter().flat_map(Pinger::longest_gaps);
-        Ok(packets.chain(self.requests.longest_gaps()).map(|gap| gap.length_ns).max().unwrap_or_default())
+        let [first, second] = self.packets.each_ref().map(|client| client.report().largest_gap.length_ns);
+        Ok(first.max(second).max(self.requests.report().largest_gap.length_ns))
     }
 
     fn restart_measurement(&self) {
@@ -101,14 +101,13 @@ impl Clients {
     }
 }
 
-/// What UDP misses beyond the time for which a VM stands that goes nowhere, and the interval.
-fn paused_beyond_ns(rig: &Rig, clients: &Clients) -> Result<u64> {
+/// For how long UDP hears nothing of a VM that stands and goes nowhere, and for how long it stands.
+fn paused_gap_ns(rig: &Rig, clients: &Clients) -> Result<(u64, u64)> {
     clients.restart_measurement();
     let stood = rig.stand(STAND)?;
     clients.wait()?;
     let [udp, ..] = clients.gaps_at(&stood);
-    let beyond = udp.within.length_ns.saturating_sub(stood.end() - stood.start());
-    Ok(beyond.saturating_sub(EVERY.as_nanos() as u64))
+    Ok((udp.within.length_ns, stood.end() - stood.start()))
 }
 
 fn main() -> Result<()> {
@@ -127,7 +126,7 @@ fn main() -> Result<()> {
         let clients = rig.client.enter(Clients::start)?;
         clients.wait()?;
         let quiet_gap_ns = clients.quiet_gap_ns()?;
-        let paused_beyond_ns = paused_beyond_ns(&rig, &clients)?;
+        let (paused_gap_ns, stood_ns) = paused_gap_ns(&rig, &clients)?;
         rig.get("/reset-gap")?;
         clients.restart_measurement();
         let hop = rig.hop(&options)?;
@@ -157,7 +156,8 @@ fn main() -> Result<()> {
             "bulk_gap_ns": bulk_gaps.within.length_ns,
             "copying_gap_ns": udp.besides.length_ns.max(tcp.besides.length_ns),
             "quiet_gap_ns": quiet_gap_ns,
-            "paused_beyond_ns": paused_beyond_ns,
+            "paused_gap_ns": paused_gap_ns,
+            "stood_ns": stood_ns,
             "guest_gap_ns": guest_gap_ns,
             "announce_ns": announcing.map(|entry| entry.duration_ns).sum::<u64>(),
             "relayed": relay.frames,
