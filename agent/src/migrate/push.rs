@@ -14,7 +14,7 @@ use super::pieces::{Holes, pieces};
 use super::source::SourceError;
 use super::zeros::zero_bits;
 use crate::model::{PAGE_SIZE, PageBitmap, PageRun, PostCopyReport};
-use crate::port::{BulkItem, BulkReceiver, BulkSender, Clock, LinkError, Region};
+use crate::port::{Bell, BulkItem, BulkReceiver, BulkSender, Clock, LinkError, Region};
 
 /// What a run of the push may take at the rate so far.
 const RUN_TIME: Duration = Duration::from_millis(1);
@@ -22,6 +22,16 @@ const RUN_TIME: Duration = Duration::from_millis(1);
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// The shortest run that the push is cut to, in pages.
 const SHORTEST_RUN: u32 = 8;
+
+/// For so long from its going on, the VM, which has much to catch up with, is to find the link and the processors free: only what it is likely to touch is pushed.
+pub const GUEST_FIRST: Duration = Duration::from_millis(20);
+/// How long at most that it goes on is waited for, from the handover.
+const UNTIL_IT_RUNS: Duration = Duration::from_millis(100);
+/// Runs that follow each request meanwhile: up and down.
+const RUNS_AROUND: u64 = 2;
+/// What lies around pages that go first follows them: blocks of so many pages, and how many blocks (2 MiB, as much as goes first at most).
+const BLOCK: u64 = 64;
+const MOST_BLOCKS: usize = 8;
 
 /// What nobody has sent yet, and where the push goes on: all of it lies from `up` on, or below `down`.
 #[derive(Debug)]
@@ -87,6 +97,12 @@ pub(super) struct Push<'a> {
     unsent: Mutex<Unsent>,
     /// What goes first.
     first: Mutex<Vec<u64>>,
+    /// What lies around that.
+    near: Mutex<Vec<PageRun>>,
+    /// Until then (nanoseconds) what is left only follows requests: each rings for [`RUNS_AROUND`] runs, of which so many were taken.
+    follows_until: AtomicU64,
+    asked_for: Bell,
+    followed: AtomicU64,
     due: u64,
     over: AtomicBool,
     sent: AtomicU64,
@@ -116,6 +132,10 @@ impl<'a> Push<'a> {
             began: clock.now(),
             unsent: Mutex::new(Unsent { pages: owed.clone(), up: 0, down: 0, goes_down: false }),
             first: Mutex::default(),
+            near: Mutex::default(),
+            follows_until: AtomicU64::new(0),
+            asked_for: Bell::default(),
+            followed: AtomicU64::new(0),
             due: owed.count().0,
             over: AtomicBool::new(false),
             sent: AtomicU64::new(0),
@@ -127,16 +147,33 @@ impl<'a> Push<'a> {
         }
     }
 
+    /// The push of a VM that is being handed over, which goes first: [`GUEST_FIRST`].
+    pub(super) fn of_handover(self) -> Self {
+        self.lets_guest_go_first_until(self.began + UNTIL_IT_RUNS);
+        self
+    }
+
+    /// The VM that is being handed over runs.
+    pub(super) fn guest_runs(&self) {
+        self.lets_guest_go_first_until(self.clock.now() + GUEST_FIRST);
+        self.asked_for.ring();
+    }
+
+    fn lets_guest_go_first_until(&self, until: Duration) {
+        self.follows_until.store(until.as_nanos() as u64, Ordering::Release);
+    }
+
     /// What limits it.
     pub(super) fn pacer(&self) -> &'a Pacer<'a> {
         self.pacer
     }
 
-    /// These pages go first, the last of them before the others.
+    /// These pages go first, the last of them before the others; what lies around them is next.
     pub(super) fn put_first(&self, pages: &[u64]) {
         let len = self.unsent().pages.len().0;
-        let pages = pages.iter().copied().filter(|&page| page < len);
-        *self.first.lock().unwrap_or_else(PoisonError::into_inner) = pages.collect();
+        let pages: Vec<u64> = pages.iter().copied().filter(|&page| page < len).collect();
+        *self.near.lock().unwrap_or_else(PoisonError::into_inner) = around(&pages, len);
+        *self.first.lock().unwrap_or_else(PoisonError::into_inner) = pages;
     }
 
     /// Takes the next of the pages that go first, if nobody has sent it yet: who asks for one of them need not wait for the others.
@@ -150,9 +187,24 @@ impl<'a> Push<'a> {
         }
     }
 
+    /// Takes the next run of what lies around those pages.
+    fn next_near(&self) -> Option<PageRun> {
+        let mut near = self.near.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let run = near.pop()?;
+            let mut unsent = self.unsent();
+            let Some(part) = unsent.pages.runs_within(run.first.0, run.end(), run.count).next() else { continue };
+            if part.end() < run.end() {
+                near.push(PageRun::new(part.end(), (run.end() - part.end()) as u32));
+            }
+            return Some(unsent.take(part));
+        }
+    }
+
     /// Nobody is to send any more.
     pub(super) fn stop(&self) {
         self.over.store(true, Ordering::Release);
+        self.asked_for.ring();
     }
 
     fn is_over(&self) -> bool {
@@ -182,6 +234,20 @@ impl<'a> Push<'a> {
         (pages as u32).clamp(SHORTEST_RUN, self.longest_run.max(SHORTEST_RUN))
     }
 
+    /// Waits while the VM goes first, unless it has asked for something around which nobody has gone on yet.
+    fn let_guest_go_first(&self) {
+        while !self.is_over() {
+            let rings = self.asked_for.rings();
+            let until = Duration::from_nanos(self.follows_until.load(Ordering::Acquire));
+            let left = until.saturating_sub(self.clock.now());
+            let take = |taken| (taken < rings * RUNS_AROUND).then_some(taken + 1);
+            if left.is_zero() || self.followed.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok() {
+                return;
+            }
+            self.clock.wait(&self.asked_for, rings, left);
+        }
+    }
+
     /// Takes the next run of the push, once it may go.
     fn next_run(&self) -> Option<PageRun> {
         if let Some(run) = self.next_first() {
@@ -191,6 +257,10 @@ impl<'a> Push<'a> {
             self.clock.sleep(LOOK_EVERY);
         }
         self.pacer.await_turn();
+        if let Some(run) = self.next_near() {
+            return Some(run);
+        }
+        self.let_guest_go_first();
         self.unsent().take_next(self.run_pages())
     }
 
@@ -275,6 +345,7 @@ impl<'a> Push<'a> {
                     self.send(run, stream)?;
                 }
                 stream.flush()?;
+                self.asked_for.ring();
             }
         };
         if let Err(error) = work() {
@@ -296,6 +367,27 @@ impl<'a> Push<'a> {
     }
 }
 
+/// The blocks in which pages lie, as runs, those of the last page last.
+fn around(pages: &[u64], len: u64) -> Vec<PageRun> {
+    let mut blocks: Vec<u64> = Vec::new();
+    for block in pages.iter().rev().map(|page| page / BLOCK) {
+        if blocks.len() == MOST_BLOCKS {
+            break;
+        }
+        if !blocks.contains(&block) {
+            blocks.push(block);
+        }
+    }
+    let runs_of = |block: u64| {
+        let end = len.min((block + 1) * BLOCK);
+        let firsts = (block * BLOCK..end).step_by(SHORTEST_RUN as usize);
+        firsts.map(move |first| PageRun::new(first, (end - first).min(SHORTEST_RUN.into()) as u32))
+    };
+    let mut runs: Vec<PageRun> = blocks.into_iter().flat_map(runs_of).collect();
+    runs.reverse();
+    runs
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
@@ -308,6 +400,22 @@ mod tests {
     use crate::migrate::pacer::Pace;
 
     const PAGES: u64 = 300;
+
+    /// A clock that only waiting for a bell moves.
+    #[derive(Default)]
+    struct Waits(AtomicU64);
+
+    impl Clock for Waits {
+        fn now(&self) -> Duration {
+            Duration::from_nanos(self.0.load(Ordering::Relaxed))
+        }
+
+        fn sleep(&self, _: Duration) {}
+
+        fn wait(&self, _: &Bell, _: u64, timeout: Duration) {
+            self.0.fetch_add(timeout.as_nanos() as u64, Ordering::Relaxed);
+        }
+    }
 
     /// Everything that two push streams and one for requests send, by page, how often; `asked` are requests.
     fn sent(owed: &PageBitmap, asked: &[u64]) -> (BTreeMap<u64, u32>, PostCopyReport) {
@@ -360,6 +468,42 @@ mod tests {
         );
         let next: Vec<_> = (0..4).filter_map(|_| push.next_run()).collect();
         assert_eq!(next, [PageRun::new(101, 8), PageRun::new(92, 8), PageRun::new(109, 8), PageRun::new(84, 8)]);
+    }
+
+    /// A handover is followed by what goes first, what lies around that, and what lies around requests; the rest waits.
+    #[test]
+    fn while_the_guest_goes_first_only_what_it_is_likely_to_touch_follows() {
+        let (memory, clock) = (Memory::of(PAGES), Waits::default());
+        let pacer = Pacer::new(&clock, Pace::default());
+        let owed = PageBitmap::full(crate::model::PageCount(PAGES));
+        let push = Push::new(&memory, &pacer, &clock, &Quiet, (1, 8), &owed).of_handover();
+        push.put_first(&[295, 290]);
+        push.answer(
+            &mut Recorder::default(),
+            &mut Script::of(vec![BulkItem::Want(memory.spec().id, PageRun::new(100, 1))]),
+        );
+        let next: Vec<_> = (0..4).filter_map(|_| push.next_run()).collect();
+        let run = PageRun::new;
+        assert_eq!(next, [run(290, 1), run(295, 1), run(256, 8), run(264, 8)]);
+        let next: Vec<_> = (0..8).filter_map(|_| push.next_run()).collect();
+        assert_eq!(next[2..6], [run(288, 2), run(291, 4), run(296, 4), run(101, 8)], "{next:?}");
+        assert_eq!(next[6..7], [run(92, 8)]);
+        assert_eq!((clock.now(), next[7]), (UNTIL_IT_RUNS, run(109, 8)), "that it runs was not heard");
+        push.guest_runs();
+        assert_eq!(push.next_run(), Some(run(84, 8)), "a ring");
+        assert_eq!(push.next_run(), Some(run(117, 8)), "a ring is for two");
+        push.next_run().unwrap();
+        assert_eq!(clock.now(), UNTIL_IT_RUNS + GUEST_FIRST);
+        push.next_run().unwrap();
+        assert_eq!(clock.now(), UNTIL_IT_RUNS + GUEST_FIRST, "from then on nothing waits");
+    }
+
+    #[test]
+    fn what_lies_around_pages_are_the_blocks_of_the_last_ones() {
+        let found = around(&(0..20).map(|block| block * BLOCK + 5).collect::<Vec<_>>(), 19 * BLOCK + 12);
+        assert_eq!(found.len(), (MOST_BLOCKS - 1) * 8 + 2);
+        assert_eq!(found[found.len() - 2..], [PageRun::new(19 * BLOCK + 8, 4), PageRun::new(19 * BLOCK, 8)]);
+        assert_eq!(found[0], PageRun::new(12 * BLOCK + 56, 8));
     }
 
     #[test]

@@ -788,6 +788,11 @@ impl Source<'_> {
     }
 
     fn moved(&mut self, progress: &mut Progress, target: &BlackoutLedger, rest: Rest<'_>) -> (Ending, String) {
+        if let Rest::Pushed(push) = rest
+            && !progress.ran
+        {
+            push.guest_runs();
+        }
         self.note_running(progress, target);
         self.pass(progress, Step::Running, "");
         self.beside_relay(progress, |source, progress| source.let_go(progress, rest))

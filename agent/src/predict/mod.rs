@@ -19,7 +19,7 @@ pub use choose::{Choice, choose};
 pub use plan::{Mover, Plan};
 
 use self::writing::{Edge, Writing};
-use crate::migrate::{Adaptive, OnStuck, Pace, SourceOptions};
+use crate::migrate::{Adaptive, GUEST_FIRST, OnStuck, Pace, SourceOptions};
 use crate::model::{BytesPerSecond, PAGE_SIZE, PageCount, WriteCurve};
 use crate::track::{Terms, TermsError, TwoClasses};
 
@@ -256,8 +256,8 @@ fn course(plan: Plan, case: &Case<'_>) -> Course {
         Plan::QemuAutoConverge => push::qemu(case, true),
         Plan::DemandPaging => pull::demand_paging(case),
         Plan::PostCopy => pull::post_copy(case),
-        Plan::Hybrid => pull::hybrid(case, case.hybrid_rounds, writing::Protected::PageByPage),
-        Plan::QemuPostCopy => pull::hybrid(case, 1, writing::Protected::AtOnce),
+        Plan::Hybrid => pull::hybrid(case, case.hybrid_rounds, writing::Protected::PageByPage, GUEST_FIRST),
+        Plan::QemuPostCopy => pull::hybrid(case, 1, writing::Protected::AtOnce, Duration::ZERO),
     }
 }
 

@@ -7,19 +7,20 @@ use std::time::Duration;
 
 use super::writing::{Due, Protected};
 use super::{Case, Course, Goodput, nanos, wire_bytes};
+use crate::migrate::GUEST_FIRST;
 use crate::model::PageCount;
 
 /// Halvings that settle how far the guest gets.
 const STEPS: u32 = 60;
 
-/// Everything is pushed behind the VM: total = memory ÷ bandwidth and the switch. A page that is touched s into the push of length t has not
+/// Everything is pushed behind the VM: total = memory ÷ bandwidth, the switch, and the time in which the guest goes first. A page that is touched s into the push of length t has not
 /// come with a chance of 1 - s/t.
 pub(super) fn post_copy(case: &Case<'_>) -> Course {
     let push = case.time(case.filled);
     let due = case.writing.all_due();
     let lost = lost(case, push, |ran| case.writing.touched_before_they_come(&due, ran));
     Course {
-        total_ns: Some(nanos(push + case.fixed())),
+        total_ns: Some(nanos(push + GUEST_FIRST.as_secs_f64() + case.fixed())),
         blackout_ns: Some(nanos(case.fixed())),
         wire_bytes: wire_bytes(case.filled),
         rounds: 0,
@@ -28,8 +29,8 @@ pub(super) fn post_copy(case: &Case<'_>) -> Course {
     }
 }
 
-/// So many rounds while the VM runs at the source, then post-copy of what the last one left. A limit that follows what the VM dirties is the most behind them.
-pub(super) fn hybrid(case: &Case<'_>, rounds: u32, protected: Protected) -> Course {
+/// So many rounds while the VM runs at the source, then post-copy of what the last one left, in which the guest goes `guest_first`. A limit that follows what the VM dirties is the most behind them.
+pub(super) fn hybrid(case: &Case<'_>, rounds: u32, protected: Protected, guest_first: Duration) -> Course {
     let mut goodput = Goodput::of(case);
     let (mut due, mut left, mut total, mut sent) = (case.writing.all_due(), case.filled, 0.0, 0.0);
     for _ in 0..rounds {
@@ -39,6 +40,7 @@ pub(super) fn hybrid(case: &Case<'_>, rounds: u32, protected: Protected) -> Cour
         left = case.writing.due_pages(&due);
         goodput.follow(PageCount(left.round() as u64), Duration::from_secs_f64(round));
     }
+    total += guest_first.as_secs_f64();
     Course { converges: true, ..follow(case, &due, (total, sent, rounds)) }
 }
 

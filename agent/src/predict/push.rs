@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::pull::follow;
 use super::writing::Protected;
 use super::{Case, Course, Goodput, nanos, wire_bytes};
-use crate::migrate::{Convergence, LOOK_EVERY, OnStuck, SourceOptions, Verdict};
+use crate::migrate::{Convergence, GUEST_FIRST, LOOK_EVERY, OnStuck, SourceOptions, Verdict};
 use crate::model::{PageCount, PagesPerSecond};
 use crate::stun::{Budget, Remaining, STRETCH};
 
@@ -69,7 +69,7 @@ pub(super) fn pre_copy(case: &Case<'_>, on_stuck: OnStuck) -> Course {
         }
     };
     if on_stuck == OnStuck::PostCopy && !converges {
-        return follow(case, &due, (total, sent, rounds));
+        return follow(case, &due, (total + GUEST_FIRST.as_secs_f64(), sent, rounds));
     }
     let blackout = case.time(left) + case.fixed();
     Course {

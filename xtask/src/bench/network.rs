@@ -45,6 +45,8 @@ and over IPv6, each 1000 a second, ask it over one TCP connection 1000 times a s
   copying          the longest time between two answers (UDP, TCP requests) otherwise: while memory is copied, on the same CPUs
   quiet            the same in half a second before each move, in which nothing is copied
   guest_beyond     the longest time for which the vCPU that answers wanted to run and did not, by its own counter, less the blackout: what of the above is none of the network's
+  waits            pages that the guest touched before they had come, of the median move of a run
+  waited           for how long it waited for them, all of it together
   announced        from the beginning of the first announcement to the guest's going on, of the worst move of a run
   blackout         by the source's clock, of the median move of a run
   relayed          frames that were carried on
@@ -66,6 +68,8 @@ struct Move {
     paused_gap_ns: u64,
     stood_ns: u64,
     guest_gap_ns: u64,
+    waits: u64,
+    waited_ns: u64,
     announce_ns: u64,
     relayed: u64,
     relay_dropped: u64,
@@ -84,6 +88,8 @@ struct Side {
     quiet: Samples,
     paused_beyond: Samples,
     guest_beyond: Samples,
+    waits: Samples,
+    waited: Samples,
     announced: Samples,
     blackout: Samples,
     relayed: Samples,
@@ -120,6 +126,8 @@ impl Side {
         self.paused_beyond.push(middle(|one| beyond_ms(one.paused_gap_ns, one.stood_ns)));
         let guest_beyond = |one: &Move| one.guest_gap_ns.saturating_sub(one.blackout_ns) as f64 / 1e6;
         self.guest_beyond.push(middle(guest_beyond));
+        self.waits.push(middle(|one| one.waits as f64));
+        self.waited.push(middle(|one| one.waited_ns as f64 / 1e6));
         self.announced.push(most(|one| one.announce_ns as f64 / 1e6));
         self.moves += moves.len() as u64;
         self.packets += sum(|one| one.packets);
@@ -180,6 +188,8 @@ fn rows_of(case: &str, [ours, theirs]: &[Side; 2], has_aims: bool) -> Vec<Row> {
         row("copying", "ms", |side| &side.copying, Aim::None),
         row("quiet", "ms", |side| &side.quiet, Aim::None),
         row("guest_beyond", "ms", |side| &side.guest_beyond, Aim::None),
+        row("waits", "pages", |side| &side.waits, Aim::None),
+        row("waited", "ms", |side| &side.waited, Aim::None),
         row("announced", "ms", |side| &side.announced, Aim::AtMost(AIM_ANNOUNCED_MS)),
         row("blackout", "ms", |side| &side.blackout, Aim::None),
         row("relayed", "frames", |side| &side.relayed, Aim::None),
@@ -209,7 +219,7 @@ mod tests {
     fn a_run_counts_all_of_its_moves_and_its_median() {
         let line = |lost, gap_ms: u64| {
             format!(
-                r#"{{"blackout_ns":3000000,"packets":900,"lost":{lost},"doubled":0,"turned_round":1,"udp_gap_ns":{},"tcp_gap_ns":2000000,"bulk_gap_ns":0,"copying_gap_ns":9000000,"quiet_gap_ns":2000000,"paused_gap_ns":5700000,"stood_ns":4000000,"guest_gap_ns":4500000,"announce_ns":400000,"relayed":4,"relay_dropped":0,"announced_first":true}}"#,
+                r#"{{"blackout_ns":3000000,"packets":900,"lost":{lost},"doubled":0,"turned_round":1,"udp_gap_ns":{},"tcp_gap_ns":2000000,"bulk_gap_ns":0,"copying_gap_ns":9000000,"quiet_gap_ns":2000000,"paused_gap_ns":5700000,"stood_ns":4000000,"guest_gap_ns":4500000,"waits":7,"waited_ns":900000,"announce_ns":400000,"relayed":4,"relay_dropped":0,"announced_first":true}}"#,
                 gap_ms * 1_000_000
             )
         };
@@ -226,9 +236,11 @@ mod tests {
             &side.quiet,
             &side.paused_beyond,
             &side.guest_beyond,
+            &side.waits,
+            &side.waited,
         ]
         .map(Samples::median);
-        assert_eq!(medians, [5.0, 3.0, 3.0, 0.0, 9.0, 2.0, 0.7, 1.5].map(Some));
+        assert_eq!(medians, [5.0, 3.0, 3.0, 0.0, 9.0, 2.0, 0.7, 1.5, 7.0, 0.9].map(Some));
         assert_eq!((side.announced.median(), side.moves, side.packets, side.all_lost), (Some(0.4), 3, 2700, 5));
     }
 }

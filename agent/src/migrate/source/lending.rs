@@ -107,6 +107,7 @@ impl Source<'_> {
         if let Err(error) = self.send_lend(progress, lending, target) {
             return Lent::Lost(error);
         }
+        push.guest_runs();
         self.beside_relay(progress, |source, progress| source.keep_lending(progress, (push, gathering), lending))
     }
 

@@ -62,7 +62,7 @@ impl Source<'_> {
         };
         let round = progress.rounds.len() as u32;
         let pacer = Pacer::for_push(self.clock, self.pace.clone());
-        let push = self.push_of(round + 1, &pacer, &way.due);
+        let push = self.push_of(round + 1, &pacer, &way.due).of_handover();
         push.put_first(&first);
         let control = Arc::clone(&way.control);
         let patience = self.options.stall.min(PAUSED_STALL);

@@ -142,6 +142,7 @@ fn main() -> Result<()> {
         let faults = (&requests.fault, &bulk.fault);
         ensure!(faults == (&None, &None), "a connection did not live on: {faults:?}");
         let relay = hop.report.relay.clone().unwrap_or_default();
+        let waits = hop.report.post_copy.clone().unwrap_or_default().waits;
         let sum = |of: fn(&PingReport) -> u64| packets.iter().map(of).sum::<u64>();
         let announcing = [BlackoutPhase::Announce, BlackoutPhase::Resume];
         let announcing = hop.report.blackout.phases.iter().filter(|entry| announcing.contains(&entry.phase));
@@ -159,6 +160,8 @@ fn main() -> Result<()> {
             "paused_gap_ns": paused_gap_ns,
             "stood_ns": stood_ns,
             "guest_gap_ns": guest_gap_ns,
+            "waits": waits.count,
+            "waited_ns": waits.sum_ns,
             "announce_ns": announcing.map(|entry| entry.duration_ns).sum::<u64>(),
             "relayed": relay.frames,
             "relay_dropped": relay.dropped_frames,
