@@ -243,8 +243,9 @@ fn the_agent_names_the_process_that_keeps_a_hosted_linux_from_moving() {
     assert!(!rogues.iter().any(|words| words.contains("`writer1`")), "{rogues:?}");
     let rate = agent.metric("dunlin_vm_rogue_process_bytes_per_second", &["process=\"writer0\""]).unwrap().unwrap();
     println!("shows its metric: {rate:.0} bytes/s");
-    // It is told to write 1 MB/s; in software it may get to a part of that.
-    assert!((5e4..1.5e6).contains(&rate), "{rate}");
+    // It is told to write 1 MB/s. In software it may get to a part of that, and then to more for a while; and of so few pages
+    // a part is watched.
+    assert!((5e4..4e6).contains(&rate), "{rate}");
     // The thread that reads guests' memory ends with the agent.
     agent.process.signal(rustix::process::Signal::TERM).unwrap();
     assert_eq!(agent.process.wait_for(LIMIT).unwrap().and_then(|status| status.code()), Some(0), "{}", agent.log());

@@ -99,10 +99,11 @@ pub(super) struct Push<'a> {
     first: Mutex<Vec<u64>>,
     /// What lies around that.
     near: Mutex<Vec<PageRun>>,
-    /// Until then (nanoseconds) what is left only follows requests: each rings for [`RUNS_AROUND`] runs, of which so many were taken.
+    /// Until then (nanoseconds) what is left only follows requests: [`RUNS_AROUND`] runs each, of which so many were taken.
     follows_until: AtomicU64,
-    asked_for: Bell,
     followed: AtomicU64,
+    /// Rung when that may have changed.
+    may_go_on: Bell,
     due: u64,
     over: AtomicBool,
     sent: AtomicU64,
@@ -134,8 +135,8 @@ impl<'a> Push<'a> {
             first: Mutex::default(),
             near: Mutex::default(),
             follows_until: AtomicU64::new(0),
-            asked_for: Bell::default(),
             followed: AtomicU64::new(0),
+            may_go_on: Bell::default(),
             due: owed.count().0,
             over: AtomicBool::new(false),
             sent: AtomicU64::new(0),
@@ -156,7 +157,7 @@ impl<'a> Push<'a> {
     /// The VM that is being handed over runs.
     pub(super) fn guest_runs(&self) {
         self.lets_guest_go_first_until(self.clock.now() + GUEST_FIRST);
-        self.asked_for.ring();
+        self.may_go_on.ring();
     }
 
     fn lets_guest_go_first_until(&self, until: Duration) {
@@ -204,7 +205,7 @@ impl<'a> Push<'a> {
     /// Nobody is to send any more.
     pub(super) fn stop(&self) {
         self.over.store(true, Ordering::Release);
-        self.asked_for.ring();
+        self.may_go_on.ring();
     }
 
     fn is_over(&self) -> bool {
@@ -237,14 +238,15 @@ impl<'a> Push<'a> {
     /// Waits while the VM goes first, unless it has asked for something around which nobody has gone on yet.
     fn let_guest_go_first(&self) {
         while !self.is_over() {
-            let rings = self.asked_for.rings();
+            let seen = self.may_go_on.rings();
             let until = Duration::from_nanos(self.follows_until.load(Ordering::Acquire));
             let left = until.saturating_sub(self.clock.now());
-            let take = |taken| (taken < rings * RUNS_AROUND).then_some(taken + 1);
+            let may = self.requests.load(Ordering::Relaxed) * RUNS_AROUND;
+            let take = |taken| (taken < may).then_some(taken + 1);
             if left.is_zero() || self.followed.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok() {
                 return;
             }
-            self.clock.wait(&self.asked_for, rings, left);
+            self.clock.wait(&self.may_go_on, seen, left);
         }
     }
 
@@ -345,7 +347,7 @@ impl<'a> Push<'a> {
                     self.send(run, stream)?;
                 }
                 stream.flush()?;
-                self.asked_for.ring();
+                self.may_go_on.ring();
             }
         };
         if let Err(error) = work() {
@@ -490,12 +492,10 @@ mod tests {
         assert_eq!(next[6..7], [run(92, 8)]);
         assert_eq!((clock.now(), next[7]), (UNTIL_IT_RUNS, run(109, 8)), "that it runs was not heard");
         push.guest_runs();
-        assert_eq!(push.next_run(), Some(run(84, 8)), "a ring");
-        assert_eq!(push.next_run(), Some(run(117, 8)), "a ring is for two");
-        push.next_run().unwrap();
-        assert_eq!(clock.now(), UNTIL_IT_RUNS + GUEST_FIRST);
-        push.next_run().unwrap();
-        assert_eq!(clock.now(), UNTIL_IT_RUNS + GUEST_FIRST, "from then on nothing waits");
+        for next in [84, 117, 76] {
+            assert_eq!(push.next_run(), Some(run(next, 8)));
+            assert_eq!(clock.now(), UNTIL_IT_RUNS + GUEST_FIRST, "the first waits, from then on nothing does");
+        }
     }
 
     #[test]
