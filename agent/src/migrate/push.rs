@@ -37,6 +37,8 @@ const MOST_BLOCKS: usize = 8;
 #[derive(Debug)]
 struct Unsent {
     pages: PageBitmap,
+    /// Blocks around what goes first, the next one last.
+    near: Vec<u64>,
     /// The next page upwards, and one above the next downwards.
     up: u64,
     down: u64,
@@ -54,6 +56,18 @@ impl Unsent {
         (self.up, self.down, self.goes_down) = (run.end(), run.first.0, false);
         let asked: Vec<PageRun> = self.pages.runs_within(run.first.0, run.end(), u32::MAX).collect();
         asked.into_iter().map(|run| self.take(run)).collect()
+    }
+
+    /// Takes the next run of what lies around the pages that go first.
+    fn take_near(&mut self) -> Option<PageRun> {
+        while let Some(block) = self.near.last() {
+            let run = self.pages.runs_within(block * BLOCK, (block + 1) * BLOCK, SHORTEST_RUN).next();
+            if let Some(run) = run {
+                return Some(self.take(run));
+            }
+            self.near.pop();
+        }
+        None
     }
 
     /// Takes the next run of the push, of at most `longest` pages.
@@ -97,8 +111,6 @@ pub(super) struct Push<'a> {
     unsent: Mutex<Unsent>,
     /// What goes first.
     first: Mutex<Vec<u64>>,
-    /// What lies around that.
-    near: Mutex<Vec<PageRun>>,
     /// Until then (nanoseconds) what is left only follows requests: [`RUNS_AROUND`] runs each, of which so many were taken.
     follows_until: AtomicU64,
     followed: AtomicU64,
@@ -131,9 +143,8 @@ impl<'a> Push<'a> {
             round,
             longest_run,
             began: clock.now(),
-            unsent: Mutex::new(Unsent { pages: owed.clone(), up: 0, down: 0, goes_down: false }),
+            unsent: Mutex::new(Unsent { pages: owed.clone(), near: Vec::new(), up: 0, down: 0, goes_down: false }),
             first: Mutex::default(),
-            near: Mutex::default(),
             follows_until: AtomicU64::new(0),
             followed: AtomicU64::new(0),
             may_go_on: Bell::default(),
@@ -171,10 +182,11 @@ impl<'a> Push<'a> {
 
     /// These pages go first, the last of them before the others; what lies around them is next.
     pub(super) fn put_first(&self, pages: &[u64]) {
-        let len = self.unsent().pages.len().0;
-        let pages: Vec<u64> = pages.iter().copied().filter(|&page| page < len).collect();
-        *self.near.lock().unwrap_or_else(PoisonError::into_inner) = around(&pages, len);
-        *self.first.lock().unwrap_or_else(PoisonError::into_inner) = pages;
+        let mut unsent = self.unsent();
+        let len = unsent.pages.len().0;
+        unsent.near = blocks_around(pages);
+        let pages = pages.iter().copied().filter(|&page| page < len);
+        *self.first.lock().unwrap_or_else(PoisonError::into_inner) = pages.collect();
     }
 
     /// Takes the next of the pages that go first, if nobody has sent it yet: who asks for one of them need not wait for the others.
@@ -185,20 +197,6 @@ impl<'a> Push<'a> {
             if unsent.pages.contains(page) {
                 return Some(unsent.take(PageRun::new(page, 1)));
             }
-        }
-    }
-
-    /// Takes the next run of what lies around those pages.
-    fn next_near(&self) -> Option<PageRun> {
-        let mut near = self.near.lock().unwrap_or_else(PoisonError::into_inner);
-        loop {
-            let run = near.pop()?;
-            let mut unsent = self.unsent();
-            let Some(part) = unsent.pages.runs_within(run.first.0, run.end(), run.count).next() else { continue };
-            if part.end() < run.end() {
-                near.push(PageRun::new(part.end(), (run.end() - part.end()) as u32));
-            }
-            return Some(unsent.take(part));
         }
     }
 
@@ -259,8 +257,9 @@ impl<'a> Push<'a> {
             self.clock.sleep(LOOK_EVERY);
         }
         self.pacer.await_turn();
-        if let Some(run) = self.next_near() {
-            return Some(run);
+        let near = self.unsent().take_near();
+        if near.is_some() {
+            return near;
         }
         self.let_guest_go_first();
         self.unsent().take_next(self.run_pages())
@@ -369,25 +368,16 @@ impl<'a> Push<'a> {
     }
 }
 
-/// The blocks in which pages lie, as runs, those of the last page last.
-fn around(pages: &[u64], len: u64) -> Vec<PageRun> {
-    let mut blocks: Vec<u64> = Vec::new();
+/// The blocks in which the last of some pages lie, that of the last page last.
+fn blocks_around(pages: &[u64]) -> Vec<u64> {
+    let mut blocks = Vec::new();
     for block in pages.iter().rev().map(|page| page / BLOCK) {
-        if blocks.len() == MOST_BLOCKS {
-            break;
-        }
-        if !blocks.contains(&block) {
+        if blocks.len() < MOST_BLOCKS && !blocks.contains(&block) {
             blocks.push(block);
         }
     }
-    let runs_of = |block: u64| {
-        let end = len.min((block + 1) * BLOCK);
-        let firsts = (block * BLOCK..end).step_by(SHORTEST_RUN as usize);
-        firsts.map(move |first| PageRun::new(first, (end - first).min(SHORTEST_RUN.into()) as u32))
-    };
-    let mut runs: Vec<PageRun> = blocks.into_iter().flat_map(runs_of).collect();
-    runs.reverse();
-    runs
+    blocks.reverse();
+    blocks
 }
 
 #[cfg(test)]
@@ -500,10 +490,13 @@ mod tests {
 
     #[test]
     fn what_lies_around_pages_are_the_blocks_of_the_last_ones() {
-        let found = around(&(0..20).map(|block| block * BLOCK + 5).collect::<Vec<_>>(), 19 * BLOCK + 12);
+        let near = blocks_around(&(0..20).map(|block| block * BLOCK + 5).collect::<Vec<_>>());
+        let pages = PageBitmap::full(crate::model::PageCount(19 * BLOCK + 12));
+        let mut unsent = Unsent { pages, near, up: 0, down: 0, goes_down: false };
+        let found: Vec<_> = std::iter::from_fn(|| unsent.take_near()).collect();
         assert_eq!(found.len(), (MOST_BLOCKS - 1) * 8 + 2);
-        assert_eq!(found[found.len() - 2..], [PageRun::new(19 * BLOCK + 8, 4), PageRun::new(19 * BLOCK, 8)]);
-        assert_eq!(found[0], PageRun::new(12 * BLOCK + 56, 8));
+        assert_eq!(found[..2], [PageRun::new(19 * BLOCK, 8), PageRun::new(19 * BLOCK + 8, 4)]);
+        assert_eq!(found[found.len() - 1], PageRun::new(12 * BLOCK + 56, 8));
     }
 
     #[test]
