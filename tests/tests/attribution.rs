@@ -32,7 +32,7 @@ fn two_processes_of_a_linux_guest_are_named_with_what_each_writes() {
         cpus: 1,
         memory_bytes: 256 << 20,
         linux: Some(linux),
-        guest: "dunlin.wl=ws:20M,rate:1000 dunlin.wl=ws:6M,rate:300".to_owned(),
+        guest: "dunlin.wl=ws:40M,rate:1000 dunlin.wl=ws:12M,rate:300".to_owned(),
         ..VmSpec::default()
     };
     let mut rig = Rig::boot(&spec).unwrap();
@@ -41,14 +41,14 @@ fn two_processes_of_a_linux_guest_are_named_with_what_each_writes() {
     wait_for("both writers to have been round once", Duration::from_secs(60), || {
         let state = state(&rig);
         let count = |writer: usize| state["writers"][writer]["pages_written"].as_u64().unwrap();
-        (count(0) > 20 * 256 && count(1) > 6 * 256).then_some(())
+        (count(0) > 40 * 256 && count(1) > 12 * 256).then_some(())
     })
     .unwrap();
     let before = state(&rig);
-    // One window of 4 s, and a downtime that leaves as long for memory: the rates are over that window.
-    let terms = ["--bandwidth", "1Gbit", "--downtime", "4006ms", "--switch-cost", "5ms", "--rtt", "1ms"];
+    // One window of 8 s, in which no page is written twice, and a downtime that leaves as long for memory: the rates are over that window.
+    let terms = ["--bandwidth", "1Gbit", "--downtime", "8006ms", "--switch-cost", "5ms", "--rtt", "1ms"];
     let output = rig
-        .dunlin_here(&["rogue", "wader", "--json", "--window", "4s", "--looks", "1", "--protect-one-in", "1"])
+        .dunlin_here(&["rogue", "wader", "--json", "--window", "8s", "--looks", "1", "--protect-one-in", "1"])
         .args(terms)
         .output()
         .unwrap();
@@ -71,7 +71,9 @@ fn two_processes_of_a_linux_guest_are_named_with_what_each_writes() {
             after["pid"]
         );
         assert!(name.starts_with("writer"), "{report:#}");
-        assert!((seen - rate).abs() <= 0.02 * rate, "{seen} pages/s seen of `{name}`, {rate} told: {report:#}");
+        // The guest's count is over somewhat longer than the window. A writer catches up a pause of up to 200 ms, which may lie just before
+        // the window, and none that is longer: each is 2.5 % of a window.
+        assert!((seen - rate).abs() <= 0.05 * rate, "{seen} pages/s seen of `{name}`, {rate} told: {report:#}");
     }
     rig.stop().unwrap();
 }

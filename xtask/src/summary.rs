@@ -9,6 +9,8 @@ pub(crate) struct Totals {
     pub(crate) failed: u64,
     /// Did not run.
     pub(crate) skipped: u64,
+    /// Those of the passed that were fine only when they were run once more.
+    pub(crate) at_second_try: u64,
 }
 
 /// A test runner, by how it sums up.
@@ -26,6 +28,7 @@ impl Totals {
         self.passed += other.passed;
         self.failed += other.failed;
         self.skipped += other.skipped;
+        self.at_second_try += other.at_second_try;
     }
 
     /// Takes in one line of a runner's output, if it is a summary.
@@ -50,7 +53,11 @@ impl Totals {
 
 impl std::fmt::Display for Totals {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} passed, {} failed, {} skipped", self.passed, self.failed, self.skipped)
+        write!(f, "{} passed", self.passed)?;
+        if self.at_second_try > 0 {
+            write!(f, " ({} at the second try)", self.at_second_try)?;
+        }
+        write!(f, ", {} failed, {} skipped", self.failed, self.skipped)
     }
 }
 
@@ -68,10 +75,12 @@ mod tests {
         for line in [nextest, libtest, partial, "test the_summary ... ok"] {
             totals.read(Runner::Nextest, line);
         }
-        assert_eq!(totals, Totals { passed: 6, failed: 2, skipped: 2 });
+        assert_eq!(totals, Totals { passed: 6, failed: 2, skipped: 2, at_second_try: 0 });
         totals.read(Runner::Libtest, libtest);
         totals.read(Runner::Libtest, nextest);
-        assert_eq!(totals, Totals { passed: 9, failed: 3, skipped: 6 });
+        assert_eq!(totals, Totals { passed: 9, failed: 3, skipped: 6, at_second_try: 0 });
         assert_eq!(totals.to_string(), "9 passed, 3 failed, 6 skipped");
+        totals.add(Totals { passed: 2, at_second_try: 1, ..Totals::default() });
+        assert_eq!(totals.to_string(), "11 passed (1 at the second try), 3 failed, 6 skipped");
     }
 }

@@ -120,7 +120,7 @@ fn host(programs: &Programs) -> Result<Report> {
                 report.take_doctor(&serde_json::from_slice(&output.stdout).context("dunlin doctor")?);
                 let verdict = if output.status.success() { Verdict::Passed } else { Verdict::Failed };
                 let (suite, name) = (suite.name, "(program)".to_owned());
-                report.tests.push(Test { suite, name, verdict, detail: None, took_ms: 0 });
+                report.tests.push(Test { suite, name, verdict, detail: None, took_ms: 0, first_try: None });
             }
             SuiteKind::Tests { ignored_too: true, .. } => {}
             SuiteKind::Tests { only, .. } => {
@@ -147,7 +147,7 @@ fn libtest(suite: &str, line: &str) -> Option<Test> {
         "FAILED" => Verdict::Failed,
         _ => return None,
     };
-    Some(Test { suite: suite.into(), name: name.into(), verdict, detail: None, took_ms: 0 })
+    Some(Test { suite: suite.into(), name: name.into(), verdict, detail: None, took_ms: 0, first_try: None })
 }
 
 /// What the tests of a proof say together.

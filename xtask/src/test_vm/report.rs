@@ -49,6 +49,9 @@ pub(crate) struct Test {
     pub(crate) detail: Option<String>,
     /// How long it took.
     pub(crate) took_ms: u64,
+    /// How it ended before, if this is what its second try showed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) first_try: Option<String>,
 }
 
 /// Takes a machine's messages.
@@ -121,7 +124,7 @@ impl Gatherer {
                     lines.extend(self.words.drain(..).filter_map(|line| Some(format!("    {}", shown(&line)?))));
                 }
                 lines.push(format!("{word:7} [{:7.3} s] {suite}::{test}{because}", took_ms as f64 / 1e3));
-                self.report.tests.push(Test { suite, name: test, verdict, detail, took_ms });
+                self.report.tests.push(Test { suite, name: test, verdict, detail, took_ms, first_try: None });
                 lines
             }
             Message::Done { nonce, .. } => {
@@ -167,7 +170,32 @@ impl Report {
     pub(crate) fn totals(&self) -> Totals {
         let passed = self.tests.iter().filter(|test| test.verdict == Verdict::Passed).count() as u64;
         let failed = self.tests.len() as u64 - passed + u64::from(self.problem.is_some());
-        Totals { passed, failed, skipped: 0 }
+        Totals { passed, failed, skipped: 0, at_second_try: self.at_second_try(None) as u64 }
+    }
+
+    /// Tests that failed in a run that was one: those that a second try is for.
+    pub(crate) fn failed(&self) -> Vec<(String, String)> {
+        let failed = self.tests.iter().filter(|test| self.problem.is_none() && test.verdict != Verdict::Passed);
+        failed.map(|test| (test.suite.clone(), test.name.clone())).collect()
+    }
+
+    /// Puts what a second try of the failed tests showed in the place of what the first did. A test that it says nothing of, or a
+    /// machine that went wrong in it, stays as it was.
+    pub(crate) fn take_second_try(&mut self, second: &Self) {
+        for test in self.tests.iter_mut().filter(|test| test.verdict != Verdict::Passed) {
+            let again = second.tests.iter().find(|again| (&again.suite, &again.name) == (&test.suite, &test.name));
+            if let Some(again) = again.filter(|_| second.problem.is_none()) {
+                let before = test.detail.take().unwrap_or_else(|| "failed".to_owned());
+                *test = Test { first_try: Some(before), ..again.clone() };
+            }
+        }
+        self.took_ms += second.took_ms;
+    }
+
+    /// Tests, of a suite or of all, that passed when they were tried again.
+    fn at_second_try(&self, suite: Option<&str>) -> usize {
+        let of_suite = self.tests.iter().filter(|test| suite.is_none_or(|name| test.suite == name));
+        of_suite.filter(|test| test.verdict == Verdict::Passed && test.first_try.is_some()).count()
     }
 
     /// Passed and all tests of a suite.
@@ -204,7 +232,11 @@ pub(crate) fn table(reports: &[Report]) -> String {
             format!("suite {suite}"),
             column(&|report| {
                 let (passed, all) = report.suite(suite);
-                if all == 0 { "not run".into() } else { format!("{passed} of {all} passed") }
+                match (all, report.at_second_try(Some(suite))) {
+                    (0, _) => "not run".into(),
+                    (_, 0) => format!("{passed} of {all} passed"),
+                    (_, again) => format!("{passed} of {all} passed ({again} at the second try)"),
+                }
             }),
         ));
     }
@@ -289,6 +321,30 @@ mod tests {
         assert_eq!(gatherer.hear(test(Verdict::Passed)), ["    shows 5 things", "PASS    [  0.001 s] s::t"]);
         gatherer.hear(output("why"));
         assert_eq!(gatherer.hear(test(Verdict::Failed))[0], "    why");
+    }
+
+    #[test]
+    fn a_second_try_is_told_apart_and_only_a_whole_one_counts() {
+        let done = || Message::Done { nonce: "n".into(), passed: 0, failed: 1 };
+        let first = run(vec![test(Verdict::TimedOut), done()], End::NotFine);
+        assert_eq!(first.failed(), [("s".to_owned(), "t".to_owned())]);
+        let after = |second: &Report| {
+            let mut report = first.clone();
+            report.take_second_try(second);
+            (report.totals().to_string(), table(&[report]))
+        };
+        let (totals, text) = after(&run(vec![test(Verdict::Passed), done()], End::Fine));
+        assert_eq!(totals, "1 passed (1 at the second try), 0 failed, 0 skipped");
+        assert!(text.contains("suite s  1 of 1 passed (1 at the second try)\n"), "{text}");
+        for (messages, end) in [
+            (vec![test(Verdict::Failed), done()], End::NotFine),
+            (vec![test(Verdict::Passed)], End::Silent(None)),
+            (vec![done()], End::Fine),
+        ] {
+            assert_eq!(after(&run(messages, end)).0, "0 passed, 1 failed, 0 skipped");
+        }
+        // A machine that died is no failed test: there is nothing that could be tried alone.
+        assert!(run(vec![test(Verdict::Failed)], End::Silent(None)).failed().is_empty());
     }
 
     #[test]

@@ -62,10 +62,11 @@ mod tests {
             verdict,
             detail: Some(words.into()),
             took_ms: 0,
+            first_try: None,
         }));
         report.problem = Some(format!("it ended without a verdict during bed_faults::{PANICS} (...)"));
-        assert_eq!(judge(&report), Totals { passed: 6, failed: 0, skipped: 0 });
+        assert_eq!(judge(&report), Totals { passed: 6, failed: 0, skipped: 0, at_second_try: 0 });
         report.tests[2].verdict = Verdict::Passed;
-        assert_eq!(judge(&report), Totals { passed: 5, failed: 1, skipped: 0 });
+        assert_eq!(judge(&report), Totals { passed: 5, failed: 1, skipped: 0, at_second_try: 0 });
     }
 }

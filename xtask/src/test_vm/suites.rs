@@ -268,3 +268,45 @@ impl Programs {
         Ok(suites)
     }
 }
+
+/// Of `suites` those of `tests` (suite, test), and no other test in them than these.
+pub(super) fn only_tests(suites: &[Suite], tests: &[(String, String)]) -> Vec<Suite> {
+    let of = |suite: &Suite| {
+        let names: Vec<_> =
+            tests.iter().filter(|(name, _)| *name == suite.name).map(|(_, test)| test.clone()).collect();
+        let kind = match &suite.kind {
+            _ if names.is_empty() => return None,
+            SuiteKind::Tests { ignored_too, .. } => SuiteKind::Tests { only: names, ignored_too: *ignored_too },
+            SuiteKind::Objects => SuiteKind::Objects,
+        };
+        Some(Suite { kind, ..suite.clone() })
+    };
+    suites.iter().filter_map(of).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_try_is_of_the_failed_tests_only() {
+        let suite = |name: &str, kind: SuiteKind| Suite {
+            name: name.into(),
+            program: PathBuf::new(),
+            arguments: Vec::new(),
+            kind,
+            limit_s: 1,
+        };
+        let named = |only: &[&str]| SuiteKind::Tests {
+            only: only.iter().map(|&name| name.to_owned()).collect(),
+            ignored_too: true,
+        };
+        let suites =
+            [suite("doctor", SuiteKind::Objects), suite("wan", named(&[])), suite("linux", named(&["moves", "boots"]))];
+        let failed = [("linux", "moves::far"), ("doctor", "(program)")].map(|(a, b)| (a.to_owned(), b.to_owned()));
+        assert_eq!(
+            only_tests(&suites, &failed),
+            [suite("doctor", SuiteKind::Objects), suite("linux", named(&["moves::far"]))]
+        );
+    }
+}
