@@ -147,10 +147,9 @@ pub trait Device: MmioDevice + Any {
     /// What has come from the network so far is thrown away, and what comes waits for what is relayed from the VM's former place.
     fn await_relay(&self) {}
 
-    /// Gives the guest a frame that reached its former place, before those that wait. `false` if it is dropped.
-    fn relay_frame(&self, frame: Vec<u8>) -> bool {
-        let _ = frame;
-        false
+    /// Gives the guest frames that reached its former place, before those that wait.
+    fn relay_frames(&self, frames: Vec<Vec<u8>>) {
+        let _ = frames;
     }
 
     /// What was at the former place when the VM ran here has been relayed; what waited goes on.

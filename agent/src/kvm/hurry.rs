@@ -24,9 +24,13 @@ pub struct Hurry {
 impl Hurry {
     /// Puts the calling thread in front. One that has a policy of its own keeps it.
     pub fn here() -> Self {
-        // SAFETY: no argument, cannot fail.
-        let thread = unsafe { libc::gettid() };
+        let thread = this_thread();
         Self { thread: put_in_front(thread).then_some(thread), _here: std::marker::PhantomData }
+    }
+
+    /// It stays in front until it ends.
+    pub fn for_good(mut self) {
+        self.thread = None;
     }
 }
 
@@ -46,19 +50,29 @@ pub fn stand_back() {
     threads.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).for_each(put_back);
 }
 
+/// The calling thread's number.
+pub(super) fn this_thread() -> i32 {
+    // SAFETY: no argument, cannot fail.
+    unsafe { libc::gettid() }
+}
+
 /// Puts an ordinary thread in front; whether it was moved.
 pub(super) fn put_in_front(thread: i32) -> bool {
     if STANDS_BACK.load(Ordering::SeqCst) {
         return false;
     }
-    // SAFETY: asks for the policy of a thread by number; no pointer.
-    let policy = unsafe { libc::sched_getscheduler(thread) };
-    policy == libc::SCHED_OTHER && set_policy(thread, libc::SCHED_FIFO, PRIORITY)
+    policy_of(thread) == libc::SCHED_OTHER && set_policy(thread, libc::SCHED_FIFO, PRIORITY)
 }
 
 /// Makes a thread ordinary again.
 pub(super) fn put_back(thread: i32) {
     set_policy(thread, libc::SCHED_OTHER, 0);
+}
+
+/// A thread's policy; 0 is the calling one.
+pub(super) fn policy_of(thread: i32) -> i32 {
+    // SAFETY: asks for the policy of a thread by number; no pointer.
+    unsafe { libc::sched_getscheduler(thread) }
 }
 
 fn set_policy(thread: i32, policy: i32, priority: i32) -> bool {
@@ -72,8 +86,7 @@ mod tests {
     use super::*;
 
     fn policy() -> i32 {
-        // SAFETY: asks for the calling thread's policy; no pointer.
-        unsafe { libc::sched_getscheduler(0) }
+        policy_of(0)
     }
 
     #[test]
@@ -86,6 +99,19 @@ mod tests {
             assert_eq!(policy(), expected);
         }
         assert_eq!(policy(), libc::SCHED_OTHER);
+    }
+
+    #[test]
+    fn who_is_in_front_for_good_stays_there_until_it_ends() {
+        let of_thread = std::thread::spawn(|| {
+            let hurry = Hurry::here();
+            let expected = policy();
+            hurry.for_good();
+            (expected, policy())
+        });
+        let (expected, found) = of_thread.join().unwrap();
+        assert_eq!(found, expected);
+        assert_eq!(policy(), libc::SCHED_OTHER, "of that thread alone");
     }
 
     /// Others in this process are merely slower afterwards.

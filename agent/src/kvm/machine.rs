@@ -742,12 +742,19 @@ impl Machine {
         self.devices().iter().for_each(|device| device.await_relay());
     }
 
-    /// Gives the guest a frame that reached its former place at that port. `false` if it is dropped.
-    pub fn relay(&self, frame: RelayedFrame) -> bool {
-        let is_port = usize::from(frame.port) < self.shape().nets.len();
+    /// Gives the guest frames that reached its former place, each at its port; those of no port are dropped. A port looks once for all of them: it would take turns with whoever
+    /// brings them, and interrupt the guest for each.
+    pub fn relay(&self, frames: Vec<RelayedFrame>) {
+        let mut of_port: Vec<Vec<Vec<u8>>> = vec![Vec::new(); self.shape().nets.len()];
+        for frame in frames {
+            if let Some(of_port) = of_port.get_mut(usize::from(frame.port)) {
+                of_port.push(frame.bytes);
+            }
+        }
         // Network ports are the first devices, in their order.
-        let port = self.devices().get(usize::from(frame.port)).filter(|_| is_port);
-        port.is_some_and(|port| port.relay_frame(frame.bytes))
+        for (port, frames) in self.devices().iter().zip(of_port).filter(|(_, frames)| !frames.is_empty()) {
+            port.relay_frames(frames);
+        }
     }
 
     /// What was at the former place when the VM ran here has been relayed.

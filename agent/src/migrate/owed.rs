@@ -398,6 +398,7 @@ impl<'a> Owed<'a> {
 
     /// Serves the VM's faults until nothing is owed any more; any number of threads may.
     pub(super) fn serve_faults(&self) -> Result<(), TargetError> {
+        self.clock.go_in_front();
         let mut pages = Vec::new();
         while !self.is_over() {
             self.faults.next(&mut pages, TICK).map_err(|error| gone(&error))?;

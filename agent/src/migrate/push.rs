@@ -323,6 +323,7 @@ impl<'a> Push<'a> {
 
     /// Answers requests over the stream that is theirs, until nobody asks any more.
     pub(super) fn answer(&self, stream: &mut dyn BulkSender, requests: &mut dyn BulkReceiver) {
+        self.clock.go_in_front();
         let mut work = || -> Result<(), LinkError> {
             // What the guest waits for is held back by nobody.
             stream.pace(None);

@@ -851,14 +851,16 @@ impl<'a> Inflow<'a> {
 
     /// What receives each of these streams.
     fn streams<'j>(&'j self, receivers: Vec<Box<dyn BulkReceiver>>) -> Vec<Job<'j>> {
-        let take =
-            |mut receiver: Box<dyn BulkReceiver>| Box::new(move || self.take_stream(receiver.as_mut())) as Job<'j>;
-        receivers.into_iter().map(take).collect()
+        let last = receivers.len().saturating_sub(1);
+        let take = |(index, mut receiver): (usize, Box<dyn BulkReceiver>)| {
+            Box::new(move || self.take_stream(receiver.as_mut(), index == last)) as Job<'j>
+        };
+        receivers.into_iter().enumerate().map(take).collect()
     }
 
-    /// Receives one stream to the end of its last round, on a thread of its own.
-    fn take_stream(&self, receiver: &mut dyn BulkReceiver) {
-        if let Err(error) = self.take_rounds(receiver)
+    /// Receives one stream to the end of its last round, on a thread of its own; pages that were `asked` for come by it.
+    fn take_stream(&self, receiver: &mut dyn BulkReceiver, asked: bool) {
+        if let Err(error) = self.take_rounds(receiver, asked)
             && !self.stopped.load(Ordering::Acquire)
         {
             self.fail(error);
@@ -901,7 +903,7 @@ impl<'a> Inflow<'a> {
         }
     }
 
-    fn take_rounds(&self, receiver: &mut dyn BulkReceiver) -> Result<(), TargetError> {
+    fn take_rounds(&self, receiver: &mut dyn BulkReceiver, asked: bool) -> Result<(), TargetError> {
         let mut keep_waiting = || !self.stopped.load(Ordering::Acquire) && !self.stalled();
         let mut round = 0;
         let mut inside = None;
@@ -917,6 +919,9 @@ impl<'a> Inflow<'a> {
                     inside = Some(digested);
                     if digested && self.faults.get().is_some() {
                         owed = Some(self.await_owed()?);
+                        if asked {
+                            self.clock.go_in_front();
+                        }
                     }
                 }
                 (BulkItem::Pages(region, run), Some(_)) if let Some(owed) = owed => {

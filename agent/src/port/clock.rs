@@ -58,6 +58,9 @@ pub trait Clock: Send + Sync {
         self.now()
     }
 
+    /// A VM waits for what the calling thread does: until the thread ends it goes in front of ordinary ones, where somebody can see to that. Its work is to be short pieces.
+    fn go_in_front(&self) {}
+
     /// Waits until `bell` has been rung more often than `seen`, at most `timeout`.
     fn wait(&self, bell: &Bell, seen: u64, timeout: Duration) {
         bell.wait(seen, timeout);

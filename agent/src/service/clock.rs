@@ -3,6 +3,7 @@
 use std::thread;
 use std::time::Duration;
 
+use crate::kvm::Hurry;
 use crate::port::Clock;
 use crate::time::{monotonic_now, thread_cpu_time};
 
@@ -21,5 +22,9 @@ impl Clock for MonotonicClock {
 
     fn thread_cpu(&self) -> Duration {
         thread_cpu_time()
+    }
+
+    fn go_in_front(&self) {
+        Hurry::here().for_good();
     }
 }

@@ -1070,9 +1070,7 @@ impl Host {
                 Ok(Reply::Done)
             }
             Request::Relay(frames) => {
-                for frame in frames {
-                    machine.relay(frame);
-                }
+                machine.relay(frames);
                 Ok(Reply::Done)
             }
             Request::CaughtUp => {

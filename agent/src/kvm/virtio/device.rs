@@ -163,10 +163,9 @@ impl<B: Backend> Device for VirtioDevice<B> {
         self.transport.with_backend(Backend::await_relay);
     }
 
-    fn relay_frame(&self, frame: Vec<u8>) -> bool {
-        let is_taken = self.transport.with_backend(|backend| backend.relay_frame(frame));
+    fn relay_frames(&self, frames: Vec<Vec<u8>>) {
+        self.transport.with_backend(|backend| frames.into_iter().for_each(|frame| backend.relay_frame(frame)));
         self.look_again();
-        is_taken
     }
 
     fn relay_caught_up(&self) {

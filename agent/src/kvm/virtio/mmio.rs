@@ -228,10 +228,8 @@ pub trait Backend: Send + 'static {
     /// What has come from the network so far is thrown away, and what comes waits for what is relayed from the VM's former place.
     fn await_relay(&mut self) {}
 
-    /// A frame that reached the VM's former place. `false` if it is dropped.
-    fn relay_frame(&mut self, _frame: Vec<u8>) -> bool {
-        false
-    }
+    /// A frame that reached the VM's former place.
+    fn relay_frame(&mut self, _frame: Vec<u8>) {}
 
     /// What was at the former place when the VM ran here has been relayed.
     fn relay_caught_up(&mut self) {}

@@ -489,13 +489,12 @@ impl Backend for NetBackend {
         self.arrivals.await_relay();
     }
 
-    fn relay_frame(&mut self, frame: Vec<u8>) -> bool {
+    fn relay_frame(&mut self, frame: Vec<u8>) {
         if !(MIN_FRAME_BYTES..=MAX_FRAME_BYTES).contains(&frame.len()) {
-            return false;
+            return;
         }
         let is_taken = self.arrivals.relay(frame);
         count(if is_taken { &self.counters.relayed } else { &self.counters.relay_dropped }, 1);
-        is_taken
     }
 
     fn relay_caught_up(&mut self) {

@@ -5,14 +5,20 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::mmio::Served;
+use crate::kvm::hurry;
+
+/// How long a worker that goes on after it stood is in front of ordinary threads: what came meanwhile is behind as it is, and its passes are short. On a full host an ordinary thread
+/// that is woken beside a vCPU has its turn milliseconds later.
+const CATCHES_UP: Duration = Duration::from_millis(1);
 
 /// What the worker runs.
 pub(super) trait Job: Send {
@@ -43,12 +49,16 @@ struct Control {
     hold: AtomicBool,
     /// Ends the worker's sleep.
     wake: EventFd,
+    /// The thread's number, once it runs.
+    thread: AtomicI32,
 }
 
 #[derive(Debug)]
 struct State {
     wanted: Wanted,
     gone: bool,
+    /// It is in front of others until then.
+    in_front_until: Option<Instant>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,15 +80,17 @@ impl Worker {
         mut job: impl Job + 'static,
     ) -> io::Result<Self> {
         let control = Arc::new(Control {
-            state: Mutex::new(State { wanted: Wanted::Stand, gone: false }),
+            state: Mutex::new(State { wanted: Wanted::Stand, gone: false, in_front_until: None }),
             changed: Condvar::new(),
             pass: Mutex::new(()),
             wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             hold: AtomicBool::new(true),
+            thread: AtomicI32::new(0),
         });
         let shared = control.clone();
         let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
             let _farewell = Farewell(&shared);
+            shared.thread.store(hurry::this_thread(), Ordering::Release);
             shared.run(&signals, watched, &mut job);
         })?;
         Ok(Self { control, thread: Some(thread) })
@@ -131,6 +143,10 @@ impl Control {
 
     fn want(&self, wanted: Wanted) {
         let mut state = self.state();
+        let thread = self.thread.load(Ordering::Acquire);
+        if (state.wanted, wanted) == (Wanted::Stand, Wanted::Run) && thread != 0 && hurry::put_in_front(thread) {
+            state.in_front_until = Some(Instant::now() + CATCHES_UP);
+        }
         state.wanted = wanted;
         self.hold.store(wanted != Wanted::Run, Ordering::Release);
         drop(state);
@@ -144,8 +160,17 @@ impl Control {
     /// Waits until running is wanted. False if the end is.
     fn may_run(&self) -> bool {
         let stand = |state: &mut State| state.wanted == Wanted::Stand;
-        let state = self.changed.wait_while(self.state(), stand).unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.changed.wait_while(self.state(), stand).unwrap_or_else(PoisonError::into_inner);
+        if state.in_front_until.take_if(|until| *until <= Instant::now()).is_some() {
+            hurry::put_back(self.thread.load(Ordering::Acquire));
+        }
         state.wanted == Wanted::Run
+    }
+
+    /// How long the worker may sleep: one that is in front of others does not stay there.
+    fn sleep_limit(&self) -> Option<Timespec> {
+        let left = self.state().in_front_until?.saturating_duration_since(Instant::now());
+        Timespec::try_from(left).ok()
     }
 
     fn run(&self, signals: &[EventFd], watched: Option<OwnedFd>, job: &mut impl Job) {
@@ -170,7 +195,7 @@ impl Control {
                 fds.push(PollFd::new(watched, interest));
             }
             // An interrupted sleep is one more pass.
-            let _ = poll(&mut fds, None);
+            let _ = poll(&mut fds, self.sleep_limit().as_ref());
             let broken = PollFlags::ERR | PollFlags::HUP | PollFlags::NVAL;
             let lost = fds.get(1 + signals.len()).is_some_and(|fd| fd.revents().intersects(broken));
             if lost {
@@ -281,6 +306,40 @@ mod tests {
         assert!(asleep <= 2, "{asleep} passes with nothing to do");
         signal.write(1).unwrap();
         wait_for(asleep + 1);
+    }
+
+    #[test]
+    fn one_that_goes_on_is_in_front_until_it_has_caught_up() {
+        // Where nobody may be put in front, that is an ordinary thread's policy, too.
+        let foremost = || {
+            let _hurry = hurry::Hurry::here();
+            hurry::policy_of(0)
+        };
+        let in_front = std::thread::spawn(foremost).join().unwrap();
+        let (passes, inside) = (Arc::new(AtomicU32::new(0)), Arc::default());
+        let worker =
+            Worker::spawn("front", vec![], None, Busy { passes: passes.clone(), inside, more: false }).unwrap();
+        worker.resume().unwrap();
+        while passes.load(Ordering::SeqCst) == 0 {
+            std::thread::yield_now();
+        }
+        let thread = worker.control.thread.load(Ordering::SeqCst);
+        let until_ordinary = || {
+            let deadline = Instant::now() + Duration::from_secs(5);
+            while hurry::policy_of(thread) != libc::SCHED_OTHER {
+                assert!(Instant::now() < deadline, "it stays in front");
+                std::thread::yield_now();
+            }
+        };
+        until_ordinary();
+        worker.pause().unwrap();
+        // The lock keeps it from finding its time over before it was looked at.
+        let pass = worker.control.pass.lock().unwrap();
+        worker.resume().unwrap();
+        assert_eq!(hurry::policy_of(thread), in_front);
+        drop(pass);
+        // With nothing to do it wakes by itself to stand back.
+        until_ordinary();
     }
 
     #[test]

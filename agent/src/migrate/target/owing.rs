@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{
-    ANNOUNCE_EVERY, Arrived, Borrowing, GREETING_LIMIT, Inflow, MAX_STREAMS, SILENCE, TICK, Target, TargetError,
+    ANNOUNCE_EVERY, Arrived, Borrowing, GREETING_LIMIT, Inflow, MAX_STREAMS, RelayPhase, SILENCE, TICK, Target,
+    TargetError,
 };
 use crate::migrate::message::{ControlMessage, Handed, Offer, TargetState};
 use crate::migrate::owed::{Owed, owed_words};
@@ -273,22 +274,28 @@ impl Target<'_> {
                 self.keep_borrowing(id, machine, (owed, inflow), loan)?
             } else {
                 check_alive(machine)?;
-                self.answer_source(id, machine, inflow)?;
+                // What comes through the VM's port waits for the relay: that is what is waited for here, too.
+                if self.relay == RelayPhase::On {
+                    self.answer_source(id, machine, inflow, self.relay.pause())?;
+                    continue;
+                }
+                self.answer_source(id, machine, inflow, Duration::ZERO)?;
                 TICK
             };
             self.clock.wait(&owed.changed, seen, pause.min(TICK).min(self.relay.pause()));
         }
     }
 
-    /// Tells a source that asks that somebody is here.
+    /// Takes what the source says, once `wait` has passed or something has come: tells it that somebody is here if it asks.
     fn answer_source(
         &mut self,
         id: MigrationId,
         machine: &mut dyn Machine,
         inflow: &Inflow<'_>,
+        mut wait: Duration,
     ) -> Result<(), LinkError> {
         let control = self.link.control();
-        while let Some(message) = control.recv(Duration::ZERO)? {
+        while let Some(message) = control.recv(std::mem::take(&mut wait))? {
             inflow.touch();
             if let Some(ControlMessage::Ping(number)) = self.hear_relay(id, message, machine) {
                 control.send(&ControlMessage::Pong(number))?;
