@@ -213,19 +213,23 @@ fn entropy_and_balloon_work_by_stock_drivers_and_move_along() {
 fn free_pages_by_the_stock_driver_are_not_sent() {
     for linux in LinuxGuest::all().unwrap() {
         let (more, guest) = (vec!["--balloon".to_owned()], "dunlin.wl=ws:4M,rate:100".to_owned());
-        let mut rig = Rig::boot(&VmSpec { more, guest, ..spec(&linux, 1) }).unwrap();
+        let (memory_bytes, mut named) = (320 << 20, 0);
+        let mut rig = Rig::boot(&VmSpec { more, guest, memory_bytes, ..spec(&linux, 1) }).unwrap();
         for turn in 0..2 {
             // Used, and free again.
-            ask(&rig.host(rig.at()).netns, Rig::guest_ip(), "/grab/32M").unwrap();
-            let more = ["--free-pages", "--balloon-before", "176MiB", "--balloon-limit", "100s"];
+            ask(&rig.host(rig.at()).netns, Rig::guest_ip(), "/grab/128M").unwrap();
+            let more = ["--free-pages", "--balloon-before", "304MiB", "--balloon-limit", "100s"];
             let more = more.map(str::to_owned).to_vec();
             let moved = rig.hop(&HopOptions { verify: true, more, ..HopOptions::default() }).unwrap();
             let free = moved.report.reducers.iter().find(|reducer| reducer.name == "free-pages").unwrap();
             let squeezed = moved.report.squeeze.as_ref().unwrap();
-            println!("shows {}, move {turn}: {free:?}, {squeezed:?}", linux.label);
-            assert!(free.pages > 1000 && free.reason.is_empty(), "{free:?}");
-            assert_eq!((squeezed.after_bytes, squeezed.reason.as_str()), (176 << 20, ""), "{squeezed:?}");
-            let given_back = || (balloon(&rig, &[])["actual_bytes"] == 192 << 20).then_some(());
+            let sent = moved.report.wire_bytes >> 20;
+            println!("shows {}, move {turn}: {sent} MiB sent, {free:?}, {squeezed:?}", linux.label);
+            // Whole blocks of 4 MiB (VIRTIO_BALLOON_HINT_BLOCK_ORDER), and of those only what was used and is named before it is sent: a few, in the second move now and then none.
+            assert!(free.reason.is_empty() && free.pages.is_multiple_of(1024), "{free:?}");
+            named += free.pages;
+            assert_eq!((squeezed.after_bytes, squeezed.reason.as_str()), (304 << 20, ""), "{squeezed:?}");
+            let given_back = || (balloon(&rig, &[])["actual_bytes"] == memory_bytes).then_some(());
             wait_for("what it gave up", LIMIT, given_back).unwrap();
             // Where it kept back what it had named it would not have so much.
             let left = state(&rig)["memory_kib"]["free"].as_u64().unwrap();
@@ -233,6 +237,7 @@ fn free_pages_by_the_stock_driver_are_not_sent() {
             assert!(wait_for("what it named", LIMIT, enough).is_ok(), "{left} KiB free at once: {:#}", state(&rig));
             check(&state(&rig));
         }
+        assert!(named >= 1024, "the driver named nothing that was used");
         rig.stop().unwrap();
     }
 }

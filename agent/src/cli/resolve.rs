@@ -57,7 +57,7 @@ impl ResolveArgs {
         let (registry, state_dir) = (Registry::new(self.run_dir.path(config)), self.state_dir.path(config));
         let result = match (registry.find(&self.vm), &self.vm) {
             (Ok(entry), _) => {
-                let socket = registry.socket(&entry.name, "control");
+                let socket = registry.served(&entry, "control");
                 give_order(&socket, &format!("/v1/resolve?owner={word}"), &[]).map_err(|error| error.to_string())
             }
             (Err(_), VmRef::Uuid(id)) => resolve_without_machine(&state_dir, *id, owner)

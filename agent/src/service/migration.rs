@@ -241,7 +241,7 @@ pub fn migrate(request: MigrateRequest, cancel: CancelFlag) -> Result<MigrationR
     let events = request.events.as_deref();
     let log = EventLog::new(migration, "source", events, request.hold.clone())
         .map_err(|source| BeginError::Events { path: format!("{events:?}"), source })?;
-    let machine = RemoteMachine::attach(&registry.socket(&entry.name, "session"), migration, journal)?;
+    let machine = RemoteMachine::attach(&registry.served(&entry, "session"), migration, journal)?;
     let region = machine.region();
     let experience = Experience::read(&entry.state_dir, request.to.host());
     let (peer, place) = (request.to.to_string(), place::of_process(entry.pid));
@@ -333,7 +333,7 @@ pub fn recover(request: RecoverRequest, cancel: CancelFlag) -> Result<MigrationR
     let events = request.events.as_deref();
     let log = EventLog::new(migration, "source", events, request.hold.clone())
         .map_err(|source| BeginError::Events { path: format!("{events:?}"), source })?;
-    let machine = RemoteMachine::reattach(&registry.socket(&entry.name, "session"), migration, journal)?;
+    let machine = RemoteMachine::reattach(&registry.served(&entry, "session"), migration, journal)?;
     let unreachable = |source| BeginError::Link { address: to.clone(), source };
     let link =
         TcpSource::<ControlMessage>::dial(to.clone(), tls, migration, request.options.stall).map_err(unreachable)?;

@@ -547,13 +547,13 @@ pub fn recover(
 ) -> Result<Received, ReceiveError> {
     let registry = Registry::new(&request.places.run_dir);
     let entry = registry.find(vm)?;
-    let info = ask_info(&registry.socket(&entry.name, "observe"))?;
+    let info = ask_info(&registry.served(&entry, "observe"))?;
     let Some(migration_id) = info.migration_id else {
         let reason = format!("`{}` was brought by no migration", entry.name);
         return Err(MachineError::Refused { action: "be taken over", reason }.into());
     };
     let journal = FileJournal::open(&entry.state_dir)?;
-    let machine = RemoteMachine::reattach(&registry.socket(&entry.name, "session"), migration_id, journal)?;
+    let machine = RemoteMachine::reattach(&registry.served(&entry, "session"), migration_id, journal)?;
     let region = machine.region() as Arc<dyn Region>;
     let orphan = Orphan { migration_id, vm_id: entry.vm_id, machine: Box::new(machine), region, cpus: info.cpus };
     let observer = EventLog::new(migration_id, "target", request.events.as_deref(), request.hold.clone())

@@ -12,6 +12,7 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +23,10 @@ use crate::model::{VmId, VmRef};
 
 /// Where VMs are listed unless told otherwise.
 pub const DEFAULT_RUN_DIR: &str = "/run/dunlin";
+/// How long a VM that lives may take from its entry to its sockets.
+const SOCKETS_FOLLOW: Duration = Duration::from_secs(1);
+/// How often it is looked for them.
+const LOOK_EVERY: Duration = Duration::from_millis(5);
 /// Where the journal is unless told otherwise.
 pub const DEFAULT_STATE_DIR: &str = "/var/lib/dunlin";
 
@@ -89,6 +94,13 @@ pub enum RegistryError {
     },
 }
 
+/// Waits until something is at `path`, as long as that `may_come`.
+fn await_path(path: &Path, mut may_come: impl FnMut() -> bool) {
+    while !path.exists() && may_come() {
+        std::thread::sleep(LOOK_EVERY);
+    }
+}
+
 /// The entries below one run folder.
 #[derive(Clone, Debug)]
 pub struct Registry {
@@ -126,6 +138,15 @@ impl Registry {
     /// The socket of a VM.
     pub fn socket(&self, name: &VmName, which: &str) -> PathBuf {
         self.folder(name).join(format!("{which}.sock"))
+    }
+
+    /// The same, once it is there: the sockets of a VM follow its entry within moments. They are waited for as long as its process lives, a second at most; what is missing then
+    /// whoever connects finds out.
+    pub fn served(&self, entry: &MachineEntry, which: &str) -> PathBuf {
+        let socket = self.socket(&entry.name, which);
+        let until = Instant::now() + SOCKETS_FOLLOW;
+        await_path(&socket, || entry.is_alive() && Instant::now() < until);
+        socket
     }
 
     /// Enters a VM; an entry of a dead process gives way.
@@ -197,6 +218,28 @@ impl Registry {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_socket_that_follows_is_waited_for_and_one_that_cannot_come_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("observe.sock");
+        let mut looks = 0;
+        await_path(&path, || {
+            looks += 1;
+            if looks == 3 {
+                fs::write(&path, "").unwrap();
+            }
+            true
+        });
+        assert_eq!(looks, 3);
+        let mut asked = 0;
+        await_path(&folder.path().join("control.sock"), || {
+            asked += 1;
+            asked < 2
+        });
+        assert_eq!(asked, 2);
+        await_path(&path, || panic!("it is there"));
+    }
 
     fn entry(name: &str, pid: u32) -> MachineEntry {
         MachineEntry {

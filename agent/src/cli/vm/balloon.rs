@@ -54,11 +54,11 @@ pub(in crate::cli) struct BalloonArgs {
 impl BalloonArgs {
     pub(in crate::cli) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
         let registry = Registry::new(self.run_dir.path(config));
-        let name = match registry.find(&self.vm) {
-            Ok(entry) => entry.name,
+        let entry = match registry.find(&self.vm) {
+            Ok(entry) => entry,
             Err(error) => return refuse(error.to_string(), json),
         };
-        let (observe, act) = (registry.socket(&name, "observe"), registry.socket(&name, "control"));
+        let (observe, act) = (registry.served(&entry, "observe"), registry.served(&entry, "control"));
         if self.ask_free
             && let Err(error) = give_order(&act, "/v1/balloon/ask-free", &[])
         {

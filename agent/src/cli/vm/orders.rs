@@ -61,7 +61,7 @@ impl ListArgs {
             say!("{:<20} {:<9} {:>8} {:>5} {:>11}  UUID", "NAME", "STATE", "PID", "CPUS", "MEMORY");
         }
         for entry in &entries {
-            match ask_info(&registry.socket(&entry.name, "observe")) {
+            match ask_info(&registry.served(entry, "observe")) {
                 Ok(info) if json => say!("{}", serde_json::to_string(&info.tagged())?),
                 Ok(info) => say!(
                     "{:<20} {:<9} {:>8} {:>5} {:>11}  {}",
@@ -72,6 +72,8 @@ impl ListArgs {
                     display_bytes(info.memory_bytes),
                     info.vm_id
                 ),
+                // It has ended since it was looked for.
+                Err(_) if !entry.is_alive() => {}
                 Err(error) => complain!("dunlin: {}: {error}", entry.name),
             }
         }
@@ -147,7 +149,7 @@ pub(in crate::cli) struct InfoArgs {
 impl InfoArgs {
     pub(in crate::cli) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
         let registry = Registry::new(self.run_dir.path(config));
-        let info = ask_info(&registry.socket(&registry.find(&self.vm)?.name, "observe"))?;
+        let info = ask_info(&registry.served(&registry.find(&self.vm)?, "observe"))?;
         if json {
             say!("{}", serde_json::to_string(&info.tagged())?);
             return Ok(exit::DONE);
@@ -221,7 +223,7 @@ fn throttle_lines(throttle: &ThrottleView) -> Vec<String> {
 fn order(vm: &VmRef, run_dir: &Path, target: &str, done: &str, json: bool) -> anyhow::Result<u8> {
     let registry = Registry::new(run_dir);
     let result = registry.find(vm).map_err(|error| error.to_string()).and_then(|entry| {
-        give_order(&registry.socket(&entry.name, "control"), target, &[]).map_err(|error| error.to_string())
+        give_order(&registry.served(&entry, "control"), target, &[]).map_err(|error| error.to_string())
     });
     let error = result.err().unwrap_or_default();
     let code = if error.is_empty() { exit::DONE } else { exit::REFUSED };
@@ -299,8 +301,8 @@ pub(in crate::cli) struct ConsoleArgs {
 impl ConsoleArgs {
     pub(in crate::cli) fn run(self, json: bool, config: &Config) -> anyhow::Result<u8> {
         let registry = Registry::new(self.run_dir.path(config));
-        let name = registry.find(&self.vm)?.name;
-        let (observe, act) = (registry.socket(&name, "observe"), registry.socket(&name, "control"));
+        let entry = registry.find(&self.vm)?;
+        let (observe, act) = (registry.served(&entry, "observe"), registry.served(&entry, "control"));
         let (shown, mut position) = ask_console(&observe, None)?;
         let print = |output: &[u8]| {
             if json { bytes(format!("{}\n", console_line(output)).as_bytes()) } else { bytes(output) }

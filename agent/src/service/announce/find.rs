@@ -182,7 +182,7 @@ pub(in crate::service) fn said_of(
     let mut learner = Learner::default();
     let mut taps: BTreeSet<String> = BTreeSet::new();
     if let Some(entry) = &vm.entry {
-        let info = ask_info(&Registry::new(run_dir).socket(&entry.name, "observe"))?;
+        let info = ask_info(&Registry::new(run_dir).served(entry, "observe"))?;
         for net in &info.nets {
             taps.insert(net.tap.clone());
             let station = &net.station;
