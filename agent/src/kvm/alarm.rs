@@ -19,8 +19,7 @@ impl Alarm {
         let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
         event.sigev_notify = libc::SIGEV_THREAD_ID;
         event.sigev_signo = signal;
-        // SAFETY: takes no argument, cannot fail.
-        event.sigev_notify_thread_id = unsafe { libc::gettid() };
+        event.sigev_notify_thread_id = super::hurry::this_thread();
         let mut timer: libc::timer_t = std::ptr::null_mut();
         // SAFETY: both point to locals for the duration of the call.
         match unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer) } {

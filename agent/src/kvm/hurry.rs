@@ -52,8 +52,7 @@ pub fn stand_back() {
 
 /// The calling thread's number.
 pub(super) fn this_thread() -> i32 {
-    // SAFETY: no argument, cannot fail.
-    unsafe { libc::gettid() }
+    rustix::thread::gettid().as_raw_nonzero().get()
 }
 
 /// Puts an ordinary thread in front; whether it was moved.

@@ -135,8 +135,7 @@ pub(crate) fn spawn(vcpu: Arc<Vcpu>, around: Arc<Surroundings>) -> Result<JoinHa
     std::thread::Builder::new()
         .name(format!("vcpu{}", vcpu.index))
         .spawn(move || {
-            // SAFETY: no argument, cannot fail.
-            let id = unsafe { libc::gettid() };
+            let id = hurry::this_thread();
             vcpu.thread.store(id, Ordering::Release);
             let alarm = Alarm::for_this_thread(libc::SIGRTMIN() + KICK_SIGNAL);
             if let Err(error) = &alarm {

@@ -23,12 +23,12 @@ use crate::model::{VmId, VmRef};
 
 /// Where VMs are listed unless told otherwise.
 pub const DEFAULT_RUN_DIR: &str = "/run/dunlin";
+/// Where the journal is unless told otherwise.
+pub const DEFAULT_STATE_DIR: &str = "/var/lib/dunlin";
 /// How long a VM that lives may take from its entry to its sockets.
 const SOCKETS_FOLLOW: Duration = Duration::from_secs(1);
 /// How often it is looked for them.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
-/// Where the journal is unless told otherwise.
-pub const DEFAULT_STATE_DIR: &str = "/var/lib/dunlin";
 
 /// Writes a file beside its place and renames it, so that a reader sees all of it or nothing.
 ///
