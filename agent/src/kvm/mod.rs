@@ -37,5 +37,5 @@ mod vm;
 pub mod x86;
 
 pub use control::MachineExit;
-pub use hurry::{Hurry, stand_back};
+pub use hurry::{Hurry, stand, stand_back};
 pub use machine::{HostedError, Hosting, Machine};

@@ -43,8 +43,8 @@ pub use eta::{Eta, Going, eta};
 pub use message::{Accept, ControlMessage, Handed, Increment, Offer, TargetState};
 pub use observe::{CancelFlag, Observer, Quiet};
 pub use options::{OnStuck, Safety, SourceOptions, Strategy};
+pub use owed::GUEST_FIRST;
 pub use pacer::{Pace, Pacer};
-pub use push::GUEST_FIRST;
 pub use reduce::{Compress, Reducers};
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) use reduce::{fuzz as fuzz_packed, fuzz_seeds as packed_seeds};

@@ -13,7 +13,7 @@ use std::time::Duration;
 use super::marks::Marks;
 use super::target::TargetError;
 use crate::model::{PAGE_SIZE, PageBitmap, PageRun, RegionId, WaitReport};
-use crate::port::{Bell, BulkReceiver, BulkSender, BytesView, Clock, FaultError, Faults, LinkError, Region};
+use crate::port::{Bell, BulkReceiver, BulkSender, BytesView, Clock, FaultError, Faults, LinkError, Place, Region};
 
 /// How often whoever waits looks around.
 const TICK: Duration = Duration::from_millis(100);
@@ -21,6 +21,11 @@ const TICK: Duration = Duration::from_millis(100);
 const MAP_PAGES: u32 = 512;
 /// The most pages that are looked at together for data: 1 GiB.
 pub(super) const LOOK_PAGES: u32 = 1 << 18;
+
+/// For so long from its going on, the VM, which has much to catch up with, is to find the link and the processors free: only what it is likely to touch is pushed.
+pub const GUEST_FIRST: Duration = Duration::from_millis(20);
+/// How long at most that it goes on is waited for, from the handover.
+pub(super) const UNTIL_IT_RUNS: Duration = Duration::from_millis(100);
 
 /// What the VM is owed.
 pub(super) struct Owed<'a> {
@@ -37,6 +42,8 @@ pub(super) struct Owed<'a> {
     is_fresh: bool,
     over: AtomicBool,
     runs: AtomicBool,
+    /// Until then (nanoseconds) the guest may wait for what the push has sent already.
+    first_until: AtomicU64,
     /// Requests do not get out.
     cut: AtomicBool,
     /// Why faults are not served any more.
@@ -114,6 +121,7 @@ impl<'a> Owed<'a> {
             is_fresh: false,
             over: AtomicBool::new(false),
             runs: AtomicBool::new(false),
+            first_until: AtomicU64::new((clock.now() + UNTIL_IT_RUNS).as_nanos() as u64),
             cut: AtomicBool::new(false),
             failure: Mutex::default(),
             changed: Bell::default(),
@@ -266,6 +274,7 @@ impl<'a> Owed<'a> {
 
     /// The guest runs.
     pub(super) fn runs(&self) {
+        self.first_until.store((self.clock.now() + GUEST_FIRST).as_nanos() as u64, Ordering::Release);
         self.runs.store(true, Ordering::Release);
         self.changed.ring();
     }
@@ -273,6 +282,16 @@ impl<'a> Owed<'a> {
     /// All is here: the guest waits for nothing any more.
     pub(super) fn end(&self) -> Result<(), TargetError> {
         self.faults.end().map_err(|error| gone(&error))
+    }
+
+    /// Where whoever takes in the push is to stand. While only what the guest is likely to touch is pushed it may wait for that, once it runs.
+    pub(super) fn place_of_push(&self) -> Place {
+        let until = Duration::from_nanos(self.first_until.load(Ordering::Acquire));
+        match (self.clock.now() < until, self.runs.load(Ordering::Acquire)) {
+            (true, true) => Place::InFront,
+            (true, false) => Place::Among,
+            (false, _) => Place::Aside,
+        }
     }
 
     fn is_over(&self) -> bool {
@@ -398,7 +417,7 @@ impl<'a> Owed<'a> {
 
     /// Serves the VM's faults until nothing is owed any more; any number of threads may.
     pub(super) fn serve_faults(&self) -> Result<(), TargetError> {
-        self.clock.go_in_front();
+        self.clock.stand(Place::InFront);
         let mut pages = Vec::new();
         while !self.is_over() {
             self.faults.next(&mut pages, TICK).map_err(|error| gone(&error))?;

@@ -8,13 +8,13 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::observe::Observer;
-use super::owed::check_run;
+use super::owed::{GUEST_FIRST, UNTIL_IT_RUNS, check_run};
 use super::pacer::{Pacer, kernel_pace};
 use super::pieces::{Holes, pieces};
 use super::source::SourceError;
 use super::zeros::zero_bits;
 use crate::model::{PAGE_SIZE, PageBitmap, PageRun, PostCopyReport};
-use crate::port::{Bell, BulkItem, BulkReceiver, BulkSender, Clock, LinkError, Region};
+use crate::port::{Bell, BulkItem, BulkReceiver, BulkSender, Clock, LinkError, Place, Region};
 
 /// What a run of the push may take at the rate so far.
 const RUN_TIME: Duration = Duration::from_millis(1);
@@ -22,15 +22,13 @@ const RUN_TIME: Duration = Duration::from_millis(1);
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// The shortest run that the push is cut to, in pages.
 const SHORTEST_RUN: u32 = 8;
+/// The longest run of what lies around pages that go first: a millisecond at 1 Gbit/s.
+const NEAR_RUN: u32 = 32;
 
-/// For so long from its going on, the VM, which has much to catch up with, is to find the link and the processors free: only what it is likely to touch is pushed.
-pub const GUEST_FIRST: Duration = Duration::from_millis(20);
-/// How long at most that it goes on is waited for, from the handover.
-const UNTIL_IT_RUNS: Duration = Duration::from_millis(100);
-/// Runs that follow each request meanwhile: up and down.
+/// While the guest goes first so many runs follow each request: up and down.
 const RUNS_AROUND: u64 = 2;
 /// What lies around pages that go first follows them: blocks of so many pages, and how many blocks (2 MiB, as much as goes first at most).
-const BLOCK: u64 = 64;
+pub(super) const BLOCK: u64 = 64;
 const MOST_BLOCKS: usize = 8;
 
 /// What nobody has sent yet, and where the push goes on: all of it lies from `up` on, or below `down`.
@@ -58,10 +56,10 @@ impl Unsent {
         asked.into_iter().map(|run| self.take(run)).collect()
     }
 
-    /// Takes the next run of what lies around the pages that go first.
-    fn take_near(&mut self) -> Option<PageRun> {
+    /// Takes the next run of what lies around the pages that go first, of at most `longest` pages.
+    fn take_near(&mut self, longest: u32) -> Option<PageRun> {
         while let Some(block) = self.near.last() {
-            let run = self.pages.runs_within(block * BLOCK, (block + 1) * BLOCK, SHORTEST_RUN).next();
+            let run = self.pages.runs_within(block * BLOCK, (block + 1) * BLOCK, longest).next();
             if let Some(run) = run {
                 return Some(self.take(run));
             }
@@ -175,6 +173,10 @@ impl<'a> Push<'a> {
         self.follows_until.store(until.as_nanos() as u64, Ordering::Release);
     }
 
+    fn guest_goes_first(&self) -> bool {
+        self.clock.now().as_nanos() < self.follows_until.load(Ordering::Acquire).into()
+    }
+
     /// What limits it.
     pub(super) fn pacer(&self) -> &'a Pacer<'a> {
         self.pacer
@@ -257,7 +259,7 @@ impl<'a> Push<'a> {
             self.clock.sleep(LOOK_EVERY);
         }
         self.pacer.await_turn();
-        let near = self.unsent().take_near();
+        let near = self.unsent().take_near(NEAR_RUN.min(self.longest_run.max(SHORTEST_RUN)));
         if near.is_some() {
             return near;
         }
@@ -301,10 +303,14 @@ impl<'a> Push<'a> {
     pub(super) fn push(&self, stream: &mut dyn BulkSender) {
         let mut work = || -> Result<(), LinkError> {
             stream.start_round(self.round, true)?;
-            let mut paced = None;
+            let (mut paced, mut is_aside) = (None, false);
             while !self.is_over()
                 && let Some(run) = self.next_run()
             {
+                if !is_aside && !self.guest_goes_first() {
+                    is_aside = true;
+                    self.clock.stand(Place::Aside);
+                }
                 let limit = self.pacer.limit();
                 if paced != Some(limit) {
                     paced = Some(limit);
@@ -323,7 +329,7 @@ impl<'a> Push<'a> {
 
     /// Answers requests over the stream that is theirs, until nobody asks any more.
     pub(super) fn answer(&self, stream: &mut dyn BulkSender, requests: &mut dyn BulkReceiver) {
-        self.clock.go_in_front();
+        self.clock.stand(Place::InFront);
         let mut work = || -> Result<(), LinkError> {
             // What the guest waits for is held back by nobody.
             stream.pace(None);
@@ -370,7 +376,7 @@ impl<'a> Push<'a> {
 }
 
 /// The blocks in which the last of some pages lie, that of the last page last.
-fn blocks_around(pages: &[u64]) -> Vec<u64> {
+pub(super) fn blocks_around(pages: &[u64]) -> Vec<u64> {
     let mut blocks = Vec::new();
     for block in pages.iter().rev().map(|page| page / BLOCK) {
         if blocks.len() < MOST_BLOCKS && !blocks.contains(&block) {
@@ -494,7 +500,7 @@ mod tests {
         let near = blocks_around(&(0..20).map(|block| block * BLOCK + 5).collect::<Vec<_>>());
         let pages = PageBitmap::full(crate::model::PageCount(19 * BLOCK + 12));
         let mut unsent = Unsent { pages, near, up: 0, down: 0, goes_down: false };
-        let found: Vec<_> = std::iter::from_fn(|| unsent.take_near()).collect();
+        let found: Vec<_> = std::iter::from_fn(|| unsent.take_near(8)).collect();
         assert_eq!(found.len(), (MOST_BLOCKS - 1) * 8 + 2);
         assert_eq!(found[..2], [PageRun::new(19 * BLOCK, 8), PageRun::new(19 * BLOCK + 8, 4)]);
         assert_eq!(found[found.len() - 1], PageRun::new(12 * BLOCK + 56, 8));

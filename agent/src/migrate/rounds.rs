@@ -18,7 +18,7 @@ use super::source::SourceError;
 use super::steward::{LOOK_EVERY, Sent};
 use super::zeros::zero_bits;
 use crate::model::{BytesPerSecond, PAGE_SIZE, PageBitmap, PageCount, PageRun};
-use crate::port::{Bell, BulkSender, Clock, Job, Machine, Region};
+use crate::port::{Bell, BulkSender, Clock, Job, Machine, Place, Region};
 
 /// The most pages that one stream takes at a time, and that are protected with one order: 32 MiB.
 const WINDOW_PAGES: u64 = 8192;
@@ -185,7 +185,10 @@ impl Round<'_> {
             }
             for ((stream, reducing), share) in streams.iter_mut().zip(reducing).zip(&mut shares) {
                 jobs.push(Box::new(move || {
+                    self.clock.stand(if self.last { Place::InFront } else { Place::Aside });
                     *share = send(stream, reducing);
+                    // The last of them may be the calling thread's.
+                    self.clock.stand(Place::Among);
                     sending.fetch_sub(1, Ordering::Release);
                     ended.ring();
                 }));

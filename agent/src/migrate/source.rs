@@ -485,6 +485,15 @@ impl Source<'_> {
     /// Sends what is due, and finds out what is due then: how many pages, and how long the round took.
     fn one_round(&mut self, progress: &mut Progress, way: &mut Way<'_>) -> Result<(PageCount, Duration), SourceError> {
         self.leave_out_free(progress, way)?;
+        self.round_of_due(progress, way)
+    }
+
+    /// The same, with nothing left out.
+    fn round_of_due(
+        &mut self,
+        progress: &mut Progress,
+        way: &mut Way<'_>,
+    ) -> Result<(PageCount, Duration), SourceError> {
         self.pass(progress, Step::Round, &format!("{} pages due", way.due.count().0));
         let skips_hot = self.options.reducers.skip_hot;
         let hot = way.due_before.take().map(|before| way.due.both(&before));

@@ -30,7 +30,7 @@ use crate::model::{
 };
 use crate::port::{
     Bell, BulkItem, BulkReceiver, BulkSender, Clock, ControlChannel, Fate, Faults, Job, LinkError, Machine,
-    MachineError, Region, TargetLink,
+    MachineError, Place, Region, TargetLink,
 };
 
 /// How long a source may take to say what it wants, and to open its streams.
@@ -910,6 +910,7 @@ impl<'a> Inflow<'a> {
         let mut digest = 0u64;
         let mut owed: Option<&Arc<Owed<'_>>> = None;
         let mut unpacker = Unpacker::default();
+        let mut place = Place::Among;
         loop {
             let item = receiver.next(&mut keep_waiting)?;
             self.touch();
@@ -919,12 +920,20 @@ impl<'a> Inflow<'a> {
                     inside = Some(digested);
                     if digested && self.faults.get().is_some() {
                         owed = Some(self.await_owed()?);
-                        if asked {
-                            self.clock.go_in_front();
-                        }
                     }
+                    place = match owed {
+                        Some(owed) if !asked => owed.place_of_push(),
+                        // The VM waits for what it has asked for; it stands if nothing is owed in the last round.
+                        _ if digested => Place::InFront,
+                        _ => Place::Aside,
+                    };
+                    self.clock.stand(place);
                 }
                 (BulkItem::Pages(region, run), Some(_)) if let Some(owed) = owed => {
+                    if !asked && place != owed.place_of_push() {
+                        place = owed.place_of_push();
+                        self.clock.stand(place);
+                    }
                     check_run(self.region, region, run)?;
                     owed.take_pages(run, receiver, &mut keep_waiting)?;
                     self.touch();

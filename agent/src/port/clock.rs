@@ -45,6 +45,17 @@ impl Bell {
     }
 }
 
+/// Where a thread stands among those that want its CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A VM waits for what it does, which is to be short pieces: in front of ordinary threads.
+    InFront,
+    /// Among them.
+    Among,
+    /// It has its share, but nobody waits for what it does: whoever else wakes goes first.
+    Aside,
+}
+
 /// A monotonic clock.
 pub trait Clock: Send + Sync {
     /// Time since some fixed start.
@@ -58,8 +69,8 @@ pub trait Clock: Send + Sync {
         self.now()
     }
 
-    /// A VM waits for what the calling thread does: until the thread ends it goes in front of ordinary ones, where somebody can see to that. Its work is to be short pieces.
-    fn go_in_front(&self) {}
+    /// Where the calling thread is to stand from now on, where somebody can see to that.
+    fn stand(&self, _place: Place) {}
 
     /// Waits until `bell` has been rung more often than `seen`, at most `timeout`.
     fn wait(&self, bell: &Bell, seen: u64, timeout: Duration) {

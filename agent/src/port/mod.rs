@@ -17,7 +17,7 @@ pub mod relay;
 pub mod throttle;
 pub mod tunnel;
 
-pub use clock::{Bell, Clock, Job};
+pub use clock::{Bell, Clock, Job, Place};
 pub use events::{
     Arm, ArmError, EventHook, EventSample, EventSource, EventSourceError, Look, LostEvents, Protected, SampleLog,
     SampleLogError, SpaceEvents, ThreadEvents,

@@ -3,8 +3,8 @@
 use std::thread;
 use std::time::Duration;
 
-use crate::kvm::Hurry;
-use crate::port::Clock;
+use crate::kvm::stand;
+use crate::port::{Clock, Place};
 use crate::time::{monotonic_now, thread_cpu_time};
 
 /// `CLOCK_MONOTONIC`, which all processes of a host share: times of several processes can be laid side by side.
@@ -24,7 +24,7 @@ impl Clock for MonotonicClock {
         thread_cpu_time()
     }
 
-    fn go_in_front(&self) {
-        Hurry::here().for_good();
+    fn stand(&self, place: Place) {
+        stand(place);
     }
 }

@@ -450,6 +450,26 @@ fn what_never_held_data_is_not_owed_and_what_is_written_meanwhile_is() {
 }
 
 #[test]
+fn what_is_written_all_the_time_is_sent_ahead_with_what_lies_around_it() {
+    for seed in 0..20 {
+        let mut scenario = Scenario::new(seed);
+        (scenario.strategy, scenario.guest.working_set, scenario.guest.hot_set) = (Strategy::PostCopy, 2000, 3);
+        scenario.guest.writes_per_second = 200_000;
+        let run = simulate(&scenario);
+        assert!(run.violations.is_empty(), "{run:#?}");
+        let rounds = run.report.unwrap().rounds;
+        let ahead = rounds.iter().map(|round| (round.pages, round.paused)).collect::<Vec<_>>();
+        assert!(matches!(ahead[..], [(pages, false)] if (4..=512).contains(&pages)), "seed {seed}: {ahead:?}");
+        scenario.strategy = Strategy::DemandPaging;
+        assert_eq!(
+            simulate(&scenario).report.unwrap().rounds.len(),
+            0,
+            "of that nothing is sent but what is asked for"
+        );
+    }
+}
+
+#[test]
 fn a_machine_that_does_not_wait_for_missing_pages_is_found_out() {
     let found = |seed: &u64| {
         let seed = *seed;

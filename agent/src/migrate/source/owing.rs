@@ -13,7 +13,7 @@ use crate::migrate::options::{Safety, Strategy};
 use crate::migrate::owed::{LOOK_PAGES, owed_pages, owed_words};
 use crate::migrate::pacer::Pacer;
 use crate::migrate::protect::protect_all;
-use crate::migrate::push::Push;
+use crate::migrate::push::{BLOCK, Push, blocks_around};
 use crate::migrate::rounds::longest_run;
 use crate::model::{
     BlackoutLedger, BlackoutPhase, Ending, MigrationReport, PageBitmap, PostCopyReport, Step, WaitReport,
@@ -50,6 +50,9 @@ impl Source<'_> {
             // Of demand-paging nothing follows that is not asked for.
             let pure = self.options.strategy == Strategy::DemandPaging;
             let mut first = if pure { Vec::new() } else { self.hot_pages(&mut way.due)? };
+            if !pure && progress.rounds.is_empty() {
+                self.send_ahead(progress, &mut way, &first)?;
+            }
             let (requests, essential) = self.hand_owing(progress, &mut way)?;
             // The last of them goes first.
             first.retain(|page| !essential.contains(page));
@@ -96,6 +99,23 @@ impl Source<'_> {
         for window in self.region.spec().pages.windows(LOOK_PAGES) {
             self.region.data_within(window).into_iter().for_each(|data| due.insert_run(data));
         }
+        Ok(())
+    }
+
+    /// Sends what lies around the pages that the VM writes most, as a round while it still runs here: most of what it touches first where it goes on is there by then, and has memory. What
+    /// it writes meanwhile follows it like all else.
+    fn send_ahead(&mut self, progress: &mut Progress, way: &mut Way<'_>, hot: &[u64]) -> Result<(), SourceError> {
+        let mut ahead = PageBitmap::new(way.due.len());
+        for block in blocks_around(hot) {
+            way.due.runs_within(block * BLOCK, (block + 1) * BLOCK, u32::MAX).for_each(|run| ahead.insert_run(run));
+        }
+        if ahead.is_empty() {
+            return Ok(());
+        }
+        let mut later = std::mem::replace(&mut way.due, ahead);
+        later.subtract(&way.due);
+        self.round_of_due(progress, way)?;
+        way.due.union(&later);
         Ok(())
     }
 
