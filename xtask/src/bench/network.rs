@@ -34,7 +34,8 @@ const STRATEGIES: [&str; 2] = ["pre-copy", "post-copy"];
 /// What the footer says of the metrics.
 pub(super) const DEFINITIONS: &str = "\
 A guest of 256 MiB that writes 2000 pages/s moves there and back between two hosts (network namespaces with a bridge and a tap each) behind one switch. From a third place clients send it numbered packets of UDP over IPv4
-and over IPv6, each 1000 a second, ask it over one TCP connection 1000 times a second, and take 16 Mbit/s from it over another one (IPv6), all of it compared byte by byte. Each run is five moves there and five back.
+and over IPv6, each 1000 a second, ask it over one TCP connection 1000 times a second, and take 16 Mbit/s from it over another one (IPv6), all of it compared byte by byte. Each run is five moves there and five back. Here free memory
+is taken and given back right before each move (512 MiB, as the target takes it), not before each run.
   lost             packets without an answer, of all moves of a run
   doubled          answers that came twice
   turned_round     answers that came behind one to a later packet
