@@ -1,21 +1,16 @@
 //! Putting a thread in front of all others on its CPU for a moment: nobody else's work may lengthen a blackout. A process that has nothing more to
-//! do than to take itself apart hurries no more. And putting one aside: what copies memory gets its share, but not while somebody wakes who has waited.
+//! do than to take itself apart hurries no more.
 //!
 //! Owns the scheduling calls. A host that does not allow them (no CAP_SYS_NICE, a control group without real-time share) is
 //! merely slower.
 
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use crate::port::Place;
 
 /// The lowest real-time priority is in front of every ordinary thread.
 const PRIORITY: i32 = 1;
-
-/// The slice of a thread that stands aside: several times the kernel's own (`base_slice_ns`, 0.7 to 2.8 ms), so that whoever wakes with one of those has the earlier deadline and
-/// preempts it (kernel/sched/fair.c: `wakeup_preempt_fair()`, `do_preempt_short()`).
-const LONG_SLICE: Duration = Duration::from_millis(20);
 
 /// This process stands back: none of its threads is put in front any more.
 static STANDS_BACK: AtomicBool = AtomicBool::new(false);
@@ -50,7 +45,7 @@ thread_local! {
     static IN_FRONT: RefCell<Option<Hurry>> = const { RefCell::new(None) };
 }
 
-/// Puts the calling thread there, until it is put elsewhere or ends. Kernels before 6.12 know no slices of a thread's own: aside is among the others then.
+/// Puts the calling thread there, until it is put elsewhere or ends.
 pub fn stand(place: Place) {
     if place == Place::InFront {
         IN_FRONT.with_borrow_mut(|hurry| {
@@ -59,30 +54,6 @@ pub fn stand(place: Place) {
         return;
     }
     drop(IN_FRONT.take());
-    let Some(mut attributes) = attributes() else { return };
-    if attributes.sched_policy == libc::SCHED_OTHER as u32 {
-        attributes.sched_runtime = if place == Place::Aside { LONG_SLICE.as_nanos() as u64 } else { 0 };
-        // SAFETY: the attributes, whose size they name, outlive the call; 0 is the calling thread.
-        unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
-    }
-}
-
-/// How the calling thread is scheduled.
-fn attributes() -> Option<libc::sched_attr> {
-    let size = size_of::<libc::sched_attr>() as u32;
-    let mut attributes = libc::sched_attr {
-        size,
-        sched_policy: 0,
-        sched_flags: 0,
-        sched_nice: 0,
-        sched_priority: 0,
-        sched_runtime: 0,
-        sched_deadline: 0,
-        sched_period: 0,
-    };
-    // SAFETY: the kernel writes at most `size` bytes of the attributes; 0 is the calling thread.
-    let done = unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attributes, size, 0) };
-    (done == 0).then_some(attributes)
 }
 
 /// From now on no thread of this process is in front of others, and none is put there. Not behind them either: on a full host a process that gives way to all (nice 19) ends tens of times
@@ -162,19 +133,12 @@ mod tests {
     #[test]
     fn a_thread_stands_where_it_is_told() {
         std::thread::spawn(|| {
-            let slice = || attributes().unwrap().sched_runtime;
-            let (foremost, usual) = (foremost(), slice());
+            let foremost = foremost();
             stand(Place::InFront);
-            stand(Place::InFront);
-            assert_eq!(policy(), foremost);
-            stand(Place::Aside);
-            // A kernel that knows no slices says that there is none.
-            let long = if usual == 0 { 0 } else { LONG_SLICE.as_nanos() as u64 };
-            assert_eq!((policy(), slice()), (libc::SCHED_OTHER, long));
             stand(Place::InFront);
             assert_eq!(policy(), foremost);
             stand(Place::Among);
-            assert_eq!((policy(), slice()), (libc::SCHED_OTHER, usual));
+            assert_eq!(policy(), libc::SCHED_OTHER);
         })
         .join()
         .unwrap();
@@ -185,7 +149,7 @@ mod tests {
     fn what_another_has_put_in_front_stays_there() {
         let hurry = Hurry::here();
         let before = policy();
-        stand(Place::Aside);
+        stand(Place::Among);
         assert_eq!(policy(), before);
         drop(hurry);
     }

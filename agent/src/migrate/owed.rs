@@ -24,8 +24,6 @@ pub(super) const LOOK_PAGES: u32 = 1 << 18;
 
 /// For so long from its going on, the VM, which has much to catch up with, is to find the link and the processors free: only what it is likely to touch is pushed.
 pub const GUEST_FIRST: Duration = Duration::from_millis(20);
-/// How long at most that it goes on is waited for, from the handover.
-pub(super) const UNTIL_IT_RUNS: Duration = Duration::from_millis(100);
 
 /// What the VM is owed.
 pub(super) struct Owed<'a> {
@@ -121,7 +119,7 @@ impl<'a> Owed<'a> {
             is_fresh: false,
             over: AtomicBool::new(false),
             runs: AtomicBool::new(false),
-            first_until: AtomicU64::new((clock.now() + UNTIL_IT_RUNS).as_nanos() as u64),
+            first_until: AtomicU64::new(0),
             cut: AtomicBool::new(false),
             failure: Mutex::default(),
             changed: Bell::default(),
@@ -287,11 +285,7 @@ impl<'a> Owed<'a> {
     /// Where whoever takes in the push is to stand. While only what the guest is likely to touch is pushed it may wait for that, once it runs.
     pub(super) fn place_of_push(&self) -> Place {
         let until = Duration::from_nanos(self.first_until.load(Ordering::Acquire));
-        match (self.clock.now() < until, self.runs.load(Ordering::Acquire)) {
-            (true, true) => Place::InFront,
-            (true, false) => Place::Among,
-            (false, _) => Place::Aside,
-        }
+        if self.runs.load(Ordering::Acquire) && self.clock.now() < until { Place::InFront } else { Place::Among }
     }
 
     fn is_over(&self) -> bool {

@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::observe::Observer;
-use super::owed::{GUEST_FIRST, UNTIL_IT_RUNS, check_run};
+use super::owed::{GUEST_FIRST, check_run};
 use super::pacer::{Pacer, kernel_pace};
 use super::pieces::{Holes, pieces};
 use super::source::SourceError;
@@ -25,6 +25,8 @@ const SHORTEST_RUN: u32 = 8;
 /// The longest run of what lies around pages that go first: a millisecond at 1 Gbit/s.
 const NEAR_RUN: u32 = 32;
 
+/// How long at most that the VM goes on is waited for, from the handover.
+const UNTIL_IT_RUNS: Duration = Duration::from_millis(100);
 /// While the guest goes first so many runs follow each request: up and down.
 const RUNS_AROUND: u64 = 2;
 /// What lies around pages that go first follows them: blocks of so many pages, and how many blocks (2 MiB, as much as goes first at most).
@@ -173,10 +175,6 @@ impl<'a> Push<'a> {
         self.follows_until.store(until.as_nanos() as u64, Ordering::Release);
     }
 
-    fn guest_goes_first(&self) -> bool {
-        self.clock.now().as_nanos() < self.follows_until.load(Ordering::Acquire).into()
-    }
-
     /// What limits it.
     pub(super) fn pacer(&self) -> &'a Pacer<'a> {
         self.pacer
@@ -303,14 +301,10 @@ impl<'a> Push<'a> {
     pub(super) fn push(&self, stream: &mut dyn BulkSender) {
         let mut work = || -> Result<(), LinkError> {
             stream.start_round(self.round, true)?;
-            let (mut paced, mut is_aside) = (None, false);
+            let mut paced = None;
             while !self.is_over()
                 && let Some(run) = self.next_run()
             {
-                if !is_aside && !self.guest_goes_first() {
-                    is_aside = true;
-                    self.clock.stand(Place::Aside);
-                }
                 let limit = self.pacer.limit();
                 if paced != Some(limit) {
                     paced = Some(limit);

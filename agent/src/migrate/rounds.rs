@@ -185,7 +185,10 @@ impl Round<'_> {
             }
             for ((stream, reducing), share) in streams.iter_mut().zip(reducing).zip(&mut shares) {
                 jobs.push(Box::new(move || {
-                    self.clock.stand(if self.last { Place::InFront } else { Place::Aside });
+                    // Once the VM stands it waits for this.
+                    if self.last {
+                        self.clock.stand(Place::InFront);
+                    }
                     *share = send(stream, reducing);
                     // The last of them may be the calling thread's.
                     self.clock.stand(Place::Among);

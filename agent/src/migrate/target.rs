@@ -925,7 +925,7 @@ impl<'a> Inflow<'a> {
                         Some(owed) if !asked => owed.place_of_push(),
                         // The VM waits for what it has asked for; it stands if nothing is owed in the last round.
                         _ if digested => Place::InFront,
-                        _ => Place::Aside,
+                        _ => Place::Among,
                     };
                     self.clock.stand(place);
                 }

@@ -52,8 +52,6 @@ pub enum Place {
     InFront,
     /// Among them.
     Among,
-    /// It has its share, but nobody waits for what it does: whoever else wakes goes first.
-    Aside,
 }
 
 /// A monotonic clock.
