@@ -11,7 +11,7 @@ use std::time::Duration;
 use super::{Progress, Source};
 use crate::migrate::message::ControlMessage;
 use crate::model::{RelayReport, RelayedFrame};
-use crate::port::{Clock, ControlChannel, FormerPorts, Job, Place};
+use crate::port::{Clock, ControlChannel, FormerPorts, Job};
 
 /// When nothing has come for so long nothing more will.
 const QUIET: Duration = Duration::from_millis(200);
@@ -132,10 +132,7 @@ impl Source<'_> {
             report: RelayReport::default(),
         };
         let (clock, mut report, mut result) = (self.clock, None, None);
-        let job: Job<'_> = Box::new(|| {
-            clock.stand(Place::InFront);
-            report = Some(relaying.run());
-        });
+        let job: Job<'_> = Box::new(|| report = Some(relaying.run()));
         let lead = || {
             result = Some(work(self, progress));
             if self.cancel.is_set() {
