@@ -45,15 +45,14 @@ thread_local! {
     static IN_FRONT: RefCell<Option<Hurry>> = const { RefCell::new(None) };
 }
 
-/// Puts the calling thread there, until it is put elsewhere or ends.
+/// Puts the calling thread there, until it is put elsewhere or ends. Nothing is done where it stands there already.
 pub fn stand(place: Place) {
-    if place == Place::InFront {
-        IN_FRONT.with_borrow_mut(|hurry| {
+    match place {
+        Place::InFront => IN_FRONT.with_borrow_mut(|hurry| {
             hurry.get_or_insert_with(Hurry::here);
-        });
-        return;
+        }),
+        Place::Among => drop(IN_FRONT.take()),
     }
-    drop(IN_FRONT.take());
 }
 
 /// From now on no thread of this process is in front of others, and none is put there. Not behind them either: on a full host a process that gives way to all (nice 19) ends tens of times

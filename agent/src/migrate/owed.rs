@@ -40,7 +40,7 @@ pub(super) struct Owed<'a> {
     is_fresh: bool,
     over: AtomicBool,
     runs: AtomicBool,
-    /// Until then (nanoseconds) the guest may wait for what the push has sent already.
+    /// Until then (nanoseconds; 0 before it runs) the guest may wait for what the push has sent already.
     first_until: AtomicU64,
     /// Requests do not get out.
     cut: AtomicBool,
@@ -285,7 +285,7 @@ impl<'a> Owed<'a> {
     /// Where whoever takes in the push is to stand. While only what the guest is likely to touch is pushed it may wait for that, once it runs.
     pub(super) fn place_of_push(&self) -> Place {
         let until = Duration::from_nanos(self.first_until.load(Ordering::Acquire));
-        if self.runs.load(Ordering::Acquire) && self.clock.now() < until { Place::InFront } else { Place::Among }
+        if self.clock.now() < until { Place::InFront } else { Place::Among }
     }
 
     fn is_over(&self) -> bool {

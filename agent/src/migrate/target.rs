@@ -910,7 +910,6 @@ impl<'a> Inflow<'a> {
         let mut digest = 0u64;
         let mut owed: Option<&Arc<Owed<'_>>> = None;
         let mut unpacker = Unpacker::default();
-        let mut place = Place::Among;
         loop {
             let item = receiver.next(&mut keep_waiting)?;
             self.touch();
@@ -921,18 +920,16 @@ impl<'a> Inflow<'a> {
                     if digested && self.faults.get().is_some() {
                         owed = Some(self.await_owed()?);
                     }
-                    place = match owed {
+                    self.clock.stand(match owed {
                         Some(owed) if !asked => owed.place_of_push(),
                         // The VM waits for what it has asked for; it stands if nothing is owed in the last round.
                         _ if digested => Place::InFront,
                         _ => Place::Among,
-                    };
-                    self.clock.stand(place);
+                    });
                 }
                 (BulkItem::Pages(region, run), Some(_)) if let Some(owed) = owed => {
-                    if !asked && place != owed.place_of_push() {
-                        place = owed.place_of_push();
-                        self.clock.stand(place);
+                    if !asked {
+                        self.clock.stand(owed.place_of_push());
                     }
                     check_run(self.region, region, run)?;
                     owed.take_pages(run, receiver, &mut keep_waiting)?;
