@@ -8,6 +8,9 @@ use std::time::{Duration, Instant};
 
 /// Takes one vCPU out of guest code, or keeps it from entering, until [`Kick::clear`].
 pub(crate) trait Kick: Send + Sync {
+    /// Its first moment, which begins soon, comes before other work on its CPU.
+    fn hasten(&self) {}
+
     /// Called with the order already in place.
     fn kick(&self);
 
@@ -151,6 +154,12 @@ impl RunControl {
         self.ordered.notify_all();
         self.kick_all();
         self.reported.notify_all();
+    }
+
+    /// Lets all vCPUs go for the first time. False if the machine has ended.
+    pub(crate) fn start(&self) -> bool {
+        self.vcpus.iter().for_each(|vcpu| vcpu.hasten());
+        self.run()
     }
 
     /// Lets all vCPUs go. False if the machine has ended.

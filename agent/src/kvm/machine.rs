@@ -458,6 +458,11 @@ impl Machine {
         *self.image.lock().unwrap_or_else(PoisonError::into_inner) = Some(image);
     }
 
+    /// Whether a vCPU that touches memory may have to wait until somebody has brought a page.
+    pub fn pages_come_later(&self, whether: bool) {
+        self.vcpus.iter().for_each(|vcpu| vcpu.pages_come_later(whether));
+    }
+
     /// The kernel's thread numbers of the vCPUs, in order; zero for one whose thread has only just been made.
     pub fn vcpu_threads(&self) -> Vec<i32> {
         self.vcpus.iter().map(|vcpu| vcpu.thread_id()).collect()
@@ -509,8 +514,9 @@ impl Machine {
                 return Err(e.into());
             }
         }
-        *phase = Phase::Running;
-        if self.around.control.run() {
+        let is_first = std::mem::replace(phase, Phase::Running) == Phase::Fresh;
+        let control = &self.around.control;
+        if if is_first { control.start() } else { control.run() } {
             return Ok(());
         }
         *phase = Phase::Standing;

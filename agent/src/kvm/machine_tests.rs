@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::boot::{BootImage, sample};
 use super::control::MachineExit;
+use super::hurry;
 use super::machine::{HostedError, Machine};
 use super::ports::SLEEP_CONTROL_PORT;
 use super::testing::{boot, hosting, kvm_or_skip, printer, wait_for, writer, written};
@@ -47,6 +48,67 @@ fn a_paused_guest_stands_still_and_goes_on() {
     }
     machine.stop();
     assert_eq!(machine.wait_exit(Duration::from_secs(1)), Some(MachineExit::Stopped));
+}
+
+/// The number of the thread of the only vCPU.
+fn started_thread(machine: &Machine) -> i32 {
+    let thread = || machine.vcpu_threads()[0];
+    wait_for("the vCPU's thread", || thread() != 0);
+    thread()
+}
+
+#[test]
+fn the_vcpus_of_a_vm_that_comes_are_in_front_for_a_moment_and_after_a_pause_they_are_not() {
+    if !kvm_or_skip("the_vcpus_of_a_vm_that_comes_are_in_front_for_a_moment_and_after_a_pause_they_are_not") {
+        return;
+    }
+    // Where nobody may be put in front, that is an ordinary thread's policy, too.
+    let foremost = || {
+        let _hurry = hurry::Hurry::here();
+        hurry::policy_of(0)
+    };
+    let in_front = std::thread::spawn(foremost).join().unwrap();
+    // It never leaves guest code by itself. Who looks may be held up for longer than the moment lasts, but not each time.
+    let (machine, thread) = (0..20)
+        .find_map(|_| {
+            let machine = boot(writer(8), 1, DirtyLogKind::Bitmap);
+            let thread = started_thread(&machine);
+            let policy = {
+                let _hurry = hurry::Hurry::here();
+                machine.resume().unwrap();
+                hurry::policy_of(thread)
+            };
+            (policy == in_front).then_some((machine, thread))
+        })
+        .expect("a vCPU in front");
+    wait_for("the end of its moment", || hurry::policy_of(thread) == libc::SCHED_OTHER);
+    let before = written(&machine, 0);
+    wait_for("a write", || written(&machine, 0) > before);
+    machine.pause().unwrap();
+    // Put in front to stand at once, it is an ordinary one as soon as it goes on.
+    assert_eq!(hurry::policy_of(thread), in_front);
+    machine.resume().unwrap();
+    wait_for("its going on", || hurry::policy_of(thread) == libc::SCHED_OTHER);
+    machine.stop();
+}
+
+#[test]
+fn a_vcpu_that_may_wait_for_a_page_is_never_in_front() {
+    if !kvm_or_skip("a_vcpu_that_may_wait_for_a_page_is_never_in_front") {
+        return;
+    }
+    let machine = boot(writer(8), 1, DirtyLogKind::Bitmap);
+    let thread = started_thread(&machine);
+    machine.pages_come_later(true);
+    {
+        let _hurry = hurry::Hurry::here();
+        machine.resume().unwrap();
+        assert_eq!(hurry::policy_of(thread), libc::SCHED_OTHER);
+    }
+    wait_for("a write", || written(&machine, 0) > 0);
+    machine.pause().unwrap();
+    assert_eq!(hurry::policy_of(thread), libc::SCHED_OTHER);
+    machine.stop();
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 
@@ -25,6 +25,9 @@ use crate::model::AddressSpace;
 /// The signal that takes a vCPU out of guest code, counted from SIGRTMIN.
 const KICK_SIGNAL: i32 = 0;
 
+/// How long the vCPUs of a VM that has just come (or starts) are in front of ordinary threads: what reached it while it stood is answered before the migration goes on with the rest.
+const CATCHES_UP: Duration = Duration::from_millis(2);
+
 /// A vCPU.
 pub(crate) struct Vcpu {
     index: u32,
@@ -35,6 +38,10 @@ pub(crate) struct Vcpu {
     thread: AtomicI32,
     /// Whether its thread was put in front of others to answer a kick.
     hurried: AtomicBool,
+    /// Whether its thread was put in front of others for its first moment, which has not begun.
+    hastened: AtomicBool,
+    /// It may have to wait for a page of memory, and is not put in front of others.
+    may_wait: AtomicBool,
 }
 
 // SAFETY: `immediate_exit` points into the mapping that `fd` owns, which lives as long as `self`, and is only accessed
@@ -57,6 +64,8 @@ impl Vcpu {
             immediate_exit,
             thread: AtomicI32::new(0),
             hurried: AtomicBool::new(false),
+            hastened: AtomicBool::new(false),
+            may_wait: AtomicBool::new(false),
         })
     }
 
@@ -80,6 +89,18 @@ impl Vcpu {
         self.signal();
     }
 
+    /// Whether it may have to wait until somebody has brought a page. With a signal pending it does not sleep then: the kernel tries again and again, since only a fatal one ends an access of
+    /// its own to memory (`fault_signal_pending`, include/linux/sched/signal.h). In front of all others it would keep its CPU from whoever brings the page.
+    pub(super) fn pages_come_later(&self, whether: bool) {
+        self.may_wait.store(whether, Ordering::SeqCst);
+    }
+
+    /// Puts its thread in front of others, if that may be; whether it was moved.
+    fn put_in_front(&self) -> bool {
+        let thread = self.thread_id();
+        thread != 0 && !self.may_wait.load(Ordering::SeqCst) && hurry::put_in_front(thread)
+    }
+
     fn signal(&self) {
         let thread = self.thread_id();
         if thread != 0 {
@@ -98,15 +119,18 @@ impl Vcpu {
 }
 
 impl Kick for Vcpu {
+    fn hasten(&self) {
+        if self.put_in_front() {
+            self.hastened.store(true, Ordering::SeqCst);
+        }
+    }
+
     fn kick(&self) {
         // First the flag, then the signal: a vCPU that is about to enter sees the flag, one inside takes the signal.
         self.immediate_exit().store(1, Ordering::SeqCst);
-        let thread = self.thread_id();
-        if thread != 0 {
-            // On a busy host a pause does not wait for the thread's next turn.
-            if hurry::put_in_front(thread) {
-                self.hurried.store(true, Ordering::SeqCst);
-            }
+        // On a busy host a pause does not wait for the thread's next turn.
+        if self.put_in_front() {
+            self.hurried.store(true, Ordering::SeqCst);
         }
         self.signal();
     }
@@ -157,8 +181,13 @@ pub(crate) fn spawn(vcpu: Arc<Vcpu>, around: Arc<Surroundings>) -> Result<JoinHa
 /// `immediate_exit` set it does after it has finished the instruction of the last exit.
 fn run(vcpu: &Vcpu, around: &Surroundings, alarm: Option<&Alarm>) -> Option<MachineExit> {
     let mut fd = vcpu.fd();
+    let mut first = FirstMoment::begin(vcpu, alarm);
     loop {
-        match fd.run() {
+        let exit = fd.run();
+        if first.as_ref().is_some_and(FirstMoment::is_over) {
+            first = None;
+        }
+        match exit {
             Ok(VcpuExit::IoOut(port, data)) => match around.ports.write(port, data) {
                 PortAction::None => {}
                 PortAction::PowerOff => return Some(MachineExit::PowerOff),
@@ -192,6 +221,32 @@ fn run(vcpu: &Vcpu, around: &Surroundings, alarm: Option<&Alarm>) -> Option<Mach
             }
             Err(e) => return Some(MachineExit::Error(format!("vCPU {}: KVM_RUN: {e}", vcpu.index))),
         }
+    }
+}
+
+/// A vCPU's thread is in front of others until this is dropped.
+struct FirstMoment {
+    thread: i32,
+    until: Instant,
+}
+
+impl FirstMoment {
+    /// If the thread, the calling one, was put in front for that. Without an alarm nobody would take it out of guest code at its end.
+    fn begin(vcpu: &Vcpu, alarm: Option<&Alarm>) -> Option<Self> {
+        let is_hastened = vcpu.hastened.swap(false, Ordering::SeqCst);
+        let moment = is_hastened.then(|| Self { thread: vcpu.thread_id(), until: Instant::now() + CATCHES_UP })?;
+        alarm?.ring_in(CATCHES_UP);
+        Some(moment)
+    }
+
+    fn is_over(&self) -> bool {
+        self.until <= Instant::now()
+    }
+}
+
+impl Drop for FirstMoment {
+    fn drop(&mut self) {
+        hurry::put_back(self.thread);
     }
 }
 

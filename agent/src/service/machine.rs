@@ -952,7 +952,7 @@ impl Host {
         let block_pages = self.machine.memory().block_pages();
         let faults =
             UserFaults::register(mapped.clone(), block_pages).map_err(|error| format!("userfaultfd: {error}"))?;
-        self.hold_balloon(true);
+        self.owes_pages(true);
         *lock(&self.faults) = Some(faults);
         Ok(Reply::Faults(mapped))
     }
@@ -970,10 +970,12 @@ impl Host {
         }
     }
 
-    /// While pages are owed none is given back to the host: a page that comes late would come into the guest's way, and one that is gone again would not be caught.
-    fn hold_balloon(&self, held: bool) {
+    /// While pages are owed none is given back to the host: a page that comes late would come into the guest's way, and one that is gone again would not be caught. Nor is a vCPU put in
+    /// front of whoever brings them.
+    fn owes_pages(&self, owes: bool) {
+        self.machine.pages_come_later(owes);
         if let Some(balloon) = self.machine.balloon() {
-            balloon.hold(held);
+            balloon.hold(owes);
         }
     }
 
@@ -988,7 +990,7 @@ impl Host {
             }),
             Request::AllIsHere => {
                 *lock(&self.faults) = None;
-                self.hold_balloon(false);
+                self.owes_pages(false);
                 Ok(Reply::Done)
             }
             Request::Attach { .. } | Request::Reattach { .. } | Request::Create(_) => {

@@ -142,7 +142,8 @@ impl Web {
         let mut again = self.serve_echo();
         again |= self.serve_http(run_cycles, heartbeats, block, balloon);
         again |= self.packets.serve(&mut self.sockets);
-        again |= self.bulk.serve(&mut self.sockets);
+        let (bulk, bulk_in) = self.bulk.serve(&mut self.sockets, run_cycles);
+        again |= bulk;
         if again {
             self.interface.poll(now, &mut self.device, &mut self.sockets);
         }
@@ -151,7 +152,8 @@ impl Web {
         let busy = self.order.is_some() || self.https.iter().any(|http| http.stage != Stage::Reading);
         let longest = Duration::from_millis(if busy { 5 } else { 1000 });
         let delay = self.interface.poll_delay(now, &self.sockets).unwrap_or(longest).min(longest);
-        (clock::cycles(delay.total_micros() * 1000), order)
+        let delay = clock::cycles(delay.total_micros() * 1000);
+        (bulk_in.map_or(delay, |bulk_in| bulk_in.min(delay)), order)
     }
 
     fn serve_echo(&mut self) -> bool {

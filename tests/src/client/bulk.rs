@@ -1,13 +1,13 @@
 //! A client of the guest's source of bytes: one TCP connection that never rests, each byte compared with what is due.
 //!
-//! It takes a given number of bytes each millisecond, so that a guest is not kept from its other work: the connection's window does the rest. Must not know of migration.
+//! It takes what comes as it comes; the guest sets the pace. Must not know of migration.
 
 use std::io::Read;
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
@@ -16,8 +16,6 @@ use super::gap::{Gap, GapMeter, monotonic_ns};
 
 /// The bytes repeat after so many.
 const PERIOD: u64 = 251;
-/// Little of what is not yet taken waits here, so that a stall shows.
-const RECEIVE_BYTES: usize = 64 << 10;
 const PIECE_BYTES: usize = 16 << 10;
 
 /// What the client has seen so far.
@@ -48,19 +46,18 @@ pub struct BulkClient {
 }
 
 impl BulkClient {
-    /// Connects and takes at most `bytes_per_ms` bytes each millisecond.
+    /// Connects and takes all that comes.
     ///
     /// # Errors
     /// No connection within ten seconds.
-    pub fn start(server: SocketAddr, bytes_per_ms: u64) -> Result<Self> {
+    pub fn start(server: SocketAddr) -> Result<Self> {
         let stream = TcpStream::connect_timeout(&server, Duration::from_secs(10))
             .with_context(|| format!("connect to the source of bytes at {server}"))?;
-        rustix::net::sockopt::set_socket_recv_buffer_size(&stream, RECEIVE_BYTES)?;
         let (state, stop) = (Arc::<Mutex<State>>::default(), Arc::<AtomicBool>::default());
         let receiver = thread::spawn({
             let (stream, state, stop) = (stream.try_clone()?, Arc::clone(&state), Arc::clone(&stop));
             move || {
-                if let Err(error) = take(stream, bytes_per_ms, &state, &stop)
+                if let Err(error) = take(stream, &state, &stop)
                     && !stop.load(Ordering::Acquire)
                 {
                     lock(&state).fault.get_or_insert(format!("{error:#}"));
@@ -103,24 +100,17 @@ fn lock(state: &Mutex<State>) -> std::sync::MutexGuard<'_, State> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn take(mut stream: TcpStream, bytes_per_ms: u64, state: &Mutex<State>, stop: &AtomicBool) -> Result<()> {
+fn take(mut stream: TcpStream, state: &Mutex<State>, stop: &AtomicBool) -> Result<()> {
     let mut piece = [0; PIECE_BYTES];
     let mut offset = 0;
-    // By the clock since the last stall, so that what a stall held up is not taken at once.
-    let (mut since, mut taken) = (Instant::now(), 0);
     while !stop.load(Ordering::Acquire) {
-        let due = Duration::from_millis(taken / bytes_per_ms.max(1));
-        match due.checked_sub(since.elapsed()) {
-            Some(early) => thread::sleep(early),
-            None => (since, taken) = (Instant::now(), 0),
-        }
         let len = stream.read(&mut piece).context("receiving")?;
         ensure!(len > 0, "the server closed the connection");
         let wrong = piece[..len].iter().zip(offset..).find(|(byte, at)| u64::from(**byte) != at % PERIOD);
         if let Some((byte, at)) = wrong {
             anyhow::bail!("byte {at} is {byte}, not {}", at % PERIOD);
         }
-        (offset, taken) = (offset + len as u64, taken + len as u64);
+        offset += len as u64;
         let mut state = lock(state);
         state.bytes = offset;
         state.gaps.event(monotonic_ns());
@@ -157,10 +147,10 @@ mod tests {
     #[test]
     fn each_byte_is_compared() {
         let limit = Duration::from_secs(10);
-        let client = BulkClient::start(source(None), 10_000).unwrap();
+        let client = BulkClient::start(source(None)).unwrap();
         wait_for("bytes", limit, || (client.report().bytes > 300_000).then_some(())).unwrap();
         assert_eq!(client.report().fault, None);
-        let client = BulkClient::start(source(Some(123_456)), 10_000).unwrap();
+        let client = BulkClient::start(source(Some(123_456))).unwrap();
         let fault = wait_for("the wrong one", limit, || client.report().fault).unwrap();
         assert!(fault.contains("byte 123456 is 255"), "{fault}");
     }

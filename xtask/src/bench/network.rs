@@ -34,14 +34,14 @@ const STRATEGIES: [&str; 2] = ["pre-copy", "post-copy"];
 /// What the footer says of the metrics.
 pub(super) const DEFINITIONS: &str = "\
 A guest of 256 MiB that writes 2000 pages/s moves there and back between two hosts (network namespaces with a bridge and a tap each) behind one switch. From a third place clients send it numbered packets of UDP over IPv4
-and over IPv6, each 1000 a second, ask it over one TCP connection 1000 times a second, and take 16 Mbit/s from it over another one (IPv6), all of it compared byte by byte. Each run is five moves there and five back. Here free memory
+and over IPv6, each 1000 a second, ask it over one TCP connection 1000 times a second, and take over another one (IPv6) what it sends at a pace of its own, 2000 bytes each millisecond, all of it compared byte by byte. Each run is five moves there and five back. Here free memory
 is taken and given back right before each move (512 MiB, as the target takes it), not before each run.
   lost             packets without an answer, of all moves of a run
   doubled          answers that came twice
   turned_round     answers that came behind one to a later packet
   udp_beyond       the time between the last answer from the former place and the first from the new one, less the blackout and the interval, of the worse family: the median move of a run
   tcp_beyond       the same of the TCP requests
-  bulk_beyond      the same of the bulk: between two pieces of it
+  bulk_beyond      the same of the bulk: between two pieces of it, taken as they come
   paused_beyond    what udp_beyond is where the VM goes nowhere, but stands for 4 ms before each move and goes on in the same process: what scheduling and the guest make of it
   copying          the longest time between two answers (UDP, TCP requests) otherwise: while memory is copied, on the same CPUs
   quiet            the same in half a second before each move, in which nothing is copied
