@@ -98,6 +98,7 @@ fn set_policy(thread: i32, policy: i32, priority: i32) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kvm::testing::policy_in_front;
 
     fn policy() -> i32 {
         policy_of(0)
@@ -115,12 +116,6 @@ mod tests {
         assert_eq!(policy(), libc::SCHED_OTHER);
     }
 
-    /// What a thread in front of others has.
-    fn foremost() -> i32 {
-        let _hurry = Hurry::here();
-        policy()
-    }
-
     #[test]
     fn what_a_thread_in_front_starts_is_ordinary() {
         let hurry = Hurry::here();
@@ -132,7 +127,7 @@ mod tests {
     #[test]
     fn a_thread_stands_where_it_is_told() {
         std::thread::spawn(|| {
-            let foremost = foremost();
+            let foremost = policy_in_front();
             stand(Place::InFront);
             stand(Place::InFront);
             assert_eq!(policy(), foremost);

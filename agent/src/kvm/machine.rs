@@ -516,7 +516,8 @@ impl Machine {
         }
         let is_first = std::mem::replace(phase, Phase::Running) == Phase::Fresh;
         let control = &self.around.control;
-        if if is_first { control.start() } else { control.run() } {
+        let goes = if is_first { control.start() } else { control.run() };
+        if goes {
             return Ok(());
         }
         *phase = Phase::Standing;

@@ -8,7 +8,7 @@ use super::control::MachineExit;
 use super::hurry;
 use super::machine::{HostedError, Machine};
 use super::ports::SLEEP_CONTROL_PORT;
-use super::testing::{boot, hosting, kvm_or_skip, printer, wait_for, writer, written};
+use super::testing::{boot, hosting, kvm_or_skip, policy_in_front, printer, wait_for, writer, written};
 use crate::model::DirtyLogKind;
 
 /// mov al, BYTE; mov dx, PORT; out dx, al
@@ -62,12 +62,7 @@ fn the_vcpus_of_a_vm_that_comes_are_in_front_for_a_moment_and_after_a_pause_they
     if !kvm_or_skip("the_vcpus_of_a_vm_that_comes_are_in_front_for_a_moment_and_after_a_pause_they_are_not") {
         return;
     }
-    // Where nobody may be put in front, that is an ordinary thread's policy, too.
-    let foremost = || {
-        let _hurry = hurry::Hurry::here();
-        hurry::policy_of(0)
-    };
-    let in_front = std::thread::spawn(foremost).join().unwrap();
+    let in_front = policy_in_front();
     // It never leaves guest code by itself. Who looks may be held up for longer than the moment lasts, but not each time.
     let (machine, thread) = (0..20)
         .find_map(|_| {

@@ -7,6 +7,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::boot::BootImage;
 use super::boot::elf_for_tests as pvh_elf;
+use super::hurry;
 use super::machine::{BootConfig, Hosting, Machine};
 use super::memory::MemoryOptions;
 use crate::model::{DirtyLogKind, SerialSpec, VmId};
@@ -24,6 +25,15 @@ pub(crate) fn kvm_or_skip(test: &str) -> bool {
         println!("SKIP {test}: no /dev/kvm");
     }
     there
+}
+
+/// The scheduling policy of a thread in front of others. Where nobody may be put there it is an ordinary thread's.
+pub(crate) fn policy_in_front() -> i32 {
+    let foremost = || {
+        let _hurry = hurry::Hurry::here();
+        hurry::policy_of(0)
+    };
+    std::thread::spawn(foremost).join().unwrap()
 }
 
 /// Machine code, put together byte by byte.

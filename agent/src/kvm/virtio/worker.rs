@@ -232,6 +232,7 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use super::*;
+    use crate::kvm::testing::policy_in_front;
 
     struct Busy {
         passes: Arc<AtomicU32>,
@@ -310,12 +311,7 @@ mod tests {
 
     #[test]
     fn one_that_goes_on_is_in_front_until_it_has_caught_up() {
-        // Where nobody may be put in front, that is an ordinary thread's policy, too.
-        let foremost = || {
-            let _hurry = hurry::Hurry::here();
-            hurry::policy_of(0)
-        };
-        let in_front = std::thread::spawn(foremost).join().unwrap();
+        let in_front = policy_in_front();
         let (passes, inside) = (Arc::new(AtomicU32::new(0)), Arc::default());
         let worker =
             Worker::spawn("front", vec![], None, Busy { passes: passes.clone(), inside, more: false }).unwrap();
