@@ -220,9 +220,17 @@ impl TestHost {
 
     /// `dunlin vm info`; `None` if there is no such VM.
     pub fn info(&self) -> Option<VmInfo> {
-        let (code, output) = self.ask(&["vm", "info", VM, "--json"], false).ok()?;
+        let (code, output) = self.ask_info().ok()?;
         let text = fs::read_to_string(&output.out).ok()?;
         (code == 0).then(|| serde_json::from_str(&text).ok()).flatten()
+    }
+
+    /// `dunlin vm info`: exit code, and what it said.
+    ///
+    /// # Errors
+    /// It cannot be started, or hangs.
+    pub fn ask_info(&self) -> Result<(i32, Output)> {
+        self.ask(&["vm", "info", VM, "--json"], false)
     }
 
     /// `dunlin resolve --owner here|there`.

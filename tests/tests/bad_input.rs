@@ -13,13 +13,14 @@ use dunlin::migrate::{Accept, ControlMessage, Handed, Offer, TargetState};
 use dunlin::model::outcome::exit;
 use dunlin::model::tunnel::{VXLAN_PORT, inner_pair};
 use dunlin::model::{
-    BlackoutLedger, DiskSpec, MigrationId, NetSpec, OfferedLine, PageRun, RegionId, Station, TunnelOffer, Vni,
+    BlackoutLedger, DiskSpec, MigrationId, NetSpec, OfferedLine, PageRun, RegionId, Station, Step, TunnelOffer, Vni,
     WireguardKey, WireguardOffer,
 };
-use dunlin_tests::hosted::{TestHost, VM, guest};
+use dunlin_tests::hosted::{HoldPoint, TestHost, VM, guest};
 use dunlin_tests::raw::{RawPeer, encode_message};
 use dunlin_tests::scene::MIGRATION_LIMIT;
 use dunlin_tests::wait::wait_for;
+use rustix::process::Signal;
 
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -501,6 +502,45 @@ fn lied_to(source: &TestHost, word: &str, lie: Lie) -> Result<()> {
     let info = source.info().context("no VM any more")?;
     ensure!(!info.dirty_log_on, "the dirty log was left on");
     Ok(())
+}
+
+/// Moved anew before the target has let go what came of the last attempt: that is waited for, a machine that stays is not.
+#[test]
+fn what_a_move_left_behind_does_not_refuse_the_next() {
+    let (source, target) = (TestHost::new().unwrap(), TestHost::new().unwrap());
+    let _vm = source.boot(&[]).unwrap();
+    let hold = HoldPoint::new(&target, Step::Reserved);
+    let first = target.receive(&["--hold-at", &hold.argument()]).unwrap();
+    let mut given_up = source.migrate(&first.address, &[]).unwrap();
+    hold.await_held().unwrap();
+    given_up.process.signal(Signal::INT).unwrap();
+    assert_eq!(given_up.exit_code(MIGRATION_LIMIT).unwrap(), Some(6), "{}", given_up.output.text());
+
+    let second = target.receive(&[]).unwrap();
+    let mut refused = source.migrate(&second.address, &[]).unwrap();
+    assert_eq!(refused.exit_code(MIGRATION_LIMIT).unwrap(), Some(3), "{}", refused.output.text());
+    assert!(refused.output.text().contains("runs here already"), "{}", refused.output.text());
+
+    let waits = || second.running.output.text().matches("has not ended yet").count();
+    let before = waits();
+    let mut moved = source.migrate(&second.address, &[]).unwrap();
+    wait_for("the second receiver's wait", LIMIT, || (waits() > before).then_some(())).unwrap();
+    hold.release().unwrap();
+    assert_eq!(moved.exit_code(MIGRATION_LIMIT).unwrap(), Some(0), "{}\n{}", moved.output.text(), target.story());
+    target.serial().check_guest().unwrap();
+}
+
+/// A VM whose process stands still is said to, and holds nobody up for long.
+#[test]
+fn a_stopped_machine_is_told() {
+    let host = TestHost::new().unwrap();
+    let vm = host.boot(&[]).unwrap();
+    vm.process.signal(Signal::STOP).unwrap();
+    let (code, output) = host.ask_info().unwrap();
+    assert_eq!(code, i32::from(exit::ERROR), "{}", output.text());
+    assert!(output.text().contains("is the VM's process stopped?"), "{}", output.text());
+    vm.process.signal(Signal::CONT).unwrap();
+    assert_eq!(host.ask_info().unwrap().0, 0);
 }
 
 /// Names and ports that are taken, targets that are not there, kernels that are none.

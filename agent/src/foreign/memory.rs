@@ -15,14 +15,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags};
-use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::maps::{self, Mapping};
-use super::process::{KvmProcess, start_time_ticks};
+use super::process::{KvmProcess, has_ended, start_time_ticks};
 use super::vm_read::{self, MOST_PIECES};
 use crate::model::{Gpa, MemoryRange, PAGE_SIZE, RamSlot};
 use crate::port::{GuestMemory, GuestMemoryError};
@@ -134,9 +133,7 @@ impl ProcessMemory {
 
     /// Whether the VM's process has not ended.
     pub fn is_alive(&self) -> bool {
-        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let looked = poll(&mut [PollFd::new(&self.handle, PollFlags::IN)], Some(&at_once));
-        matches!(looked, Ok(0) | Err(Errno::INTR))
+        !has_ended(&self.handle, Duration::ZERO)
     }
 
     /// The piece that holds `at`.

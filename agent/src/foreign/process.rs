@@ -2,6 +2,11 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 
 use crate::model::KvmDescriptors;
 
@@ -146,6 +151,22 @@ pub fn start_time_ticks(pid: u32) -> Option<u64> {
         return None;
     }
     fields.nth(18)?.parse().ok()
+}
+
+/// Whether the process of this handle (a pidfd) has ended, waited for up to `limit`. A zombie has.
+pub fn has_ended(handle: impl AsFd, limit: Duration) -> bool {
+    let until = Instant::now() + limit;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        // A limit beyond what the kernel can count is none.
+        let left = Timespec::try_from(left).ok();
+        match poll(&mut [PollFd::new(&handle, PollFlags::IN)], left.as_ref()) {
+            Ok(0) => return false,
+            Ok(_) => return true,
+            Err(Errno::INTR) => {}
+            Err(_) => return false,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -279,6 +279,8 @@ fn acting() -> Router<Arc<Host>> {
 
 /// How long an order that is being answered may hold the end of the process up.
 const LAST_ANSWERS_LIMIT: Duration = Duration::from_secs(2);
+/// How long a VM's process may take to say how it stands; one that is stopped would else hold up whoever asks.
+const INFO_LIMIT: Duration = Duration::from_secs(5);
 
 /// The sockets of a VM while they are served.
 pub struct Served {
@@ -450,9 +452,9 @@ pub fn ask_throttles(sockets: Vec<PathBuf>, limit: Duration) -> Vec<Option<Throt
 /// Asks for the VM's state.
 ///
 /// # Errors
-/// A socket nobody serves, or an answer that is none.
+/// A socket nobody serves, no answer within five seconds, or one that is none.
 pub fn ask_info(socket: &Path) -> Result<VmInfo, ControlError> {
-    let (_, body) = blocking(request(socket, "GET", "/v1/machine", "text/plain", Vec::new()))?;
+    let (_, body) = within(socket, INFO_LIMIT, request(socket, "GET", "/v1/machine", "text/plain", Vec::new()))?;
     serde_json::from_slice(&body)
         .map_err(|error| ControlError::Exchange { socket: socket.display().to_string(), problem: error.to_string() })
 }

@@ -18,7 +18,7 @@ use super::clock::MonotonicClock;
 use super::config::AnnounceConfig;
 use super::control::{ControlError, ask_info};
 use super::events::{EventLog, Hold};
-use super::machine::Places;
+use super::machine::{Places, RunState};
 use super::pacing::Pacer;
 use super::registry::{MachineEntry, Registry, RegistryError};
 use super::rounds;
@@ -46,6 +46,8 @@ use crate::store::FileJournal;
 const TICK: Duration = Duration::from_millis(200);
 /// How long a connected peer may take to say what it wants.
 const GREETING_LIMIT: Duration = Duration::from_secs(5);
+/// How long what is left here of the same VM's last move may take to be gone; the source waits for its answer meanwhile.
+const GOING_LIMIT: Duration = Duration::from_secs(5);
 
 /// A target that cannot listen, or lost what it received.
 #[derive(Debug, thiserror::Error)]
@@ -252,7 +254,10 @@ impl LocalHost<'_> {
     fn make(&mut self, offer: &Offer) -> Result<RemoteMachine, String> {
         let shape = self.localise(&offer.shape)?;
         let places = &self.request.places;
-        if let Some(taken) = Registry::new(&places.run_dir).list().into_iter().find(|entry| entry.name == shape.name) {
+        let registry = Registry::new(&places.run_dir);
+        if let Some(taken) = registry.list().into_iter().find(|entry| entry.name == shape.name)
+            && !(taken.vm_id == shape.vm_id && leaves(&registry, &taken))
+        {
             return Err(format!("a VM named `{}` runs here already (pid {})", taken.name, taken.pid));
         }
         if shape.hugepages {
@@ -288,6 +293,22 @@ impl LocalHost<'_> {
         self.seen = SeenOfNetwork::begin(self.request, &own_shape, former);
         Ok(machine)
     }
+}
+
+/// Whether what is here of a VM goes, waited for as long as it may take: one that its source has given up, which its own receiver lets go, or one that has moved away. A machine that has the VM does not.
+fn leaves(registry: &Registry, entry: &MachineEntry) -> bool {
+    let has_vm = ask_info(&registry.socket(&entry.name, "observe")).is_ok_and(|info| {
+        !matches!(info.state, RunState::Receiving | RunState::Prepared | RunState::Released | RunState::Ended)
+    });
+    if has_vm {
+        return false;
+    }
+    complain!(
+        "dunlin: what the last move of `{}` left here (pid {}) has not ended yet; waiting up to {GOING_LIMIT:?}",
+        entry.name,
+        entry.pid
+    );
+    entry.has_ended(GOING_LIMIT)
 }
 
 /// Refuses memory that this host does not have free, so that a VM is not received only to be killed.

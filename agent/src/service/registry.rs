@@ -14,8 +14,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use rustix::fs::{FlockOperation, flock};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
 
+use crate::foreign::process::has_ended;
 pub use crate::foreign::process::start_time_ticks;
 use crate::model::id::VmName;
 use crate::model::schema::Schema;
@@ -117,6 +120,16 @@ impl MachineEntry {
     pub fn is_alive(&self) -> bool {
         self.boot_id == boot_id() && start_time_ticks(self.pid) == Some(self.start_time_ticks)
     }
+
+    /// Whether its process has ended, waited for up to `limit`.
+    pub fn has_ended(&self, limit: Duration) -> bool {
+        let handle = i32::try_from(self.pid).ok().and_then(Pid::from_raw);
+        let Some(handle) = handle.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()) else {
+            return !self.is_alive();
+        };
+        // The handle is of the process that was meant if that one lives: both have the number.
+        !self.is_alive() || has_ended(handle, limit)
+    }
 }
 
 impl Registry {
@@ -156,6 +169,8 @@ impl Registry {
     pub fn enter(&self, entry: &MachineEntry) -> Result<PathBuf, RegistryError> {
         let folder = self.folder(&entry.name);
         let failed = |source| RegistryError::Io { path: folder.display().to_string(), source };
+        fs::create_dir_all(&self.run_dir).map_err(failed)?;
+        let _alone = self.alone();
         if let Some(other) = Self::read(&folder).filter(MachineEntry::is_alive) {
             return Err(RegistryError::Taken { name: other.name, pid: other.pid });
         }
@@ -173,9 +188,17 @@ impl Registry {
 
     /// Takes a VM out whose process has died without doing so itself.
     pub fn sweep(&self, name: &VmName) {
+        let _alone = self.alone();
         if Self::read(&self.folder(name)).is_some_and(|entry| !entry.is_alive()) {
             self.leave(name);
         }
+    }
+
+    /// Keeps others from entering or sweeping until it is dropped: one that found a dead entry might else remove the entry that took its place. Where it cannot be had all goes on without.
+    fn alone(&self) -> Option<fs::File> {
+        let folder = fs::File::open(&self.run_dir).ok()?;
+        flock(&folder, FlockOperation::LockExclusive).ok()?;
+        Some(folder)
     }
 
     fn read(folder: &Path) -> Option<MachineEntry> {
@@ -217,6 +240,8 @@ impl Registry {
 
 #[cfg(test)]
 mod tests {
+    use std::process::{Command, Stdio};
+
     use super::*;
 
     #[test]
@@ -274,6 +299,19 @@ mod tests {
         registry.enter(&entry("b", std::process::id())).unwrap();
         registry.leave(&mine.name);
         assert_eq!(registry.list().len(), 1);
+    }
+
+    #[test]
+    fn an_end_is_waited_for_and_a_reused_number_is_one() {
+        let (mut child, mine) =
+            (Command::new("cat").stdin(Stdio::piped()).spawn().unwrap(), entry("a", std::process::id()));
+        let other = entry("b", child.id());
+        assert!(!other.has_ended(Duration::ZERO) && !mine.has_ended(Duration::ZERO));
+        drop(child.stdin.take());
+        assert!(other.has_ended(Duration::from_secs(10)));
+        child.wait().unwrap();
+        assert!(other.has_ended(Duration::ZERO));
+        assert!(MachineEntry { start_time_ticks: mine.start_time_ticks + 1, ..mine }.has_ended(Duration::ZERO));
     }
 
     #[test]

@@ -4,13 +4,13 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{PidfdFlags, pidfd_open};
 
 use super::frame::{SessionError, SessionSocket};
 use super::{Creation, Reply, Request, SESSION_VERSION};
+use crate::foreign::process::has_ended;
 use crate::model::{
     MachineShape, MigrationId, Owner, PageBitmap, PageCount, PageRun, RegionId, RelayedFrame, VcpuLimit, VmId, VmWrites,
 };
@@ -194,21 +194,6 @@ impl RemoteMachine {
         }
     }
 
-    /// Whether the process has ended, waited for up to `limit`.
-    fn is_dead(&self, limit: Duration) -> bool {
-        let until = Instant::now() + limit;
-        loop {
-            let left = until.saturating_duration_since(Instant::now());
-            let wait = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
-            match poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], Some(&wait)) {
-                Ok(0) => return false,
-                Ok(_) => return true,
-                Err(rustix::io::Errno::INTR) => {}
-                Err(_) => return false,
-            }
-        }
-    }
-
     /// Writes a record in the place of a machine that has certainly died.
     fn write_for_dead(
         &mut self,
@@ -216,7 +201,7 @@ impl RemoteMachine {
         record: JournalRecord,
         error: MachineError,
     ) -> Result<(), MachineError> {
-        if !matches!(error, MachineError::Gone { .. }) || !self.is_dead(DEATH_LIMIT) {
+        if !matches!(error, MachineError::Gone { .. }) || !has_ended(&self.pidfd, DEATH_LIMIT) {
             return Err(error);
         }
         let vm = self.vm();
@@ -468,7 +453,7 @@ impl Gate for RemoteMachine {
 
     fn never_owner(&mut self, migration: MigrationId) -> Result<(), MachineError> {
         const ACTION: &str = "journal `never-owner`";
-        if !self.is_dead(DEATH_LIMIT) {
+        if !has_ended(&self.pidfd, DEATH_LIMIT) {
             return Err(MachineError::Refused { action: ACTION, reason: "it still runs".to_owned() });
         }
         let last = self.journal.last(migration);
@@ -496,7 +481,7 @@ impl Gate for RemoteMachine {
     fn discard(&mut self, migration: MigrationId) -> Result<(), MachineError> {
         const ACTION: &str = "let go of the VM";
         let discarded = self.order(ACTION, &Request::Discard);
-        if discarded.is_ok() && !self.is_dead(DEATH_LIMIT) {
+        if discarded.is_ok() && !has_ended(&self.pidfd, DEATH_LIMIT) {
             return Err(gone(ACTION, "its process did not end".to_owned()));
         }
         discarded.or_else(|error| {
@@ -516,7 +501,7 @@ impl Gate for RemoteMachine {
                 Fate::Resolved(Owner::Here)
             }
             Ok(Some(JournalRecord::NeverOwner | JournalRecord::Discarded)) => Fate::Resolved(Owner::There),
-            _ if self.is_dead(Duration::ZERO) => Fate::Dead,
+            _ if has_ended(&self.pidfd, Duration::ZERO) => Fate::Dead,
             Ok(Some(JournalRecord::Owner)) => Fate::Resolved(Owner::Here),
             _ => Fate::Waiting,
         }
