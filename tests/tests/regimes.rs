@@ -337,14 +337,17 @@ fn samples_show_where_a_vm_writes_as_write_protection_does() {
         heat["region_bytes"],
         regions.iter().map(|region| number(region, "sampled_pages")).sum::<u64>()
     );
-    assert_eq!(number(heat, "region_bytes"), 2 << 20);
-    let (mut wholly, mut outside) = (0, Vec::new());
+    // 2 MiB where the host had the time to read enough pages, else a multiple.
+    let region_bytes = number(heat, "region_bytes");
+    assert!(region_bytes.is_multiple_of(2 << 20) && region_bytes <= 16 << 20, "{heat:#}");
+    let parts = armed["heat"].as_array().unwrap();
+    let wholly = parts.iter().filter(|part| number(part, "unique_pages") >= WHOLE).count();
+    let mut outside = Vec::new();
     for region in regions {
         let start = number(&region["range"], "start");
-        let parts = armed["heat"].as_array().unwrap();
-        let truth = parts.iter().find(|part| number(&part["range"], "start") == start);
-        let truth = truth.map_or(0, |part| number(part, "unique_pages"));
-        wholly += u64::from(truth >= WHOLE);
+        let within = start..start + region_bytes;
+        let parts = parts.iter().filter(|part| within.contains(&number(&part["range"], "start")));
+        let truth: u64 = parts.map(|part| number(part, "unique_pages")).sum();
         // Two windows that are not the same: the guest's own few pages differ.
         let (low, high) = (number(region, "unique_pages_low"), number(region, "unique_pages_high"));
         if truth + 8 < low || truth > high + 8 {

@@ -155,7 +155,12 @@ fn play(scene: &mut Scene, proxy: &Proxy, trouble: Trouble) -> Result<String> {
         proxy.heal();
     }
     scene.settle(Found { vm, copy_waits }, Host::Source)?;
-    Ok(format!("{trouble:?}: {told} behind {} increments", loan.increments))
+    Ok(format!(
+        "{trouble:?}: {told} behind {} increments, for which it stood {:?}, {:?} the longest",
+        loan.increments,
+        Duration::from_nanos(loan.stood_ns),
+        Duration::from_nanos(loan.longest_stand_ns)
+    ))
 }
 
 #[test]

@@ -9,8 +9,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::port::Place;
 
-/// The lowest real-time priority is in front of every ordinary thread.
-const PRIORITY: i32 = 1;
+/// The lowest real-time priorities are in front of every ordinary thread: first that of vCPUs, then that of all who have to do with them. What a vCPU waits for is never behind it.
+const VCPU_PRIORITY: i32 = 1;
+const PRIORITY: i32 = 2;
 
 /// This process stands back: none of its threads is put in front any more.
 static STANDS_BACK: AtomicBool = AtomicBool::new(false);
@@ -70,11 +71,20 @@ pub(super) fn this_thread() -> i32 {
 
 /// Puts an ordinary thread in front; whether it was moved.
 pub(super) fn put_in_front(thread: i32) -> bool {
+    put_at(thread, PRIORITY)
+}
+
+/// The same for the thread of a vCPU, which stays behind those that [`put_in_front`] has moved.
+pub(super) fn put_vcpu_in_front(thread: i32) -> bool {
+    put_at(thread, VCPU_PRIORITY)
+}
+
+fn put_at(thread: i32, priority: i32) -> bool {
     if STANDS_BACK.load(Ordering::SeqCst) {
         return false;
     }
     // Threads that it starts meanwhile are ordinary ones.
-    policy_of(thread) == libc::SCHED_OTHER && set_policy(thread, libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, PRIORITY)
+    policy_of(thread) == libc::SCHED_OTHER && set_policy(thread, libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, priority)
 }
 
 /// Makes a thread ordinary again.

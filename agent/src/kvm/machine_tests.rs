@@ -88,8 +88,8 @@ fn the_vcpus_of_a_vm_that_comes_are_in_front_for_a_moment_and_after_a_pause_they
 }
 
 #[test]
-fn a_vcpu_that_may_wait_for_a_page_is_never_in_front() {
-    if !kvm_or_skip("a_vcpu_that_may_wait_for_a_page_is_never_in_front") {
+fn a_vcpu_that_may_wait_for_a_page_is_in_front_for_a_moment_to_come_to_stand_and_never_else() {
+    if !kvm_or_skip("a_vcpu_that_may_wait_for_a_page_is_in_front_for_a_moment_to_come_to_stand_and_never_else") {
         return;
     }
     let machine = boot(writer(8), 1, DirtyLogKind::Bitmap);

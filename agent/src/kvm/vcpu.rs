@@ -38,9 +38,11 @@ pub(crate) struct Vcpu {
     thread: AtomicI32,
     /// Whether its thread was put in front of others to answer a kick.
     hurried: AtomicBool,
+    /// Whether its thread was put in front of others although it may have to wait.
+    pressed: AtomicBool,
     /// Whether its thread was put in front of others for its first moment, which has not begun.
     hastened: AtomicBool,
-    /// It may have to wait for a page of memory, and is not put in front of others.
+    /// It may have to wait for a page of memory, and is put in front of others only to come to stand, and for moments.
     may_wait: AtomicBool,
 }
 
@@ -64,6 +66,7 @@ impl Vcpu {
             immediate_exit,
             thread: AtomicI32::new(0),
             hurried: AtomicBool::new(false),
+            pressed: AtomicBool::new(false),
             hastened: AtomicBool::new(false),
             may_wait: AtomicBool::new(false),
         })
@@ -95,10 +98,14 @@ impl Vcpu {
         self.may_wait.store(whether, Ordering::SeqCst);
     }
 
-    /// Puts its thread in front of others, if that may be; whether it was moved.
+    /// Puts its thread in front of others; whether it was moved.
     fn put_in_front(&self) -> bool {
         let thread = self.thread_id();
-        thread != 0 && !self.may_wait.load(Ordering::SeqCst) && hurry::put_in_front(thread)
+        thread != 0 && hurry::put_vcpu_in_front(thread)
+    }
+
+    fn may_wait(&self) -> bool {
+        self.may_wait.load(Ordering::SeqCst)
     }
 
     fn signal(&self) {
@@ -120,7 +127,7 @@ impl Vcpu {
 
 impl Kick for Vcpu {
     fn hasten(&self) {
-        if self.put_in_front() {
+        if !self.may_wait() && self.put_in_front() {
             self.hastened.store(true, Ordering::SeqCst);
         }
     }
@@ -129,10 +136,22 @@ impl Kick for Vcpu {
         // First the flag, then the signal: a vCPU that is about to enter sees the flag, one inside takes the signal.
         self.immediate_exit().store(1, Ordering::SeqCst);
         // On a busy host a pause does not wait for the thread's next turn.
-        if self.put_in_front() {
+        if !self.may_wait() && self.put_in_front() {
             self.hurried.store(true, Ordering::SeqCst);
         }
         self.signal();
+    }
+
+    fn press(&self) {
+        if self.may_wait() && self.put_in_front() {
+            self.pressed.store(true, Ordering::SeqCst);
+        }
+    }
+
+    fn relent(&self) {
+        if self.pressed.swap(false, Ordering::SeqCst) {
+            hurry::put_back(self.thread_id());
+        }
     }
 
     fn clear(&self) {

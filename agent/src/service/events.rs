@@ -83,7 +83,7 @@ impl Hold {
 }
 
 thread_local! {
-    /// Held by a manager's own thread from the pause to the guest's running: its work is the blackout.
+    /// Held by a manager's own thread from the pause to the guest's running for good: its work is the blackout, or keeps a loan alive.
     static HURRY: RefCell<Option<Hurry>> = const { RefCell::new(None) };
 }
 
@@ -139,8 +139,9 @@ impl Drop for EventLog {
 impl Observer for EventLog {
     fn step(&self, step: Step, detail: &str) {
         match step {
-            // The source's first step with the VM standing, the target's first with all of it here.
-            Step::Paused | Step::StateMoved => HURRY.with_borrow_mut(|hurry| {
+            // The source's first step with the VM standing, the target's first with all of it here; and a loan, in which the VM stands again and again: both may have a manager that
+            // has taken another's place.
+            Step::Paused | Step::StateMoved | Step::Lent => HURRY.with_borrow_mut(|hurry| {
                 hurry.get_or_insert_with(Hurry::here);
             }),
             Step::Running | Step::Discarded => drop(HURRY.take()),

@@ -886,8 +886,10 @@ impl Host {
 
     /// Answers a manager. `None` when the machine has ended by its order or, `until_it_runs`, when the VM was let go.
     fn serve(&self, socket: &mut SessionSocket, until_it_runs: bool) -> Option<SessionError> {
-        // While the VM stands, this thread runs in front of other work on its CPU.
-        let mut hurry = None;
+        // While the VM stands, this thread runs in front of other work on its CPU; so it does while the VM is on loan, and stands again in a moment. Beside vCPUs that keep another CPU busy an
+        // ordinary thread of the same control group may wait for a second to be woken on a full one: the group's share there is as small as the thread's load.
+        let is_on_loan = || matches!(lock(&self.gate).state(), GateState::Borrowed | GateState::Lent);
+        let mut hurry = is_on_loan().then(Hurry::here);
         let manager = socket.peer_name();
         loop {
             let request = match socket.recv::<Request>() {
@@ -904,7 +906,7 @@ impl Host {
             let reply = self.handle(request, &manager).unwrap_or_else(Reply::Failed);
             let done = matches!(reply, Reply::Done);
             let sent = self.reply(socket, &reply);
-            if runs {
+            if runs && !is_on_loan() {
                 hurry = None;
             }
             if ends && done {
