@@ -107,7 +107,8 @@ fn whole_captures_hold_no_unknown_and_no_malformed_frame() {
     wait_for("some answers", LIMIT, || (answered() > 100).then_some(())).unwrap();
     rig.hop(&HopOptions::default()).unwrap();
     let so_far = answered();
-    wait_for("answers from there", LIMIT, || (answered() > so_far + 1000).then_some(())).unwrap();
+    wait_for("answers from there", LIMIT, || (answered() > so_far + 1000).then_some(()))
+        .unwrap_or_else(|error| panic!("{error}: {:?} {:?}; {}", pinger.report(), packets.report(), rig.words()));
     let reports = [pinger, packets].map(|client| client.finish(Duration::from_secs(2)));
     let last = b"the last frame of all";
     rig.client.enter(|| {

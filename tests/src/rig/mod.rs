@@ -429,7 +429,7 @@ impl Rig {
     }
 
     /// What all processes wrote to their standard error, and the end of the consoles: for messages of failure.
-    fn words(&self) -> String {
+    pub fn words(&self) -> String {
         let mut text = String::new();
         let mut files: Vec<_> = fs::read_dir(self.folder.path()).into_iter().flatten().flatten().collect();
         files.sort_by_key(fs::DirEntry::file_name);
