@@ -906,7 +906,7 @@ impl Host {
             let reply = self.handle(request, &manager).unwrap_or_else(Reply::Failed);
             let done = matches!(reply, Reply::Done);
             let sent = self.reply(socket, &reply);
-            if runs && !is_on_loan() {
+            if (runs || self.machine.is_running()) && !is_on_loan() {
                 hurry = None;
             }
             if ends && done {
