@@ -2,9 +2,11 @@
 //! itself checks before each write that a page holds what it wrote there last: one that went back to a mixture of two moments would say so.
 #![cfg(target_arch = "x86_64")]
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use dunlin::kvm::Hurry;
 use dunlin::migrate::Strategy;
 use dunlin::migrate::outcomes::Whereabouts;
 use dunlin::model::DirtyLogKind;
@@ -102,7 +104,29 @@ fn on_loan(strategy: &str) -> Result<(Scene, Proxy)> {
         told.contains("increment is safe").then_some(())
     })
     .with_context(|| scene.story())?;
+    session_is_in_front(scene.target.info().context("no VM there")?.pid)?;
     Ok((scene, proxy))
+}
+
+/// The scheduling policy (field 41 of `/proc/PID/task/TID/stat`) of a thread.
+fn policy(task: &Path) -> Result<u64> {
+    let stat = std::fs::read_to_string(task.join("stat"))?;
+    let fields = stat.rsplit_once(')').context("no name")?.1;
+    Ok(fields.split_ascii_whitespace().nth(38).context("no policy")?.parse()?)
+}
+
+/// Increments wait for nobody else's work: who takes the manager's orders in the VM's machine is in front of it from one to the next, where that may be.
+fn session_is_in_front(pid: u32) -> Result<()> {
+    let foremost = {
+        let _hurry = Hurry::here();
+        policy(Path::new("/proc/thread-self"))?
+    };
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task"))?.flatten().map(|task| task.path());
+    let mut sessions =
+        tasks.filter(|task| std::fs::read_to_string(task.join("comm")).is_ok_and(|comm| comm.trim() == "session"));
+    let session = sessions.next().context("no thread of a session")?;
+    ensure!(policy(&session)? == foremost, "the session's policy is {}, not {foremost}", policy(&session)?);
+    Ok(())
 }
 
 fn play(scene: &mut Scene, proxy: &Proxy, trouble: Trouble) -> Result<String> {
