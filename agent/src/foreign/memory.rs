@@ -18,10 +18,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::maps::{self, Mapping};
-use super::process::{KvmProcess, has_ended, start_time_ticks};
+use super::process::{self, KvmProcess, has_ended, start_time_ticks};
 use super::vm_read::{self, MOST_PIECES};
 use crate::model::{Gpa, MemoryRange, PAGE_SIZE, RamSlot};
 use crate::port::{GuestMemory, GuestMemoryError};
@@ -115,11 +114,7 @@ impl ProcessMemory {
     /// # Errors
     /// As [`ProcessMemory::of`].
     pub fn of_pid(pid: u32, slots: &[RamSlot]) -> Result<Self, MemoryOpenError> {
-        let handle = i32::try_from(pid)
-            .ok()
-            .and_then(Pid::from_raw)
-            .and_then(|id| pidfd_open(id, PidfdFlags::empty()).ok())
-            .ok_or(MemoryOpenError::Gone(pid))?;
+        let handle = process::handle(pid).ok_or(MemoryOpenError::Gone(pid))?;
         let slots = sorted(slots)?;
         let mappings = mappings(pid)?;
         let mut pieces = Vec::new();

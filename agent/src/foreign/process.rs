@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::model::KvmDescriptors;
 
@@ -151,6 +152,13 @@ pub fn start_time_ticks(pid: u32) -> Option<u64> {
         return None;
     }
     fields.nth(18)?.parse().ok()
+}
+
+/// A handle (a pidfd) of the process that has this number now, if there is one and it may be had. Whether that is the process that was meant is to be asked behind it: while that one lives both have the
+/// number.
+pub fn handle(pid: u32) -> Option<OwnedFd> {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw)?;
+    pidfd_open(pid, PidfdFlags::empty()).ok()
 }
 
 /// Whether the process of this handle (a pidfd) has ended, waited for up to `limit`. A zombie has.

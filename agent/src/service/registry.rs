@@ -15,11 +15,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
 
-use crate::foreign::process::has_ended;
 pub use crate::foreign::process::start_time_ticks;
+use crate::foreign::process::{self, has_ended};
 use crate::model::id::VmName;
 use crate::model::schema::Schema;
 use crate::model::{VmId, VmRef};
@@ -123,12 +122,8 @@ impl MachineEntry {
 
     /// Whether its process has ended, waited for up to `limit`.
     pub fn has_ended(&self, limit: Duration) -> bool {
-        let handle = i32::try_from(self.pid).ok().and_then(Pid::from_raw);
-        let Some(handle) = handle.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()) else {
-            return !self.is_alive();
-        };
-        // The handle is of the process that was meant if that one lives: both have the number.
-        !self.is_alive() || has_ended(handle, limit)
+        let handle = process::handle(self.pid);
+        !self.is_alive() || handle.is_some_and(|handle| has_ended(handle, limit))
     }
 }
 
